@@ -1,0 +1,31 @@
+"""Adapters that act on the prompt only, so that decoding is the plain base model however many users there are.
+
+``load_model``, ``load_adapter`` and ``generate`` are all that most programs need; see the README's example.
+"""
+
+from preft_jax.adapter import Adapter as Adapter
+from preft_jax.adapter import AdapterConfig as AdapterConfig
+from preft_jax.adapter import LowRankEdit as LowRankEdit
+from preft_jax.adapter import fold as fold
+from preft_jax.adapter import init_adapter as init_adapter
+from preft_jax.adapter import random_adapter as random_adapter
+from preft_jax.config import PRESETS as PRESETS
+from preft_jax.config import ModelConfig as ModelConfig
+from preft_jax.errors import AdapterError as AdapterError
+from preft_jax.errors import ConfigError as ConfigError
+from preft_jax.errors import ModelError as ModelError
+from preft_jax.errors import PreftError as PreftError
+from preft_jax.errors import RequestError as RequestError
+from preft_jax.generate import Completion as Completion
+from preft_jax.generate import Generator as Generator
+from preft_jax.generate import Limits as Limits
+from preft_jax.generate import Request as Request
+from preft_jax.generate import generate as generate
+from preft_jax.io.adapter_files import load_adapter as load_adapter
+from preft_jax.io.adapter_files import save_adapter as save_adapter
+from preft_jax.loading import Model as Model
+from preft_jax.loading import load_model as load_model
+from preft_jax.model import Llama as Llama
+from preft_jax.sampling import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"

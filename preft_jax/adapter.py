@@ -1,0 +1,384 @@
+"""Adapters: their configuration, their trainable parameters, and the fold to low-rank edits.
+
+Every adapter kind becomes the same operation at some site of a layer, a *low-rank edit*
+
+    y += m * ((x @ A + c) @ B)          A: [D, R]   c: [R]   B: [R, F]   m: 0/1 per token
+
+so that kernels, the device bank and the training step know edits and nothing else:
+
+=========  =========================================  =============  ====  =======================
+kind       site                                       A              c     B
+=========  =========================================  =============  ====  =======================
+``lora``   a linear: q k v o gate up down             lora_aᵀ        0     lora_bᵀ · scale
+``direft`` ``block``, the residual stream             wᵀ             b     r
+``loreft`` ``block``                                  wᵀ - rᵀ        b     r
+=========  =========================================  =============  ====  =======================
+
+LoRA: Hu et al., arXiv 2106.09685, ``scale = alpha / rank``; rsLoRA: Kalajdzievski, arXiv 2312.03732, ``alpha /
+    sqrt(rank)``.
+LoReFT and DiReFT: Wu et al., arXiv 2404.03592, equations 2 and 3. The rows of ``r`` are orthonormal for LoReFT and, if
+``orthonormal`` is set, for DiReFT; the stored ``r`` is free and the fold orthonormalises it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from preft_jax.config import ModelConfig
+from preft_jax.edit_mask import parse_positions
+from preft_jax.errors import AdapterError, ConfigError, did_you_mean
+from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
+
+FOLD_VERSION = 1
+"""Raised whenever the fold would give other numbers for the same parameters; part of every digest."""
+
+KINDS = ("lora", "direft", "loreft")
+MAX_RANK = 1024
+
+
+class LowRankEdit(NamedTuple):
+    """One folded edit ``y += m * ((x @ a + c) @ b)``, float32.
+
+    ``group_R`` (int32) names, for each rank, the column of the edit mask that switches it.
+    """
+
+    a_DR: jax.Array
+    c_R: jax.Array
+    b_RF: jax.Array
+    group_R: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter is and where it acts.
+
+    Attributes:
+        kind: ``lora``, ``direft`` or ``loreft``.
+        rank: rank of every edit that ``rank_pattern`` does not name.
+        alpha: LoRA's scale numerator; ``None`` means ``rank`` (a scale of 1). Not used by ReFT.
+        use_rslora: divide by the square root of the rank instead of the rank.
+        targets: sites edited in each layer; ReFT has ``("block",)``.
+        layers: layers edited; ``None`` means all.
+        rank_pattern: rank by name, as in PEFT: a key matches a module whose path ends with it
+            (``"layers.3.self_attn.q_proj"``, ``"q_proj"``) or that it matches as a regular expression; first match
+            wins. Sites' own names (``"q"``) work too.
+        alpha_pattern: the same for alpha.
+        positions: ``prompt`` (prefill-only), ``f{n}+l{m}`` (first and last prompt positions) or ``all`` (every token).
+        share_weights: with ``f{n}+l{m}``: one set of weights for first and last positions (true), or one each.
+        assistant_turns: ``edit`` or ``skip`` earlier answers of a chat.
+        orthonormal: DiReFT only: keep the rows of ``r`` orthonormal, as pyreft's ``DireftIntervention`` does.
+        dropout: on LoRA's input, in training only.
+        base_model: name of the base model, for people.
+        base_model_digest: SHA-256 of the base model; ``None`` if unknown (PEFT adapters).
+    """
+
+    kind: str = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    use_rslora: bool = False
+    targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    positions: str = "prompt"
+    share_weights: bool = True
+    assistant_turns: str = "edit"
+    orthonormal: bool = True
+    dropout: float = 0.0
+    base_model: str | None = None
+    base_model_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(
+                f"unknown adapter kind {self.kind!r}{did_you_mean(self.kind, KINDS)}; allowed: {', '.join(KINDS)}"
+            )
+        if not self.targets:
+            object.__setattr__(self, "targets", LINEAR_SITES if self.kind == "lora" else ("block",))
+        self._check_targets()
+        for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+                raise ConfigError(f"rank {rank!r} of {name!r} is not allowed; give an integer from 1 to {MAX_RANK}")
+        for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
+            if alpha is not None and not math.isfinite(alpha):
+                raise ConfigError(f"alpha {alpha!r} of {name!r} is not finite")
+        if self.assistant_turns not in ("edit", "skip"):
+            raise ConfigError(f"assistant_turns {self.assistant_turns!r} is not allowed; give 'edit' or 'skip'")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout {self.dropout!r} is not allowed; give a number from 0 up to, not including, 1")
+        if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers, default=0) < 0):
+            raise ConfigError(f"layers {self.layers} holds a negative or repeated layer")
+        rule = parse_positions(self.positions)
+        if not self.share_weights and (self.kind == "lora" or rule.first is None):
+            raise ConfigError(
+                "share_weights false needs a ReFT kind and positions such as 'f7+l7'; "
+                f"this adapter is {self.kind!r} at {self.positions!r}"
+            )
+
+    def _check_targets(self) -> None:
+        allowed = LINEAR_SITES if self.kind == "lora" else ("block",)
+        for target in self.targets:
+            if target not in allowed:
+                raise ConfigError(
+                    f"unknown target {target!r} for kind {self.kind!r}{did_you_mean(target, allowed)}; "
+                    f"allowed: {', '.join(allowed)}"
+                )
+        if len(set(self.targets)) != len(self.targets):
+            raise ConfigError(f"targets {self.targets} names a site twice")
+        if self.kind != "lora" and (
+            self.rank_pattern or self.alpha_pattern or self.use_rslora or self.alpha is not None
+        ):
+            raise ConfigError(
+                f"alpha, use_rslora, rank_pattern and alpha_pattern are LoRA's; this adapter is {self.kind!r}"
+            )
+
+    @property
+    def prefill_only(self) -> bool:
+        """True if no generated token is edited, so that decoding is the plain base model."""
+        return not parse_positions(self.positions).edits_generated
+
+    @property
+    def groups(self) -> int:
+        """Position groups with weights of their own: 1, or 2 without ``share_weights``."""
+        return 1 if self.share_weights else NUM_GROUPS
+
+    def edits_layer(self, layer: int) -> bool:
+        """Return whether ``layer`` is edited at all."""
+        return self.layers is None or layer in self.layers
+
+    def rank_at(self, layer: int, site: str) -> int:
+        """Return the rank of the edit at one site, after ``rank_pattern``."""
+        return int(_match_pattern(self.rank_pattern, layer, site, self.rank))
+
+    def scale_at(self, layer: int, site: str) -> float:
+        """Return LoRA's scale at one site: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        rank = self.rank_at(layer, site)
+        default = self.rank if self.alpha is None else self.alpha
+        alpha = _match_pattern(self.alpha_pattern, layer, site, default)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+PEFT_MODULES: Mapping[str, str] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""Each linear site's module path inside a Hugging Face layer."""
+
+
+def _match_pattern(pattern: Mapping[str, Any], layer: int, site: str, default: Any) -> Any:
+    """Look a site up in a rank or alpha pattern the way PEFT does: keys are matched against the end of the module
+    path.
+    """
+    if not pattern:
+        return default
+    path = f"model.layers.{layer}.{PEFT_MODULES[site]}"
+    for key, value in pattern.items():
+        if key == site or re.fullmatch(rf"(?:.*\.)?(?:{key})", path):
+            return value
+    return default
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter: configuration and trainable parameters.
+
+    ``params`` is ``{"layers": [{site: leaves}]}`` with one dict for each layer of the base model, empty where nothing
+    is edited. Leaves are float32: ``lora_a [R, D]`` and ``lora_b [F, R]`` for LoRA (PEFT's layout); ``w [R, D]``, ``b
+    [R]`` and ``r [R, D]`` for ReFT, where without shared weights the two groups' rows follow one another on the rank
+    axis.
+    """
+
+    config: AdapterConfig
+    params: Any
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the adapter computes: folded tensors, kind, positions and turn rule."""
+        return _digest(self.config, self.params)
+
+
+def site_leaf_shapes(config: AdapterConfig, model: ModelConfig, layer: int, site: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each trainable leaf at one edited site."""
+    d, f = model.site_shape(site)
+    rank = config.rank_at(layer, site) if config.kind == "lora" else config.rank * config.groups
+    if config.kind == "lora":
+        return {"lora_a": (rank, d), "lora_b": (f, rank)}
+    return {"w": (rank, d), "b": (rank,), "r": (rank, d)}
+
+
+def adapter_shapes(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
+    """Return the tree of an adapter's parameter shapes: ``{"layers": [{site: {leaf: shape}}]}``.
+
+    Raises:
+        ConfigError: if the config names a layer that the model does not have, or a ReFT rank wider than the model.
+    """
+    count = model.num_hidden_layers
+    if config.layers is not None and max(config.layers, default=0) >= count:
+        raise ConfigError(f"layers names layer {max(config.layers)}; the base model has layers 0 to {count - 1}")
+    if config.kind != "lora" and config.rank > model.hidden_size:
+        raise ConfigError(f"rank {config.rank} is larger than the model's hidden size {model.hidden_size}")
+    return {
+        "layers": [
+            {site: site_leaf_shapes(config, model, layer, site) for site in config.targets}
+            if config.edits_layer(layer)
+            else {}
+            for layer in range(count)
+        ]
+    }
+
+
+def init_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array) -> Adapter:
+    """Return a new adapter that changes nothing yet.
+
+    LoRA as in PEFT: ``lora_a`` uniform within ±1/sqrt(D), ``lora_b`` zero. LoReFT: ``r`` with random orthonormal rows,
+    ``w = r`` and
+    ``b = 0``. DiReFT: the same ``r``, ``w`` and ``b`` zero. Drawn on the host, so no shape is ever compiled for it.
+    """
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+
+    def leaves(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        if config.kind == "lora":
+            bound = shapes["lora_a"][1] ** -0.5
+            lora_a = rng.uniform(-bound, bound, shapes["lora_a"]).astype(np.float32)
+            return {"lora_a": lora_a, "lora_b": np.zeros(shapes["lora_b"], np.float32)}
+        groups = np.split(rng.standard_normal(shapes["r"]), config.groups)
+        r_RD = np.concatenate([np.linalg.qr(group.T)[0].T for group in groups]).astype(np.float32)
+        w_RD = r_RD.copy() if config.kind == "loreft" else np.zeros(shapes["w"], np.float32)
+        return {"w": w_RD, "b": np.zeros(shapes["b"], np.float32), "r": r_RD}
+
+    shapes = adapter_shapes(config, model)
+    return Adapter(config, {"layers": [{site: leaves(s) for site, s in sites.items()} for sites in shapes["layers"]]})
+
+
+def random_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array, *, strength: float = 0.05) -> Adapter:
+    """Return an adapter that does change the model, for tests and benchmarks.
+
+    Every leaf of ``init_adapter`` gets Gaussian noise of standard deviation ``strength / sqrt(its last axis)`` added,
+    which keeps activations finite.
+    """
+    adapter = init_adapter(config, model, key)
+    rng = np.random.default_rng([1, *np.asarray(jax.random.key_data(key)).ravel()])
+
+    def noisy(leaf: np.ndarray) -> np.ndarray:
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        return leaf + np.float32(strength * leaf.shape[-1] ** -0.5) * noise
+
+    return Adapter(config, jax.tree.map(noisy, adapter.params))
+
+
+def orthonormal_rows(r_RD: jax.Array) -> jax.Array:
+    """Return the matrix with orthonormal rows nearest in Gram-Schmidt's order; rows already orthonormal stay as they
+    are.
+
+    Reduced QR of the transpose with the signs fixed so that the triangular factor's diagonal is positive.
+    Differentiable.
+    """
+    q_DR, upper_RR = jnp.linalg.qr(r_RD.T)
+    sign_R = jnp.where(jnp.diagonal(upper_RR) < 0, -1.0, 1.0)
+    return (q_DR * sign_R[None, :]).T
+
+
+def _orthonormal_groups(r_RD: jax.Array, groups: int) -> jax.Array:
+    return jnp.concatenate([orthonormal_rows(part) for part in jnp.split(r_RD, groups)])
+
+
+def fold_site(config: AdapterConfig, layer: int, site: str, leaves: Mapping[str, jax.Array]) -> LowRankEdit:
+    """Fold one site's parameters into a low-rank edit (float32, pure, differentiable); see the module's table."""
+    leaves = {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}
+    if config.kind == "lora":
+        a_DR = leaves["lora_a"].T
+        b_RF = leaves["lora_b"].T * config.scale_at(layer, site)
+        c_R = jnp.zeros(a_DR.shape[1], jnp.float32)
+    else:
+        r_RD = leaves["r"]
+        if config.kind == "loreft" or config.orthonormal:
+            r_RD = _orthonormal_groups(r_RD, config.groups)
+        a_DR = (leaves["w"] - r_RD).T if config.kind == "loreft" else leaves["w"].T
+        b_RF, c_R = r_RD, leaves["b"]
+    group_R = jnp.repeat(jnp.arange(config.groups, dtype=jnp.int32), a_DR.shape[1] // config.groups)
+    return LowRankEdit(a_DR, c_R, b_RF, group_R)
+
+
+def fold(adapter: Adapter) -> dict[str, Any]:
+    """Return ``{"layers": [{site: LowRankEdit}]}``; sites that are not edited are absent."""
+    return fold_params(adapter.config, adapter.params)
+
+
+def fold_params(config: AdapterConfig, params: Any) -> dict[str, Any]:
+    """``fold`` as a function of the parameters, for differentiation."""
+    return {
+        "layers": [
+            {site: fold_site(config, i, site, leaves) for site, leaves in sites.items()}
+            for i, sites in enumerate(params["layers"])
+        ]
+    }
+
+
+def _digest(config: AdapterConfig, params: Any) -> str:
+    sha = hashlib.sha256()
+
+    def part(data: bytes) -> None:
+        sha.update(len(data).to_bytes(8, "little"))
+        sha.update(data)
+
+    for text in (f"fold{FOLD_VERSION}", config.kind, config.positions, config.assistant_turns):
+        part(text.encode())
+    # On the CPU, so that one adapter has one digest whatever accelerator serves it.
+    with jax.default_device(jax.devices("cpu")[0]):
+        folded = fold_params(config, jax.tree.map(np.asarray, params))
+    for i, sites in enumerate(folded["layers"]):
+        for site in sorted(sites):
+            part(f"{i}.{site}".encode())
+            for leaf in sites[site]:
+                part(str(leaf.shape).encode())
+                part(np.asarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def check_fits(adapter: Adapter, model: ModelConfig) -> None:
+    """Raise ``AdapterError`` listing every leaf of the adapter that is missing, extra or of the wrong shape for
+    ``model``.
+    """
+    expected = _flat_shapes(adapter_shapes(adapter.config, model))
+    given = {name: np.shape(leaf) for name, leaf in _flat_leaves(adapter.params)}
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in given]
+    problems += [f"extra {name} {list(shape)}" for name, shape in given.items() if name not in expected]
+    problems += [
+        f"{name} has shape {list(given[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise AdapterError("the adapter does not fit the base model: " + "; ".join(problems[:8]) + more)
+
+
+def _flat_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        f"layers.{i}.{site}.{leaf}": shape
+        for i, sites in enumerate(shapes["layers"])
+        for site, leaves in sites.items()
+        for leaf, shape in leaves.items()
+    }
+
+
+def _flat_leaves(params: Any) -> list[tuple[str, Any]]:
+    return [
+        (f"layers.{i}.{site}.{leaf}", value)
+        for i, sites in enumerate(params["layers"])
+        for site, leaves in sites.items()
+        for leaf, value in leaves.items()
+    ]

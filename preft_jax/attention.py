@@ -1,0 +1,67 @@
+"""One attention API over backends: ``kernels.api.paged_attention`` over the KV cache, and dense causal attention for
+training.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kernels import api
+from preft_jax.cache import KVCache, write_kv
+
+
+class Attention(Protocol):
+    """What a layer of the model knows of attention: it gives rotated queries and keys, and values, and gets the mix."""
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Return the attention output in the shape of ``q``."""
+        ...
+
+
+class PagedAttention:
+    """Writes the new keys and values to the cache, then attends over it. ``cache`` is the cache after all layers so
+    far.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        slots_T: jax.Array,
+        page_table_BP: jax.Array,
+        query_start_B1: jax.Array,
+        kv_len_B: jax.Array,
+        max_query_len: int,
+    ):
+        self.cache = KVCache(list(cache.k), list(cache.v))
+        self._slots_T = slots_T
+        self._ragged = (page_table_BP, query_start_B1, kv_len_B)
+        self._max_query_len = max_query_len
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Attend packed queries ``q [T, H, C]`` to their requests' cached keys."""
+        cache = self.cache
+        cache.k[layer] = write_kv(cache.k[layer], self._slots_T, k)
+        cache.v[layer] = write_kv(cache.v[layer], self._slots_T, v)
+        return api.paged_attention(q, cache.k[layer], cache.v[layer], *self._ragged, max_query_len=self._max_query_len)
+
+
+class DenseAttention(NamedTuple):
+    """Causal attention within each segment of padded sequences; differentiable. ``mask_BSS`` is bool, query by key."""
+
+    mask_BSS: jax.Array
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Attend ``q [B, S, H, C]`` to ``k, v [B, S, K, C]``."""
+        return jax.nn.dot_product_attention(q, k, v, mask=self.mask_BSS[:, None], implementation="xla")
+
+
+def dense_attention(segments_BS: jax.Array) -> DenseAttention:
+    """Return causal attention that stays within equal, positive segment ids (0 marks padding, which sees itself
+    only).
+    """
+    size = segments_BS.shape[1]
+    same = segments_BS[:, :, None] == segments_BS[:, None, :]
+    causal = jnp.tril(jnp.ones((size, size), bool))
+    return DenseAttention(same & causal)

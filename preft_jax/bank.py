@@ -1,0 +1,170 @@
+"""The adapter bank: folded adapters as rank pages on the device.
+
+An edit of rank 48 is the sum of three of rank 16, so the device holds pools of fixed-size rank pages, one pool for
+each layer and site, and an adapter is a list of page ids for each site (the same ids in every layer). Adapters of any
+rank, kind and target set reach a jitted program as page ids: nothing recompiles. Page 0 of every pool is null.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.types import PagePool
+from preft_jax.adapter import Adapter, fold
+from preft_jax.config import ModelConfig
+from preft_jax.errors import AdapterError, ConfigError
+from preft_jax.shapes import RANK_PAGE, SITES
+
+
+class Bank(NamedTuple):
+    """Rank pages on the device: for each layer ``{site: PagePool}``."""
+
+    layers: list[dict[str, PagePool]]
+
+
+class SitePages(NamedTuple):
+    """An adapter's pages at one site, and for each page the column of the edit mask that switches it."""
+
+    pages: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+AdapterPages = dict[str, SitePages]
+"""Where an adapter lies in the bank: its pages by site; sites that it does not edit are absent."""
+
+
+def init_bank(config: ModelConfig, num_pages: int, dtype: Any, sites: Sequence[str] = SITES) -> Bank:
+    """Return an empty bank of ``num_pages`` rank pages a layer and site, the null page included.
+
+    The set of sites is fixed for the life of the bank, so that adapters with other targets never recompile a program.
+    """
+    if num_pages < 1:
+        raise ConfigError(f"the adapter bank needs at least its null page; got {num_pages} pages")
+
+    def pool(site: str) -> PagePool:
+        d, f = config.site_shape(site)
+        return PagePool(
+            jnp.zeros((num_pages, d, RANK_PAGE), dtype),
+            jnp.zeros((num_pages, RANK_PAGE), jnp.float32),
+            jnp.zeros((num_pages, RANK_PAGE, f), dtype),
+        )
+
+    return Bank([{site: pool(site) for site in sites} for _ in range(config.num_hidden_layers)])
+
+
+def num_rank_pages(rank: int) -> int:
+    """Return how many rank pages hold ``rank`` ranks."""
+    return -(-rank // RANK_PAGE)
+
+
+class PackedSite(NamedTuple):
+    """One site of a folded adapter cut to pages, all layers: float32 ``[L, n, D, 16]``, ``[L, n, 16]``, ``[L, n, 16,
+    F]``.
+    """
+
+    a: np.ndarray
+    c: np.ndarray
+    b: np.ndarray
+    groups: tuple[int, ...]
+
+
+def pack_adapter(adapter: Adapter, config: ModelConfig) -> dict[str, PackedSite]:
+    """Fold an adapter and cut it to rank pages on the host.
+
+    A page belongs to one position group; ranks that do not fill a page are padded with zeros, and a site whose rank
+    differs between layers takes the largest.
+    """
+    with jax.default_device(jax.devices("cpu")[0]):
+        layers = jax.tree.map(np.asarray, fold(adapter)["layers"])
+    groups = adapter.config.groups
+    packed = {}
+    for site in adapter.config.targets:
+        d, f = config.site_shape(site)
+        per_group = num_rank_pages(max(edits[site].a_DR.shape[1] for edits in layers if site in edits) // groups)
+        n, ranks = per_group * groups, per_group * RANK_PAGE
+        a = np.zeros((len(layers), groups, d, ranks), np.float32)
+        c = np.zeros((len(layers), groups, ranks), np.float32)
+        b = np.zeros((len(layers), groups, ranks, f), np.float32)
+        for i, edits in enumerate(layers):
+            for group in range(groups) if site in edits else ():
+                edit, own = edits[site], edits[site].group_R == group
+                count = int(own.sum())
+                a[i, group, :, :count] = edit.a_DR[:, own]
+                c[i, group, :count] = edit.c_R[own]
+                b[i, group, :count] = edit.b_RF[own]
+        a = a.reshape(len(layers), groups, d, per_group, RANK_PAGE).transpose(0, 1, 3, 2, 4)
+        packed[site] = PackedSite(
+            a.reshape(len(layers), n, d, RANK_PAGE),
+            c.reshape(len(layers), n, RANK_PAGE),
+            b.reshape(len(layers), n, RANK_PAGE, f),
+            tuple(group for group in range(groups) for _ in range(per_group)),
+        )
+    return packed
+
+
+def _write_page(pool: PagePool, page: jax.Array, a: jax.Array, c: jax.Array, b: jax.Array) -> PagePool:
+    return PagePool(
+        pool.a_PDR.at[page].set(a.astype(pool.a_PDR.dtype)),
+        pool.c_PR.at[page].set(c),
+        pool.b_PRF.at[page].set(b.astype(pool.b_PRF.dtype)),
+    )
+
+
+@functools.cache
+def _page_writer() -> Any:
+    return jax.jit(_write_page, donate_argnums=0)
+
+
+def write_adapter(bank: Bank, packed: dict[str, PackedSite], where: AdapterPages) -> Bank:
+    """Return the bank with an adapter's pages written in place; the bank given is donated."""
+    write = _page_writer()
+    layers = [dict(pools) for pools in bank.layers]
+    for site, place in where.items():
+        edit = packed[site]
+        for i, pools in enumerate(layers):
+            for n, page in enumerate(place.pages):
+                pools[site] = write(pools[site], np.int32(page), edit.a[i, n], edit.c[i, n], edit.b[i, n])
+    return Bank(layers)
+
+
+class BankAllocator:
+    """Host-side book of which rank pages are free, a list for each site. Knows nothing of the device."""
+
+    def __init__(self, num_pages: int, sites: Sequence[str] = SITES):
+        self.num_pages = num_pages
+        self._free = {site: list(range(num_pages - 1, 0, -1)) for site in sites}
+
+    def free_pages(self, site: str) -> int:
+        """Return how many pages of a site are free."""
+        return len(self._free[site])
+
+    def allocate(self, packed: dict[str, PackedSite]) -> AdapterPages:
+        """Take the pages that an adapter needs.
+
+        Raises:
+            AdapterError: if the bank lacks one of its sites or enough free pages; nothing is taken then.
+        """
+        for site, edit in packed.items():
+            if site not in self._free:
+                raise AdapterError(
+                    f"the adapter edits {site!r}, which this bank does not hold; it holds {', '.join(self._free)}"
+                )
+            need, free = len(edit.groups), len(self._free[site])
+            if need > free:
+                raise AdapterError(
+                    f"the adapter needs {need} rank pages at {site!r} and {free} of {self.num_pages - 1} are free; "
+                    "give the bank more pages or serve fewer adapters at once"
+                )
+        return {
+            site: SitePages(tuple(self._free[site].pop() for _ in edit.groups), edit.groups)
+            for site, edit in packed.items()
+        }
+
+    def release(self, where: AdapterPages) -> None:
+        """Give an adapter's pages back."""
+        for site, place in where.items():
+            self._free[site].extend(place.pages)

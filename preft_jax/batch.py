@@ -1,0 +1,171 @@
+"""Device batches, and the host code that packs requests into them (plain NumPy).
+
+Packed means: the tokens of all requests one after the other in one array, padded only at its end. Every length that
+reaches a
+jitted program is rounded up by ``bucket``, so the number of compiled programs stays small.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from kernels.types import TilePages
+from preft_jax.bank import AdapterPages
+from preft_jax.cache import NO_SLOT
+from preft_jax.errors import RequestError
+from preft_jax.shapes import NUM_GROUPS, SITES
+
+
+def bucket(n: int, smallest: int = 1) -> int:
+    """Return the smallest ``smallest * 2**i`` that is at least ``n``: the one function that decides padded lengths."""
+    size = smallest
+    while size < n:
+        size *= 2
+    return size
+
+
+class PrefillBatch(NamedTuple):
+    """Tokens to prefill, packed. All arrays int32 unless said otherwise.
+
+    ``tokens_T``, ``positions_T``, ``slots_T`` (where each token's KV is written), ``edit_mask_TG`` (bool),
+    ``query_start_B1`` (where each request's tokens start), ``kv_len_B`` (its keys after this batch),
+    ``page_table_BP``, ``last_token_B`` (row whose logits are returned) and, for each site, the rank pages of each tile.
+    """
+
+    tokens_T: jax.Array
+    positions_T: jax.Array
+    slots_T: jax.Array
+    edit_mask_TG: jax.Array
+    query_start_B1: jax.Array
+    kv_len_B: jax.Array
+    page_table_BP: jax.Array
+    last_token_B: jax.Array
+    tiles: Mapping[str, TilePages]
+
+
+class DecodeBatch(NamedTuple):
+    """One token a row to decode. int32.
+
+    ``tokens_B`` at ``positions_B``, where their KV is written, over the pages of ``page_table_BP``; a row with position -1
+    is idle.
+    """
+
+    tokens_B: jax.Array
+    positions_B: jax.Array
+    page_table_BP: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """A run of consecutive tokens of one request that one prefill call computes.
+
+    Attributes:
+        tokens: int32 ``[n]``, the span's token ids.
+        start: position of the first one in its request.
+        edit_mask: bool ``[n, NUM_GROUPS]``, the rows of the request's mask.
+        kv_pages: the request's KV pages, in order; they hold all tokens up to the span's end.
+        adapter_pages: where the request's adapter lies in the bank; empty for the base model.
+    """
+
+    tokens: np.ndarray
+    start: int
+    edit_mask: np.ndarray
+    kv_pages: Sequence[int]
+    adapter_pages: AdapterPages = dataclasses.field(default_factory=dict)
+
+
+def slots_of(positions: np.ndarray, kv_pages: Sequence[int], page_size: int) -> np.ndarray:
+    """Return the KV slot of each position of a request."""
+    return np.asarray(kv_pages, np.int32)[positions // page_size] * page_size + positions % page_size
+
+
+def pack_prefill(
+    spans: Sequence[Span],
+    *,
+    num_tokens: int,
+    num_requests: int,
+    page_table_width: int,
+    page_size: int,
+    tile: int,
+    sites: Sequence[str] = SITES,
+) -> PrefillBatch:
+    """Pack spans into one batch of padded size ``num_tokens`` x ``num_requests``.
+
+    Raises:
+        RequestError: if the spans do not fit.
+    """
+    total = sum(len(span.tokens) for span in spans)
+    if total > num_tokens or len(spans) > num_requests or num_tokens % tile:
+        raise RequestError(
+            f"{len(spans)} spans of {total} tokens do not fit a batch of {num_requests} requests and {num_tokens} "
+            f"tokens in tiles of {tile}"
+        )
+    tokens = np.zeros(num_tokens, np.int32)
+    positions = np.zeros(num_tokens, np.int32)
+    slots = np.full(num_tokens, NO_SLOT, np.int32)
+    mask = np.zeros((num_tokens, NUM_GROUPS), bool)
+    query_start = np.full(num_requests + 1, total, np.int32)
+    kv_len = np.zeros(num_requests, np.int32)
+    page_table = np.zeros((num_requests, page_table_width), np.int32)
+    last_token = np.zeros(num_requests, np.int32)
+    at = 0
+    for row, span in enumerate(spans):
+        n = len(span.tokens)
+        here = slice(at, at + n)
+        tokens[here] = span.tokens
+        positions[here] = np.arange(span.start, span.start + n)
+        slots[here] = slots_of(positions[here], span.kv_pages, page_size)
+        mask[here] = span.edit_mask
+        query_start[row], kv_len[row], last_token[row] = at, span.start + n, at + n - 1
+        held = min(len(span.kv_pages), page_table_width)
+        page_table[row, :held] = span.kv_pages[:held]
+        at += n
+    tiles = {site: _tile_pages(site, spans, num_tokens // tile, tile) for site in sites}
+    width = bucket(max(tile_pages.page_NE.shape[1] for tile_pages in tiles.values())) if tiles else 1
+    tiles = {
+        site: TilePages(*(_pad_entries(array, width) for array in tile_pages)) for site, tile_pages in tiles.items()
+    }
+    return PrefillBatch(tokens, positions, slots, mask, query_start, kv_len, page_table, last_token, tiles)  # pyright: ignore[reportArgumentType]
+
+
+def _tile_pages(site: str, spans: Sequence[Span], num_tiles: int, tile: int) -> TilePages:
+    """List, tile by tile, the rank pages that act in it, with the part of the tile that owns each."""
+    entries: list[list[tuple[int, int, int, int]]] = [[] for _ in range(num_tiles)]
+    at = 0
+    for span in spans:
+        end = at + len(span.tokens)
+        place = span.adapter_pages.get(site)
+        if place is not None:
+            for n in range(at // tile, -(-end // tile)):
+                own = (max(at - n * tile, 0), min(end - n * tile, tile))
+                if span.edit_mask[n * tile + own[0] - at : n * tile + own[1] - at].any():
+                    entries[n] += [(page, *own, group) for page, group in zip(*place, strict=True)]
+        at = end
+    width = max(1, max(map(len, entries), default=1))
+    table = np.zeros((4, num_tiles, width), np.int32)
+    for n, row in enumerate(entries):
+        if row:
+            table[:, n, : len(row)] = np.asarray(row, np.int32).T
+    return TilePages(*table)
+
+
+def _pad_entries(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])))
+
+
+def pack_rows(places: Sequence[AdapterPages], sites: Sequence[str] = SITES) -> dict[str, np.ndarray]:
+    """Return for each site the page list of each row, int32 ``[B, E]`` padded with the null page: what a decode edit
+    takes.
+    """
+    longest = max((len(place.pages) for where in places for place in where.values()), default=1)
+    width = bucket(longest)
+    rows = {}
+    for site in sites:
+        rows[site] = np.zeros((len(places), width), np.int32)
+        for i, where in enumerate(places):
+            if site in where:
+                rows[site][i, : len(where[site].pages)] = where[site].pages
+    return rows

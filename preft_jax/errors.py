@@ -1,0 +1,38 @@
+"""The errors a user of preft-jax can meet. Every message says what was given, what is allowed and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PreftError(Exception):
+    """Base of every error that preft-jax raises on purpose; catch this one to catch them all."""
+
+
+class ConfigError(PreftError, ValueError):
+    """A model, adapter or program option that cannot work, found before anything runs."""
+
+
+class ModelError(PreftError):
+    """A base model that cannot be found, read or trusted."""
+
+
+class AdapterError(PreftError):
+    """An adapter that cannot be read, does not fit its base model, or is used where it must not be."""
+
+
+class RequestError(PreftError, ValueError):
+    """One request that cannot be served; the others are not affected."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the nearest allowed name, or an empty string."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def reject_unknown(given: Iterable[str], allowed: Iterable[str], *, what: str, error: type[PreftError]) -> None:
+    """Raise ``error`` naming the first of ``given`` that is not in ``allowed``, with the nearest valid name."""
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            raise error(f"unknown {what} {name!r}{did_you_mean(name, allowed)}; allowed: {', '.join(sorted(allowed))}")

@@ -1,0 +1,238 @@
+"""The forward passes: prefill (with edits), decode (without), decode for all-token adapters, and the training forward.
+
+One definition of a layer serves them all; they differ in how attention sees keys (``preft_jax/attention.py``) and in
+how edits are applied (``preft_jax/edits.py``). All are pure functions of pytrees; ``config`` and keyword arguments are
+static.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from preft_jax.attention import Attention, PagedAttention, dense_attention
+from preft_jax.bank import Bank
+from preft_jax.batch import DecodeBatch, PrefillBatch
+from preft_jax.cache import NO_SLOT, KVCache
+from preft_jax.config import ModelConfig
+from preft_jax.edits import Edits, FoldedEdits, NoEdits, PackedEdits, RowEdits
+from preft_jax.layout import Transposed, linear
+from preft_jax.model import Params
+
+QKV = ("q", "k", "v")
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang and Sennrich, arXiv 1910.07467), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * weight
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Return the rotary frequencies, float32 ``[C / 2]`` (Su et al., arXiv 2104.09864), with Llama 3.1's scaling if
+    set.
+
+    The scaling divides wavelengths beyond the original context by ``factor`` and blends in between.
+    """
+    c = config.head_dim
+    inv_freq = 1.0 / config.rope_theta ** (np.arange(0, c, 2, dtype=np.float32) / c)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        wavelength = 2 * math.pi / inv_freq
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        smooth = (scaling.original_max_position_embeddings / wavelength - low) / (high - low)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        inv_freq = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+    return inv_freq.astype(np.float32)
+
+
+def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin, float32 ``[..., 1, C / 2]``, for positions of any shape."""
+    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate head channels ``[..., heads, C]``: channel i pairs with i + C / 2, as in Hugging Face's checkpoints."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _project_qkv(config: ModelConfig, w: Params, h: jax.Array) -> tuple[jax.Array, ...]:
+    if "qkv" not in w:
+        return tuple(linear(h, w[s]) + w[f"{s}_bias"] if config.qkv_bias else linear(h, w[s]) for s in QKV)
+    fused = linear(h, w["qkv"])
+    if config.qkv_bias:
+        fused = fused + w["qkv_bias"]
+    return tuple(jnp.split(fused, (config.q_size, config.q_size + config.kv_size), axis=-1))
+
+
+def _project_gate_up(w: Params, h: jax.Array) -> tuple[jax.Array, ...]:
+    if "gate_up" not in w:
+        return linear(h, w["gate"]), linear(h, w["up"])
+    return tuple(jnp.split(linear(h, w["gate_up"]), 2, axis=-1))
+
+
+def decoder_layer(
+    config: ModelConfig,
+    layer: int,
+    w: Params,
+    x: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    attention: Attention,
+    edits: Edits,
+) -> jax.Array:
+    """One layer on a residual stream ``x [..., D]`` with any leading axes. Edits act on each linear's output, then on
+    the stream.
+    """
+    with jax.named_scope("attention"):
+        h = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
+        q, k, v = edits.apply(layer, QKV, h, _project_qkv(config, w, h))
+        q, k, v = (y.reshape(*y.shape[:-1], -1, config.head_dim) for y in (q, k, v))
+        if config.qk_norm:
+            q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
+            k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
+        mixed = attention.attend(layer, rotate(q, rope), rotate(k, rope), v)
+        mixed = mixed.reshape(*mixed.shape[:-2], -1)
+        (o,) = edits.apply(layer, ("o",), mixed, (linear(mixed, w["o"]),))
+        x = x + o
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
+        gate, up = edits.apply(layer, ("gate", "up"), h, _project_gate_up(w, h))
+        h = jax.nn.silu(gate) * up
+        (down,) = edits.apply(layer, ("down",), h, (linear(h, w["down"]),))
+        x = x + down
+    (x,) = edits.apply(layer, ("block",), x, (x,))
+    return x
+
+
+def _hidden(
+    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, attention: Attention, edits: Edits
+) -> jax.Array:
+    """Return the residual stream after the last layer, before the final norm."""
+    x = params["embed"][tokens]
+    rope = rope_table(config, positions)
+    for i, w in enumerate(params["layers"]):
+        x = decoder_layer(config, i, w, x, rope, attention, edits)
+    return x
+
+
+def lm_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Final norm and output head: float32 logits ``[..., V]`` of ``x [..., D]``."""
+    h = rms_norm(x, params["norm"], config.rms_norm_eps)
+    head = params["lm_head"] if "lm_head" in params else Transposed(params["embed"])
+    return linear(h, head, jnp.float32)
+
+
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    bank: Bank | None,
+    cache: KVCache,
+    batch: PrefillBatch,
+    *,
+    max_query_len: int,
+) -> tuple[jax.Array, KVCache]:
+    """Compute a packed batch of prompt tokens, edited where the batch's mask says so, and write their KV.
+
+    A token's edit is decided by its mask row and its request's pages alone, so prompts may be cut into spans anywhere,
+    and spans may hold generated tokens (recomputed un-edited after preemption).
+
+    Args:
+        config: static.
+        params: canonical or serving layout.
+        bank: rank pages; None computes the plain base model.
+        cache: donated by the jitted program.
+        batch: see ``PrefillBatch``.
+        max_query_len: static bound on the tokens of one request in the batch.
+
+    Returns:
+        ``logits_BV`` (float32) of each request's last token in the batch, and the cache.
+    """
+    attention = PagedAttention(
+        cache,
+        slots_T=batch.slots_T,
+        page_table_BP=batch.page_table_BP,
+        query_start_B1=batch.query_start_B1,
+        kv_len_B=batch.kv_len_B,
+        max_query_len=max_query_len,
+    )
+    edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
+    x_TD = _hidden(config, params, batch.tokens_T, batch.positions_T, attention, edits)
+    return lm_logits(config, params, x_TD[batch.last_token_B]), attention.cache
+
+
+def _decode(
+    config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBatch, edits: Edits
+) -> tuple[jax.Array, KVCache]:
+    size = batch.tokens_B.shape[0]
+    active_B = batch.positions_B >= 0
+    position_B = jnp.maximum(batch.positions_B, 0)
+    page_B = jnp.take_along_axis(batch.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
+    attention = PagedAttention(
+        cache,
+        slots_T=jnp.where(active_B, page_B * cache.page_size + position_B % cache.page_size, NO_SLOT),
+        page_table_BP=batch.page_table_BP,
+        query_start_B1=jnp.arange(size + 1, dtype=jnp.int32),
+        kv_len_B=position_B + 1,
+        max_query_len=1,
+    )
+    x_BD = _hidden(config, params, batch.tokens_B, position_B, attention, edits)
+    return lm_logits(config, params, x_BD), attention.cache
+
+
+def decode(config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array, KVCache]:
+    """Decode one token a row with the plain base model: there is no adapter argument, whatever was prefilled.
+
+    Returns:
+        ``logits_BV`` (float32) and the cache, which the jitted program donates.
+    """
+    return _decode(config, params, cache, batch, NoEdits())
+
+
+def decode_adapted(
+    config: ModelConfig, params: Params, bank: Bank, pages: dict[str, jax.Array], cache: KVCache, batch: DecodeBatch
+) -> tuple[jax.Array, KVCache]:
+    """Decode one token a row where rows may have an all-token adapter: ``pages[site]`` is int32 ``[B, E]``, 0 for
+    none.
+    """
+    return _decode(config, params, cache, batch, RowEdits(bank, pages))
+
+
+def train_forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BS: jax.Array,
+    *,
+    folded: Any = None,
+    edit_mask_BSG: jax.Array | None = None,
+    segments_BS: jax.Array | None = None,
+    positions_BS: jax.Array | None = None,
+) -> jax.Array:
+    """Full-sequence forward without a cache, differentiable in ``params`` and ``folded``.
+
+    Args:
+        config: static.
+        params: canonical or serving layout.
+        tokens_BS: int32.
+        folded: ``fold(adapter)``; None for the base model.
+        edit_mask_BSG: bool, which tokens are edited; required with ``folded``.
+        segments_BS: int32 document ids of packed rows, 0 for padding; None means one document a row.
+        positions_BS: int32; None counts from 0 in each row. Packed documents restart theirs.
+
+    Returns:
+        float32 ``logits_BSV``.
+    """
+    if (folded is None) != (edit_mask_BSG is None):
+        raise ValueError("folded and edit_mask_BSG go together: give both, or neither for the base model")
+    if segments_BS is None:
+        segments_BS = jnp.ones_like(tokens_BS)
+    if positions_BS is None:
+        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+    edits = NoEdits() if folded is None or edit_mask_BSG is None else FoldedEdits(folded, edit_mask_BSG)
+    x_BSD = _hidden(config, params, tokens_BS, positions_BS, dense_attention(segments_BS), edits)
+    return lm_logits(config, params, x_BSD)

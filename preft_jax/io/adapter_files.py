@@ -1,0 +1,421 @@
+"""Adapter directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+For LoRA this is Hugging Face PEFT's layout, which PEFT reads and writes, plus a ``preft`` object in the config that
+holds what PEFT has no keys for: ``version``, ``kind``, ``positions``, ``assistant_turns``, ``base_model_digest``. A
+PEFT adapter without it edits every token. ReFT kinds use the same two files with tensors named
+``layers.{i}.block.{w,b,r}`` and no ``peft_type``.
+
+A save is atomic, see ``file_pair``.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preft_jax.adapter import PEFT_MODULES, Adapter, AdapterConfig, adapter_shapes
+from preft_jax.config import ModelConfig
+from preft_jax.errors import AdapterError, ConfigError, did_you_mean, reject_unknown
+from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, read_pair, write_pair
+from preft_jax.io.peft_config import BASE_MODEL_KEY, config_from_peft, peft_from_config, peft_pattern
+from preft_jax.io.safetensors_io import serialize_safetensors
+
+FORMAT_VERSION = 1
+"""Version of the ``preft`` object."""
+
+FORMATS = ("preft", "peft")
+
+_MAX_DIFFERENCES = 8
+_MAX_DEPTH = 10_000
+_FLOATS = ("float32", "float16", "bfloat16")
+
+_COMMON_KEYS = ("version", "kind", "positions", "assistant_turns", "base_model_digest", "share_weights", "orthonormal")
+_KEYS = {
+    "lora": (*_COMMON_KEYS, "alpha", "rank_pattern", "alpha_pattern"),
+    "direft": (*_COMMON_KEYS, "rank", "layers", "dropout"),
+    "loreft": (*_COMMON_KEYS, "rank", "layers", "dropout"),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdapterConfig)}
+
+
+def load_adapter(path: str | os.PathLike[str], model: Any, *, allow_base_mismatch: bool = False) -> Adapter:
+    """Load an adapter for a base model.
+
+    Args:
+        path: the adapter's directory.
+        model: a ``Model``, or a ``ModelConfig`` to check shapes only.
+        allow_base_mismatch: load an adapter that was trained on another base model of the same shape.
+
+    Returns:
+        The adapter; parameters are float32 NumPy arrays, cast exactly from float32, float16 or bfloat16.
+
+    Raises:
+        AdapterError: if a file is missing or damaged, the config asks for what is not supported, tensors are missing,
+            extra, of a wrong shape or dtype or not finite, or the base model is another one.
+    """
+    config = model if isinstance(model, ModelConfig) else model.config
+    adapter = _read(Path(path), config)
+    _check_base(Path(path), adapter.config, model, allow_base_mismatch)
+    return adapter
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Load an adapter without its base model, to look at it or convert it.
+
+    The adapter's layers end with the last one that it edits. Widths are not checked against a model.
+
+    Raises:
+        AdapterError: as ``load_adapter`` does.
+    """
+    return _read(Path(path), None)
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> AdapterConfig:
+    """Return the configuration of an adapter directory, after checking that its tensors are those it names.
+
+    Raises:
+        AdapterError: as ``load_adapter`` does.
+    """
+    return read_adapter(path).config
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    *,
+    format: str = "preft",
+    allow_prefill_only_as_peft: bool = False,
+    base_model: str | None = None,
+) -> None:
+    """Save an adapter to a directory, replacing the adapter that is there; other files of the directory stay.
+
+    Args:
+        path: the directory; made if it does not exist.
+        adapter: parameters are stored in their own dtype: float32, float16 or bfloat16.
+        format: ``preft`` restores the same adapter, bit for bit. ``peft`` (LoRA only) leaves out the ``preft`` object.
+        allow_prefill_only_as_peft: write a prefill-only adapter as ``peft`` although every tool, this one included,
+            will then apply it to all tokens.
+        base_model: name of the base model to write, in place of the config's.
+
+    Raises:
+        AdapterError: if the adapter's parameters are not those of its config or not finite, the format cannot hold it,
+            or a file cannot be written. The adapter that was there is then still there.
+    """
+    config = adapter.config
+    if base_model is not None:
+        config = dataclasses.replace(config, base_model=base_model)
+    if format not in FORMATS:
+        raise AdapterError(f"unknown format {format!r}{did_you_mean(format, FORMATS)}; allowed: {', '.join(FORMATS)}")
+    if config.layers is not None and not config.layers:
+        raise AdapterError("layers is (), so this adapter edits nothing; give at least one layer, or None for all")
+    if format == "peft":
+        _check_peft_can_hold(config, allow_prefill_only_as_peft)
+    contents = _contents(config, with_preft=format == "preft")
+    tensors = _tensors(config, adapter.params)
+    text = json.dumps(contents, indent=2, allow_nan=False) + "\n"
+    write_pair(Path(path), text.encode(), serialize_safetensors(tensors, {"format": "pt"}))
+
+
+def _check_peft_can_hold(config: AdapterConfig, allow_prefill_only: bool) -> None:
+    if config.kind != "lora":
+        raise AdapterError(f"PEFT has no {config.kind} adapters; save with format 'preft'")
+    if (config.prefill_only or config.assistant_turns == "skip") and not allow_prefill_only:
+        raise AdapterError(
+            f"this adapter has positions {config.positions!r} and assistant_turns {config.assistant_turns!r}, and "
+            "PEFT's format cannot say so: EVERY TOOL THAT READS THE EXPORT WILL APPLY IT TO ALL TOKENS, generated "
+            "ones too, which it was not trained for. Save with format 'preft', or pass "
+            "allow_prefill_only_as_peft=True (--allow-prefill-only-as-peft) if that is what you want"
+        )
+
+
+# Config -> file.
+
+
+def _contents(config: AdapterConfig, *, with_preft: bool) -> dict[str, Any]:
+    """Return the contents of ``adapter_config.json``."""
+    contents = peft_from_config(config) if config.kind == "lora" else {BASE_MODEL_KEY: config.base_model}
+    return contents | {"preft": _preft_object(config)} if with_preft else contents
+
+
+def _preft_object(config: AdapterConfig) -> dict[str, Any]:
+    """Return what PEFT's keys cannot hold of a config: five fields always, others where they are not the default."""
+    fields: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "kind": config.kind,
+        "positions": config.positions,
+        "assistant_turns": config.assistant_turns,
+        "base_model_digest": config.base_model_digest,
+    }
+    if config.kind == "lora":
+        if config.alpha is None:
+            fields["alpha"] = None
+        for key in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(config, key)
+            if list(peft_pattern(pattern)) != list(pattern):
+                fields[key] = dict(pattern)
+    else:
+        fields |= {"rank": config.rank, "layers": None if config.layers is None else list(config.layers)}
+        fields |= {"share_weights": config.share_weights}
+        if config.dropout:
+            fields["dropout"] = float(config.dropout)
+    if config.kind == "direft" or config.orthonormal != _DEFAULTS["orthonormal"]:
+        fields["orthonormal"] = config.orthonormal
+    return fields
+
+
+def tensor_name(kind: str, layer: int, site: str, leaf: str) -> str:
+    """Return the name that an adapter's leaf has in ``adapter_model.safetensors``."""
+    if kind != "lora":
+        return f"layers.{layer}.{site}.{leaf}"
+    matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}.get(leaf, leaf)
+    return f"base_model.model.model.layers.{layer}.{PEFT_MODULES.get(site, site)}.{matrix}.weight"
+
+
+def _tensors(config: AdapterConfig, params: Any) -> dict[str, np.ndarray]:
+    """Name the parameters as the file does, after checking that they are exactly those of the config."""
+    given = {
+        tensor_name(config.kind, i, site, leaf): np.asarray(value)
+        for i, sites in enumerate(params["layers"])
+        for site, leaves in sites.items()
+        for leaf, value in leaves.items()
+    }
+    names = _tensor_names(config, max(len(params["layers"]), 1 + max(config.layers or (), default=0)))
+    _check_tensors("the adapter", _ranked_shapes(config, names), given)
+    return given
+
+
+# File -> adapter.
+
+
+def _read(path: Path, model: ModelConfig | None) -> Adapter:
+    where = path / CONFIG_FILE
+    raw, tensors = read_pair(path)
+    contents = _parse_json(raw, where)
+    depth = _depth(contents, tensors) if model is None else model.num_hidden_layers
+    config = _config(contents, num_layers=depth, depth_known=model is not None, where=str(where))
+    names = _tensor_names(config, depth)
+    expected = _ranked_shapes(config, names) if model is None else _model_shapes(config, model, names, str(where))
+    _check_tensors(str(path / TENSORS_FILE), expected, tensors)
+    layers: list[dict[str, Any]] = [{} for _ in range(depth)]
+    for name, (layer, site, leaf) in names.items():
+        layers[layer].setdefault(site, {})[leaf] = tensors[name].astype(np.float32)
+    return Adapter(config, {"layers": layers})
+
+
+def _parse_json(raw: bytes, where: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(raw)
+    except (ValueError, RecursionError) as cause:
+        raise AdapterError(f"{where} is not valid JSON: {cause}; {ADVICE}") from None
+    if not isinstance(contents, dict):
+        raise AdapterError(f"{where} holds a JSON {type(contents).__name__}, not an object; {ADVICE}")
+    return contents
+
+
+def _config(contents: Mapping[str, Any], *, num_layers: int, depth_known: bool, where: str) -> AdapterConfig:
+    """Build the config from the file's contents: PEFT's keys, the ``preft`` object, or both."""
+    peft = {key: value for key, value in contents.items() if key != "preft"}
+    if "preft" not in contents:
+        if "peft_type" not in peft:
+            raise AdapterError(f"{where} has neither 'peft_type' nor a 'preft' object; {ADVICE}")
+        return config_from_peft(peft, {}, num_layers=num_layers, depth_known=depth_known, where=where)
+    fields = _preft_fields(contents["preft"], where)
+    if fields["kind"] == "lora":
+        del fields["kind"]
+        return config_from_peft(peft, fields, num_layers=num_layers, depth_known=depth_known, where=where)
+    reject_unknown(
+        [key for key, value in peft.items() if value], (BASE_MODEL_KEY,), what=f"key of {where}", error=AdapterError
+    )
+    base_model = peft.get(BASE_MODEL_KEY)
+    if base_model is not None and not isinstance(base_model, str):
+        raise AdapterError(f"{where}: {BASE_MODEL_KEY} is {base_model!r}; give a name")
+    try:
+        return AdapterConfig(base_model=base_model, **fields)
+    except ConfigError as error:
+        raise AdapterError(f"{where}: {error}") from None
+
+
+def _preft_fields(preft: Any, where: str) -> dict[str, Any]:
+    """Check the ``preft`` object and return its ``AdapterConfig`` fields, ``kind`` included."""
+    if not isinstance(preft, dict):
+        raise AdapterError(f"{where}: 'preft' is {preft!r}, not an object; save the adapter again")
+    if preft.get("version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{where}: the 'preft' object has version {preft.get('version')!r}; this release reads version "
+            f"{FORMAT_VERSION}: upgrade preft-jax, or save the adapter with this release"
+        )
+    kind = preft.get("kind")
+    if not isinstance(kind, str) or kind not in _KEYS:
+        raise AdapterError(
+            f"{where}: unknown kind {kind!r}{did_you_mean(str(kind), _KEYS)}; allowed: {', '.join(_KEYS)}"
+        )
+    reject_unknown(preft, _KEYS[kind], what=f"key of the 'preft' object in {where}:", error=AdapterError)
+    for key in ("positions",) if kind == "lora" else ("positions", "rank"):
+        if key not in preft:
+            raise AdapterError(f"{where}: the 'preft' object lacks {key!r}; save the adapter again")
+    for key, value in preft.items():
+        allowed, what = _VALUES[key]
+        if not allowed(value):
+            raise AdapterError(f"{where}: {key} of the 'preft' object is {value!r}; give {what}")
+    fields = {key: value for key, value in preft.items() if key != "version"}
+    if isinstance(fields.get("layers"), list):
+        fields["layers"] = tuple(fields["layers"])
+    return fields
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(layer) is int for layer in value))
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+_VALUES = {
+    "version": (lambda value: type(value) is int, "an integer"),
+    "kind": (lambda value: isinstance(value, str), "a kind"),
+    "positions": (lambda value: isinstance(value, str), "a position rule"),
+    "assistant_turns": (lambda value: isinstance(value, str), "'edit' or 'skip'"),
+    "base_model_digest": (lambda value: value is None or isinstance(value, str), "a SHA-256 in hex, or null"),
+    "share_weights": (lambda value: isinstance(value, bool), "true or false"),
+    "orthonormal": (lambda value: isinstance(value, bool), "true or false"),
+    "alpha": (lambda value: value is None, "null, or leave it out and give lora_alpha"),
+    "rank_pattern": (_is_pattern, "an object of names and ranks"),
+    "alpha_pattern": (_is_pattern, "an object of names and numbers"),
+    "rank": (lambda value: type(value) is int, "an integer"),
+    "layers": (_is_layers, "a list of layers, or null for all"),
+    "dropout": (_is_number, "a number"),
+}  # fmt: skip
+"""Key of the ``preft`` object -> (is this value of the right type, what to give)."""
+
+
+# Tensors.
+
+
+def _depth(contents: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> int:
+    """Return the number of layers that the tensors' names and our own config show, at least 1."""
+    found = (re.search(r"(?:^|\.)layers\.(\d{1,4})\.", name) for name in tensors)
+    layers = [int(match[1]) for match in found if match]
+    preft = contents.get("preft")
+    if isinstance(preft, dict):
+        named = [contents.get("layers_to_transform"), preft.get("layers")]
+        layers += [layer for part in named if _is_layers(part) for layer in part or () if layer < _MAX_DEPTH]
+    return 1 + max(layers, default=0)
+
+
+def _tensor_names(config: AdapterConfig, num_layers: int) -> dict[str, tuple[int, str, str]]:
+    """Return ``{tensor name: (layer, site, leaf)}`` of every tensor that the config asks for."""
+    leaves = ("lora_a", "lora_b") if config.kind == "lora" else ("w", "b", "r")
+    return {
+        tensor_name(config.kind, layer, site, leaf): (layer, site, leaf)
+        for layer in range(num_layers)
+        if config.edits_layer(layer)
+        for site in config.targets
+        for leaf in leaves
+    }
+
+
+Shape = tuple[int | None, ...]
+"""Expected shape; ``None`` is a width that only a base model decides."""
+
+
+def _model_shapes(
+    config: AdapterConfig, model: ModelConfig, names: Mapping[str, tuple[int, str, str]], where: str
+) -> dict[str, Shape]:
+    """Return the shape of each tensor for a base model."""
+    try:
+        shapes = adapter_shapes(config, model)["layers"]
+    except ConfigError as error:
+        raise AdapterError(f"{where}: {error}") from None
+    return {name: shapes[layer][site][leaf] for name, (layer, site, leaf) in names.items()}
+
+
+def _ranked_shapes(config: AdapterConfig, names: Mapping[str, tuple[int, str, str]]) -> dict[str, Shape]:
+    """Return the shape of each tensor as far as the config alone decides it."""
+
+    def shape(layer: int, site: str, leaf: str) -> Shape:
+        rank = config.rank_at(layer, site) if config.kind == "lora" else config.rank * config.groups
+        return {"lora_b": (None, rank), "b": (rank,)}.get(leaf, (rank, None))
+
+    return {name: shape(*key) for name, key in names.items()}
+
+
+def _check_tensors(where: str, expected: Mapping[str, Shape], given: Mapping[str, np.ndarray]) -> None:
+    """Raise ``AdapterError`` with the differences between the tensors expected and given, or what is wrong in them."""
+    problems = [f"missing {name} {_show(shape)}" for name, shape in expected.items() if name not in given]
+    problems += [f"extra {name} {_show(x.shape)}{_why(name)}" for name, x in given.items() if name not in expected]
+    problems += [
+        f"{name} has shape {_show(given[name].shape)}, expected {_show(shape)}"
+        for name, shape in expected.items()
+        if name in given and not _same_shape(given[name].shape, shape)
+    ]
+    problems += [
+        f"{name} has dtype {x.dtype}, allowed: {', '.join(_FLOATS)}"
+        for name, x in given.items()
+        if x.dtype.name not in _FLOATS
+    ]
+    if not problems:
+        problems = [
+            f"{name} has {count} values that are not finite"
+            for name, x in given.items()
+            if (count := int(np.sum(~np.isfinite(x.astype(np.float32)))))
+        ]
+    if problems:
+        more = f"; and {len(problems) - _MAX_DIFFERENCES} more" if len(problems) > _MAX_DIFFERENCES else ""
+        raise AdapterError(
+            f"{where} does not hold the tensors of its config: " + "; ".join(problems[:_MAX_DIFFERENCES]) + more
+        )
+
+
+def _show(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+
+
+def _same_shape(shape: tuple[int, ...], expected: Shape) -> bool:
+    return len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True))
+
+
+def _why(name: str) -> str:
+    """Explain an unexpected tensor whose name tells the feature it belongs to."""
+    for part, reason in (
+        ("lora_embedding", "embeddings cannot be edited"),
+        ("embed_tokens", "embeddings cannot be edited or replaced"),
+        ("lm_head", "lm_head cannot be edited or replaced"),
+        ("modules_to_save", "modules_to_save is not supported"),
+        ("lora_magnitude", "use_dora is not supported"),
+        ("bias", "biases cannot be edited"),
+    ):
+        if part in name:
+            return f" ({reason})"
+    return ""
+
+
+def _check_base(path: Path, config: AdapterConfig, model: Any, allow_mismatch: bool) -> None:
+    """Compare the base model that the adapter was trained on with the one it is loaded for."""
+    digest, name = getattr(model, "digest", None), getattr(model, "name", None)
+    trained_on = f" ({config.base_model})" if config.base_model else ""
+    if config.base_model_digest is not None:
+        if digest is not None and digest != config.base_model_digest and not allow_mismatch:
+            raise AdapterError(
+                f"{path} was trained on a base model with digest {config.base_model_digest}{trained_on}; this one has "
+                f"{digest}. Load that model, or pass allow_base_mismatch=True (--allow-base-mismatch) to use the "
+                "adapter anyway"
+            )
+    elif config.base_model and isinstance(name, str) and name and not allow_mismatch:
+        ends = [Path(text.rstrip("/")).name.lower() for text in (config.base_model, name)]
+        if ends[0] != ends[1]:
+            warnings.warn(
+                f"{path} was trained on {config.base_model!r} and is loaded for {name!r}; it has no base model digest, "
+                "so only its shapes were checked",
+                stacklevel=3,
+            )

@@ -1,0 +1,203 @@
+"""Models in GGUF files: architecture metadata -> ``ModelConfig``, quantised tensors -> parameters, and the tokenizer.
+
+Supported: architectures ``llama``, ``qwen2`` and ``qwen3``; tensor types F32, F16, BF16, Q4_0, Q4_1 and Q8_0.
+
+GGUF stores the query and key projections of ``llama`` with the rows of each head permuted, so that rotary embeddings
+act on neighbouring pairs; ours act on halves, as Hugging Face's do, and the permutation is undone here. Llama 3.1's
+frequency scaling is stored as a tensor of factors, which is recognised by recomputing it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preft_jax.config import ModelConfig, RopeScaling
+from preft_jax.errors import ConfigError, ModelError, PreftError
+from preft_jax.forward import rope_frequencies
+from preft_jax.io.gguf_file import GGUFFile, open_gguf
+from preft_jax.io.tokenizer import gguf_tokenizer
+from preft_jax.io.weights import build_params, check_tensors, tensor_slots
+
+GGUF_NAMES: Mapping[str, str] = {
+    "embed": "token_embd.weight",
+    "norm": "output_norm.weight",
+    "lm_head": "output.weight",
+    "q": "blk.{}.attn_q.weight",
+    "k": "blk.{}.attn_k.weight",
+    "v": "blk.{}.attn_v.weight",
+    "o": "blk.{}.attn_output.weight",
+    "gate": "blk.{}.ffn_gate.weight",
+    "up": "blk.{}.ffn_up.weight",
+    "down": "blk.{}.ffn_down.weight",
+    "attn_norm": "blk.{}.attn_norm.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "q_bias": "blk.{}.attn_q.bias",
+    "k_bias": "blk.{}.attn_k.bias",
+    "v_bias": "blk.{}.attn_v.bias",
+    "q_norm": "blk.{}.attn_q_norm.weight",
+    "k_norm": "blk.{}.attn_k_norm.weight",
+}
+"""Parameter name in our tree -> tensor name in a GGUF file."""
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ROPE_FACTORS = "rope_freqs.weight"
+_DEFAULT_THETA = 10_000.0
+
+
+class _Metadata:
+    """Typed access to a GGUF file's metadata, with errors that name the key."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]):
+        self.path, self.values = path, values
+        self.architecture = str(values.get("general.architecture"))
+        if self.architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{path} has the unsupported architecture {self.architecture!r}; allowed: {', '.join(ARCHITECTURES)}"
+            )
+
+    def number(self, key: str, kind: type, default: Any = None) -> Any:
+        """Return ``{architecture}.{key}`` as ``kind`` (int or float); required unless there is a default."""
+        full = f"{self.architecture}.{key}"
+        value = self.values.get(full, default)
+        if value is None:
+            raise ModelError(f"{self.path} lacks the metadata key {full!r}; convert the model again")
+        allowed = (int,) if kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value) or value <= 0:
+            raise ModelError(f"{self.path} has {full} = {value!r}; one positive {kind.__name__} is expected")
+        return kind(value)
+
+    def refuse(self, key: str, allowed: tuple[Any, ...]) -> None:
+        """Raise if ``{architecture}.{key}`` is set to something whose computation is not implemented."""
+        full = f"{self.architecture}.{key}"
+        if full in self.values and self.values[full] not in allowed:
+            raise ModelError(
+                f"{self.path} has {full} = {self.values[full]!r}, which is not supported; allowed: {allowed}"
+            )
+
+
+def _rope_scaling(file: GGUFFile, meta: _Metadata, config: ModelConfig) -> RopeScaling | None:
+    """Recognise Llama 3.1's scaling in the tensor of what each rotary frequency is divided by.
+
+    Raises:
+        ModelError: if the factors are not those of the published models' constants.
+    """
+    if _ROPE_FACTORS not in file.tensors:
+        return None
+    factors = file.read(_ROPE_FACTORS)
+    stored = meta.number("rope.scaling.original_context_length", int, default=8192)
+    if factors.shape == (config.head_dim // 2,) and np.isfinite(factors).all() and factors.max() >= 1.0:
+        if np.allclose(factors, 1.0):
+            return None
+        for original in dict.fromkeys((stored, 8192)):
+            scaling = RopeScaling(
+                factor=round(float(factors.max()), 3),
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=original,
+            )
+            scaled = rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+            if np.allclose(factors, rope_frequencies(config) / scaled, rtol=1e-4):
+                return scaling
+    raise ModelError(
+        f"{file.path} has rotary frequency factors in {_ROPE_FACTORS!r} that are not Llama 3.1's with low_freq_factor "
+        f"1, high_freq_factor 4 and original length {stored}; load the model's safetensors instead"
+    )
+
+
+def _refuse_unsupported(meta: _Metadata, head_dim: int) -> None:
+    meta.refuse("rope.scaling.type", ("none",))
+    meta.refuse("rope.dimension_count", (head_dim,))
+    meta.refuse("attention.key_length", (head_dim,))
+    meta.refuse("attention.value_length", (head_dim,))
+    meta.refuse("attention.sliding_window", (0,))
+    meta.refuse("attention.causal", (True,))
+    meta.refuse("expert_count", (0,))
+
+
+def _token_id(meta: _Metadata, key: str) -> int | None:
+    value = meta.values.get(f"tokenizer.ggml.{key}")
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def read_config(file: GGUFFile) -> ModelConfig:
+    """Build a ``ModelConfig`` from a GGUF file's metadata; the vocabulary's size is that of the embedding.
+
+    Raises:
+        ModelError: for another architecture, a missing or impossible value, or an option that is not implemented.
+    """
+    meta = _Metadata(file.path, file.metadata)
+    heads = meta.number("attention.head_count", int)
+    hidden = meta.number("embedding_length", int)
+    head_dim = meta.number("attention.key_length", int, default=hidden // max(heads, 1))
+    _refuse_unsupported(meta, head_dim)
+    embedding = file.tensors.get(GGUF_NAMES["embed"])
+    if embedding is None:
+        raise ModelError(f"{file.path} has no tensor {GGUF_NAMES['embed']!r}; is it a whole model?")
+    layers = meta.number("block_count", int)
+    if layers > len(file.tensors):
+        raise ModelError(f"{file.path} claims {layers} layers and has {len(file.tensors)} tensors; get the file again")
+    eos = (_token_id(meta, "eos_token_id"), _token_id(meta, "eot_token_id"))
+    try:
+        config = ModelConfig(
+            vocab_size=embedding.shape[0],
+            hidden_size=hidden,
+            intermediate_size=meta.number("feed_forward_length", int),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=meta.number("attention.head_count_kv", int, default=heads),
+            head_dim=head_dim,
+            rope_theta=meta.number("rope.freq_base", float, default=_DEFAULT_THETA),
+            # Stored as float32: 9.999999747e-06 was written as 1e-5.
+            rms_norm_eps=float(f"{meta.number('attention.layer_norm_rms_epsilon', float):.6g}"),
+            tie_word_embeddings=GGUF_NAMES["lm_head"] not in file.tensors,
+            qkv_bias=meta.architecture == "qwen2",
+            qk_norm=meta.architecture == "qwen3",
+            max_position_embeddings=meta.number("context_length", int),
+            bos_token_id=_token_id(meta, "bos_token_id"),
+            eos_token_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),
+            model_type=meta.architecture,
+        )
+        return dataclasses.replace(config, rope_scaling=_rope_scaling(file, meta, config))
+    except ConfigError as error:
+        raise ModelError(f"{file.path}: {error}") from error
+
+
+def unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo GGUF's order of a query or key projection ``[heads * C, D]``: pairs side by side back to two halves."""
+    return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, dict[str, Any], Any]:
+    """Load ``(config, params, tokenizer)`` from a GGUF file, parameters dequantised to ``dtype``.
+
+    The tokenizer is a transformers ``PreTrainedTokenizerFast``, or ``None`` if the file has none.
+
+    Raises:
+        ModelError: if the file is damaged, or is a model or tokenizer of a kind that is not supported.
+    """
+    file = open_gguf(path)
+    try:
+        config = read_config(file)
+        slots = tensor_slots(config, GGUF_NAMES)
+        found = {name: info.shape for name, info in file.tensors.items() if name != _ROPE_FACTORS}
+        check_tensors(slots, found, str(path))
+        heads = {}
+        if config.model_type == "llama":
+            heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+
+        def read(name: str) -> np.ndarray:
+            site = slots[name].path[-1]
+            weight = file.read(name)
+            return unpermute_rows(weight, heads[site]) if site in heads else weight
+
+        tokenizer = gguf_tokenizer(file.metadata, config.vocab_size, str(path))
+        return config, build_params(config, slots, read, dtype), tokenizer
+    except PreftError:
+        raise
+    except Exception as error:
+        # Metadata of the wrong type can fail anywhere in the packages underneath.
+        raise ModelError(f"cannot read GGUF file {path}: {type(error).__name__}: {error}") from error

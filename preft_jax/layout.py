@@ -1,0 +1,60 @@
+"""Stored layouts of the weights, as named transforms of the canonical tree.
+
+The canonical tree (``preft_jax/model.py``) has one ``[input, output]`` array for each linear. Serving reads each
+weight once a step, so it fuses the linears that share an input (``qkv``, ``gate_up``) and stores them the way the
+backend streams them best: ``[output, input]`` on the CPU.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from preft_jax.model import Params
+
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A linear weight stored as ``[output, input]``."""
+
+    w_FD: jax.Array
+
+
+def linear(x: jax.Array, weight: jax.Array | Transposed, dtype: Any = None) -> jax.Array:
+    """``x @ weight`` for ``x [..., D]`` and a weight in any layout, accumulated in float32; ``dtype`` defaults to that
+    of ``x``.
+    """
+    w, axis = (weight.w_FD, 1) if isinstance(weight, Transposed) else (weight, 0)
+    contract = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+
+
+def fused_layout(params: Params, *, transpose: bool) -> Params:
+    """Return the serving tree: q, k, v fused to ``qkv``, gate and up to ``gate_up``, biases likewise.
+
+    Args:
+        params: the canonical tree; not changed.
+        transpose: store linears as ``[output, input]``.
+    """
+
+    def stored(w_DF: jax.Array) -> jax.Array | Transposed:
+        return Transposed(jnp.asarray(w_DF).T) if transpose else w_DF
+
+    def one(layer: Params) -> Params:
+        out = {name: value for name, value in layer.items() if name.endswith("norm")}
+        for name, parts in FUSED.items():
+            out[name] = stored(jnp.concatenate([layer[part] for part in parts], axis=1))
+        for name in ("o", "down"):
+            out[name] = stored(layer[name])
+        if "q_bias" in layer:
+            out["qkv_bias"] = jnp.concatenate([layer["q_bias"], layer["k_bias"], layer["v_bias"]])
+        return out
+
+    fused = {**params, "layers": [one(layer) for layer in params["layers"]]}
+    if "lm_head" in params:
+        fused["lm_head"] = stored(params["lm_head"])
+    return fused

@@ -1,0 +1,139 @@
+"""``load_model``: from a name or a path to a ``Model`` with its parameters on the device."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from preft_jax.config import PRESETS, ModelConfig
+from preft_jax.errors import ConfigError, ModelError, did_you_mean
+from preft_jax.io.digest import model_digest, preset_digest
+from preft_jax.io.gguf import load_gguf
+from preft_jax.io.hf import load_hf_model, weight_files
+from preft_jax.io.hub import SMOLLM2_135M, cache_dir, hub_snapshot, packaged_gguf
+from preft_jax.io.tokenizer import byte_tokenizer
+from preft_jax.io.weights import MAX_DIFFERENCES
+from preft_jax.model import init_params
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes a model can be loaded in."""
+
+_BUILT_IN = "smollm2-135m"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A base model.
+
+    Attributes:
+        config: its shape.
+        params: the parameter tree (see ``preft_jax.model``), on the default device.
+        tokenizer: a transformers ``PreTrainedTokenizerFast``, or ``None`` if the model came without one.
+        digest: SHA-256 (hex) of config and weights, the same for every dtype it is loaded in.
+    """
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Any
+    digest: str
+
+
+def resolve_dtype(dtype: Any = None) -> jnp.dtype:
+    """Return the dtype to load a model in: float32 on CPU and bfloat16 elsewhere, unless one is given.
+
+    Raises:
+        ConfigError: for anything but float32, bfloat16 and float16, by name or as a dtype.
+    """
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or resolved.name not in DTYPES:
+        raise ConfigError(
+            f"dtype {dtype!r} is not allowed{did_you_mean(str(dtype), DTYPES)}; allowed: {', '.join(DTYPES)}"
+        )
+    return resolved
+
+
+def load_model(name_or_path: str | Path, dtype: Any = None, check_finite: bool = False, seed: int = 0) -> Model:
+    """Load a base model.
+
+    Args:
+        name_or_path: in this order: a directory with Hugging Face safetensors; a ``.gguf`` file; ``"smollm2-135m"``,
+            the built-in model (fetched by pip once, then cached); another preset's name (random weights); a Hub id
+            ``"org/name"``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default float32 on CPU, bfloat16 elsewhere.
+        check_finite: look for NaN and infinity in the weights (reads all of them).
+        seed: of a preset's random weights; not used otherwise.
+
+    Raises:
+        ModelError: if there is no such model, or it cannot be read or trusted.
+        ConfigError: if the model's kind or ``dtype`` is not supported.
+    """
+    resolved = resolve_dtype(dtype)
+    model = _load(name_or_path, resolved, seed)
+    if check_finite:
+        _check_finite(model.params, str(name_or_path))
+    return model
+
+
+def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int) -> Model:
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_directory(path, dtype)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}; give the path of a GGUF file that exists")
+        return _load_gguf(path, dtype)
+    if name == _BUILT_IN:
+        return _load_gguf(packaged_gguf(SMOLLM2_135M, cache_dir()), dtype)
+    if name in PRESETS:
+        return _make_preset(name, dtype, seed)
+    if _HUB_ID.fullmatch(name):
+        return _load_directory(hub_snapshot(name), dtype)
+    raise ModelError(
+        f"there is no model {name!r}{did_you_mean(name, PRESETS)}; allowed: a directory with safetensors, a .gguf "
+        f"file, {', '.join(PRESETS)}, or a Hugging Face Hub id such as 'org/name'"
+    )
+
+
+def _load_directory(directory: Path, dtype: jnp.dtype) -> Model:
+    config, params, tokenizer = load_hf_model(directory, dtype)
+    return Model(config, params, tokenizer, model_digest(config, weight_files(directory), cache_dir()))
+
+
+def _load_gguf(path: Path, dtype: jnp.dtype) -> Model:
+    config, params, tokenizer = load_gguf(path, dtype)
+    return Model(config, params, tokenizer, model_digest(config, [path], cache_dir()))
+
+
+def _make_preset(name: str, dtype: jnp.dtype, seed: int) -> Model:
+    """Make a preset with random weights: the same ones, rounded, in every dtype, as the digest promises."""
+    config = PRESETS[name]
+
+    @jax.jit
+    def make(key: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, key, jnp.float32))
+
+    tokenizer = byte_tokenizer() if name == "tiny" else None
+    return Model(config, make(jax.random.key(seed)), tokenizer, preset_digest(config, name, seed))
+
+
+def _check_finite(params: Any, where: str) -> None:
+    """Raise ``ModelError`` naming the parameters that hold NaN or infinity."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    finite = jax.device_get([jnp.isfinite(leaf).all() for _, leaf in leaves])
+    bad = [jax.tree_util.keystr(path) for (path, _), good in zip(leaves, finite, strict=True) if not good]
+    if bad:
+        more = f" and {len(bad) - MAX_DIFFERENCES} more" if len(bad) > MAX_DIFFERENCES else ""
+        raise ModelError(
+            f"{where} has NaN or infinite weights in {', '.join(bad[:MAX_DIFFERENCES])}{more}; get the model again, or "
+            "load it in a dtype with a wider range"
+        )

@@ -1,0 +1,35 @@
+"""The one legend for the axis letters that end array names, as in ``x_TD`` or ``a_PDR``.
+
+========  ==================================================================
+``T``     tokens of a packed batch, requests one after the other
+``S``     tokens of one padded sequence, or keys that a query may look at
+``B``     requests (sequences) in a batch
+``Q``     queries of one request in a batch, padded
+``D``     model width (``hidden_size``), or the input width of an edit's site
+``F``     feed-forward width, or the output width of an edit's site
+``H``     query heads
+``K``     key/value heads
+``C``     channels of one head (``head_dim``)
+``V``     vocabulary
+``L``     layers
+``P``     pages of a pool (KV pages, or rank pages of the adapter bank)
+``N``     tiles: fixed-size runs of tokens of a packed batch
+``E``     entries of a tile's (or a row's) list of rank pages
+``R``     rank; inside a rank page always ``RANK_PAGE``
+``G``     position groups of an edit mask (0: edited, or first; 1: last)
+========  ==================================================================
+
+``bool`` masks are named ``mask_...``; counts and cumulative counts are ``int32``.
+"""
+
+RANK_PAGE = 16
+"""Rank of one page of the adapter bank: an edit of rank 48 occupies three pages."""
+
+NUM_GROUPS = 2
+"""Position groups of every edit mask."""
+
+LINEAR_SITES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven linears of a layer that a LoRA may edit, in the order of computation."""
+
+SITES = (*LINEAR_SITES, "block")
+"""Every site of a layer that a low-rank edit may act on; ``block`` is the residual stream after the layer."""
