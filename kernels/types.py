@@ -1,8 +1,11 @@
 """The arrays that low-rank-edit kernels share. Axis letters: ``preft_jax/shapes.py``."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+
+Array = Any
+"""A ``jax.Array`` inside a program; a NumPy array where the host packs what the program will be called with."""
 
 
 class PagePool(NamedTuple):
@@ -24,7 +27,7 @@ class TilePages(NamedTuple):
     tile size is T // N.
     """
 
-    page_NE: jax.Array
-    start_NE: jax.Array
-    end_NE: jax.Array
-    group_NE: jax.Array
+    page_NE: Array
+    start_NE: Array
+    end_NE: Array
+    group_NE: Array

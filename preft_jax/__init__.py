@@ -16,11 +16,11 @@ from preft_jax.errors import ConfigError as ConfigError
 from preft_jax.errors import ModelError as ModelError
 from preft_jax.errors import PreftError as PreftError
 from preft_jax.errors import RequestError as RequestError
-from preft_jax.generate import Completion as Completion
-from preft_jax.generate import Generator as Generator
-from preft_jax.generate import Limits as Limits
-from preft_jax.generate import Request as Request
 from preft_jax.generate import generate as generate
+from preft_jax.generator import Completion as Completion
+from preft_jax.generator import Generator as Generator
+from preft_jax.generator import Limits as Limits
+from preft_jax.generator import Request as Request
 from preft_jax.io.adapter_files import load_adapter as load_adapter
 from preft_jax.io.adapter_files import save_adapter as save_adapter
 from preft_jax.loading import Model as Model

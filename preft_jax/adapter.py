@@ -179,9 +179,7 @@ PEFT_MODULES: Mapping[str, str] = {
 
 
 def _match_pattern(pattern: Mapping[str, Any], layer: int, site: str, default: Any) -> Any:
-    """Look a site up in a rank or alpha pattern the way PEFT does: keys are matched against the end of the module
-    path.
-    """
+    """Look a site up in a rank or alpha pattern as PEFT does: keys match the end of the module path."""
     if not pattern:
         return default
     path = f"model.layers.{layer}.{PEFT_MODULES[site]}"
@@ -280,8 +278,7 @@ def random_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array, *,
 
 
 def orthonormal_rows(r_RD: jax.Array) -> jax.Array:
-    """Return the matrix with orthonormal rows nearest in Gram-Schmidt's order; rows already orthonormal stay as they
-    are.
+    """Return Gram-Schmidt's orthonormal rows; rows that are orthonormal already stay as they are.
 
     Reduced QR of the transpose with the signs fixed so that the triangular factor's diagonal is positive.
     Differentiable.
@@ -349,9 +346,7 @@ def _digest(config: AdapterConfig, params: Any) -> str:
 
 
 def check_fits(adapter: Adapter, model: ModelConfig) -> None:
-    """Raise ``AdapterError`` listing every leaf of the adapter that is missing, extra or of the wrong shape for
-    ``model``.
-    """
+    """Raise ``AdapterError`` listing every leaf that is missing, extra or of the wrong shape for ``model``."""
     expected = _flat_shapes(adapter_shapes(adapter.config, model))
     given = {name: np.shape(leaf) for name, leaf in _flat_leaves(adapter.params)}
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in given]

@@ -20,9 +20,7 @@ class Attention(Protocol):
 
 
 class PagedAttention:
-    """Writes the new keys and values to the cache, then attends over it. ``cache`` is the cache after all layers so
-    far.
-    """
+    """Writes new keys and values to the cache, then attends over it; ``cache`` is its state after all layers so far."""
 
     def __init__(
         self,
@@ -58,9 +56,7 @@ class DenseAttention(NamedTuple):
 
 
 def dense_attention(segments_BS: jax.Array) -> DenseAttention:
-    """Return causal attention that stays within equal, positive segment ids (0 marks padding, which sees itself
-    only).
-    """
+    """Return causal attention within equal segment ids; padding (0) sees earlier padding only."""
     size = segments_BS.shape[1]
     same = segments_BS[:, :, None] == segments_BS[:, None, :]
     causal = jnp.tril(jnp.ones((size, size), bool))

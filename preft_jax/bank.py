@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.types import PagePool
-from preft_jax.adapter import Adapter, fold
+from preft_jax.adapter import Adapter, AdapterConfig, fold
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError
 from preft_jax.shapes import RANK_PAGE, SITES
@@ -61,9 +61,19 @@ def num_rank_pages(rank: int) -> int:
     return -(-rank // RANK_PAGE)
 
 
+def adapter_page_counts(config: AdapterConfig, model: ModelConfig) -> dict[str, int]:
+    """Return how many rank pages an adapter takes at each site that it edits."""
+    layers = [layer for layer in range(model.num_hidden_layers) if config.edits_layer(layer)]
+    return {
+        site: num_rank_pages(max((config.rank_at(layer, site) for layer in layers), default=0)) * config.groups
+        for site in config.targets
+    }
+
+
 class PackedSite(NamedTuple):
-    """One site of a folded adapter cut to pages, all layers: float32 ``[L, n, D, 16]``, ``[L, n, 16]``, ``[L, n, 16,
-    F]``.
+    """One site of a folded adapter cut to n pages; float32 ``a [L, n, D, 16]``, ``c [L, n, 16]``, ``b [L, n, 16, F]``.
+
+    ``groups`` names the mask column that switches each page.
     """
 
     a: np.ndarray
@@ -81,11 +91,13 @@ def pack_adapter(adapter: Adapter, config: ModelConfig) -> dict[str, PackedSite]
     with jax.default_device(jax.devices("cpu")[0]):
         layers = jax.tree.map(np.asarray, fold(adapter)["layers"])
     groups = adapter.config.groups
+    counts = adapter_page_counts(adapter.config, config)
     packed = {}
     for site in adapter.config.targets:
         d, f = config.site_shape(site)
-        per_group = num_rank_pages(max(edits[site].a_DR.shape[1] for edits in layers if site in edits) // groups)
-        n, ranks = per_group * groups, per_group * RANK_PAGE
+        n = counts[site]
+        per_group = n // groups
+        ranks = per_group * RANK_PAGE
         a = np.zeros((len(layers), groups, d, ranks), np.float32)
         c = np.zeros((len(layers), groups, ranks), np.float32)
         b = np.zeros((len(layers), groups, ranks, f), np.float32)

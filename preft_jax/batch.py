@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from kernels.types import TilePages
+from kernels.types import Array, TilePages
 from preft_jax.bank import AdapterPages
 from preft_jax.cache import NO_SLOT
 from preft_jax.errors import RequestError
@@ -27,6 +26,27 @@ def bucket(n: int, smallest: int = 1) -> int:
     return size
 
 
+def plan_chunks(lengths: Sequence[int], *, budget: int, max_requests: int) -> list[list[tuple[int, int, int]]]:
+    """Cut prompts into prefill calls of at most ``budget`` tokens and ``max_requests`` requests, first come first.
+
+    Returns:
+        For each call a list of ``(request, start, end)``; a request's spans follow one another.
+    """
+    calls: list[list[tuple[int, int, int]]] = []
+    room, call = 0, []
+    for request, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if room == 0 or len(call) == max_requests:
+                room, call = budget, []
+                calls.append(call)
+            end = min(length, start + room)
+            call.append((request, start, end))
+            room -= end - start
+            start = end
+    return calls
+
+
 class PrefillBatch(NamedTuple):
     """Tokens to prefill, packed. All arrays int32 unless said otherwise.
 
@@ -35,27 +55,27 @@ class PrefillBatch(NamedTuple):
     ``page_table_BP``, ``last_token_B`` (row whose logits are returned) and, for each site, the rank pages of each tile.
     """
 
-    tokens_T: jax.Array
-    positions_T: jax.Array
-    slots_T: jax.Array
-    edit_mask_TG: jax.Array
-    query_start_B1: jax.Array
-    kv_len_B: jax.Array
-    page_table_BP: jax.Array
-    last_token_B: jax.Array
+    tokens_T: Array
+    positions_T: Array
+    slots_T: Array
+    edit_mask_TG: Array
+    query_start_B1: Array
+    kv_len_B: Array
+    page_table_BP: Array
+    last_token_B: Array
     tiles: Mapping[str, TilePages]
 
 
 class DecodeBatch(NamedTuple):
     """One token a row to decode. int32.
 
-    ``tokens_B`` at ``positions_B``, where their KV is written, over the pages of ``page_table_BP``; a row with position -1
-    is idle.
+    ``tokens_B`` at ``positions_B``, where their KV is written, over the pages of ``page_table_BP``; a row with
+    position -1 is idle.
     """
 
-    tokens_B: jax.Array
-    positions_B: jax.Array
-    page_table_BP: jax.Array
+    tokens_B: Array
+    positions_B: Array
+    page_table_BP: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,9 +110,12 @@ def pack_prefill(
     page_table_width: int,
     page_size: int,
     tile: int,
+    min_entries: int = 1,
     sites: Sequence[str] = SITES,
 ) -> PrefillBatch:
     """Pack spans into one batch of padded size ``num_tokens`` x ``num_requests``.
+
+    The lists of rank pages are as wide as the fullest tile needs, at least ``min_entries``, rounded up by ``bucket``.
 
     Raises:
         RequestError: if the spans do not fit.
@@ -124,11 +147,11 @@ def pack_prefill(
         page_table[row, :held] = span.kv_pages[:held]
         at += n
     tiles = {site: _tile_pages(site, spans, num_tokens // tile, tile) for site in sites}
-    width = bucket(max(tile_pages.page_NE.shape[1] for tile_pages in tiles.values())) if tiles else 1
+    width = bucket(max([min_entries, *(tile_pages.page_NE.shape[1] for tile_pages in tiles.values())]))
     tiles = {
         site: TilePages(*(_pad_entries(array, width) for array in tile_pages)) for site, tile_pages in tiles.items()
     }
-    return PrefillBatch(tokens, positions, slots, mask, query_start, kv_len, page_table, last_token, tiles)  # pyright: ignore[reportArgumentType]
+    return PrefillBatch(tokens, positions, slots, mask, query_start, kv_len, page_table, last_token, tiles)
 
 
 def _tile_pages(site: str, spans: Sequence[Span], num_tiles: int, tile: int) -> TilePages:
@@ -152,14 +175,22 @@ def _tile_pages(site: str, spans: Sequence[Span], num_tiles: int, tile: int) -> 
     return TilePages(*table)
 
 
+def max_entries(sizes: Sequence[int], page_counts: Sequence[int], tile: int) -> int:
+    """Return the most rank pages that one tile lists when spans of these sizes, with so many pages each, are packed."""
+    at, most = 0, [0] * (-(-sum(sizes) // tile) or 1)
+    for size, count in zip(sizes, page_counts, strict=True):
+        for n in range(at // tile, -(-(at + size) // tile)):
+            most[n] += count
+        at += size
+    return max(most)
+
+
 def _pad_entries(array: np.ndarray, width: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])))
 
 
 def pack_rows(places: Sequence[AdapterPages], sites: Sequence[str] = SITES) -> dict[str, np.ndarray]:
-    """Return for each site the page list of each row, int32 ``[B, E]`` padded with the null page: what a decode edit
-    takes.
-    """
+    """Return each site's page list of each row, int32 ``[B, E]`` padded with the null page, for a decode edit."""
     longest = max((len(place.pages) for where in places for place in where.values()), default=1)
     width = bucket(longest)
     rows = {}

@@ -15,8 +15,9 @@ NO_SLOT = np.iinfo(np.int32).max
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, ``[pages, page size, KV heads, C]`` each. A token's *slot* is page * page size +
-    offset.
+    """Keys and values of every layer, ``[pages, page size, KV heads, C]`` each.
+
+    A token's *slot* is page * page size + offset.
     """
 
     k: list[jax.Array]
@@ -45,9 +46,7 @@ def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) 
 
 
 def write_kv(pool_PSKC: jax.Array, slots_T: jax.Array, new_TKC: jax.Array) -> jax.Array:
-    """Return the pool with each token's row written at its slot; slots past the pool are dropped. In place if
-    donated.
-    """
+    """Return the pool with each token's row written at its slot (in place if donated); slots past it are dropped."""
     pages, page_size, *rest = pool_PSKC.shape
     flat = pool_PSKC.reshape(pages * page_size, *rest)
     flat = flat.at[slots_T].set(new_TKC.astype(pool_PSKC.dtype), mode="drop")

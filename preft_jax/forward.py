@@ -32,10 +32,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Return the rotary frequencies, float32 ``[C / 2]`` (Su et al., arXiv 2104.09864), with Llama 3.1's scaling if
-    set.
+    """Return the rotary frequencies, float32 ``[C / 2]`` (Su et al., arXiv 2104.09864).
 
-    The scaling divides wavelengths beyond the original context by ``factor`` and blends in between.
+    Llama 3.1's scaling, if set, divides wavelengths beyond the original context by ``factor`` and blends in between.
     """
     c = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (np.arange(0, c, 2, dtype=np.float32) / c)
@@ -86,8 +85,9 @@ def decoder_layer(
     attention: Attention,
     edits: Edits,
 ) -> jax.Array:
-    """One layer on a residual stream ``x [..., D]`` with any leading axes. Edits act on each linear's output, then on
-    the stream.
+    """One layer on a residual stream ``x [..., D]`` with any leading axes.
+
+    Edits act on each linear's output, then on the stream.
     """
     with jax.named_scope("attention"):
         h = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
@@ -197,9 +197,7 @@ def decode(config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBat
 def decode_adapted(
     config: ModelConfig, params: Params, bank: Bank, pages: dict[str, jax.Array], cache: KVCache, batch: DecodeBatch
 ) -> tuple[jax.Array, KVCache]:
-    """Decode one token a row where rows may have an all-token adapter: ``pages[site]`` is int32 ``[B, E]``, 0 for
-    none.
-    """
+    """Decode one token a row, some rows with an all-token adapter; ``pages[site]`` is int32 ``[B, E]``, 0 for none."""
     return _decode(config, params, cache, batch, RowEdits(bank, pages))
 
 

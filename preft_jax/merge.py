@@ -13,13 +13,13 @@ def check_mergeable(config: AdapterConfig) -> None:
     """Raise ``AdapterError`` if an adapter cannot become part of a base model's weights, with the reason."""
     if config.kind != "lora":
         raise AdapterError(
-            f"a {config.kind} adapter cannot be merged: it edits the residual stream, which no linear's weight holds; serve "
-            "it as an adapter"
+            f"a {config.kind} adapter cannot be merged: it edits the residual stream, which no linear's weight holds; "
+            "serve it as an adapter"
         )
     if config.prefill_only:
         raise AdapterError(
-            f"an adapter with positions {config.positions!r} cannot be merged: merged weights act on every token, generated "
-            "ones too, and it was trained for prompt tokens; serve it as an adapter"
+            f"an adapter with positions {config.positions!r} cannot be merged: merged weights act on every token, "
+            "generated ones too, and it is for prompt tokens only; serve it as an adapter"
         )
     if config.assistant_turns == "skip":
         raise AdapterError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.types import Array
 from preft_jax import forward
 from preft_jax.bank import Bank
 from preft_jax.batch import DecodeBatch
@@ -26,11 +27,11 @@ class DecodeState(NamedTuple):
     tokens, padded with -1.
     """
 
-    token_B: jax.Array
-    position_B: jax.Array
-    remaining_B: jax.Array
-    page_table_BP: jax.Array
-    stop_BE: jax.Array
+    token_B: Array
+    position_B: Array
+    remaining_B: Array
+    page_table_BP: Array
+    stop_BE: Array
 
 
 class Drawn(NamedTuple):

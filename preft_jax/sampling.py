@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.types import Array
 from preft_jax.errors import RequestError
 
 
@@ -59,11 +60,11 @@ class SamplingArrays(NamedTuple):
     uint32.
     """
 
-    temperature_B: jax.Array
-    top_k_B: jax.Array
-    top_p_B: jax.Array
-    min_p_B: jax.Array
-    seed_B: jax.Array
+    temperature_B: Array
+    top_k_B: Array
+    top_p_B: Array
+    min_p_B: Array
+    seed_B: Array
 
 
 def sampling_arrays(params: Sequence[SamplingParams], seeds: Sequence[int], size: int) -> SamplingArrays:
@@ -75,7 +76,7 @@ def sampling_arrays(params: Sequence[SamplingParams], seeds: Sequence[int], size
         np.asarray([p.top_p for p in rows], np.float32),
         np.asarray([p.min_p for p in rows], np.float32),
         np.asarray([*seeds, *[0] * (size - len(params))], np.uint32),
-    )  # pyright: ignore[reportArgumentType]
+    )
 
 
 class Sample(NamedTuple):

@@ -30,7 +30,7 @@ def read_pair(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
     for last in (False, False, True):
         try:
             config = read_bytes(path / CONFIG_FILE, error=AdapterError, advice=ADVICE)
-            tensors = read_safetensors(_current_tensors(path), error=AdapterError, advice=ADVICE)
+            tensors = read_safetensors(current_tensors(path), error=AdapterError, advice=ADVICE)
             if config == read_bytes(path / CONFIG_FILE, error=AdapterError, advice=ADVICE):
                 return config, tensors
         except AdapterError:
@@ -39,7 +39,7 @@ def read_pair(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
     raise AdapterError(f"{path} changes while it is read; load it when it is no longer being written")
 
 
-def _current_tensors(path: Path) -> Path:
+def current_tensors(path: Path) -> Path:
     """Return the file with the tensors of the directory's config: the pending one if only its rename is missing."""
     if (path / _PENDING_TENSORS).exists() and not (path / _PENDING_CONFIG).exists():
         return path / _PENDING_TENSORS
@@ -79,7 +79,7 @@ def write_pair(path: Path, config: bytes, tensors: bytes) -> None:
 
 def _settle(path: Path) -> None:
     """Finish or undo what an interrupted save left."""
-    if _current_tensors(path) == path / _PENDING_TENSORS:
+    if current_tensors(path) == path / _PENDING_TENSORS:
         os.replace(path / _PENDING_TENSORS, path / TENSORS_FILE)
     _discard(path, made=False)
 

@@ -1,8 +1,8 @@
 """Conversion of pyreft folders (Wu et al., arXiv 2404.03592) to our adapters; needs torch, once.
 
-A folder holds ``config.json``, an ``IntervenableConfig`` of pyvene, and for each intervention ``intkey_{key}.bin``, a torch
-pickle of its state dict. The pickles are read with ``weights_only=True``, which runs no code; nothing else here reads
-``.bin`` files.
+A folder holds ``config.json``, an ``IntervenableConfig`` of pyvene, and for each intervention ``intkey_{key}.bin``, a
+torch pickle of its state dict. The pickles are read with ``weights_only=True``, which runs no code; nothing else here
+reads ``.bin`` files.
 
 =======================  =======================================  ===============================
 pyreft's class           output                                   our kind
@@ -12,8 +12,8 @@ pyreft's class           output                                   our kind
 ``NodireftIntervention`` h + (h Wᵀ + b) P          P: [r, d]      ``direft``, not orthonormal
 =======================  =======================================  ===============================
 
-R has orthonormal columns. Without shared weights pyreft lists every layer twice: the interventions of the first half act on
-the first positions, those of the second half on the last ones. Positions and ``act_fn`` are not in the folder.
+R has orthonormal columns. Without shared weights pyreft lists every layer twice: the interventions of the first half
+act on the first positions, those of the second half on the last ones. Positions and ``act_fn`` are not in the folder.
 """
 
 import collections
@@ -42,8 +42,8 @@ _KINDS: Mapping[str, tuple[str, bool]] = {
 
 _LINEAR_ACT_FNS = (None, "linear")
 _FIELDS = ("layer", "component", "unit", "max_number_of_units", "low_rank_dimension")
-_ORTHONORMAL_TOLERANCE = 0.05
-"""Largest error of ``RᵀR`` that is rounding (bfloat16 columns of any width stay below it) and not another parametrisation."""
+_ORTHONORMAL_TOLERANCE = 0.02
+"""Largest error of ``RᵀR`` that is taken for rounding; columns stored in bfloat16 are off by 2⁻⁸ at most."""
 
 _BASE = "rotate_layer.parametrizations.weight.0.base"
 _FREE = "rotate_layer.parametrizations.weight.original"
@@ -51,7 +51,7 @@ _FREE = "rotate_layer.parametrizations.weight.original"
 
 @dataclasses.dataclass(frozen=True)
 class _Intervention:
-    """One intervention of the folder: its class's name, the layer after which it acts, and its state dict's file name."""
+    """One intervention of the folder: its class's name, the layer after which it acts, and its state dict's file."""
 
     name: str
     layer: int
@@ -84,7 +84,7 @@ def convert_pyreft(
         An adapter of kind ``loreft`` or ``direft``; float32 NumPy leaves.
 
     Raises:
-        AdapterError: if torch is missing, a file is missing or damaged, or the interventions cannot be said in one adapter.
+        AdapterError: if torch is missing, a file is missing or damaged, or the interventions are not one adapter.
     """
     folder = Path(src)
     if act_fn not in _LINEAR_ACT_FNS:
@@ -93,8 +93,8 @@ def convert_pyreft(
     groups = _groups(interventions, folder)
     if len(groups) == 2 and ("f" not in positions or "l" not in positions):
         raise AdapterError(
-            f"{folder} has interventions of their own for first and last positions; give positions such as 'f7+l7', not "
-            f"{positions!r}"
+            f"{folder} has interventions of their own for first and last positions; give positions such as 'f7+l7', "
+            f"not {positions!r}"
         )
     kind, orthonormal = _KINDS[interventions[0].name]
     leaves = {
@@ -132,7 +132,9 @@ def _read_interventions(folder: Path, model_config: ModelConfig) -> list[_Interv
     try:
         contents = json.loads(read_bytes(path, error=AdapterError, advice=_ADVICE))
         representations, classes = contents["representations"], contents["intervention_types"]
-        fields = [x if isinstance(x, dict) else dict(zip(_FIELDS, x, strict=False)) for x in representations]
+        fields: list[dict[str, Any]] = [
+            dict(x if isinstance(x, dict) else zip(_FIELDS, x, strict=False)) for x in representations
+        ]
         names = [re.findall(r"\w+", text)[-1] for text in classes]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as cause:
         raise AdapterError(f"{path} is not the config of a pyreft folder ({cause!r}); {_ADVICE}") from None
@@ -150,6 +152,9 @@ def _read_interventions(folder: Path, model_config: ModelConfig) -> list[_Interv
         key = f"layer_{layer}_comp_block_output_unit_pos_nunit_{width}#{seen[layer, width]}"
         seen[layer, width] += 1
         interventions.append(_Intervention(name, layer, str(folder / f"intkey_{key}.bin")))
+    extra = {str(file) for file in folder.glob("intkey_*.bin")} - {x.file for x in interventions}
+    if extra:
+        raise AdapterError(f"{path} does not name the intervention of {sorted(extra)[0]}; remove it or {_ADVICE}")
     return interventions
 
 
@@ -191,8 +196,8 @@ def _groups(interventions: list[_Intervention], folder: Path) -> list[dict[int, 
         parts = [interventions[:half], interventions[half:]]
     else:
         raise AdapterError(
-            f"{folder} has interventions at layers {layers}; allowed: each layer once, or all layers once for the first "
-            "positions and then, in the same order, once for the last ones"
+            f"{folder} has interventions at layers {layers}; allowed: each layer once, or all layers once for the "
+            "first positions and then, in the same order, once for the last ones"
         )
     return [{x.layer: x.file for x in part} for part in parts]
 
@@ -210,8 +215,8 @@ def _leaves(state: Mapping[str, np.ndarray], name: str, file: str) -> dict[str, 
         raise AdapterError(f"{file} lacks tensors of {name}; it holds {', '.join(sorted(state))}")
     if weight.ndim != 2 or projection.shape != weight.shape or bias.shape != weight.shape[:1]:
         raise AdapterError(
-            f"{file}: weight {list(weight.shape)}, bias {list(bias.shape)} and projection {list(projection.shape)} do not "
-            "belong together; expected [r, d], [r] and [r, d]"
+            f"{file}: weight {list(weight.shape)}, bias {list(bias.shape)} and projection {list(projection.shape)} do "
+            "not belong together; expected [r, d], [r] and [r, d]"
         )
     leaves = {"w": weight, "b": bias, "r": projection}
     if not all(np.isfinite(x).all() for x in leaves.values()):
@@ -236,8 +241,8 @@ def _projection(state: Mapping[str, np.ndarray], name: str) -> np.ndarray | None
 def _from_householder(free: np.ndarray, base: np.ndarray | None) -> np.ndarray:
     """Return the matrix ``[d, r]`` with orthonormal columns that torch's ``orthogonal`` parametrisation stores.
 
-    ``free`` holds Householder vectors below its diagonal and signs on it; the matrix is ``base`` times the first r columns of
-    ``H_1 ... H_r`` with those signs, where ``H_i = I - 2 v_i v_iᵀ / |v_i|²``.
+    ``free`` holds Householder vectors below its diagonal and signs on it; the matrix is ``base`` times the first r
+    columns of ``H_1 ... H_r`` with those signs, where ``H_i = I - 2 v_i v_iᵀ / |v_i|²``.
     """
     d, rank = free.shape
     columns = np.eye(d, rank)
@@ -251,18 +256,18 @@ def _from_householder(free: np.ndarray, base: np.ndarray | None) -> np.ndarray:
 def _load_state_dict(file: str) -> dict[str, np.ndarray]:
     """Return the tensors of a torch pickle as float32 arrays; other entries (pyvene's dimensions) are left out."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise AdapterError(
-            "pyreft stores torch pickles, and torch is not installed; install it for this one conversion with 'pip install "
-            "torch --index-url https://download.pytorch.org/whl/cpu'"
+            "pyreft stores torch pickles, and torch is not installed; install it for this one conversion with "
+            "'pip install torch --index-url https://download.pytorch.org/whl/cpu'"
         ) from None
     if not Path(file).is_file():
         raise AdapterError(f"{file} does not exist; {_ADVICE}")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         tensors = {key: x for key, x in state.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    except Exception as cause:
+    except Exception as cause:  # torch raises errors of a dozen kinds for files it does not know
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise AdapterError(f"{file} is not a torch state dict of plain tensors ({reason}); {_ADVICE}") from None
     return {key: x.detach().float().numpy() for key, x in tensors.items()}

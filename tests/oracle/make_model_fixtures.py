@@ -1,4 +1,5 @@
-"""Write what Hugging Face's models compute, for the tests of our forward pass and loaders. Needs torch; see ``.ci/oracle``.
+"""Write what Hugging Face's models compute, for the tests of our forward pass and loaders. Needs torch; see
+``.ci/oracle``.
 
     python tests/oracle/make_model_fixtures.py --output tests/fixtures/models --smollm2 tests/fixtures/smollm2
 
@@ -25,7 +26,8 @@ dequantised to float32:
     logits.npz   logits_0 .. logits_3     float32 [T, 3072]: every 16th column of text i's logits
                  logsumexp_0 .. _3        float32 [T]: over the whole vocabulary
                  bf16_max_abs_error       float32: over all texts and columns
-    greedy.json  [{"token_ids": [int], "margins": [float]}] for each prompt of "greedy": up to 32 tokens, the end of turn
+    greedy.json  [{"token_ids": [int], "margins": [float]}] for each prompt of "greedy": up to 32 tokens, the end of
+    turn
                  included, and by how much the chosen token's logit exceeded the next one's
 """
 
@@ -73,7 +75,8 @@ MODELS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "llama3": (
         "Llama",
         torch.float32,
-        {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings":
+        False},
     ),
     "smollm2": (
         "Llama",
@@ -102,9 +105,7 @@ def randomise(model: torch.nn.Module, rng: np.random.Generator) -> None:
             noise = rng.standard_normal(tuple(parameter.shape))
             if name.endswith("norm.weight"):
                 value = 1.0 + 0.2 * noise
-            elif name.endswith("bias"):
-                value = 0.5 * noise
-            elif "embed" in name:
+            elif name.endswith("bias") or "embed" in name:
                 value = 0.5 * noise
             else:
                 value = noise / np.sqrt(parameter.shape[1])
@@ -147,7 +148,7 @@ def make_small_model(name: str, directory: Path) -> None:
 
 
 def half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder rows from GGUF's (pair, half) to Hugging Face's (half, pair) in each head: row 2 i + j becomes j C/2 + i."""
+    """Reorder the rows of each head from GGUF's (pair, half) to (half, pair): row 2 i + j becomes row j C/2 + i."""
     head_dim = weight.shape[0] // heads
     within = [2 * i + j for j in range(2) for i in range(head_dim // 2)]
     return weight[[head * head_dim + row for head in range(heads) for row in within]]
@@ -166,7 +167,10 @@ def smollm2_model(path: Path) -> torch.nn.Module:
         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
-    state = {"model.embed_tokens.weight": tensors["token_embd.weight"], "model.norm.weight": tensors["output_norm.weight"]}
+    state = {
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+        "model.norm.weight": tensors["output_norm.weight"],
+    }
     for layer in range(config.num_hidden_layers):
         for ours, theirs in parts.items():
             state[f"model.layers.{layer}.{ours}.weight"] = tensors[f"blk.{layer}.{theirs}.weight"]

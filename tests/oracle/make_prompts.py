@@ -60,7 +60,8 @@ def main() -> None:
         return encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size).token_ids
 
     chats = [
-        [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(turns)] for turns in CHATS
+        [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(turns)]
+        for turns in CHATS
     ]
     content = {
         "texts": [{"text": text, "token_ids": ids(text)} for text in TEXTS],
