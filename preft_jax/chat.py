@@ -55,7 +55,7 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         encoded = EncodedPrompt(_encode_text(_require(tokenizer), prompt, add_special_tokens=True), ())
-    elif not isinstance(prompt, Sequence | np.ndarray):
+    elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
         raise RequestError(f"a prompt of type {type(prompt).__name__} is not allowed; give text, token ids or messages")
     elif len(prompt) and all(isinstance(item, Mapping) for item in prompt):
         encoded = render_chat(_require(tokenizer), prompt, add_generation_prompt=add_generation_prompt)
@@ -158,17 +158,26 @@ def _answer_extents(tokenizer: Any, messages: list[dict[str, str]], text: str) -
         if message["role"] != "assistant":
             continue
         try:
-            header = _render(tokenizer, messages[:index], True)
             through = _render(tokenizer, messages[: index + 1], False)
+            start = _header_end(tokenizer, messages[: index + 1], through)
         except (jinja2.TemplateError, ValueError):
             return None
-        if not (text.startswith(through) and through.startswith(header)):
+        end = _end_of_turn(tokenizer, through, start) if start is not None else None
+        if start is None or end is None or not text.startswith(through):
             return None
-        end = _end_of_turn(tokenizer, through, len(header))
-        if end is None:
-            return None
-        extents.append((len(header), end))
+        extents.append((start, end))
     return extents
+
+
+def _header_end(tokenizer: Any, messages: list[dict[str, str]], through: str) -> int | None:
+    """Return where the answer that ends ``messages``, whose text is ``through``, begins."""
+    if len(messages) > 1:
+        header = _render(tokenizer, messages[:-1], True)
+        return len(header) if through.startswith(header) else None
+    # Nothing precedes the answer, and templates do not render nothing: look for the header of the answer after it.
+    header = _render(tokenizer, messages, True).removeprefix(through)
+    at = through.find(header) if header else -1
+    return at + len(header) if at >= 0 else None
 
 
 def _end_of_turn(tokenizer: Any, text: str, start: int) -> int | None:

@@ -86,7 +86,7 @@ def load_model(name_or_path: str | Path, dtype: Any = None, check_finite: bool =
 def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int) -> Model:
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _load_directory(path, dtype)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -115,15 +115,14 @@ def _load_gguf(path: Path, dtype: jnp.dtype) -> Model:
 
 
 def _make_preset(name: str, dtype: jnp.dtype, seed: int) -> Model:
-    """Make a preset with random weights: the same ones, rounded, in every dtype, as the digest promises."""
+    """Make a preset with random weights: the same ones, rounded, in every dtype, as the digest promises.
+
+    They are drawn by one float32 program and rounded after it: fused, the last bit would depend on the fusion.
+    """
     config = PRESETS[name]
-
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, key, jnp.float32))
-
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, jax.random.key(seed), jnp.float32))
     tokenizer = byte_tokenizer() if name == "tiny" else None
-    return Model(config, make(jax.random.key(seed)), tokenizer, preset_digest(config, name, seed))
+    return Model(config, params, tokenizer, preset_digest(config, name, seed))
 
 
 def _check_finite(params: Any, where: str) -> None:

@@ -1,0 +1,1 @@
+"""Serving: the benchmark program and what it is made of."""

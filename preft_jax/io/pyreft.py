@@ -268,6 +268,7 @@ def _load_state_dict(file: str) -> dict[str, np.ndarray]:
         state = torch.load(file, map_location="cpu", weights_only=True)
         tensors = {key: x for key, x in state.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     except Exception as cause:  # torch raises errors of a dozen kinds for files it does not know
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise AdapterError(f"{file} is not a torch state dict of plain tensors ({reason}); {_ADVICE}") from None
+        raise AdapterError(
+            f"{file} is not a torch state dict of plain tensors ({type(cause).__name__}) and was not run; {_ADVICE}"
+        ) from None
     return {key: x.detach().float().numpy() for key, x in tensors.items()}

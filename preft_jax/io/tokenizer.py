@@ -67,7 +67,7 @@ def byte_tokenizer() -> Any:
     return _wrap(tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=_CHATML)
 
 
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -80,6 +80,11 @@ def load_tokenizer(directory: Path) -> Any:
         ModelError: if the files cannot be read.
     """
     present = [name for name in _VOCABULARY_FILES if (directory / name).is_file()]
+    if not present and (directory / "tokenizer_config.json").is_file():
+        raise ModelError(
+            f"{directory} has tokenizer_config.json and no vocabulary; allowed: {', '.join(_VOCABULARY_FILES)}. Restore "
+            "one, or remove the file to use the model with token ids only"
+        )
     if not present:
         return None
     with _without_torch_notice():

@@ -1,4 +1,4 @@
-"""Write what PEFT and pyreft store and compute, for the tests of our adapter files. Needs torch and peft; see ``.ci/oracle``.
+"""Write what PEFT and pyreft store and compute, for the tests of our adapter files; see ``.ci/oracle``.
 
     python tests/oracle/make_peft_fixtures.py --output tests/fixtures/peft
     python tests/oracle/make_peft_fixtures.py --check-ours DIR
@@ -26,7 +26,7 @@ All logits are computed in float32 from the tensors as they are stored. PEFT's a
     ===========  ==================================================================  ========
 
 and pyreft's are ``loreft`` (shared weights), ``loreft_unshared`` (weights of their own for first and last positions,
-layers 0 and 2), ``direft`` and ``nodireft``. pyreft and pyvene are installed without their dependencies into a temporary
+layers 0 and 2), ``direft`` and ``nodireft``. pyreft and pyvene are installed without dependencies into a temporary
 directory; what they import for plots and data sets is replaced by empty modules.
 
 ``--check-ours`` takes a directory of adapters that our code wrote with format "peft", such as

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
+from preft_jax.config import PRESETS
 from preft_jax.errors import ModelError, PreftError
 from preft_jax.io.gguf import GGUF_NAMES, load_gguf
 from preft_jax.io.gguf_file import open_gguf
@@ -298,7 +299,8 @@ def test_pre_tokenizers_split_digits_as_the_models_do(tmp_path, pre, text, piece
 
 
 @pytest.mark.parametrize(("pre", "add_bos", "expected"), [("smollm", None, False), ("smollm", True, True),
-                                                          ("llama-bpe", None, True), ("llama-bpe", False, False)])  # fmt: skip
+                                                          ("llama-bpe", None, True), ("llama-bpe", False, False)])  #
+                                                          fmt: skip
 def test_bos_is_added_where_the_file_or_its_family_says_so(tmp_path, pre, add_bos, expected):
     config, params, _ = load_hf_model(MODELS / "smollm2", jnp.float32)
     path = write_gguf(tmp_path / "one.gguf", config, params, tokenizer=byte_level(pre, add_bos=add_bos))
@@ -318,8 +320,6 @@ def test_special_tokens_merges_and_template(tmp_path):
 
 
 def test_smollm2_config(smollm2):
-    from preft_jax.config import PRESETS
-
     assert smollm2.config == PRESETS["smollm2-135m"]
     assert sum(leaf.size for leaf in jax.tree.leaves(smollm2.params)) == smollm2.config.num_params()
 
@@ -346,6 +346,5 @@ def test_smollm2_tokenizer_gives_the_ids_the_fixtures_were_made_for(smollm2):
         assert smollm2.tokenizer.encode(entry["text"]) == entry["token_ids"]
 
 
-def test_tied_head_of_fixture_table_matches_hf():
-    """Both name tables cover the same parameters."""
+def test_name_tables_cover_the_same_parameters():
     assert GGUF_NAMES.keys() == HF_NAMES.keys()

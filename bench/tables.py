@@ -1,0 +1,100 @@
+"""``python -m bench.tables``: rewrite the tables of README and docs from the committed result files.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json`` by the
+function of that name here, so that no figure in the text is written by hand. ``--check`` changes nothing and fails if
+a table is out of date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _machine(figures: dict[str, Any]) -> str:
+    device = figures["device"]
+    name = device.get("processor", device["kind"])
+    return f"{figures['date']}, {name}, jax {figures['versions']['jax']}, commit {figures['commit']}"
+
+
+def cpu_generation(figures: dict[str, Any]) -> str:
+    """Our tokens/s beside transformers'."""
+    rows = [
+        [
+            row["case"],
+            f"{row['ours_tokens_per_s']:.1f}",
+            f"{row['peer_tokens_per_s']:.1f}",
+            f"**{row['ratio']:.2f}** ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
+        ]
+        for row in figures["cases"]
+    ]
+    peer = ", ".join(f"{name} {version}" for name, version in figures["peer_versions"].items())
+    table = _markdown(["SmolLM2-135M, greedy, tokens/s", "preft-jax", "transformers", "ratio (min to max)"], rows)
+    return f"{table}\n{_machine(figures)}, {figures['threads']} threads; peer: {peer}.\n"
+
+
+def cpu_serve_bench(figures: dict[str, Any]) -> str:
+    """The three modes of ``serve.bench``."""
+    rows = []
+    for name, mode in figures["modes"].items():
+        ratio = figures["ratio_to_base"][name]
+        rows.append(
+            [
+                name.replace("_", "-"),
+                f"{mode['output_throughput']:.1f}",
+                f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+                f"{mode['mean_tpot_ms']:.0f}",
+            ]
+        )
+    header = ["mode", "output tokens/s", "vs base (95% interval)", "mean TPOT, ms"]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+
+
+TABLES = {"cpu-generation": cpu_generation, "cpu-serve-bench": cpu_serve_bench}
+
+
+def render(text: str) -> str:
+    """Return a document with every marked table made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match.group(2)
+        if name not in TABLES:
+            raise SystemExit(f"there is no table {name!r}; allowed: {', '.join(TABLES)}")
+        figures = json.loads((RESULTS / f"{name}.json").read_text())
+        return match.group(1) + TABLES[name](figures) + match.group(4)
+
+    return _BLOCK.sub(block, text)
+
+
+def documents() -> list[Path]:
+    """Return the documents that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    args = parser.parse_args(argv)
+    stale = [path for path in documents() if render(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{'out of date' if args.check else 'rewritten'}: {path.relative_to(ROOT)}")
+        if not args.check:
+            path.write_text(render(path.read_text()))
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

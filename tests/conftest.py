@@ -1,0 +1,111 @@
+"""What many tests share: base models, one adapter of every kind, and one set of limits so that few programs compile."""
+
+import dataclasses
+import sys
+import zlib
+from pathlib import Path
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+import preft_jax
+from preft_jax import AdapterConfig, Limits
+
+sys.path.append(str(Path(__file__).parent))
+
+hypothesis.settings.register_profile("preft", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("preft")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="draw other random inputs; each test has a stream of its own")
+
+
+@pytest.fixture
+def rng(request):
+    """Return random numbers for one test, other ones for each test and each ``--seed``."""
+    return np.random.default_rng([request.config.getoption("--seed"), zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return preft_jax.load_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def lively(tiny):
+    """Return ``tiny`` with weights so large that every token and every edit changes the logits visibly.
+
+    With the usual initialisation each token mostly predicts itself, and a test of attention or of an edit would
+    hardly see either.
+    """
+    rng = np.random.default_rng(7)
+
+    def louder(path, leaf):
+        if leaf.ndim == 1:
+            return (1 + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        sigma = 0.15 if "embed" in jax.tree_util.keystr(path) else leaf.shape[0] ** -0.5
+        return (sigma * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    params = jax.tree.map(jax.numpy.asarray, jax.tree_util.tree_map_with_path(louder, tiny.params))
+    return dataclasses.replace(tiny, params=params, digest="0" * 64)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Return the real built-in model."""
+    try:
+        return preft_jax.load_model("smollm2-135m")
+    except preft_jax.ModelError as error:
+        pytest.skip(f"smollm2-135m cannot be fetched here: {error}")
+
+
+ADAPTER_CONFIGS = {
+    "lora": AdapterConfig(rank=8, alpha=12.0),
+    "lora_r24": AdapterConfig(rank=24, targets=("q", "v", "o", "down")),
+    "lora_pattern": AdapterConfig(
+        rank=4,
+        alpha=6.0,
+        use_rslora=True,
+        layers=(0, 2),
+        rank_pattern={"q_proj": 40, "layers.2.mlp.up_proj": 17},
+        alpha_pattern={"self_attn.k_proj": 9.0},
+    ),
+    "direft": AdapterConfig(kind="direft", rank=8),
+    "direft_free": AdapterConfig(kind="direft", rank=5, orthonormal=False),
+    "loreft": AdapterConfig(kind="loreft", rank=8),
+    "loreft_f3l2": AdapterConfig(kind="loreft", rank=6, positions="f3+l2", share_weights=False),
+    "lora_all": AdapterConfig(rank=8, positions="all"),
+    "loreft_all": AdapterConfig(kind="loreft", rank=4, positions="all"),
+    "lora_skip": AdapterConfig(rank=8, assistant_turns="skip"),
+}
+"""One configuration of every kind."""
+
+PREFILL_ONLY = tuple(name for name, config in ADAPTER_CONFIGS.items() if config.prefill_only)
+ALL_TOKEN = tuple(name for name, config in ADAPTER_CONFIGS.items() if not config.prefill_only)
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny):
+    """Return one random adapter for each of ``ADAPTER_CONFIGS``, each strong enough to change most tokens."""
+    return {
+        name: preft_jax.random_adapter(config, tiny.config, jax.random.key(100 + i), strength=0.7)
+        for i, (name, config) in enumerate(ADAPTER_CONFIGS.items())
+    }
+
+
+@pytest.fixture(scope="session")
+def limits():
+    """Return limits that the tests of generation share: every prefill call has 64 tokens, in two tiles."""
+    return Limits(
+        max_num_seqs=8,
+        max_model_len=96,
+        page_size=8,
+        prefill_tokens=64,
+        prefill_seqs=8,
+        tile=32,
+        decode_steps=4,
+        bank_pages=64,
+    )

@@ -1,0 +1,64 @@
+"""The paged KV cache: shapes, refusals, and writes that land at their slots or nowhere."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from preft_jax import ConfigError, ModelConfig
+from preft_jax.cache import NO_SLOT, init_cache, pages_for, write_kv
+
+MODEL = ModelConfig(
+    vocab_size=32, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=4,
+)  # fmt: skip
+
+
+def test_shape_and_dtype():
+    cache = init_cache(MODEL, 5, 8, jnp.bfloat16)
+    assert (cache.num_pages, cache.page_size) == (5, 8)
+    assert len(cache.k) == len(cache.v) == 3
+    for pool in (*cache.k, *cache.v):
+        assert pool.shape == (5, 8, 2, 4)
+        assert pool.dtype == jnp.bfloat16
+        assert not np.asarray(pool).any()
+
+
+def test_every_pool_is_a_buffer_of_its_own():
+    """They are donated: one buffer given twice could not be."""
+    cache = init_cache(MODEL, 2, 4, jnp.float32)
+    pools = [*cache.k, *cache.v]
+    assert len({pool.unsafe_buffer_pointer() for pool in pools}) == len(pools)
+
+
+@pytest.mark.parametrize(("pages", "size"), [(0, 8), (3, 0), (-1, 8)])
+def test_an_empty_cache_is_refused(pages, size):
+    with pytest.raises(ConfigError, match=f"{pages} of {size}"):
+        init_cache(MODEL, pages, size, jnp.float32)
+
+
+def test_more_slots_than_an_index_can_name_are_refused():
+    with pytest.raises(ConfigError, match="slots"):
+        init_cache(MODEL, 2**27, 16, jnp.float32)
+
+
+def test_write_puts_rows_at_their_slots_and_drops_the_rest(rng):
+    pool = rng.standard_normal((4, 3, 2, 5)).astype(np.float32)
+    slots = np.array([7, NO_SLOT, 0, 11, 12, NO_SLOT], np.int32)
+    new = rng.standard_normal((6, 2, 5)).astype(np.float32)
+    written = np.asarray(write_kv(jnp.asarray(pool), jnp.asarray(slots), jnp.asarray(new)))
+    expected = pool.reshape(12, 2, 5).copy()
+    expected[[7, 0, 11]] = new[[0, 2, 3]]
+    np.testing.assert_array_equal(written, expected.reshape(pool.shape))
+
+
+def test_write_casts_to_the_cache(rng):
+    pool = jnp.zeros((1, 2, 1, 3), jnp.bfloat16)
+    new = rng.standard_normal((1, 1, 3)).astype(np.float32)
+    written = write_kv(pool, jnp.asarray([1], jnp.int32), jnp.asarray(new))
+    assert written.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(written[0, 1], new[0].astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (8, 1), (9, 2), (64, 8)])
+def test_pages_for(tokens, pages):
+    assert pages_for(tokens, 8) == pages
