@@ -27,6 +27,7 @@ from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
 from preft_jax.bank import num_rank_pages
 from preft_jax.batch import bucket
 from preft_jax.chat import EncodedPrompt
+from preft_jax.cli import hyphenated
 from preft_jax.generator import Generator, Limits, Request
 from preft_jax.io.adapter_files import save_adapter
 from preft_jax.io.hf import save_hf_model
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the peer (default: all cores)")
     parser.add_argument("--output-json", type=Path, default=None, help="also write the JSON line to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     figures = run(args)
     table = Table(title="greedy generation on the CPU, tokens/s of whole requests")
     for column in ("case", "ours", "transformers", "ratio (min to max)", "same text"):

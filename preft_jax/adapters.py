@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from preft_jax.adapter import Adapter, AdapterConfig
+from preft_jax.cli import hyphenated
 from preft_jax.config import PRESETS
 from preft_jax.errors import AdapterError, PreftError
 from preft_jax.io.adapter_files import FORMATS, load_adapter, read_adapter, save_adapter
@@ -214,22 +215,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _hyphenated(arguments: Sequence[str]) -> list[str]:
-    """Accept underscores in option names: ``--assistant_turns=skip`` is ``--assistant-turns=skip``."""
-    hyphenated = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        hyphenated.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
-    return hyphenated
-
-
 def _warn(message: Warning | str, *_: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 0, or 1 after a failure; argparse exits with 2 for usage."""
-    options = _parser().parse_args(_hyphenated(sys.argv[1:] if arguments is None else arguments))
+    options = _parser().parse_args(hyphenated(sys.argv[1:] if arguments is None else arguments))
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:

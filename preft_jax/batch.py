@@ -189,10 +189,12 @@ def _pad_entries(array: np.ndarray, width: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])))
 
 
-def pack_rows(places: Sequence[AdapterPages], sites: Sequence[str] = SITES) -> dict[str, np.ndarray]:
+def pack_rows(
+    places: Sequence[AdapterPages], *, min_entries: int = 1, sites: Sequence[str] = SITES
+) -> dict[str, np.ndarray]:
     """Return each site's page list of each row, int32 ``[B, E]`` padded with the null page, for a decode edit."""
     longest = max((len(place.pages) for where in places for place in where.values()), default=1)
-    width = bucket(longest)
+    width = bucket(max(min_entries, longest))
     rows = {}
     for site in sites:
         rows[site] = np.zeros((len(places), width), np.int32)

@@ -160,12 +160,20 @@ def request_edit_mask(request: Request) -> np.ndarray:
     return make_edit_mask(count, config.positions, groups=config.groups, unedited_spans=spans)
 
 
-class PrefillShape(NamedTuple):
-    """Static sizes of a prefill call: padded tokens, the bound on one request's tokens, rank pages of a tile."""
+class RunShape(NamedTuple):
+    """Static sizes of a run's programs.
+
+    Prefill: padded tokens, the bound on one request's tokens, rank pages of a tile. Decode: rows, rank pages of a row,
+        end
+    tokens of a row.
+    """
 
     num_tokens: int
     max_query_len: int
-    entries: int
+    tile_entries: int = 1
+    rows: int = 1
+    row_entries: int = 1
+    stop_ids: int = 4
 
 
 class Generator:
@@ -247,10 +255,12 @@ class Generator:
                 return
             self._allocator.release(self._resident.pop(victim))
 
-    def prefill_shape(self, requests: Sequence[Request]) -> PrefillShape:
-        """Return the smallest shape that serves every prefill call of these requests, so that one program does."""
+    def run_shape(self, requests: Sequence[Request]) -> RunShape:
+        """Return the smallest shape that serves every batch of these requests, so that each program is compiled
+        once.
+        """
         limits, size = self.limits, self.limits.max_num_seqs
-        tokens, query, entries = 1, 1, 1
+        tokens, query, tile_entries, row_entries = 1, 1, 1, 1
         for at in range(0, len(requests), size):
             batch = requests[at : at + size]
             lengths = [len(request.prompt.token_ids) for request in batch]
@@ -261,18 +271,26 @@ class Generator:
             for call in plan_chunks(lengths, budget=limits.prefill_tokens, max_requests=limits.prefill_seqs):
                 sizes = [end - start for _, start, end in call]
                 tokens, query = max(tokens, sum(sizes)), max(query, *sizes)
-                entries = max(entries, max_entries(sizes, [counts[row] for row, _, _ in call], limits.tile))
+                tile_entries = max(tile_entries, max_entries(sizes, [counts[row] for row, _, _ in call], limits.tile))
+            row_entries = max(row_entries, *counts)
         tokens = min(bucket(tokens, 2 * limits.tile), bucket(limits.prefill_tokens, limits.tile))
-        return PrefillShape(tokens, min(bucket(query, limits.tile), tokens), bucket(entries))
+        return RunShape(
+            num_tokens=tokens,
+            max_query_len=min(bucket(query, limits.tile), tokens),
+            tile_entries=bucket(tile_entries),
+            rows=min(bucket(len(requests)), size),
+            row_entries=bucket(row_entries),
+            stop_ids=bucket(max((len(self._stop_ids(request)) for request in requests), default=0), 4),
+        )
 
     def run(
-        self, requests: Sequence[Request], *, shape: PrefillShape | None = None, base_only: bool = False
+        self, requests: Sequence[Request], *, shape: RunShape | None = None, base_only: bool = False
     ) -> Iterator[tuple[int, Completion]]:
         """Generate for every request, in static batches; yields ``(index, completion)`` as batches finish.
 
         Args:
             requests: all checked before any work starts.
-            shape: of the prefill program; by default the smallest that serves these requests.
+            shape: of the compiled programs; by default the smallest that serves these requests.
             base_only: run the prefill program that knows no adapters; no request may name one.
 
         Raises:
@@ -282,13 +300,13 @@ class Generator:
             self.check(request)
             if base_only and request.adapter is not None:
                 raise RequestError("base_only was asked for, but a request names an adapter")
-        shape = shape or self.prefill_shape(requests)
+        shape = shape or self.run_shape(requests)
         size = self.limits.max_num_seqs
         for at in range(0, len(requests), size):
             try:
                 sequences = self._admit(requests[at : at + size])
                 self._prefill(sequences, shape, base_only)
-                self._decode(sequences)
+                self._decode(sequences, shape)
             except Exception:
                 # A failed device call may have consumed the donated cache.
                 self.cache = self._new_cache()
@@ -310,14 +328,14 @@ class Generator:
         ]
 
     def prefill_spans(
-        self, spans: Sequence[Span], *, shape: PrefillShape | None = None, base_only: bool = False
+        self, spans: Sequence[Span], *, shape: RunShape | None = None, base_only: bool = False
     ) -> jax.Array:
         """Run one prefill call on spans of different requests; return float32 ``logits_BV`` of their last tokens."""
         limits = self.limits
         sizes = [len(span.tokens) for span in spans]
         if shape is None:
             tokens = bucket(sum(sizes), 2 * limits.tile)
-            shape = PrefillShape(tokens, min(bucket(max(sizes), limits.tile), tokens), 1)
+            shape = RunShape(tokens, min(bucket(max(sizes), limits.tile), tokens))
         batch = pack_prefill(
             spans,
             num_tokens=shape.num_tokens,
@@ -325,7 +343,7 @@ class Generator:
             page_table_width=self._table_width,
             page_size=limits.page_size,
             tile=limits.tile,
-            min_entries=shape.entries,
+            min_entries=shape.tile_entries,
         )
         bank = None if base_only else self.bank
         logits_BV, self.cache = self.programs.prefill(
@@ -333,7 +351,7 @@ class Generator:
         )
         return logits_BV
 
-    def _prefill(self, sequences: list[_Sequence], shape: PrefillShape, base_only: bool) -> None:
+    def _prefill(self, sequences: list[_Sequence], shape: RunShape, base_only: bool) -> None:
         """Prefill every sequence to its end, chunk by chunk, and draw its first token."""
         limits = self.limits
         lengths = [len(sequence.tokens) for sequence in sequences]
@@ -370,15 +388,15 @@ class Generator:
         request = sequence.request
         return len(sequence.token_ids) >= request.max_tokens or sequence.token_ids[-1] in self._stop_ids(request)
 
-    def _decode_state(self, sequences: list[_Sequence]) -> DecodeState:
-        size = bucket(len(sequences))
+    def _decode_state(self, sequences: list[_Sequence], shape: RunShape) -> DecodeState:
+        size = shape.rows
         stops = [self._stop_ids(s.request) for s in sequences]
         state = DecodeState(
             np.zeros(size, np.int32),
             np.zeros(size, np.int32),
             np.zeros(size, np.int32),
             np.zeros((size, self._table_width), np.int32),
-            np.full((size, bucket(max(map(len, stops)), 4)), -1, np.int32),
+            np.full((size, shape.stop_ids), -1, np.int32),
         )
         for row, sequence in enumerate(sequences):
             state.token_B[row] = sequence.token_ids[-1]
@@ -389,13 +407,15 @@ class Generator:
             state.stop_BE[row, : len(stops[row])] = stops[row]
         return jax.tree.map(jnp.asarray, state)
 
-    def _decode(self, sequences: list[_Sequence]) -> None:
+    def _decode(self, sequences: list[_Sequence], shape: RunShape) -> None:
         """Decode all rows to their end, a fixed number of steps a call."""
-        state = self._decode_state(sequences)
-        size = state.token_B.shape[0]
+        state = self._decode_state(sequences, shape)
+        size = shape.rows
         sampling = sampling_arrays([s.request.sampling for s in sequences], [s.request.seed for s in sequences], size)
         adapted = [s.adapter_pages if _all_token(s.request.adapter) else {} for s in sequences]
-        pages = pack_rows(adapted + [{}] * (size - len(adapted))) if any(adapted) else None
+        pages = None
+        if any(adapted):
+            pages = pack_rows(adapted + [{}] * (size - len(adapted)), min_entries=shape.row_entries)
         steps = self.limits.decode_steps
         while not all(map(self._finished, sequences)):
             if pages is None:

@@ -115,12 +115,9 @@ def _load_gguf(path: Path, dtype: jnp.dtype) -> Model:
 
 
 def _make_preset(name: str, dtype: jnp.dtype, seed: int) -> Model:
-    """Make a preset with random weights: the same ones, rounded, in every dtype, as the digest promises.
-
-    They are drawn by one float32 program and rounded after it: fused, the last bit would depend on the fusion.
-    """
+    """Make a preset with random weights: the same ones, rounded, in every dtype, as the digest promises."""
     config = PRESETS[name]
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, jax.random.key(seed), jnp.float32))
+    params = init_params(config, jax.random.key(seed), dtype)
     tokenizer = byte_tokenizer() if name == "tiny" else None
     return Model(config, params, tokenizer, preset_digest(config, name, seed))
 

@@ -25,8 +25,9 @@ from preft_jax.adapter import Adapter, random_adapter
 from preft_jax.bank import adapter_page_counts
 from preft_jax.batch import bucket
 from preft_jax.chat import EncodedPrompt
+from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
-from preft_jax.generator import Generator, Limits, PrefillShape, Request
+from preft_jax.generator import Generator, Limits, Request, RunShape
 from preft_jax.loading import Model, load_model
 from preft_jax.sampling import SamplingParams
 from serve.metrics import SCHEMA, CompileCounter, RequestRecord, environment, paired_ratio, summarize
@@ -66,7 +67,7 @@ class ModeRun:
     name: str
     generator: Generator
     requests: list[Request]
-    shape: PrefillShape
+    shape: RunShape
     elapsed: float = 0.0
     batch_seconds: list[float] = dataclasses.field(default_factory=list)
     records: list[RequestRecord] = dataclasses.field(default_factory=list)
@@ -124,7 +125,7 @@ def make_modes(
         ]
         pages = 1 if name == "base" else 1 + sum(counts)
         generator = Generator(model, dataclasses.replace(limits, bank_pages=pages))
-        runs.append(ModeRun(name, generator, requests, generator.prefill_shape(requests)))
+        runs.append(ModeRun(name, generator, requests, generator.run_shape(requests)))
     return runs
 
 
@@ -207,8 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    argv = [a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in (argv or sys.argv[1:])]
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     try:
         figures = run(args)
         line = json.dumps(figures)

@@ -40,9 +40,9 @@ def parse_range(text: str, name: str) -> tuple[int, int]:
 def adapter_configs(num_adapters: int, kind: str, rank: int | None) -> list[AdapterConfig]:
     """Return the adapters of a benchmark: ``kind`` (or ``mixed``) at ``rank`` (16, or the mix's own, if None)."""
     if kind == "mixed":
-        mix = [(k, rank or r) for k, r in MIXED_ADAPTERS]
+        mix = [(k, r if rank is None else rank) for k, r in MIXED_ADAPTERS]
     elif kind in KINDS:
-        mix = [(kind, rank or 16)]
+        mix = [(kind, 16 if rank is None else rank)]
     else:
         raise ConfigError(f"adapter kind {kind!r} is not allowed; allowed: mixed, {', '.join(KINDS)}")
     return [AdapterConfig(kind=mix[i % len(mix)][0], rank=mix[i % len(mix)][1]) for i in range(num_adapters)]

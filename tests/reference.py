@@ -61,7 +61,7 @@ def adapter_mask(adapter, prompt_len, generated=0, spans=()):
     if adapter is None:
         return np.zeros((prompt_len + generated, 2), bool)
     config = adapter.config
-    if config.assistant_turns != "skip":
+    if config.assistant_turns != "skip" or config.positions == "all":
         spans = ()
     return edit_mask(prompt_len, config.positions, 1 if config.share_weights else 2, spans, generated)
 

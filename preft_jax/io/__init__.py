@@ -1,0 +1,1 @@
+"""Reading and writing what lies outside: models, tokenizers and adapters in their file formats."""

@@ -43,7 +43,7 @@ _SCALARS: Mapping[int, tuple[str, str]] = {
 """Value type -> (struct format, numpy dtype)."""
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """The header contradicts itself or the file's size; the message says how."""
 
 
@@ -87,7 +87,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.end - self.at:
-            raise _Damaged(f"{count} bytes are wanted at byte {self.at}, and the file has {self.end}")
+            raise _DamagedError(f"{count} bytes are wanted at byte {self.at}, and the file has {self.end}")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -111,17 +111,17 @@ class _Cursor:
         if kind == GGUFValueType.ARRAY:
             return self.array()
         if kind not in _SCALARS:
-            raise _Damaged(f"metadata type {kind} at byte {self.at - 4} does not exist")
+            raise _DamagedError(f"metadata type {kind} at byte {self.at - 4} does not exist")
         return self.scalar(kind)
 
     def array(self) -> Any:
         kind, count = self.uint32(), self.uint64()
         if kind == GGUFValueType.STRING:
             if count * 8 > self.end - self.at:
-                raise _Damaged(f"an array of {count} strings at byte {self.at} does not fit the file")
+                raise _DamagedError(f"an array of {count} strings at byte {self.at} does not fit the file")
             return self.strings(count)
         if kind not in _SCALARS:
-            raise _Damaged(f"array element type {kind} at byte {self.at - 12} is not supported")
+            raise _DamagedError(f"array element type {kind} at byte {self.at - 12} is not supported")
         dtype = np.dtype(_SCALARS[kind][1])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
@@ -132,10 +132,10 @@ class _Cursor:
         result = []
         for _ in range(count):
             if end - at < 8:
-                raise _Damaged(f"a string is wanted at byte {at}, and the file has {end}")
+                raise _DamagedError(f"a string is wanted at byte {at}, and the file has {end}")
             stop = at + 8 + unpack(data, at)[0]
             if stop > end:
-                raise _Damaged(f"a string at byte {at} ends at byte {stop}, and the file has {end}")
+                raise _DamagedError(f"a string at byte {at} ends at byte {stop}, and the file has {end}")
             result.append(data[at + 8 : stop].decode("utf-8"))
             at = stop
         self.at = at
@@ -147,7 +147,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = cursor.string()
         if key in metadata:
-            raise _Damaged(f"metadata key {key!r} appears twice")
+            raise _DamagedError(f"metadata key {key!r} appears twice")
         metadata[key] = cursor.value()
     return metadata
 
@@ -157,13 +157,13 @@ def _read_tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
     name = cursor.string()
     dimensions = cursor.uint32()
     if dimensions > _MAX_DIMENSIONS:
-        raise _Damaged(f"tensor {name!r} has {dimensions} dimensions; at most {_MAX_DIMENSIONS} are allowed")
+        raise _DamagedError(f"tensor {name!r} has {dimensions} dimensions; at most {_MAX_DIMENSIONS} are allowed")
     shape = tuple(reversed([cursor.uint64() for _ in range(dimensions)]))
     kind, start = cursor.uint32(), cursor.uint64()
     known = kind in {int(member) for member in GGMLQuantizationType}
     type_name = GGMLQuantizationType(kind).name if known else f"number {kind}"
     if type_name not in SUPPORTED_TYPES:
-        raise _Damaged(
+        raise _DamagedError(
             f"tensor {name!r} has type {type_name}, which is not supported; allowed: {', '.join(SUPPORTED_TYPES)}. "
             "Use a file quantised to one of these, or the model's safetensors"
         )
@@ -173,7 +173,9 @@ def _read_tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
     for extent in shape:
         elements *= extent
     if not shape or shape[-1] % block:
-        raise _Damaged(f"tensor {name!r} of shape {list(shape)} does not divide into {type_name} blocks of {block}")
+        raise _DamagedError(
+            f"tensor {name!r} of shape {list(shape)} does not divide into {type_name} blocks of {block}"
+        )
     return name, TensorInfo(tensor_type, shape, start, elements // block * size)
 
 
@@ -182,7 +184,7 @@ def _read_tensor_infos(cursor: _Cursor, count: int) -> dict[str, TensorInfo]:
     for _ in range(count):
         name, info = _read_tensor_info(cursor)
         if name in infos:
-            raise _Damaged(f"tensor {name!r} appears twice")
+            raise _DamagedError(f"tensor {name!r} appears twice")
         infos[name] = info
     return infos
 
@@ -193,9 +195,11 @@ def _place_tensors(infos: dict[str, TensorInfo], data_start: int, alignment: int
     for name, info in infos.items():
         start = data_start + info.start
         if info.start % alignment:
-            raise _Damaged(f"tensor {name!r} starts at offset {info.start}, not a multiple of {alignment}")
+            raise _DamagedError(f"tensor {name!r} starts at offset {info.start}, not a multiple of {alignment}")
         if start + info.size > end:
-            raise _Damaged(f"tensor {name!r} ends at byte {start + info.size}, and the file has {end}: it is cut short")
+            raise _DamagedError(
+                f"tensor {name!r} ends at byte {start + info.size}, and the file has {end}: it is cut short"
+            )
         placed[name] = dataclasses.replace(info, start=start)
     return placed
 
@@ -204,16 +208,16 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     cursor = _Cursor(data)
     magic = cursor.take(4)
     if magic != _MAGIC:
-        raise _Damaged(f"it begins with {magic!r}, not {_MAGIC!r}: it is no GGUF file")
+        raise _DamagedError(f"it begins with {magic!r}, not {_MAGIC!r}: it is no GGUF file")
     version = cursor.uint32()
     if version not in _VERSIONS:
-        raise _Damaged(f"GGUF version {version} is not supported; allowed: {_VERSIONS}, little-endian")
+        raise _DamagedError(f"GGUF version {version} is not supported; allowed: {_VERSIONS}, little-endian")
     tensor_count, metadata_count = cursor.uint64(), cursor.uint64()
     metadata = _read_metadata(cursor, metadata_count)
     infos = _read_tensor_infos(cursor, tensor_count)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise _Damaged(f"general.alignment is {alignment!r}; it must be a power of two")
+        raise _DamagedError(f"general.alignment is {alignment!r}; it must be a power of two")
     data_start = -(-cursor.at // alignment) * alignment
     return metadata, _place_tensors(infos, data_start, alignment, cursor.end)
 
@@ -228,6 +232,6 @@ def open_gguf(path: Path) -> GGUFFile:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         metadata, tensors = _parse(data)
-    except (OSError, ValueError, _Damaged) as error:
+    except (OSError, ValueError, _DamagedError) as error:
         raise ModelError(f"cannot read GGUF file {path}: {error}") from error
     return GGUFFile(path, metadata, tensors, data)

@@ -82,8 +82,8 @@ def load_tokenizer(directory: Path) -> Any:
     present = [name for name in _VOCABULARY_FILES if (directory / name).is_file()]
     if not present and (directory / "tokenizer_config.json").is_file():
         raise ModelError(
-            f"{directory} has tokenizer_config.json and no vocabulary; allowed: {', '.join(_VOCABULARY_FILES)}. Restore "
-            "one, or remove the file to use the model with token ids only"
+            f"{directory} has tokenizer_config.json and no vocabulary; allowed: {', '.join(_VOCABULARY_FILES)}. "
+            "Restore one, or remove the file to use the model with token ids only"
         )
     if not present:
         return None

@@ -86,11 +86,12 @@ def build_params(
 ) -> dict[str, Any]:
     """Read every slot's tensor and return the parameter tree in ``dtype`` on the default device.
 
-    One tensor at a time is on its way, so host memory holds little more than the finished tree.
+    One tensor at a time is on its way, so host memory holds little more than the finished tree. ``read`` returns an
+    array that nothing else changes: on a CPU it may become the parameter without a copy.
     """
     params: dict[str, Any] = {"layers": [{} for _ in range(config.num_hidden_layers)]}
     for name, slot in slots.items():
-        array = jnp.array(read(name))
+        array = jnp.asarray(read(name))
         node: Any = params
         for step in slot.path[:-1]:
             node = node[step]

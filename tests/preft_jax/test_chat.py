@@ -1,4 +1,4 @@
-"""Prompts: chats against their literal text, the spans of earlier answers, and every malformed prompt refused by name."""
+"""Prompts: chats against their literal text, the spans of earlier answers, and malformed prompts refused by name."""
 
 import dataclasses
 
@@ -69,7 +69,9 @@ def test_smollm2_chat_is_its_literal_format(smollm2):
 
 
 def test_span_runs_from_after_the_header_through_the_end_of_turn(tokenizer):
-    encoded = render_chat(tokenizer, [*CHAT, {"role": "assistant", "content": "What?"}, {"role": "user", "content": "!"}])
+    encoded = render_chat(
+        tokenizer, [*CHAT, {"role": "assistant", "content": "What?"}, {"role": "user", "content": "!"}]
+    )
     assert spelled(tokenizer, encoded) == ["It is 19.<|im_end|>", "What?<|im_end|>"]
     (start, end), _ = encoded.unedited_spans
     assert tokenizer.decode(encoded.token_ids[:start]).endswith("<|im_start|>assistant\n")
@@ -94,7 +96,7 @@ def test_next_turn_begins_with_this_turn_and_the_answers_own_tokens(answer):
     """Generated tokens can be reused: header tokens, then the answer's, whatever the text would merge into."""
     tokenizer = merging_tokenizer()
     first = render_chat(tokenizer, CHAT[:1])
-    generated = tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+    generated = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
     second = render_chat(tokenizer, [CHAT[0], {"role": "assistant", "content": answer}, CHAT[2]])
     known = first.token_ids + generated
     assert second.token_ids[: len(known)] == known
@@ -212,9 +214,11 @@ def test_chat_template_text_gets_no_second_bos():
         tokenizer_object=backend.backend_tokenizer,
         bos_token="<|im_start|>",
         add_bos_token=True,
-        chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}",
     )
-    assert encode_prompt(adding, CHAT[:1], vocab_size=256).token_ids == [254, *b"What is 12 + 7?"]
+    encoded = encode_prompt(adding, CHAT, vocab_size=256)
+    assert encoded.token_ids == [254, *b"What is 12 + 7?", 255, *b"It is 19.", 255, *b"And 2024?", 255]
+    assert encoded.unedited_spans == ((17, 27),)
 
 
 def test_messages_are_rendered(tokenizer):

@@ -127,7 +127,7 @@ def test_built_in_model_comes_from_the_cache(monkeypatch, cache):
 def test_preset_is_the_same_for_a_seed_and_differs_between_seeds():
     first, again, other = load_model("tiny"), load_model("tiny"), load_model("tiny", seed=1)
     assert first.config == PRESETS["tiny"]
-    assert (first.digest == again.digest) and (first.digest != other.digest)
+    assert first.digest == again.digest != other.digest
     assert all(np.array_equal(a, b) for a, b in zip(leaves(first), leaves(again), strict=True))
     assert not np.array_equal(first.params["embed"], other.params["embed"])
 

@@ -38,6 +38,7 @@ CONFIGS = {
         base_model_digest="ab" * 32,
         orthonormal=False,
     ),
+    "all but answers": AdapterConfig(rank=2, positions="all", assistant_turns="skip"),
     "loreft": AdapterConfig(kind="loreft", rank=3),
     "loreft unshared": AdapterConfig(kind="loreft", rank=4, positions="f7+l7", share_weights=False, layers=(1,)),
     "direft": AdapterConfig(kind="direft", rank=2, positions="all", dropout=0.25, assistant_turns="skip"),
@@ -338,7 +339,7 @@ def test_a_peft_adapter_for_another_name_warns() -> None:
 # Exports.
 
 
-@pytest.mark.parametrize("name", ["default", "everything"])
+@pytest.mark.parametrize("name", ["default", "everything", "all but answers"])
 def test_a_prefill_only_export_to_peft_asks_for_the_flag(tmp_path: Path, name: str, rng: np.random.Generator) -> None:
     adapter = make(CONFIGS[name], rng)
     with pytest.raises(AdapterError, match=r"EVERY TOOL .* ALL TOKENS.*allow_prefill_only_as_peft=True"):

@@ -107,7 +107,9 @@ def test_model_digest_depends_on_weights_and_shape_only(tmp_path):
     second.write_bytes(b"two")
     base = model_digest(TINY, [first, second], tmp_path)
     assert base == model_digest(TINY, [second, first], tmp_path)
-    assert base == model_digest(dataclasses.replace(TINY, eos_token_ids=(5,), bos_token_id=1), [first, second], tmp_path)
+    assert base == model_digest(
+        dataclasses.replace(TINY, eos_token_ids=(5,), bos_token_id=1), [first, second], tmp_path
+    )
     assert base != model_digest(dataclasses.replace(TINY, rope_theta=5.0), [first, second], tmp_path)
     assert base != model_digest(TINY, [first], tmp_path)
     second.write_bytes(b"three")

@@ -1,4 +1,4 @@
-"""GGUF files: dequantisation, every architecture against the same model as safetensors, the tokenizer, damaged files."""
+"""GGUF files: dequantisation, each architecture against the same model as safetensors, tokenizers, damaged files."""
 
 import json
 from pathlib import Path
@@ -165,9 +165,8 @@ def reference_dequantise(raw: bytes, kind: Type) -> list[float]:
     return values
 
 
-def random_raw(kind: Type, rows: int, blocks: int) -> np.ndarray:
+def random_raw(kind: Type, rows: int, blocks: int, rng: np.random.Generator) -> np.ndarray:
     """Return random file bytes ``[rows, bytes]`` of a type, with finite scales."""
-    rng = np.random.default_rng()
     if kind in (Type.F32, Type.F16, Type.BF16):
         values = rng.standard_normal((rows, 32 * blocks)).astype(np.float32)
         if kind == Type.BF16:
@@ -181,8 +180,8 @@ def random_raw(kind: Type, rows: int, blocks: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0], ids=lambda k: k.name)
-def test_dequantises_by_definition(tmp_path, kind):
-    raw = random_raw(kind, rows=5, blocks=3)
+def test_dequantises_by_definition(tmp_path, rng, kind):
+    raw = random_raw(kind, 5, 3, rng)
     writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
     # A first tensor of an odd size, so that the second one does not begin at the data section's start.
     writer.add_tensor("first", np.ones(3, np.float32))
@@ -239,8 +238,7 @@ def test_other_architecture_is_refused_by_name(tmp_path):
         load_gguf(tmp_path / "gemma.gguf", jnp.float32)
 
 
-def test_truncated_file_is_always_an_error(tmp_path, sample):
-    rng = np.random.default_rng()
+def test_truncated_file_is_always_an_error(tmp_path, rng, sample):
     path = tmp_path / "cut.gguf"
     for cut in [0, 1, 4, 8, 23, len(sample) - 1, *rng.integers(24, len(sample), 40)]:
         path.write_bytes(sample[:cut])
@@ -248,9 +246,24 @@ def test_truncated_file_is_always_an_error(tmp_path, sample):
             load_gguf(path, jnp.float32)
 
 
-def test_damaged_header_is_an_error_or_loads(tmp_path, sample):
+def test_tensor_data_that_is_cut_short_is_found_before_it_is_read(tmp_path, sample):
+    end = max(info.start + info.size for info in _open(tmp_path, sample).tensors.values())
+    with pytest.raises(ModelError, match=r"tensor '.*' ends at byte .*: it is cut short"):
+        _open(tmp_path, sample[: end - 1])
+
+
+def test_absurd_layer_count_is_refused_before_it_is_built(tmp_path, sample):
+    damaged = bytearray(sample)
+    key = b"llama.block_count"
+    value = damaged.index(key) + len(key) + 4
+    damaged[value : value + 4] = (1 << 30).to_bytes(4, "little")
+    (tmp_path / "deep.gguf").write_bytes(damaged)
+    with pytest.raises(ModelError, match="claims 1073741824 layers"):
+        load_gguf(tmp_path / "deep.gguf", jnp.float32)
+
+
+def test_damaged_header_is_an_error_or_loads(tmp_path, rng, sample):
     """Whatever byte of the header is flipped: no hang, no crash, no exception of another kind."""
-    rng = np.random.default_rng()
     path = tmp_path / "flipped.gguf"
     header = min(info.start for info in _open(tmp_path, sample).tensors.values())
     refused = 0
@@ -298,9 +311,10 @@ def test_pre_tokenizers_split_digits_as_the_models_do(tmp_path, pre, text, piece
     assert [piece for piece, _ in found] == pieces
 
 
-@pytest.mark.parametrize(("pre", "add_bos", "expected"), [("smollm", None, False), ("smollm", True, True),
-                                                          ("llama-bpe", None, True), ("llama-bpe", False, False)])  #
-                                                          fmt: skip
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "expected"),
+    [("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
+)
 def test_bos_is_added_where_the_file_or_its_family_says_so(tmp_path, pre, add_bos, expected):
     config, params, _ = load_hf_model(MODELS / "smollm2", jnp.float32)
     path = write_gguf(tmp_path / "one.gguf", config, params, tokenizer=byte_level(pre, add_bos=add_bos))
@@ -325,7 +339,8 @@ def test_smollm2_config(smollm2):
 
 
 @pytest.mark.parametrize(
-    "text", ["Hello, world!", "x = 12345.678", "  two  spaces\n\n\ttab", "Größe 東京 🙂 é", "<|im_start|>user\nhi<|im_end|>"]
+    "text",
+    ["Hello, world!", "x = 12345.678", "  two  spaces\n\n\ttab", "Größe 東京 🙂 é", "<|im_start|>user\nhi<|im_end|>"],
 )
 def test_smollm2_tokenizer_round_trip(smollm2, text):
     assert smollm2.tokenizer.decode(smollm2.tokenizer.encode(text)) == text

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,21 @@ def test_a_missing_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(AdapterError, match=r"torch is not installed.*pip install torch"):
         convert_pyreft(FIXTURES / "pyreft" / "loreft", MODEL)
+
+
+def test_pickles_are_read_as_plain_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def load(file: str, **options: Any) -> None:
+        given.update(options)
+        raise RuntimeError("Weights only load failed")
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=load))
+    with pytest.raises(
+        AdapterError, match=r"layer_0.*not a torch state dict of plain tensors .RuntimeError. and was not"
+    ):
+        convert_pyreft(FIXTURES / "pyreft" / "loreft", MODEL)
+    assert given["weights_only"] is True
 
 
 def set_class(name: str) -> Callable[[dict[str, Any]], object]:

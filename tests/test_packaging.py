@@ -1,0 +1,98 @@
+"""What holds for the project as a whole: pins, import direction, clashing names, documents in step with results."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bench import tables
+
+ROOT = Path(__file__).parent.parent
+ORDER = ("kernels", "preft_jax", "serve", "train")
+"""A package may import those before it, and itself."""
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_pins_of_uv_and_pip_agree():
+    pins = project()["tool"]["uv"]["constraint-dependencies"]
+    assert sorted(pins) == sorted((ROOT / "constraints.txt").read_text().split())
+
+
+def test_every_pin_lies_in_the_declared_range():
+    declared = {re.split(r"[><=\[]", line)[0]: line for line in project()["project"]["dependencies"]}
+    for pin in (ROOT / "constraints.txt").read_text().split():
+        name, version = pin.split("==")
+        floor = re.search(r">=([\d.]+)", declared.get(name, ""))
+        if floor:
+            assert tuple(map(int, version.split("."))) >= tuple(map(int, floor.group(1).split("."))), pin
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_run_one_way(package):
+    later = ORDER[ORDER.index(package) + 1 :]
+    wrong = [
+        (str(p), name) for p in (ROOT / package).rglob("*.py") for name in imported(p) if name in (*later, "bench")
+    ]
+    assert not wrong
+
+
+def test_host_modules_import_no_jax():
+    """The edit mask and the workload are plain data, tested and used without a device."""
+    for module in ("preft_jax/edit_mask.py", "preft_jax/errors.py", "preft_jax/shapes.py"):
+        assert "jax" not in set(imported(ROOT / module)), module
+
+
+def test_the_version_stands_once_in_meaning():
+    import preft_jax
+
+    assert project()["project"]["version"] == preft_jax.__version__
+
+
+def test_transformers_tokenizers_work_beside_our_kernels_package():
+    """transformers probes for a package named ``kernels``; ours must not look like that one."""
+    code = (
+        "import kernels, transformers; from transformers.utils import import_utils; "
+        "assert not import_utils.is_kernels_available(); from transformers import AutoTokenizer; print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+def test_importing_the_library_imports_no_torch_and_no_transformers():
+    code = "import sys, preft_jax; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_tables_in_documents_are_made_from_the_committed_results():
+    for path in tables.documents():
+        assert tables.render(path.read_text()) == path.read_text(), f"{path.name}: run python -m bench.tables"
+
+
+def test_links_in_documents_lead_somewhere():
+    for path in tables.documents():
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_readme_has_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    first_screen = "\n".join(text.splitlines()[:30])
+    assert "\nuv run python -m serve.bench\n" in first_screen
+    assert "\nuv run --extra test pytest\n" in first_screen
