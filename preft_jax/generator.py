@@ -163,9 +163,8 @@ def request_edit_mask(request: Request) -> np.ndarray:
 class RunShape(NamedTuple):
     """Static sizes of a run's programs.
 
-    Prefill: padded tokens, the bound on one request's tokens, rank pages of a tile. Decode: rows, rank pages of a row,
-        end
-    tokens of a row.
+    Prefill has padded tokens, a bound on one request's tokens, and rank pages of a tile; decode has rows, and rank
+    pages and end tokens of a row.
     """
 
     num_tokens: int
@@ -256,9 +255,7 @@ class Generator:
             self._allocator.release(self._resident.pop(victim))
 
     def run_shape(self, requests: Sequence[Request]) -> RunShape:
-        """Return the smallest shape that serves every batch of these requests, so that each program is compiled
-        once.
-        """
+        """Return the smallest shape that serves every batch of these requests: each program is then compiled once."""
         limits, size = self.limits, self.limits.max_num_seqs
         tokens, query, tile_entries, row_entries = 1, 1, 1, 1
         for at in range(0, len(requests), size):

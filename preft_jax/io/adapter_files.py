@@ -50,7 +50,8 @@ def load_adapter(path: str | os.PathLike[str], model: Any, *, allow_base_mismatc
     Args:
         path: the adapter's directory.
         model: a ``Model``, or a ``ModelConfig`` to check shapes only.
-        allow_base_mismatch: load an adapter that was trained on another base model of the same shape.
+        allow_base_mismatch: load an adapter that was trained on another base model of the same shape; its config then
+            names this one.
 
     Returns:
         The adapter; parameters are float32 NumPy arrays, cast exactly from float32, float16 or bfloat16.
@@ -62,6 +63,9 @@ def load_adapter(path: str | os.PathLike[str], model: Any, *, allow_base_mismatc
     config = model if isinstance(model, ModelConfig) else model.config
     adapter = _read(Path(path), config)
     _check_base(Path(path), adapter.config, model, allow_base_mismatch)
+    digest = getattr(model, "digest", None)
+    if allow_base_mismatch and adapter.config.base_model_digest is not None and digest is not None:
+        return Adapter(dataclasses.replace(adapter.config, base_model_digest=digest), adapter.params)
     return adapter
 
 
