@@ -34,12 +34,14 @@ class Model:
         params: the parameter tree (see ``preft_jax.model``), on the default device.
         tokenizer: a transformers ``PreTrainedTokenizerFast``, or ``None`` if the model came without one.
         digest: SHA-256 (hex) of config and weights, the same for every dtype it is loaded in.
+        name: what it was loaded as, for people; empty if it was made by hand.
     """
 
     config: ModelConfig
     params: Any
     tokenizer: Any
     digest: str
+    name: str = ""
 
 
 def resolve_dtype(dtype: Any = None) -> jnp.dtype:
@@ -77,7 +79,7 @@ def load_model(name_or_path: str | Path, dtype: Any = None, check_finite: bool =
         ConfigError: if the model's kind or ``dtype`` is not supported.
     """
     resolved = resolve_dtype(dtype)
-    model = _load(name_or_path, resolved, seed)
+    model = dataclasses.replace(_load(name_or_path, resolved, seed), name=str(name_or_path))
     if check_finite:
         _check_finite(model.params, str(name_or_path))
     return model
