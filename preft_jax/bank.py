@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.types import PagePool
-from preft_jax.adapter import Adapter, AdapterConfig, fold
+from preft_jax.adapter import Adapter, AdapterConfig, LowRankEdit, fold_params
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError
 from preft_jax.shapes import RANK_PAGE, SITES
@@ -71,7 +71,7 @@ def adapter_page_counts(config: AdapterConfig, model: ModelConfig) -> dict[str, 
 
 
 class PackedSite(NamedTuple):
-    """One site of a folded adapter cut to n pages; float32 ``a [L, n, D, 16]``, ``c [L, n, 16]``, ``b [L, n, 16, F]``.
+    """One site of a folded adapter cut to n pages: ``a [L, n, D, 16]``, ``c [L, n, 16]`` (float32), ``b [L, n, 16, F]``.
 
     ``groups`` names the mask column that switches each page.
     """
@@ -82,40 +82,57 @@ class PackedSite(NamedTuple):
     groups: tuple[int, ...]
 
 
-def pack_adapter(adapter: Adapter, config: ModelConfig) -> dict[str, PackedSite]:
+def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32) -> dict[str, PackedSite]:
     """Fold an adapter and cut it to rank pages on the host.
 
     A page belongs to one position group; ranks that do not fill a page are padded with zeros, and a site whose rank
     differs between layers takes the largest.
+
+    Raises:
+        AdapterError: if it holds what is not finite in ``dtype``, the bank's: a tile's tokens are multiplied with all the
+            tile's pages, so the requests beside it would be spoilt too.
     """
     with jax.default_device(jax.devices("cpu")[0]):
-        layers = jax.tree.map(np.asarray, fold(adapter)["layers"])
-    groups = adapter.config.groups
-    counts = adapter_page_counts(adapter.config, config)
-    packed = {}
-    for site in adapter.config.targets:
-        d, f = config.site_shape(site)
-        n = counts[site]
-        per_group = n // groups
-        ranks = per_group * RANK_PAGE
-        a = np.zeros((len(layers), groups, d, ranks), np.float32)
-        c = np.zeros((len(layers), groups, ranks), np.float32)
-        b = np.zeros((len(layers), groups, ranks, f), np.float32)
-        for i, edits in enumerate(layers):
-            for group in range(groups) if site in edits else ():
-                edit, own = edits[site], edits[site].group_R == group
-                count = int(own.sum())
-                a[i, group, :, :count] = edit.a_DR[:, own]
-                c[i, group, :count] = edit.c_R[own]
-                b[i, group, :count] = edit.b_RF[own]
-        a = a.reshape(len(layers), groups, d, per_group, RANK_PAGE).transpose(0, 1, 3, 2, 4)
-        packed[site] = PackedSite(
-            a.reshape(len(layers), n, d, RANK_PAGE),
-            c.reshape(len(layers), n, RANK_PAGE),
-            b.reshape(len(layers), n, RANK_PAGE, f),
-            tuple(group for group in range(groups) for _ in range(per_group)),
+        layers = jax.tree.map(
+            np.asarray, fold_params(adapter.config, jax.tree.map(np.asarray, adapter.params))["layers"]
         )
+    counts = adapter_page_counts(adapter.config, config)
+    packed = {
+        site: _cut_site(layers, site, config.site_shape(site), counts[site], adapter.config.groups, dtype)
+        for site in adapter.config.targets
+    }
+    for site, edit in packed.items():
+        if not all(np.isfinite(array).all() for array in (edit.a, edit.c, edit.b)):
+            raise AdapterError(
+                f"the adapter has values at {site!r} that are NaN or infinite in {np.dtype(dtype).name}; train it again, "
+                "or check how it was saved"
+            )
     return packed
+
+
+def _cut_site(
+    layers: Sequence[dict[str, LowRankEdit]], site: str, widths: tuple[int, int], pages: int, groups: int, dtype: Any
+) -> PackedSite:
+    """Cut one site of a folded adapter to ``pages`` rank pages in all layers."""
+    d, f = widths
+    ranks = pages // groups * RANK_PAGE
+    a = np.zeros((len(layers), groups, d, ranks), dtype)
+    c = np.zeros((len(layers), groups, ranks), np.float32)
+    b = np.zeros((len(layers), groups, ranks, f), dtype)
+    for i, edits in enumerate(layers):
+        for group in range(groups) if site in edits else ():
+            edit, own = edits[site], edits[site].group_R == group
+            count = int(own.sum())
+            a[i, group, :, :count] = edit.a_DR[:, own]
+            c[i, group, :count] = edit.c_R[own]
+            b[i, group, :count] = edit.b_RF[own]
+    a = a.reshape(len(layers), groups, d, pages // groups, RANK_PAGE).transpose(0, 1, 3, 2, 4)
+    return PackedSite(
+        a.reshape(len(layers), pages, d, RANK_PAGE),
+        c.reshape(len(layers), pages, RANK_PAGE),
+        b.reshape(len(layers), pages, RANK_PAGE, f),
+        tuple(group for group in range(groups) for _ in range(pages // groups)),
+    )
 
 
 def _write_page(pool: PagePool, page: jax.Array, a: jax.Array, c: jax.Array, b: jax.Array) -> PagePool:

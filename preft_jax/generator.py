@@ -229,7 +229,11 @@ class Generator:
         """
         wanted = {adapter.digest: adapter for adapter in adapters}
         self._check_room(list(wanted.values()))
-        packed = {d: pack_adapter(a, self.model.config) for d, a in wanted.items() if d not in self._resident}
+        packed = {
+            digest: pack_adapter(adapter, self.model.config, self._dtype)
+            for digest, adapter in wanted.items()
+            if digest not in self._resident
+        }
         for digest, edits in packed.items():
             self._make_room(edits, keep=wanted)
             where = self._allocator.allocate(edits)

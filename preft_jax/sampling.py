@@ -6,6 +6,7 @@ batch.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,20 +46,31 @@ class SamplingParams:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
 
         check("temperature", _finite(self.temperature) and self.temperature >= 0, "a finite number of at least 0")
-        check("top_k", isinstance(self.top_k, int) and self.top_k >= -1, "an integer of at least 1, or -1 for all")
+        check("top_k", _within(self.top_k, -1, 2**31 - 1), "an integer of at least 1, or -1 for all")
         check("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
         check("min_p", _finite(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
-        check("seed", self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**32), "0 to 2**32 - 1")
+        check("seed", self.seed is None or _within(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1")
+        check(
+            "stop_token_ids",
+            isinstance(self.stop_token_ids, Sequence) and all(_within(i, 0, 2**31 - 1) for i in self.stop_token_ids),
+            "a sequence of token ids",
+        )
 
 
-def _finite(value: float) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _within(value: object, low: int, high: int) -> bool:
+    return isinstance(value, numbers.Integral) and low <= int(value) <= high
+
+
+_LEAST_TEMPERATURE = 1e-30
+"""Smaller ones count as this one: devices take the smallest float32 numbers for zero."""
 
 
 class SamplingArrays(NamedTuple):
-    """``SamplingParams`` of a batch as device arrays of shape ``[B]``: float32, ``top_k_B`` int32, ``seed_B``
-    uint32.
-    """
+    """``SamplingParams`` of a batch as arrays of shape ``[B]``: float32, ``top_k_B`` int32, ``seed_B`` uint32."""
 
     temperature_B: Array
     top_k_B: Array
@@ -71,7 +83,7 @@ def sampling_arrays(params: Sequence[SamplingParams], seeds: Sequence[int], size
     """Stack the parameters of a batch, padded to ``size`` rows with greedy ones."""
     rows = list(params) + [SamplingParams(temperature=0.0)] * (size - len(params))
     return SamplingArrays(
-        np.asarray([p.temperature for p in rows], np.float32),
+        np.asarray([max(p.temperature, _LEAST_TEMPERATURE) if p.temperature else 0.0 for p in rows], np.float32),
         np.asarray([p.top_k for p in rows], np.int32),
         np.asarray([p.top_p for p in rows], np.float32),
         np.asarray([p.min_p for p in rows], np.float32),
@@ -108,7 +120,9 @@ def _draw(logits_BV: jax.Array, position_B: jax.Array, s: SamplingArrays) -> tup
     gets.
     """
     vocab = logits_BV.shape[-1]
-    scaled_BV = logits_BV / jnp.where(s.temperature_B > 0, s.temperature_B, 1.0)[:, None]
+    # Relative to the largest logit, so that no temperature overflows.
+    relative_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    scaled_BV = relative_BV / jnp.where(s.temperature_B > 0, s.temperature_B, 1.0)[:, None]
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab,), jnp.float32)
