@@ -71,7 +71,7 @@ def adapter_page_counts(config: AdapterConfig, model: ModelConfig) -> dict[str, 
 
 
 class PackedSite(NamedTuple):
-    """One site of a folded adapter cut to n pages: ``a [L, n, D, 16]``, ``c [L, n, 16]`` (float32), ``b [L, n, 16, F]``.
+    """One site of a folded adapter cut to pages: ``a [L, n, D, 16]``, ``c [L, n, 16]`` (float32), ``b [L, n, 16, F]``.
 
     ``groups`` names the mask column that switches each page.
     """
@@ -89,18 +89,18 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32)
     differs between layers takes the largest.
 
     Raises:
-        AdapterError: if it holds what is not finite in ``dtype``, the bank's: a tile's tokens are multiplied with all the
-            tile's pages, so the requests beside it would be spoilt too.
+        AdapterError: if it holds what is not finite in ``dtype``, the bank's: a tile's tokens are multiplied with all
+            of the tile's pages, so the requests beside it would be spoilt too.
     """
     with jax.default_device(jax.devices("cpu")[0]):
-        layers = jax.tree.map(
-            np.asarray, fold_params(adapter.config, jax.tree.map(np.asarray, adapter.params))["layers"]
-        )
+        folded = fold_params(adapter.config, jax.tree.map(np.asarray, adapter.params))
+    layers = jax.tree.map(np.asarray, folded["layers"])
     counts = adapter_page_counts(adapter.config, config)
-    packed = {
-        site: _cut_site(layers, site, config.site_shape(site), counts[site], adapter.config.groups, dtype)
-        for site in adapter.config.targets
-    }
+    with np.errstate(over="ignore"):
+        packed = {
+            site: _cut_site(layers, site, config.site_shape(site), counts[site], adapter.config.groups, dtype)
+            for site in adapter.config.targets
+        }
     for site, edit in packed.items():
         if not all(np.isfinite(array).all() for array in (edit.a, edit.c, edit.b)):
             raise AdapterError(
