@@ -98,30 +98,41 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(
-                f"unknown adapter kind {self.kind!r}{did_you_mean(self.kind, KINDS)}; allowed: {', '.join(KINDS)}"
-            )
+            near = did_you_mean(str(self.kind), KINDS)
+            raise ConfigError(f"unknown adapter kind {self.kind!r}{near}; allowed: {', '.join(KINDS)}")
+        if isinstance(self.targets, str):
+            raise ConfigError(f"targets is {self.targets!r}; give a tuple of sites, such as ({self.targets[:1]!r},)")
         if not self.targets:
             object.__setattr__(self, "targets", LINEAR_SITES if self.kind == "lora" else ("block",))
         self._check_targets()
+        self._check_patterns()
         for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
             if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
                 raise ConfigError(f"rank {rank!r} of {name!r} is not allowed; give an integer from 1 to {MAX_RANK}")
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if alpha is not None and not math.isfinite(alpha):
-                raise ConfigError(f"alpha {alpha!r} of {name!r} is not finite")
+            if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+                raise ConfigError(f"alpha {alpha!r} of {name!r} is not allowed; give a finite number")
         if self.assistant_turns not in ("edit", "skip"):
             raise ConfigError(f"assistant_turns {self.assistant_turns!r} is not allowed; give 'edit' or 'skip'")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout {self.dropout!r} is not allowed; give a number from 0 up to, not including, 1")
-        if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers, default=0) < 0):
-            raise ConfigError(f"layers {self.layers} holds a negative or repeated layer")
+        if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers, default=-1) < 0):
+            raise ConfigError(f"layers {self.layers} is empty, or holds a negative or repeated layer; None means all")
+        if not self.orthonormal and self.kind == "loreft":
+            raise ConfigError("orthonormal false is for DiReFT; LoReFT's rows are orthonormal by its definition")
         rule = parse_positions(self.positions)
         if not self.share_weights and (self.kind == "lora" or rule.first is None):
             raise ConfigError(
                 "share_weights false needs a ReFT kind and positions such as 'f7+l7'; "
                 f"this adapter is {self.kind!r} at {self.positions!r}"
             )
+
+    def _check_patterns(self) -> None:
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ConfigError(f"the pattern {key!r} is no regular expression: {error}") from None
 
     def _check_targets(self) -> None:
         allowed = LINEAR_SITES if self.kind == "lora" else ("block",)

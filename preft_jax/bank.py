@@ -104,14 +104,19 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32)
     for site, edit in packed.items():
         if not all(np.isfinite(array).all() for array in (edit.a, edit.c, edit.b)):
             raise AdapterError(
-                f"the adapter has values at {site!r} that are NaN or infinite in {np.dtype(dtype).name}; train it again, "
-                "or check how it was saved"
+                f"the adapter has values at {site!r} that are NaN or infinite in {np.dtype(dtype).name}; train it "
+                "again, or check how it was saved"
             )
     return packed
 
 
 def _cut_site(
-    layers: Sequence[dict[str, LowRankEdit]], site: str, widths: tuple[int, int], pages: int, groups: int, dtype: Any
+    layers: Sequence[dict[str, LowRankEdit]],
+    site: str,
+    widths: tuple[int, int],
+    pages: int,
+    groups: int,
+    dtype: Any,
 ) -> PackedSite:
     """Cut one site of a folded adapter to ``pages`` rank pages in all layers."""
     d, f = widths

@@ -28,7 +28,7 @@ import numpy as np
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.shapes import NUM_GROUPS
 
-_FIRST_LAST = re.compile(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?")
+_FIRST_LAST = re.compile(r"f([0-9]{1,9})(?:\+l([0-9]{1,9}))?|l([0-9]{1,9})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def parse_positions(positions: str) -> PositionRule:
         raise ConfigError(
             f"positions {positions!r} is not a rule; allowed: 'prompt', 'all', or 'f7+l7' with any numbers"
         )
-    first, last = (int(part or 0) for part in match.groups())
+    first, last = int(match.group(1) or 0), int(match.group(2) or match.group(3) or 0)
     if first + last == 0:
         raise ConfigError(f"positions {positions!r} edits no token; give at least one first or last position")
     return PositionRule(first=first, last=last)

@@ -1,13 +1,16 @@
 """``generate``: text for library users, each prompt with an adapter of its own or none."""
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from preft_jax.bank import adapter_page_counts
 from preft_jax.batch import bucket
 from preft_jax.chat import encode_prompt
-from preft_jax.errors import RequestError
-from preft_jax.generator import Completion, Generator, Limits, Request
+from preft_jax.errors import ConfigError, RequestError
+from preft_jax.generator import Completion, Generator, Limits, Request, check_request
 from preft_jax.loading import Model
 from preft_jax.sampling import SamplingParams
 
@@ -52,6 +55,8 @@ def generate(
     prompts = _as_list(prompts)
     if not prompts:
         return []
+    if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs is {max_num_seqs!r}; give an integer of at least 1")
     encoded = [encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size) for prompt in prompts]
     each_adapter = _per_prompt(adapters, len(prompts), "adapters")
     each_sampling = _per_prompt(sampling, len(prompts), "sampling")
@@ -65,16 +70,23 @@ def generate(
         )
         for i, (e, a, s) in enumerate(zip(encoded, each_adapter, each_sampling, strict=True))
     ]
+    for request in requests:
+        check_request(request)
     generator = Generator(model, limits_for(model, requests, max_num_seqs=max_num_seqs))
     done = dict(generator.run(requests))
     return [done[i] for i in range(len(requests))]
 
 
 def _as_list(prompts: Any) -> list[Any]:
+    """Return a list of prompts; one text, one sequence of token ids and one list of messages count as one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], dict | int) else prompts
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray):
+        raise RequestError(
+            f"prompts is of type {type(prompts).__name__}; give text, token ids, messages, or a list of them"
+        )
+    one = len(prompts) > 0 and isinstance(prompts[0], Mapping | numbers.Integral)
+    return [prompts] if one else list(prompts)
 
 
 def limits_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) -> Limits:

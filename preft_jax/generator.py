@@ -6,6 +6,7 @@ knows adapters.
 """
 
 import dataclasses
+import numbers
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -205,11 +206,8 @@ class Generator:
 
     def check(self, request: Request) -> None:
         """Raise if a request cannot be served."""
+        check_request(request)
         ids, vocab = request.prompt.token_ids, self.model.config.vocab_size
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        if request.max_tokens < 1:
-            raise RequestError(f"max_tokens is {request.max_tokens}; give at least 1")
         if len(ids) + request.max_tokens > self.limits.max_model_len:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {request.max_tokens}: together more than "
@@ -228,7 +226,7 @@ class Generator:
             AdapterError: if they do not fit the bank together; it then holds what it held before.
         """
         wanted = {adapter.digest: adapter for adapter in adapters}
-        self._check_room(list(wanted.values()))
+        self._check_room(adapters)
         packed = {
             digest: pack_adapter(adapter, self.model.config, self._dtype)
             for digest, adapter in wanted.items()
@@ -242,13 +240,14 @@ class Generator:
 
     def _check_room(self, adapters: Sequence[Adapter]) -> None:
         need: dict[str, int] = {}
-        for adapter in adapters:
+        distinct = {adapter.digest: adapter for adapter in adapters}
+        for adapter in distinct.values():
             for site, count in adapter_page_counts(adapter.config, self.model.config).items():
                 need[site] = need.get(site, 0) + count
         for site, count in need.items():
             if count > self.limits.bank_pages - 1:
                 raise AdapterError(
-                    f"{len(adapters)} adapters need {count} rank pages at {site!r}, the bank has "
+                    f"{len(distinct)} adapters need {count} rank pages at {site!r}, the bank has "
                     f"{self.limits.bank_pages - 1}; give it more (bank_pages) or serve fewer adapters at once"
                 )
 
@@ -301,8 +300,14 @@ class Generator:
             self.check(request)
             if base_only and request.adapter is not None:
                 raise RequestError("base_only was asked for, but a request names an adapter")
-        shape = shape or self.run_shape(requests)
         size = self.limits.max_num_seqs
+        for at in range(0, len(requests), size):
+            self._check_room([r.adapter for r in requests[at : at + size] if r.adapter is not None])
+        least = self.run_shape(requests)
+        shape = shape or least
+        for name, value, needed in zip(RunShape._fields, shape, least, strict=True):
+            if value < needed:
+                raise ConfigError(f"the run's shape has {name} {value}; these requests need {needed}")
         for at in range(0, len(requests), size):
             try:
                 sequences = self._admit(requests[at : at + size])
@@ -448,6 +453,23 @@ class Generator:
 
 def _all_token(adapter: Adapter | None) -> bool:
     return adapter is not None and not adapter.config.prefill_only
+
+
+def check_request(request: Request) -> None:
+    """Raise ``RequestError`` if a request could not be served by any generator."""
+
+    def check(name: str, value: Any, low: int, high: int) -> None:
+        if not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+            raise RequestError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+
+    if not request.prompt.token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    check("max_tokens", request.max_tokens, 1, 2**31 - 1)
+    check("seed", request.seed, 0, 2**32 - 1)
+    if request.adapter is not None and not isinstance(request.adapter, Adapter):
+        raise RequestError(f"adapter is {request.adapter!r}; give an Adapter (load_adapter makes one), or None")
+    if not isinstance(request.sampling, SamplingParams):
+        raise RequestError(f"sampling is {request.sampling!r}; give SamplingParams(...)")
 
 
 def check_base(adapter: Adapter, model: Model) -> None:

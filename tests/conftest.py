@@ -12,8 +12,11 @@ import pytest
 
 import preft_jax
 from preft_jax import AdapterConfig, Limits
+from preft_jax.forward import train_forward
 
 sys.path.append(str(Path(__file__).parent))
+
+import reference
 
 hypothesis.settings.register_profile("preft", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("preft")
@@ -109,3 +112,18 @@ def limits():
         decode_steps=4,
         bank_pages=64,
     )
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """Return training's forward pass: ``(model, adapter, tokens, mask)`` to float64 log-softmax ``[T, V]``."""
+    program = jax.jit(train_forward, static_argnums=0)
+
+    def log_softmax(model, adapter, tokens, mask):
+        edits = {}
+        if adapter is not None:
+            edits = {"folded": preft_jax.fold(adapter), "edit_mask_BSG": np.asarray(mask)[None]}
+        logits = program(model.config, model.params, np.asarray(tokens, np.int32)[None], **edits)[0]
+        return reference.log_softmax(reference.f64(logits))
+
+    return log_softmax

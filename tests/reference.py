@@ -222,3 +222,29 @@ def forced_log_probs(model, adapter, prompt, generated, spans=()):
     mask = adapter_mask(adapter, len(prompt), len(generated), spans)
     log_probs = log_softmax(forward(model.config, model.params, tokens, adapter, mask))
     return np.array([log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(generated)])
+
+
+# Sampling.
+
+
+def kept_tokens(logits, params):
+    """Return the ids that top-k, then top-p of what is left, then min-p keep at a temperature, most likely first."""
+    scaled = f64(logits) / params.temperature
+    order = sorted(range(len(logits)), key=lambda token: (-scaled[token], token))
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    probs = np.exp(log_softmax(scaled[order]))
+    nucleus, mass = [], 0.0
+    for token, prob in zip(order, probs, strict=True):
+        if mass < params.top_p:
+            nucleus.append((token, prob))
+        mass += prob
+    return [token for token, prob in nucleus if prob >= params.min_p * probs[0]]
+
+
+def sampling_log_prob(logits, params, token):
+    """Return the log-probability of a token under the distribution that it is drawn from; ``-inf`` if filtered."""
+    allowed = kept_tokens(logits, params)
+    if token not in allowed:
+        return -np.inf
+    return log_softmax(f64(logits)[allowed] / params.temperature)[allowed.index(token)]

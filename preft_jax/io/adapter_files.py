@@ -116,8 +116,6 @@ def save_adapter(
         config = dataclasses.replace(config, base_model=base_model)
     if format not in FORMATS:
         raise AdapterError(f"unknown format {format!r}{did_you_mean(format, FORMATS)}; allowed: {', '.join(FORMATS)}")
-    if config.layers is not None and not config.layers:
-        raise AdapterError("layers is (), so this adapter edits nothing; give at least one layer, or None for all")
     if format == "peft":
         _check_peft_can_hold(config, allow_prefill_only_as_peft)
     contents = _contents(config, with_preft=format == "preft")

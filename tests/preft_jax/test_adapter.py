@@ -78,7 +78,8 @@ def adapter(key=KEY, **fields):
         ({"kind": "loreft", "alpha_pattern": {"block": 4.0}}, "alpha_pattern.*'loreft'"),
         ({"kind": "loreft", "orthonormal": False}, "orthonormal"),
     ],
-)  # fmt: skip
+    ids=str,
+)
 def test_a_config_that_cannot_work_is_refused_by_name(fields, text):
     with pytest.raises(ConfigError, match=f"(?s){text}"):
         AdapterConfig(**fields)

@@ -26,7 +26,7 @@ from preft_jax.merge import merge_lora
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """Return a copy of the base model, beside which its digest may be written."""
-    return Path(shutil.copytree(FIXTURES / "base", tmp_path / "base"))
+    return Path(shutil.copytree(FIXTURES / "base", tmp_path / "tiny-llama"))
 
 
 def run(*arguments: Any) -> int:

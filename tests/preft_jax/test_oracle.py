@@ -108,6 +108,7 @@ def test_smollm2_greedy_text_of_twenty_prompts_equals_transformers(smollm2, gree
         assert ours.token_ids == theirs["token_ids"]
 
 
+@pytest.mark.filterwarnings("ignore:.* was trained on 'tiny-llama'")
 @pytest.mark.parametrize("name", PEFT_ADAPTERS)
 def test_lora_on_all_tokens_equals_peft(name):
     expected = np.load(FIXTURES / "peft" / "logits.npz")

@@ -34,21 +34,6 @@ def draws_of(row, params, count=ROWS, first_position=0):
     return draw(np.tile(row, (count, 1)), [params] * count, [17] * count, np.arange(count) + first_position)
 
 
-def kept(row, params):
-    """Return the ids that top-k, then top-p of what is left, then min-p keep, most likely first."""
-    scaled = reference.f64(row) / params.temperature
-    order = sorted(range(len(row)), key=lambda token: (-scaled[token], token))
-    if params.top_k > 0:
-        order = order[: params.top_k]
-    probs = np.exp(reference.log_softmax(scaled[order]))
-    nucleus, mass = [], 0.0
-    for token, prob in zip(order, probs, strict=True):
-        if mass < params.top_p:
-            nucleus.append((token, prob))
-        mass += prob
-    return [token for token, prob in nucleus if prob >= params.min_p * probs[0]]
-
-
 FILTERS = [
     SamplingParams(),
     SamplingParams(temperature=0.5),
@@ -70,7 +55,7 @@ def test_draws_come_from_the_kept_set_in_its_proportions(params, rng):
     """Chi-square over 2048 draws; the bound is passed by chance about once in 1e5, and the seed is fixed."""
     row = (1.5 * rng.standard_normal(VOCAB)).astype(np.float32)
     tokens = np.concatenate([draws_of(row, params, first_position=ROWS * i).token_B for i in range(4)])
-    allowed = kept(row, params)
+    allowed = reference.kept_tokens(row, params)
     assert set(tokens) <= set(allowed)
     probs = np.exp(reference.log_softmax(reference.f64(row)[allowed] / params.temperature))
     counts = np.array([(tokens == token).sum() for token in allowed])
@@ -87,8 +72,7 @@ def test_both_log_probabilities(params, rng):
     for i, row in enumerate(reference.f64(rows)):
         token = drawn.token_B[i]
         assert drawn.logprob_B[i] == pytest.approx(reference.log_softmax(row)[token], abs=1e-5)
-        allowed = kept(rows[i], params)
-        under = reference.log_softmax(row[allowed] / params.temperature)[allowed.index(token)]
+        under = reference.sampling_log_prob(row, params, token)
         assert drawn.sampling_logprob_B[i] == pytest.approx(under, abs=2e-5)
 
 
@@ -118,11 +102,12 @@ def test_ties_keep_the_lower_token_id():
     assert set(draws_of(row, SamplingParams(temperature=0.0)).token_B) == {5}
 
 
-def test_an_equal_share_of_the_nucleus():
-    """Four tokens of a quarter each: a nucleus of 0.6 needs three of them."""
-    row = np.full(VOCAB, -100.0, np.float32)
+@pytest.mark.parametrize(("top_p", "tokens"), [(0.2, {2}), (0.5, {2, 3}), (0.6, {2, 3, 5}), (1.0, {2, 3, 5, 7})])
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, tokens):
+    """Four tokens of exactly a quarter each, and no others."""
+    row = np.full(VOCAB, -200.0, np.float32)
     row[[2, 3, 5, 7]] = 1.0
-    assert set(draws_of(row, SamplingParams(top_p=0.6)).token_B) == {2, 3, 5}
+    assert set(draws_of(row, SamplingParams(top_p=top_p)).token_B) == tokens
 
 
 def test_a_key_is_the_seed_and_the_position_and_nothing_else(rng):
@@ -171,7 +156,7 @@ def test_a_filter_that_keeps_the_drawn_token_does_not_change_the_draw(rng):
     free = draw(rows, [SamplingParams()] * 200, range(200), range(200)).token_B
     params = SamplingParams(top_k=8)
     filtered = draw(rows, [params] * 200, range(200), range(200)).token_B
-    same = [free[i] in kept(rows[i], params) for i in range(200)]
+    same = [free[i] in reference.kept_tokens(rows[i], params) for i in range(200)]
     np.testing.assert_array_equal(free[same], filtered[same])
     assert 100 < sum(same) < 200
 
@@ -199,6 +184,7 @@ def test_a_filter_that_keeps_the_drawn_token_does_not_change_the_draw(rng):
         ({"stop_token_ids": ("a",)}, "stop_token_ids"),
         ({"stop_token_ids": 3}, "stop_token_ids"),
     ],
+    ids=str,
 )
 def test_parameters_that_cannot_work_are_refused_by_name(fields, text):
     with pytest.raises(RequestError, match=text):

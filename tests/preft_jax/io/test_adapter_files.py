@@ -358,7 +358,6 @@ def test_a_prefill_only_export_to_peft_asks_for_the_flag(tmp_path: Path, name: s
     [
         (CONFIGS["loreft"], "peft", "PEFT has no loreft adapters"),
         (CONFIGS["default"], "native", "unknown format 'native'"),
-        (AdapterConfig(rank=2, layers=()), "preft", r"layers is \(\)"),
     ],
 )
 def test_exports_that_cannot_be(
