@@ -599,6 +599,22 @@ def test_an_adapter_that_is_not_finite_is_refused_and_spoils_nothing(positions, 
         assert_is_reference(lively, one, run(generator, [one])[0])
 
 
+@pytest.mark.parametrize("positions", ["prompt", "all"])
+def test_an_adapter_that_overflows_spoils_its_own_requests_only(positions, kinds, lively, limits, rng):
+    """Not those that share its tiles and its batch, nor those that come after it on its pages of bank and cache."""
+    bad = random_adapter(AdapterConfig(rank=8, positions=positions), lively.config, jax.random.key(9))
+    for site in ("q", "v", "down"):
+        bad.params["layers"][1][site]["lora_b"][:] = 1e38
+    generator = Generator(lively, limits)
+    for adapters in ((kinds["lora"], bad, None, kinds["loreft"], bad, None, None, kinds["lora_all"]), (None,) * 8):
+        requests = [request(rng.integers(0, 256, 7), adapter) for adapter in adapters]
+        for one, ours in zip(requests, run(generator, requests), strict=True):
+            if one.adapter is bad:
+                assert np.isnan(ours.logprobs).all()
+            else:
+                assert_is_reference(lively, one, ours)
+
+
 # Contract 7: chunked is whole.
 
 CHUNKED = ("loreft_f3l2", "lora_r24", None, "direft")
