@@ -25,7 +25,7 @@ from rich.table import Table
 
 from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
 from preft_jax.bank import num_rank_pages
-from preft_jax.batch import bucket
+from preft_jax.batch import round_up
 from preft_jax.chat import EncodedPrompt
 from preft_jax.cli import hyphenated
 from preft_jax.generator import Generator, Limits, Request
@@ -104,7 +104,7 @@ def make_ours(model: Model, case: Case, adapter: Adapter | None, prompts: list[l
         model,
         Limits(
             max_num_seqs=case.batch,
-            max_model_len=bucket(case.prompt_len + case.new_tokens, 64),
+            max_model_len=round_up(case.prompt_len + case.new_tokens, 64),
             prefill_seqs=min(case.batch, 8),
             bank_pages=pages,
         ),

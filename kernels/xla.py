@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels.types import PagePool, TilePages
 
 _MASKED = -1e30
+_QUERY_BLOCK = 32
 
 
 def _owned(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
@@ -71,29 +72,43 @@ def paged_attention(
     max_query_len: int,
     scale: float,
 ) -> jax.Array:
-    """Causal attention of packed, ragged queries over a paged KV cache; see ``kernels.api.paged_attention``."""
+    """Causal attention of packed, ragged queries over a paged KV cache; see ``kernels.api.paged_attention``.
+
+    Each request's queries are cut into blocks of at most ``_QUERY_BLOCK``, and each block looks at its request's keys:
+    the work is that of the tokens there are, however unequal the requests.
+    """
     num_tokens, heads, channels = q_THC.shape
     batch = kv_len_B.shape[0]
     kv_heads = k_PSKC.shape[2]
-    query_len_B = query_start_B1[1:] - query_start_B1[:-1]
-    k_BSKC = k_PSKC[page_table_BP].reshape(batch, -1, kv_heads, channels)
-    v_BSKC = v_PSKC[page_table_BP].reshape(batch, -1, kv_heads, channels)
-    query_Q = jnp.arange(max_query_len, dtype=jnp.int32)
-    key_S = jnp.arange(k_BSKC.shape[1], dtype=jnp.int32)
-    last_key_BQ = (kv_len_B - query_len_B)[:, None] + query_Q
-    visible_BQS = (key_S <= last_key_BQ[..., None]) & (key_S < kv_len_B[:, None, None])
-    v_BSKC = jnp.where((key_S < kv_len_B[:, None])[..., None, None], v_BSKC, jnp.zeros((), v_BSKC.dtype))
+    size = min(_QUERY_BLOCK, max_query_len)
+    num_blocks = min(batch * -(-max_query_len // size), num_tokens // size + batch)
 
-    row_BQ = jnp.clip(query_start_B1[:-1, None] + query_Q, 0, num_tokens - 1)
-    q_BQKGC = q_THC[row_BQ].reshape(batch, max_query_len, kv_heads, heads // kv_heads, channels)
-    scores = jnp.einsum("bqkgc,bskc->bkgqs", q_BQKGC, k_BSKC, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(visible_BQS[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
-    out = jnp.einsum("bkgqs,bskc->bqkgc", weights, v_BSKC, preferred_element_type=jnp.float32)
-    out_BQHC = out.reshape(batch, max_query_len, heads, channels).astype(q_THC.dtype)
+    query_len_B = query_start_B1[1:] - query_start_B1[:-1]
+    block_end_B = jnp.cumsum(-(-query_len_B // size))
+    block_N = jnp.arange(num_blocks, dtype=jnp.int32)
+    request_N = jnp.minimum(jnp.searchsorted(block_end_B, block_N, side="right"), batch - 1)
+    first_block_B = block_end_B - -(-query_len_B // size)
+    offset_NQ = ((block_N - first_block_B[request_N]) * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
+
+    kv_len_N = kv_len_B[request_N]
+    k_NSKC = k_PSKC[page_table_BP[request_N]].reshape(num_blocks, -1, kv_heads, channels)
+    v_NSKC = v_PSKC[page_table_BP[request_N]].reshape(num_blocks, -1, kv_heads, channels)
+    key_S = jnp.arange(k_NSKC.shape[1], dtype=jnp.int32)
+    last_key_NQ = (kv_len_B - query_len_B)[request_N][:, None] + offset_NQ
+    visible_NQS = (key_S <= last_key_NQ[..., None]) & (key_S < kv_len_N[:, None, None])
+    v_NSKC = jnp.where((key_S < kv_len_N[:, None])[..., None, None], v_NSKC, jnp.zeros((), v_NSKC.dtype))
+
+    row_NQ = jnp.clip(query_start_B1[request_N][:, None] + offset_NQ, 0, num_tokens - 1)
+    q_NQKGC = q_THC[row_NQ].reshape(num_blocks, size, kv_heads, heads // kv_heads, channels)
+    scores = jnp.einsum("nqkgc,nskc->nkgqs", q_NQKGC, k_NSKC, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(visible_NQS[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_NSKC.dtype)
+    out = jnp.einsum("nkgqs,nskc->nqkgc", weights, v_NSKC, preferred_element_type=jnp.float32)
+    out_NQHC = out.reshape(num_blocks, size, heads, channels).astype(q_THC.dtype)
 
     token_T = jnp.arange(num_tokens, dtype=jnp.int32)
     request_T = jnp.minimum(jnp.searchsorted(query_start_B1[1:], token_T, side="right"), batch - 1)
-    offset_T = jnp.clip(token_T - query_start_B1[request_T], 0, max_query_len - 1)
+    offset_T = token_T - query_start_B1[request_T]
+    block_T = jnp.clip(first_block_B[request_T] + offset_T // size, 0, num_blocks - 1)
     real_T = token_T < query_start_B1[-1]
-    return jnp.where(real_T[:, None, None], out_BQHC[request_T, offset_T], jnp.zeros((), q_THC.dtype))
+    return jnp.where(real_T[:, None, None], out_NQHC[block_T, offset_T % size], jnp.zeros((), q_THC.dtype))

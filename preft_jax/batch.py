@@ -26,6 +26,11 @@ def bucket(n: int, smallest: int = 1) -> int:
     return size
 
 
+def round_up(n: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``n``."""
+    return -(-n // multiple) * multiple
+
+
 def plan_chunks(lengths: Sequence[int], *, budget: int, max_requests: int) -> list[list[tuple[int, int, int]]]:
     """Cut prompts into prefill calls of at most ``budget`` tokens and ``max_requests`` requests, first come first.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from preft_jax.bank import adapter_page_counts
-from preft_jax.batch import bucket
+from preft_jax.batch import bucket, round_up
 from preft_jax.chat import encode_prompt
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.generator import Completion, Generator, Limits, Request, check_request
@@ -105,7 +105,7 @@ def limits_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
         pages = max(pages, sum(max(count.values(), default=0) for count in counts))
     return Limits(
         max_num_seqs=size,
-        max_model_len=min(bucket(longest, 64), most),
+        max_model_len=min(round_up(longest, 64), most),
         bank_pages=bucket(pages + 1),
         prefill_seqs=min(size, 8),
     )

@@ -43,7 +43,7 @@ _serving_params: weakref.WeakKeyDictionary[Model, Params] = weakref.WeakKeyDicti
 def serving_params(model: Model) -> Params:
     """Return a model's weights in the layout that this backend serves from, made once for each model."""
     if model not in _serving_params:
-        _serving_params[model] = fused_layout(model.params, transpose=jax.default_backend() == "cpu")
+        _serving_params[model] = fused_layout(model.params, transpose=False)
     return _serving_params[model]
 
 
@@ -67,7 +67,7 @@ class Limits:
     page_size: int = 16
     prefill_tokens: int = 512
     prefill_seqs: int = 8
-    tile: int = 32
+    tile: int = 64
     decode_steps: int = 16
     bank_pages: int = 1
 

@@ -85,7 +85,7 @@ def _decode_loop(step: Any, cache: KVCache, state: DecodeState, sampling: Sampli
         stopped_B = jnp.any(token_B[:, None] == state.stop_BE, axis=1)
         state = state._replace(
             token_B=jnp.where(active_B, token_B, state.token_B),
-            position_B=state.position_B + active_B,
+            position_B=state.position_B + active_B.astype(jnp.int32),
             remaining_B=jnp.where(active_B & ~stopped_B, state.remaining_B - 1, 0),
         )
         return n + 1, cache, state, drawn

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from preft_jax.adapter import Adapter, random_adapter
 from preft_jax.bank import adapter_page_counts
-from preft_jax.batch import bucket
+from preft_jax.batch import round_up
 from preft_jax.chat import EncodedPrompt
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
@@ -90,11 +90,10 @@ class ModeRun:
         self.records += records
 
     def warm_up(self) -> None:
-        """Make all adapters resident and compile every program by serving a little of each batch."""
+        """Make all adapters resident and compile every program by serving one short request."""
         self.generator.load_adapters([r.adapter for r in self.requests if r.adapter is not None])
-        size = self.generator.limits.max_num_seqs
-        short = [dataclasses.replace(r, max_tokens=2) for r in self.requests[:size]]
-        for _ in self.generator.run(short, shape=self.shape, base_only=self.name == "base"):
+        short = dataclasses.replace(self.requests[0], prompt=EncodedPrompt([0], ()), max_tokens=2)
+        for _ in self.generator.run([short], shape=self.shape, base_only=self.name == "base"):
             pass
 
 
@@ -106,7 +105,7 @@ def make_modes(
     counts = [max(adapter_page_counts(adapter.config, model.config).values()) for adapter in adapters]
     limits = Limits(
         max_num_seqs=args.max_num_seqs,
-        max_model_len=args.max_model_len or bucket(longest, 64),
+        max_model_len=args.max_model_len or round_up(longest, 64),
         prefill_seqs=min(args.max_num_seqs, 8),
     )
     runs = []
