@@ -37,14 +37,19 @@ from preft_jax.model import Params
 from preft_jax.programs import DecodeState, programs
 from preft_jax.sampling import SamplingParams, sampling_arrays
 
-_serving_params: weakref.WeakKeyDictionary[Model, Params] = weakref.WeakKeyDictionary()
+_serving_params: weakref.WeakKeyDictionary[Model, tuple[bool, Params]] = weakref.WeakKeyDictionary()
 
 
-def serving_params(model: Model) -> Params:
-    """Return a model's weights in the layout that this backend serves from, made once for each model."""
-    if model not in _serving_params:
-        _serving_params[model] = fused_layout(model.params, transpose=False)
-    return _serving_params[model]
+def serving_params(model: Model, max_num_seqs: int) -> Params:
+    """Return a model's weights in the layout that this backend serves from, made once for each model.
+
+    A CPU multiplies a matrix with one token fastest from ``[output, input]`` and with several from ``[input, output]``.
+    """
+    transpose = jax.default_backend() == "cpu" and max_num_seqs == 1
+    made = _serving_params.get(model)
+    if made is None or made[0] != transpose:
+        made = _serving_params[model] = (transpose, fused_layout(model.params, transpose=transpose))
+    return made[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +195,7 @@ class Generator:
             )
         self.model = model
         self.limits = limits
-        self.params = serving_params(model)
+        self.params = serving_params(model, limits.max_num_seqs)
         self.programs = programs(model.config)
         self._clock = clock
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
@@ -273,7 +278,7 @@ class Generator:
                 tokens, query = max(tokens, sum(sizes)), max(query, *sizes)
                 tile_entries = max(tile_entries, max_entries(sizes, [counts[row] for row, _, _ in call], limits.tile))
             row_entries = max(row_entries, *counts)
-        tokens = min(bucket(tokens, 2 * limits.tile), bucket(limits.prefill_tokens, limits.tile))
+        tokens = min(bucket(tokens, limits.tile), bucket(limits.prefill_tokens, limits.tile))
         return RunShape(
             num_tokens=tokens,
             max_query_len=min(bucket(query, limits.tile), tokens),
@@ -340,7 +345,7 @@ class Generator:
         limits = self.limits
         sizes = [len(span.tokens) for span in spans]
         if shape is None:
-            tokens = bucket(sum(sizes), 2 * limits.tile)
+            tokens = bucket(sum(sizes), limits.tile)
             shape = RunShape(tokens, min(bucket(max(sizes), limits.tile), tokens))
         batch = pack_prefill(
             spans,

@@ -1,8 +1,8 @@
 """Stored layouts of the weights, as named transforms of the canonical tree.
 
 The canonical tree (``preft_jax/model.py``) has one ``[input, output]`` array for each linear. Serving reads each
-weight once a step, so it fuses the linears that share an input (``qkv``, ``gate_up``) and stores them the way the
-backend streams them best: ``[output, input]`` on the CPU.
+weight once a step, so it fuses the linears that share an input (``qkv``, ``gate_up``), and can store them as
+``[output, input]`` where the backend streams them better that way.
 """
 
 import dataclasses

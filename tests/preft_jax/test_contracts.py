@@ -69,7 +69,7 @@ class Device:
 
     def __init__(self, model, limits):
         self.model, self.limits = model, limits
-        self.params, self.programs = serving_params(model), programs(model.config)
+        self.params, self.programs = serving_params(model, 8), programs(model.config)
         self.width = limits.max_model_len // limits.page_size
         self.cache = init_cache(model.config, limits.max_num_seqs * self.width, limits.page_size, np.float32)
         self.bank = init_bank(model.config, limits.bank_pages, np.float32)

@@ -29,7 +29,7 @@ def compiled(tiny):
     state = DecodeState(zeros, zeros, zeros, np.zeros((ROWS, WIDTH), np.int32), np.full((ROWS, 4), -1, np.int32))
     state = jax.tree.map(jnp.asarray, state)
     sampling = sampling_arrays([], [], ROWS)
-    params, p = serving_params(tiny), programs(tiny.config)
+    params, p = serving_params(tiny, 4), programs(tiny.config)
     lowered = {
         "prefill": p.prefill.lower(params, bank, cache, batch, max_query_len=16),
         "decode": p.decode.lower(params, cache, state, sampling, num_steps=2),
