@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
     )
     figures = measure(make_modes(model, workload, adapters, args), args.num_prompts, args.max_num_seqs, console)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    options = {name: value for name, value in vars(args).items() if name != "output_json"}
     return {"schema": SCHEMA, "options": options, **figures, **environment()}
 
 
