@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from kernels import xla
 from kernels.types import PagePool, TilePages
 
-IMPLEMENTATIONS = ("xla",)
-
 
 def _pick(op: str, table: Mapping[str, Callable[..., Any]], implementation: str | None) -> Callable[..., Any]:
     if implementation is None:
@@ -30,7 +28,7 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_pool(pool: PagePool, tiles_name: str, width_in: int, width_out: int | None) -> None:
+def _check_pool(pool: PagePool, width_in: int, width_out: int | None) -> None:
     p, d, r = pool.a_PDR.shape
     _check(d == width_in, f"pool.a_PDR has input width {d}; x has {width_in}")
     _check(pool.c_PR.shape == (p, r), f"pool.c_PR has shape {pool.c_PR.shape}; expected {(p, r)}")
@@ -77,7 +75,7 @@ def shrink(
         f"mask_TG is {mask_TG.dtype}{list(mask_TG.shape)}; expected bool[{x_TD.shape[0]}, groups]",
     )
     for pool, tile_pages in zip(pools, tiles, strict=True):
-        _check_pool(pool, "tiles", x_TD.shape[1], None)
+        _check_pool(pool, x_TD.shape[1], None)
         _check_tiles(tile_pages, x_TD.shape[0])
     return _pick("shrink", {"xla": xla.shrink}, implementation)(x_TD, pools, tiles, mask_TG)
 
@@ -90,7 +88,7 @@ def expand(
         s_TER.shape[:2] == (y_TF.shape[0], tiles.page_NE.shape[1]),
         f"s_TER has shape {s_TER.shape}; expected ({y_TF.shape[0]}, {tiles.page_NE.shape[1]}, rank)",
     )
-    _check_pool(pool, "tiles", pool.a_PDR.shape[1], y_TF.shape[1])
+    _check_pool(pool, pool.a_PDR.shape[1], y_TF.shape[1])
     _check_tiles(tiles, y_TF.shape[0])
     return _pick("expand", {"xla": xla.expand}, implementation)(s_TER, y_TF, pool, tiles)
 
@@ -116,7 +114,7 @@ def decode_edit(
 
     What all-token adapters pay at every decode step. Returns the shape and dtype of ``y_BF``.
     """
-    _check_pool(pool, "page_BE", x_BD.shape[1], y_BF.shape[1])
+    _check_pool(pool, x_BD.shape[1], y_BF.shape[1])
     _check(page_BE.shape[0] == x_BD.shape[0], f"page_BE has {page_BE.shape[0]} rows; x_BD has {x_BD.shape[0]}")
     return _pick("decode_edit", {"xla": xla.decode_edit}, implementation)(x_BD, y_BF, pool, page_BE)
 

@@ -3,6 +3,16 @@
 ``load_model``, ``load_adapter`` and ``generate`` are all that most programs need; see the README's example.
 """
 
+try:
+    import kernels.types as _ours  # noqa: F401
+except ImportError as error:
+    if (error.name or "").startswith("kernels"):
+        raise ImportError(
+            "preft-jax brings a package named 'kernels', and another installed package of that name hides it; "
+            "uninstall that one (pip uninstall kernels), or put preft-jax before it on the path"
+        ) from error
+    raise
+
 from preft_jax.adapter import Adapter as Adapter
 from preft_jax.adapter import AdapterConfig as AdapterConfig
 from preft_jax.adapter import LowRankEdit as LowRankEdit

@@ -63,7 +63,8 @@ class AdapterConfig:
     Attributes:
         kind: ``lora``, ``direft`` or ``loreft``.
         rank: rank of every edit that ``rank_pattern`` does not name.
-        alpha: LoRA's scale numerator; ``None`` means ``rank`` (a scale of 1). Not used by ReFT.
+        alpha: LoRA's scale numerator; ``None`` means ``rank``, a scale of 1 without rsLoRA and patterns.
+            Not used by ReFT.
         use_rslora: divide by the square root of the rank instead of the rank.
         targets: sites edited in each layer; ReFT has ``("block",)``.
         layers: layers edited; ``None`` means all.
@@ -114,8 +115,10 @@ class AdapterConfig:
                 raise ConfigError(f"alpha {alpha!r} of {name!r} is not allowed; give a finite number")
         if self.assistant_turns not in ("edit", "skip"):
             raise ConfigError(f"assistant_turns {self.assistant_turns!r} is not allowed; give 'edit' or 'skip'")
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout {self.dropout!r} is not allowed; give a number from 0 up to, not including, 1")
+        if self.layers is not None and not isinstance(self.layers, tuple | list):
+            raise ConfigError(f"layers is {self.layers!r}; give a tuple of layers, or None for all")
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers, default=-1) < 0):
             raise ConfigError(f"layers {self.layers} is empty, or holds a negative or repeated layer; None means all")
         if not self.orthonormal and self.kind == "loreft":
@@ -130,7 +133,7 @@ class AdapterConfig:
     def _check_patterns(self) -> None:
         for key in (*self.rank_pattern, *self.alpha_pattern):
             try:
-                re.compile(key)
+                re.compile(rf"(?:.*\.)?(?:{key})")
             except (re.error, TypeError) as error:
                 raise ConfigError(f"the pattern {key!r} is no regular expression: {error}") from None
 

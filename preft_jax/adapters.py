@@ -28,7 +28,7 @@ from preft_jax.io.file_pair import CONFIG_FILE, current_tensors
 from preft_jax.io.hf import save_hf_model
 from preft_jax.io.hub import hub_snapshot
 from preft_jax.io.pyreft import convert_pyreft
-from preft_jax.loading import DTYPES, Model, load_model
+from preft_jax.loading import DTYPES, HUB_ID, Model, load_model
 from preft_jax.merge import check_mergeable, merge_lora
 
 SOURCES = ("peft", "pyreft", "preft")
@@ -135,7 +135,7 @@ def _say_changes(old: AdapterConfig, new: AdapterConfig, to: str) -> None:
     if old.positions != new.positions and to == "preft":
         print(
             "only the config changed, the tensors are the same: which tokens an adapter edits is not in its weights. "
-            "It was trained for other positions, so check its quality or train it further (--init-from)"
+            "It was trained for other positions, so check its quality or train it further"
         )
     if to == "peft" and (new.prefill_only or new.assistant_turns == "skip"):
         print(
@@ -157,7 +157,7 @@ def _merge(options: argparse.Namespace) -> None:
 def _source_dtype(name: str) -> str:
     """Return the dtype a model is stored in, by its ``config.json``; float32 for models that have none."""
     directory = Path(name).expanduser()
-    if not directory.exists() and name not in PRESETS and "/" in name:
+    if not directory.exists() and name not in PRESETS and HUB_ID.fullmatch(name):
         directory = hub_snapshot(name)
     try:
         contents = json.loads((directory / "config.json").read_bytes())

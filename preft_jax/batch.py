@@ -2,7 +2,7 @@
 
 Packed means: the tokens of all requests one after the other in one array, padded only at its end. Every length that
 reaches a
-jitted program is rounded up by ``bucket``, so the number of compiled programs stays small.
+jitted program is rounded up by ``bucket`` or ``round_up``, so the number of compiled programs stays small.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ from preft_jax.bank import adapter_page_counts
 from preft_jax.batch import bucket, round_up
 from preft_jax.chat import encode_prompt
 from preft_jax.errors import ConfigError, RequestError
-from preft_jax.generator import Completion, Generator, Limits, Request, check_request
+from preft_jax.generator import Completion, Generator, Limits, Request, check_base, check_request
 from preft_jax.loading import Model
 from preft_jax.sampling import SamplingParams
 
@@ -66,12 +66,14 @@ def generate(
             adapter=a,
             sampling=s,
             max_tokens=max_tokens,
-            seed=(seed + i) % 2**32 if s.seed is None else s.seed,
+            seed=(seed + i) % 2**32,
         )
         for i, (e, a, s) in enumerate(zip(encoded, each_adapter, each_sampling, strict=True))
     ]
     for request in requests:
         check_request(request)
+        if request.adapter is not None:
+            check_base(request.adapter, model)
     generator = Generator(model, limits_for(model, requests, max_num_seqs=max_num_seqs))
     done = dict(generator.run(requests))
     return [done[i] for i in range(len(requests))]
@@ -97,7 +99,7 @@ def limits_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
         raise RequestError(
             f"the longest prompt with its max_tokens has {longest} tokens; the model has {most} positions"
         )
-    size = bucket(min(max_num_seqs, len(requests)))
+    size = min(max_num_seqs, bucket(len(requests)))
     pages = 0
     for at in range(0, len(requests), size):
         adapters = {r.adapter.digest: r.adapter for r in requests[at : at + size] if r.adapter is not None}

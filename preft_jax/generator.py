@@ -41,7 +41,7 @@ _serving_params: weakref.WeakKeyDictionary[Model, tuple[bool, Params]] = weakref
 
 
 def serving_params(model: Model, max_num_seqs: int) -> Params:
-    """Return a model's weights in the layout that this backend serves from, made once for each model.
+    """Return a model's weights in the layout that this backend serves from, kept until another layout is asked for.
 
     A CPU multiplies a matrix with one token fastest from ``[output, input]`` and with several from ``[input, output]``.
     """
@@ -94,6 +94,11 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     seed: int = 0
     max_tokens: int = 64
+
+    @property
+    def draw_seed(self) -> int:
+        """The seed of its draws: its sampling parameters', or its own where they have none."""
+        return self.seed if self.sampling.seed is None else self.sampling.seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,8 +206,11 @@ class Generator:
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self._dtype = self.params["embed"].dtype
         self.cache = self._new_cache()
-        self.bank = init_bank(model.config, limits.bank_pages, self._dtype)
-        self._allocator = BankAllocator(limits.bank_pages)
+        self._new_bank()
+
+    def _new_bank(self) -> None:
+        self.bank = init_bank(self.model.config, self.limits.bank_pages, self._dtype)
+        self._allocator = BankAllocator(self.limits.bank_pages)
         self._resident: dict[str, AdapterPages] = {}
 
     def _new_cache(self) -> KVCache:
@@ -240,7 +248,12 @@ class Generator:
         for digest, edits in packed.items():
             self._make_room(edits, keep=wanted)
             where = self._allocator.allocate(edits)
-            self.bank = write_adapter(self.bank, edits, where)
+            try:
+                self.bank = write_adapter(self.bank, edits, where)
+            except BaseException:
+                # The donated bank may be gone: begin again with an empty one.
+                self._new_bank()
+                raise
             self._resident[digest] = where
 
     def _check_room(self, adapters: Sequence[Adapter]) -> None:
@@ -318,7 +331,7 @@ class Generator:
                 sequences = self._admit(requests[at : at + size])
                 self._prefill(sequences, shape, base_only)
                 self._decode(sequences, shape)
-            except Exception:
+            except BaseException:
                 # A failed device call may have consumed the donated cache.
                 self.cache = self._new_cache()
                 raise
@@ -378,7 +391,7 @@ class Generator:
         params, seeds = [SamplingParams(temperature=0.0)] * size, [0] * size
         positions = np.zeros(size, np.int32)
         for row, sequence in done:
-            params[row], seeds[row] = sequence.request.sampling, sequence.request.seed
+            params[row], seeds[row] = sequence.request.sampling, sequence.request.draw_seed
             positions[row] = len(sequence.tokens)
         drawn = jax.device_get(self.programs.sample(logits_BV, positions, sampling_arrays(params, seeds, size)))
         for row, sequence in done:
@@ -422,7 +435,9 @@ class Generator:
         """Decode all rows to their end, a fixed number of steps a call."""
         state = self._decode_state(sequences, shape)
         size = shape.rows
-        sampling = sampling_arrays([s.request.sampling for s in sequences], [s.request.seed for s in sequences], size)
+        sampling = sampling_arrays(
+            [s.request.sampling for s in sequences], [s.request.draw_seed for s in sequences], size
+        )
         adapted = [s.adapter_pages if _all_token(s.request.adapter) else {} for s in sequences]
         pages = None
         if any(adapted):

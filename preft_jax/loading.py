@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes a model can be loaded in."""
 
 _BUILT_IN = "smollm2-135m"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Model:
         params: the parameter tree (see ``preft_jax.model``), on the default device.
         tokenizer: a transformers ``PreTrainedTokenizerFast``, or ``None`` if the model came without one.
         digest: SHA-256 (hex) of config and weights, the same for every dtype it is loaded in.
-        name: what it was loaded as, for people; empty if it was made by hand.
+        name: of the model, or what it was loaded as; empty if it was made by hand.
     """
 
     config: ModelConfig
@@ -79,7 +79,9 @@ def load_model(name_or_path: str | Path, dtype: Any = None, check_finite: bool =
         ConfigError: if the model's kind or ``dtype`` is not supported.
     """
     resolved = resolve_dtype(dtype)
-    model = dataclasses.replace(_load(name_or_path, resolved, seed), name=str(name_or_path))
+    model = _load(name_or_path, resolved, seed)
+    if not model.name:
+        model = dataclasses.replace(model, name=str(name_or_path))
     if check_finite:
         _check_finite(model.params, str(name_or_path))
     return model
@@ -95,10 +97,11 @@ def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int) -> Model:
             raise ModelError(f"there is no file {path}; give the path of a GGUF file that exists")
         return _load_gguf(path, dtype)
     if name == _BUILT_IN:
-        return _load_gguf(packaged_gguf(SMOLLM2_135M, cache_dir()), dtype)
+        model = _load_gguf(packaged_gguf(SMOLLM2_135M, cache_dir()), dtype)
+        return dataclasses.replace(model, name="SmolLM2-135M-Instruct")
     if name in PRESETS:
         return _make_preset(name, dtype, seed)
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         return _load_directory(hub_snapshot(name), dtype)
     raise ModelError(
         f"there is no model {name!r}{did_you_mean(name, PRESETS)}; allowed: a directory with safetensors, a .gguf "

@@ -1,6 +1,6 @@
 """The jitted programs of one model shape: prefill, decode, decode for all-token adapters, and sampling of first tokens.
 
-Each is compiled once for each bucket of lengths. Caches and banks are donated, so they are updated in place.
+Each is compiled once for each bucket of lengths. Caches are donated and updated in place; a bank is only read.
 """
 
 import functools

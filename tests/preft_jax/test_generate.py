@@ -477,12 +477,29 @@ def test_without_a_tokenizer_ids_still_work_and_text_is_refused(lively, hello):
         ((["a", "b"], [None]), {}, RequestError, "adapters has 1 entries for 2 prompts"),
         ((["a", "b"], None, [GREEDY] * 3), {}, RequestError, "sampling has 3 entries for 2 prompts"),
         (("Hello", "lora"), {}, PreftError, "'lora'"),
+        (("Hello", None, None), {}, RequestError, "sampling is None"),
+        (("Hello", None, {"temperature": 0}), {}, RequestError, "sampling is {'temperature': 0}"),
     ],
     ids=str,
 )
 def test_calls_that_cannot_work_are_refused_by_name(arguments, options, error, text, lively):
     with pytest.raises(error, match=f"(?s){text}"):
         generate(lively, *arguments, **options)
+
+
+def test_an_adapter_that_lacks_a_leaf_is_refused_by_its_name(lively, kinds):
+    params = {
+        "layers": [{site: dict(leaves) for site, leaves in sites.items()} for sites in kinds["lora"].params["layers"]]
+    }
+    del params["layers"][1]["q"]["lora_b"]
+    with pytest.raises(AdapterError, match=r"missing layers\.1\.q\.lora_b"):
+        generate(lively, "Hello", Adapter(kinds["lora"].config, params))
+
+
+def test_the_seed_of_the_sampling_parameters_wins(lively, hello):
+    prompt = EncodedPrompt(lively.tokenizer.encode("Hello"), ())
+    assert Request(prompt=prompt, seed=3).draw_seed == 3
+    assert Request(prompt=prompt, seed=3, sampling=SamplingParams(seed=9)).draw_seed == 9
 
 
 def test_an_adapter_of_another_base_is_refused(lively, kinds):

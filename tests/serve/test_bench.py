@@ -56,6 +56,9 @@ def test_last_line_is_json_and_underscored_options_work(capsys):
         (["--rank", "0"], "rank 0"),
         (["--max-model-len", "8"], "max_model_len 8"),
         (["--dtype", "int8"], "int8"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--zipf-alpha", "nan"], "--zipf-alpha is nan"),
+        (["--max-model-len", "0"], "max_model_len is 0"),
     ],
 )
 def test_bad_options_end_with_status_1_and_one_line(arguments, message, capsys):
@@ -63,6 +66,13 @@ def test_bad_options_end_with_status_1_and_one_line(arguments, message, capsys):
     err = capsys.readouterr().err.strip()
     assert message in err
     assert "Traceback" not in err
+
+
+def test_one_token_outputs_and_a_new_directory_for_the_figures(tmp_path):
+    out = tmp_path / "new" / "figures.json"
+    assert bench.main([*SMALL, "--mode", "base", "--output-len", "1", "--output-json", str(out)]) == 0
+    assert "NaN" not in out.read_text()
+    assert json.loads(out.read_text())["modes"]["base"]["mean_tpot_ms"] == 0
 
 
 def test_usage_errors_end_with_status_2(capsys):
