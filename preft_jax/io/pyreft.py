@@ -259,8 +259,8 @@ def _load_state_dict(file: str) -> dict[str, np.ndarray]:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise AdapterError(
-            "pyreft stores torch pickles, and torch is not installed; install it for this one conversion with "
-            "'pip install torch --index-url https://download.pytorch.org/whl/cpu'"
+            "pyreft stores torch pickles, and torch is not installed; install it for this one conversion "
+            "(pip install torch; its CPU build is enough)"
         ) from None
     if not Path(file).is_file():
         raise AdapterError(f"{file} does not exist; {_ADVICE}")
