@@ -62,7 +62,35 @@ def cpu_serve_bench(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
 
 
-TABLES = {"cpu-generation": cpu_generation, "cpu-serve-bench": cpu_serve_bench}
+_OURS = ("triton", "pallas_tpu")
+_PEERS = ("ragged_dot", "cudnn_paged", "cudnn_contiguous")
+
+
+def kernels(figures: dict[str, Any]) -> str:
+    """Each kernel's time, floor and ratio to it, beside plain XLA and the fastest peer."""
+    rows = []
+    for row in figures["cases"]:
+        timed = {name: result for name, result in row["results"].items() if "us" in result}
+        ours = next((timed[name] for name in _OURS if name in timed), None)
+        peers = {name: timed[name] for name in _PEERS if name in timed}
+        fastest = min(peers, key=lambda name: peers[name]["us"], default=None)
+        rows.append(
+            [
+                row["case"],
+                f"{row['floor_us']:.0f} ({row['bound']})",
+                f"**{ours['us']:.0f}**" if ours else "",
+                f"{ours['ratio_to_floor']:.2f}" if ours else "",
+                f"{timed['xla']['us']:.0f}" if "xla" in timed else "",
+                f"{peers[fastest]['us']:.0f} ({fastest})" if fastest else "",
+            ]
+        )
+    ceilings = figures["ceilings"]
+    rates = ", ".join(f"{rate:g} TFLOP/s ({dtype})" for dtype, rate in ceilings["matmul_tflop_per_s"].items())
+    header = ["kernel, median us", "floor (bound)", "preft-jax", "x floor", "XLA", "fastest peer"]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}; ceilings: {ceilings['copy_gb_per_s']:g} GB/s, {rates}.\n"
+
+
+TABLES = {"cpu-generation": cpu_generation, "cpu-serve-bench": cpu_serve_bench, "h100-kernels": kernels}
 
 
 def render(text: str) -> str:

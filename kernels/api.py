@@ -1,53 +1,20 @@
 """One entry for every kernel.
 
 ``implementation=None`` takes the best implementation that this backend and these shapes allow; a name takes that one or
-raises ``NotImplementedError`` with the reason. Wrong arguments raise ``ValueError`` naming the argument. Axis letters:
-``preft_jax/shapes.py``.
+raises ``NotImplementedError`` with the reason. Wrong arguments raise ``ValueError`` naming the argument; with
+``kernels.debug`` page ids and positions are checked too, while the program runs. Axis letters: ``preft_jax/shapes.py``.
+
+``shrink``, ``expand`` and ``lowrank_edit`` are differentiable in x, y, s and the pools' arrays, by reductions of fixed
+order: the same inputs give the same bits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
-from kernels import xla
-from kernels.types import PagePool, TilePages
-
-
-def _pick(op: str, table: Mapping[str, Callable[..., Any]], implementation: str | None) -> Callable[..., Any]:
-    if implementation is None:
-        return table["xla"]
-    if implementation not in table:
-        raise NotImplementedError(f"{op} has no implementation {implementation!r}; available: {', '.join(table)}")
-    return table[implementation]
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_pool(pool: PagePool, width_in: int, width_out: int | None) -> None:
-    p, d, r = pool.a_PDR.shape
-    _check(d == width_in, f"pool.a_PDR has input width {d}; x has {width_in}")
-    _check(pool.c_PR.shape == (p, r), f"pool.c_PR has shape {pool.c_PR.shape}; expected {(p, r)}")
-    _check(pool.b_PRF.shape[:2] == (p, r), f"pool.b_PRF has shape {pool.b_PRF.shape}; expected ({p}, {r}, F)")
-    if width_out is not None:
-        _check(
-            pool.b_PRF.shape[2] == width_out, f"pool.b_PRF has output width {pool.b_PRF.shape[2]}; y has {width_out}"
-        )
-
-
-def _check_tiles(tiles: TilePages, num_tokens: int) -> None:
-    shape = tiles.page_NE.shape
-    for name, array in tiles._asdict().items():
-        _check(array.shape == shape, f"tiles.{name} has shape {array.shape}; page_NE has {shape}")
-        _check(jnp.issubdtype(array.dtype, jnp.integer), f"tiles.{name} has dtype {array.dtype}; it must be an integer")
-    _check(
-        shape[0] > 0 and num_tokens % shape[0] == 0,
-        f"tiles.page_NE has {shape[0]} tiles, which do not divide {num_tokens} tokens",
-    )
+from kernels import debug, dispatch, gradients
+from kernels.checks import check, check_mask, check_pool, check_shrunk, check_sites, check_tiles
+from kernels.types import PagePool, Shrunk, Site, TilePages
 
 
 def shrink(
@@ -65,32 +32,28 @@ def shrink(
         pools: rank pages of each site that reads ``x`` (q, k and v share one input, gate and up another).
         tiles: each site's page lists.
         mask_TG: bool edit mask; column ``tiles.group_NE`` switches an entry.
+        implementation: see the module.
 
     Returns:
         One float32 ``[T, E, R]`` a site; zero where an entry does not edit the token.
     """
-    _check(len(pools) == len(tiles), f"pools has {len(pools)} sites, tiles {len(tiles)}")
-    _check(
-        mask_TG.ndim == 2 and mask_TG.shape[0] == x_TD.shape[0] and mask_TG.dtype == jnp.bool_,
-        f"mask_TG is {mask_TG.dtype}{list(mask_TG.shape)}; expected bool[{x_TD.shape[0]}, groups]",
-    )
-    for pool, tile_pages in zip(pools, tiles, strict=True):
-        _check_pool(pool, x_TD.shape[1], None)
-        _check_tiles(tile_pages, x_TD.shape[0])
-    return _pick("shrink", {"xla": xla.shrink}, implementation)(x_TD, pools, tiles, mask_TG)
+    check(len(pools) == len(tiles), f"pools has {len(pools)} sites, tiles {len(tiles)}")
+    check_mask(mask_TG, x_TD.shape[0])
+    sites = tuple(Site(*pair) for pair in zip(pools, tiles, strict=True))
+    check_sites(sites, x_TD.shape[1], x_TD.shape[0])
+    for site in sites:
+        debug.check_tiles(site, *mask_TG.shape)
+    return gradients.shrink(implementation, x_TD, sites, mask_TG)
 
 
 def expand(
     s_TER: jax.Array, y_TF: jax.Array, pool: PagePool, tiles: TilePages, *, implementation: str | None = None
 ) -> jax.Array:
     """The second half: ``y + s @ B``, with ``s_TER`` from ``shrink``. Returns the shape and dtype of ``y_TF``."""
-    _check(
-        s_TER.shape[:2] == (y_TF.shape[0], tiles.page_NE.shape[1]),
-        f"s_TER has shape {s_TER.shape}; expected ({y_TF.shape[0]}, {tiles.page_NE.shape[1]}, rank)",
-    )
-    _check_pool(pool, pool.a_PDR.shape[1], y_TF.shape[1])
-    _check_tiles(tiles, y_TF.shape[0])
-    return _pick("expand", {"xla": xla.expand}, implementation)(s_TER, y_TF, pool, tiles)
+    edit = Shrunk(s_TER, Site(pool, tiles))
+    check_shrunk(edit, *y_TF.shape)
+    debug.check_tiles(edit.site, y_TF.shape[0])
+    return gradients.expand(implementation, edit, y_TF)
 
 
 def lowrank_edit(
@@ -107,6 +70,138 @@ def lowrank_edit(
     return expand(s_TER, y_TF, pool, tiles, implementation=implementation)
 
 
+def norm_shrink(
+    x_TD: jax.Array,
+    edits: Sequence[Shrunk],
+    block: Site | None,
+    weight_D: jax.Array,
+    eps: float,
+    sites: Sequence[Site],
+    mask_TG: jax.Array,
+    *,
+    add_TD: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """Edit the residual stream, normalise it and shrink the result: everything between two matmuls in one pass.
+
+    ``x += add + sum(s @ B for edits)`` (rounded once), then ``x += m * ((x @ A + c) @ B)`` at ``block``,
+    ``h = rms_norm(x) * weight``, and the shrink of ``h`` for ``sites``.
+
+    Args:
+        x_TD: residual stream.
+        edits: pending edits of the stream (of ``o``, of ``down``).
+        block: the site of the stream itself, or None.
+        weight_D: of the norm.
+        eps: of the norm.
+        sites: those that read ``h``.
+        mask_TG: bool edit mask.
+        add_TD: the output of a linear that is added to the stream (of ``o``, of ``down``), or None.
+        implementation: see the module.
+
+    Returns:
+        The edited ``x_TD`` and ``h_TD`` in the dtype of ``x_TD``, and one float32 ``[T, E, R]`` a site.
+    """
+    tokens, width = x_TD.shape
+    check(weight_D.shape == (width,), f"weight_D has shape {weight_D.shape}; expected ({width},)")
+    check_mask(mask_TG, tokens)
+    if add_TD is not None:
+        check(
+            add_TD.shape == x_TD.shape and add_TD.dtype == x_TD.dtype,
+            f"add_TD is {add_TD.dtype}{list(add_TD.shape)}; expected {x_TD.dtype}{list(x_TD.shape)}",
+        )
+    for edit in edits:
+        check_shrunk(edit, tokens, width)
+    check_sites(tuple(sites), width, tokens)
+    if block is not None:
+        check_pool(block.pool, width, width)
+        check_tiles(block.tiles, tokens)
+    for site in (*sites, *(edit.site for edit in edits), *([block] if block else [])):
+        debug.check_tiles(site, *mask_TG.shape)
+    return dispatch.run(
+        "norm_shrink", implementation, x_TD, tuple(edits), block, weight_D, eps, tuple(sites), mask_TG, add_TD=add_TD
+    )
+
+
+def rope_kv(
+    qkv_TF: jax.Array,
+    edits: Sequence[Shrunk | None],
+    cos_TX: jax.Array,
+    sin_TX: jax.Array,
+    kv_PSJC: jax.Array,
+    slots_T: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Edit the fused q, k and v, rotate q and k, and write k and v to the KV pool at each token's slot.
+
+    Args:
+        qkv_TF: ``[T, (H + 2K) C]``, queries, keys and values side by side.
+        edits: three, of q, k and v; None for a site without edits.
+        cos_TX: float32 ``[T, C / 2]``.
+        sin_TX: likewise. Channel i of a head pairs with i + C / 2.
+        kv_PSJC: KV pool ``[pages, page size, 2K, C]``, heads k0 v0 k1 v1 ...; updated in place where it is donated.
+        slots_T: int32, page * page size + offset of each token; slots beyond the pool are not written.
+        implementation: see the module.
+
+    Returns:
+        Rotated ``q_THC`` in the dtype of ``qkv_TF``, and the pool.
+    """
+    tokens, width = qkv_TF.shape
+    kv_heads2, channels = kv_PSJC.shape[2:]
+    heads = width // channels - kv_heads2
+    check(
+        width % channels == 0 and heads > 0 and heads % (kv_heads2 // 2) == 0,
+        f"qkv_TF has width {width}; with {kv_heads2 // 2} KV heads of size {channels} expected a multiple of "
+        f"{kv_heads2 // 2 * channels} beyond {kv_heads2 * channels}",
+    )
+    check(channels % 2 == 0, f"kv_PSJC has odd head size {channels}; rotary channels come in pairs")
+    for name, table in (("cos_TX", cos_TX), ("sin_TX", sin_TX)):
+        check(table.shape == (tokens, channels // 2), f"{name} has shape {table.shape}; expected "
+              f"({tokens}, {channels // 2})")  # fmt: skip
+    check(slots_T.shape == (tokens,), f"slots_T has shape {slots_T.shape}; expected ({tokens},)")
+    check(len(edits) == 3, f"edits has {len(edits)} entries; expected three, of q, k and v")
+    widths = (heads * channels, kv_heads2 // 2 * channels, kv_heads2 // 2 * channels)
+    for edit, own in zip(edits, widths, strict=True):
+        if edit is not None:
+            check_shrunk(edit, tokens, own)
+            debug.check_tiles(edit.site, tokens)
+    return dispatch.run("rope_kv", implementation, qkv_TF, tuple(edits), cos_TX, sin_TX, kv_PSJC, slots_T)
+
+
+def silu_mul_shrink(
+    gate_up_TF: jax.Array,
+    edits: Sequence[Shrunk | None],
+    sites: Sequence[Site],
+    mask_TG: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Edit the fused gate and up, and return ``h = silu(gate) * up`` and its shrink for the sites that read it.
+
+    Args:
+        gate_up_TF: ``[T, 2F]``, gate and up side by side.
+        edits: two, of gate and up; None for a site without edits.
+        sites: those that read ``h``: ``down``, or none.
+        mask_TG: bool edit mask.
+        implementation: see the module.
+
+    Returns:
+        ``h_TF`` in the dtype of ``gate_up_TF``, and one float32 ``[T, E, R]`` a site.
+    """
+    tokens, width = gate_up_TF.shape
+    check(width % 2 == 0, f"gate_up_TF has odd width {width}; gate and up stand side by side")
+    check(len(edits) == 2, f"edits has {len(edits)} entries; expected two, of gate and up")
+    check_mask(mask_TG, tokens)
+    for edit in edits:
+        if edit is not None:
+            check_shrunk(edit, tokens, width // 2)
+            debug.check_tiles(edit.site, tokens)
+    check_sites(tuple(sites), width // 2, tokens)
+    for site in sites:
+        debug.check_tiles(site, *mask_TG.shape)
+    return dispatch.run("silu_mul_shrink", implementation, gate_up_TF, tuple(edits), tuple(sites), mask_TG)
+
+
 def decode_edit(
     x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
@@ -114,15 +209,18 @@ def decode_edit(
 
     What all-token adapters pay at every decode step. Returns the shape and dtype of ``y_BF``.
     """
-    _check_pool(pool, x_BD.shape[1], y_BF.shape[1])
-    _check(page_BE.shape[0] == x_BD.shape[0], f"page_BE has {page_BE.shape[0]} rows; x_BD has {x_BD.shape[0]}")
-    return _pick("decode_edit", {"xla": xla.decode_edit}, implementation)(x_BD, y_BF, pool, page_BE)
+    check_pool(pool, x_BD.shape[1], y_BF.shape[1])
+    check(
+        page_BE.ndim == 2 and page_BE.shape[0] == x_BD.shape[0],
+        f"page_BE has {page_BE.shape[0]} rows; x_BD has {x_BD.shape[0]}",
+    )
+    debug.check_range("page_BE", page_BE, pool.a_PDR.shape[0])
+    return dispatch.run("decode_edit", implementation, x_BD, y_BF, pool, page_BE)
 
 
 def paged_attention(
     q_THC: jax.Array,
-    k_PSKC: jax.Array,
-    v_PSKC: jax.Array,
+    kv_PSJC: jax.Array,
     page_table_BP: jax.Array,
     query_start_B1: jax.Array,
     kv_len_B: jax.Array,
@@ -135,28 +233,34 @@ def paged_attention(
 
     Args:
         q_THC: queries of all requests, one request after the other; later rows are padding and give zeros.
-        k_PSKC, v_PSKC: KV pool ``[pages, page size, KV heads, C]``; the queries' own keys are already written.
+        kv_PSJC: KV pool ``[pages, page size, 2K, C]``; its heads are k0 v0 k1 v1 ... The queries' own keys and values
+            are already written. Its dtype may be narrower than that of ``q_THC``.
         page_table_BP: int32, the pages of each request in order; entries past ``kv_len_B`` may be any valid page.
         query_start_B1: int32 ``[B + 1]``, where each request's queries start, ending with their total.
         kv_len_B: int32, keys of each request, its queries' own included; its queries are its last positions.
         max_query_len: static bound on the queries of one request (1 for decode).
         scale: multiplies the scores; ``C ** -0.5`` if None.
+        implementation: see the module.
 
     Returns:
         ``[T, H, C]`` in the dtype of ``q_THC``; softmax in float32.
     """
     heads, channels = q_THC.shape[1:]
-    _check(k_PSKC.shape == v_PSKC.shape, f"k_PSKC has shape {k_PSKC.shape}, v_PSKC {v_PSKC.shape}")
-    _check(k_PSKC.shape[3] == channels, f"k_PSKC has head size {k_PSKC.shape[3]}; q_THC has {channels}")
-    _check(heads % k_PSKC.shape[2] == 0, f"q_THC has {heads} heads, not a multiple of {k_PSKC.shape[2]} KV heads")
+    kv_heads2 = kv_PSJC.shape[2]
+    check(kv_PSJC.shape[3] == channels, f"kv_PSJC has head size {kv_PSJC.shape[3]}; q_THC has {channels}")
+    check(kv_heads2 % 2 == 0, f"kv_PSJC has {kv_heads2} heads; keys and values alternate, so it must be even")
+    check(heads % (kv_heads2 // 2) == 0, f"q_THC has {heads} heads, not a multiple of {kv_heads2 // 2} KV heads")
     batch = kv_len_B.shape[0]
-    _check(page_table_BP.shape[0] == batch, f"page_table_BP has {page_table_BP.shape[0]} rows; kv_len_B {batch}")
-    _check(
+    check(page_table_BP.shape[0] == batch, f"page_table_BP has {page_table_BP.shape[0]} rows; kv_len_B {batch}")
+    check(
         query_start_B1.shape == (batch + 1,),
         f"query_start_B1 has shape {query_start_B1.shape}; expected ({batch + 1},)",
     )
-    _check(1 <= max_query_len <= q_THC.shape[0], f"max_query_len is {max_query_len}; allowed: 1 to {q_THC.shape[0]}")
-    return _pick("paged_attention", {"xla": xla.paged_attention}, implementation)(
-        q_THC, k_PSKC, v_PSKC, page_table_BP, query_start_B1, kv_len_B,
+    check(1 <= max_query_len <= q_THC.shape[0], f"max_query_len is {max_query_len}; allowed: 1 to {q_THC.shape[0]}")
+    debug.check_range("page_table_BP", page_table_BP, kv_PSJC.shape[0])
+    debug.check_range("kv_len_B", kv_len_B, page_table_BP.shape[1] * kv_PSJC.shape[1] + 1)
+    debug.check_range("query_start_B1", query_start_B1, q_THC.shape[0] + 1)
+    return dispatch.run(
+        "paged_attention", implementation, q_THC, kv_PSJC, page_table_BP, query_start_B1, kv_len_B,
         max_query_len=max_query_len, scale=channels**-0.5 if scale is None else scale,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The arrays that low-rank-edit kernels share. Axis letters: ``preft_jax/shapes.py``."""
+"""The arrays that kernels share. Axis letters: ``preft_jax/shapes.py``."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,10 @@ import jax
 
 Array = Any
 """A ``jax.Array`` inside a program; a NumPy array where the host packs what the program will be called with."""
+
+
+class Unsupported(NotImplementedError):  # noqa: N818 (a reason to take another implementation, seldom an error)
+    """An implementation cannot do what it was asked, with the reason; ``implementation=None`` then takes another."""
 
 
 class PagePool(NamedTuple):
@@ -31,3 +35,17 @@ class TilePages(NamedTuple):
     start_NE: Array
     end_NE: Array
     group_NE: Array
+
+
+class Site(NamedTuple):
+    """Where an edit acts: a site's rank pages and the page lists of the batch's tiles there."""
+
+    pool: PagePool
+    tiles: TilePages
+
+
+class Shrunk(NamedTuple):
+    """An edit whose first half is done: ``s_TER``, float32 ``[T, E, R]``, from a shrink at ``site``."""
+
+    s_TER: jax.Array
+    site: Site

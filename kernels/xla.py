@@ -2,69 +2,34 @@
 against.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
-from kernels.types import PagePool, TilePages
+from kernels.xla_backward import expand_backward as expand_backward
+from kernels.xla_backward import shrink_backward as shrink_backward
+from kernels.xla_fused import norm_shrink as norm_shrink
+from kernels.xla_fused import rope_kv as rope_kv
+from kernels.xla_fused import silu_mul_shrink as silu_mul_shrink
+from kernels.xla_lowrank import decode_edit as decode_edit
+from kernels.xla_lowrank import expand as expand
+from kernels.xla_lowrank import shrink as shrink
 
 _MASKED = -1e30
 _QUERY_BLOCK = 32
 
 
-def _owned(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
-    """Return bool ``[N, tile, E]``: does entry e edit this token?"""
-    num_tiles = tiles.page_NE.shape[0]
-    tile = mask_TG.shape[0] // num_tiles
-    offset = jnp.arange(tile, dtype=jnp.int32)[None, :, None]
-    in_span = (tiles.start_NE[:, None, :] <= offset) & (offset < tiles.end_NE[:, None, :])
-    switched = jnp.take_along_axis(mask_TG.reshape(num_tiles, tile, -1), tiles.group_NE[:, None, :], axis=2)
-    return in_span & switched & (tiles.page_NE[:, None, :] != 0)
+def _dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """Multiply ``x [N, K, G, Q, ...]`` with ``y [N, K, ...]`` over x's last axis and y's ``axis``, in float32.
 
-
-def shrink(
-    x_TD: jax.Array, pools: Sequence[PagePool], tiles: Sequence[TilePages], mask_TG: jax.Array
-) -> tuple[jax.Array, ...]:
-    """``m * (x @ A + c)`` for every entry of every tile, for each of the sites that read ``x``; float32 ``[T, E,
-    R]``.
+    ``einsum`` would swap x and y: their transposed copies made decoding slower.
     """
-
-    def one(pool: PagePool, tile_pages: TilePages) -> jax.Array:
-        num_tiles, entries = tile_pages.page_NE.shape
-        x_NID = x_TD.reshape(num_tiles, -1, x_TD.shape[1])
-        a_NEDR = pool.a_PDR[tile_pages.page_NE].astype(x_TD.dtype)
-        s_NIER = jnp.einsum("nid,nedr->nier", x_NID, a_NEDR, preferred_element_type=jnp.float32)
-        s_NIER += pool.c_PR[tile_pages.page_NE].astype(jnp.float32)[:, None]
-        s_NIER = jnp.where(_owned(tile_pages, mask_TG)[..., None], s_NIER, 0.0)
-        return s_NIER.reshape(x_TD.shape[0], entries, -1)
-
-    return tuple(one(pool, tile_pages) for pool, tile_pages in zip(pools, tiles, strict=True))
-
-
-def expand(s_TER: jax.Array, y_TF: jax.Array, pool: PagePool, tiles: TilePages) -> jax.Array:
-    """``y + s @ B``, summed over the entries of each tile; the dtype of ``y``."""
-    num_tiles, entries = tiles.page_NE.shape
-    s_NIER = s_TER.reshape(num_tiles, -1, entries, s_TER.shape[2])
-    b_NERF = pool.b_PRF[tiles.page_NE].astype(y_TF.dtype)
-    delta_NIF = jnp.einsum("nier,nerf->nif", s_NIER.astype(y_TF.dtype), b_NERF, preferred_element_type=jnp.float32)
-    return (y_TF.astype(jnp.float32) + delta_NIF.reshape(y_TF.shape)).astype(y_TF.dtype)
-
-
-def decode_edit(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:
-    """``y + (x @ A + c) @ B`` with one token and its own list of pages in each row; null pages add nothing."""
-    a_BEDR = pool.a_PDR[page_BE].astype(x_BD.dtype)
-    s_BER = jnp.einsum("bd,bedr->ber", x_BD, a_BEDR, preferred_element_type=jnp.float32)
-    s_BER = jnp.where((page_BE != 0)[..., None], s_BER + pool.c_PR[page_BE].astype(jnp.float32), 0.0)
-    b_BERF = pool.b_PRF[page_BE].astype(y_BF.dtype)
-    delta_BF = jnp.einsum("ber,berf->bf", s_BER.astype(y_BF.dtype), b_BERF, preferred_element_type=jnp.float32)
-    return (y_BF.astype(jnp.float32) + delta_BF).astype(y_BF.dtype)
+    dimensions = (((4,), (axis,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def paged_attention(
     q_THC: jax.Array,
-    k_PSKC: jax.Array,
-    v_PSKC: jax.Array,
+    kv_PSJC: jax.Array,
     page_table_BP: jax.Array,
     query_start_B1: jax.Array,
     kv_len_B: jax.Array,
@@ -79,7 +44,7 @@ def paged_attention(
     """
     num_tokens, heads, channels = q_THC.shape
     batch = kv_len_B.shape[0]
-    kv_heads = k_PSKC.shape[2]
+    page_size, kv_heads = kv_PSJC.shape[1], kv_PSJC.shape[2] // 2
     size = min(_QUERY_BLOCK, max_query_len)
     num_blocks = min(batch * -(-max_query_len // size), num_tokens // size + batch)
 
@@ -91,20 +56,27 @@ def paged_attention(
     offset_NQ = ((block_N - first_block_B[request_N]) * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
 
     kv_len_N = kv_len_B[request_N]
-    k_NSKC = k_PSKC[page_table_BP[request_N]].reshape(num_blocks, -1, kv_heads, channels)
-    v_NSKC = v_PSKC[page_table_BP[request_N]].reshape(num_blocks, -1, kv_heads, channels)
-    key_S = jnp.arange(k_NSKC.shape[1], dtype=jnp.int32)
+    key_S = jnp.arange(page_table_BP.shape[1] * page_size, dtype=jnp.int32)
     last_key_NQ = (kv_len_B - query_len_B)[request_N][:, None] + offset_NQ
     visible_NQS = (key_S <= last_key_NQ[..., None]) & (key_S < kv_len_N[:, None, None])
-    v_NSKC = jnp.where((key_S < kv_len_N[:, None])[..., None, None], v_NSKC, jnp.zeros((), v_NSKC.dtype))
+
+    # Beyond its last key a request reads that key again, so that what other slots hold never gets here. Keys and values
+    # have a gather each: each is then fused with its conversion, where a shared one would be stored and read again.
+    read_NS = jnp.minimum(key_S, jnp.maximum(kv_len_N[:, None] - 1, 0))
+    page_NS = jnp.take_along_axis(page_table_BP[request_N], read_NS // page_size, axis=1)
+    head_K1 = 2 * jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+    slot_N1S = page_NS[:, None], (read_NS % page_size)[:, None]
+    k_NKSC = kv_PSJC[*slot_N1S, head_K1].astype(q_THC.dtype)
+    v_NKSC = kv_PSJC[*slot_N1S, head_K1 + 1].astype(q_THC.dtype)
 
     row_NQ = jnp.clip(query_start_B1[request_N][:, None] + offset_NQ, 0, num_tokens - 1)
     q_NQKGC = q_THC[row_NQ].reshape(num_blocks, size, kv_heads, heads // kv_heads, channels)
-    scores = jnp.einsum("nqkgc,nskc->nkgqs", q_NQKGC, k_NSKC, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(visible_NQS[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_NSKC.dtype)
-    out = jnp.einsum("nkgqs,nskc->nqkgc", weights, v_NSKC, preferred_element_type=jnp.float32)
-    out_NQHC = out.reshape(num_blocks, size, heads, channels).astype(q_THC.dtype)
+    q_NKGQC = q_NQKGC.transpose(0, 2, 3, 1, 4)
+    scores_NKGQS = _dot(q_NKGQC, k_NKSC, 3) * scale
+    scores_NKGQS = jnp.where(visible_NQS[:, None, None], scores_NKGQS, _MASKED)
+    weights_NKGQS = jax.nn.softmax(scores_NKGQS, axis=-1).astype(q_THC.dtype)
+    out_NKGQC = _dot(weights_NKGQS, v_NKSC, 2).astype(q_THC.dtype)
+    out_NQHC = out_NKGQC.transpose(0, 3, 1, 2, 4).reshape(num_blocks, size, heads, channels)
 
     token_T = jnp.arange(num_tokens, dtype=jnp.int32)
     request_T = jnp.minimum(jnp.searchsorted(query_start_B1[1:], token_T, side="right"), batch - 1)

@@ -32,17 +32,16 @@ class PagedAttention:
         kv_len_B: jax.Array,
         max_query_len: int,
     ):
-        self.cache = KVCache(list(cache.k), list(cache.v))
+        self.cache = KVCache(list(cache.kv))
         self._slots_T = slots_T
         self._ragged = (page_table_BP, query_start_B1, kv_len_B)
         self._max_query_len = max_query_len
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attend packed queries ``q [T, H, C]`` to their requests' cached keys."""
-        cache = self.cache
-        cache.k[layer] = write_kv(cache.k[layer], self._slots_T, k)
-        cache.v[layer] = write_kv(cache.v[layer], self._slots_T, v)
-        return api.paged_attention(q, cache.k[layer], cache.v[layer], *self._ragged, max_query_len=self._max_query_len)
+        pools = self.cache.kv
+        pools[layer] = write_kv(pools[layer], self._slots_T, k, v)
+        return api.paged_attention(q, pools[layer], *self._ragged, max_query_len=self._max_query_len)
 
 
 class DenseAttention(NamedTuple):

@@ -1,4 +1,4 @@
-"""The paged KV cache as a pytree: for each layer one pool of pages for keys and one for values."""
+"""The paged KV cache as a pytree: for each layer one pool of pages, keys and values interleaved."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,23 +15,22 @@ NO_SLOT = np.iinfo(np.int32).max
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, ``[pages, page size, KV heads, C]`` each.
+    """Keys and values of every layer: ``kv_PSJC [pages, page size, 2 * KV heads, C]``, its heads k0 v0 k1 v1 ...
 
     A token's *slot* is page * page size + offset.
     """
 
-    k: list[jax.Array]
-    v: list[jax.Array]
+    kv: list[jax.Array]
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return self.k[0].shape[1]
+        return self.kv[0].shape[1]
 
     @property
     def num_pages(self) -> int:
         """Pages in each pool."""
-        return self.k[0].shape[0]
+        return self.kv[0].shape[0]
 
 
 def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> KVCache:
@@ -40,17 +39,16 @@ def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) 
         raise ConfigError(f"the KV cache needs at least one page of one token; got {num_pages} of {page_size}")
     if num_pages * page_size >= NO_SLOT:
         raise ConfigError(f"{num_pages} pages of {page_size} tokens exceed {NO_SLOT - 1} slots")
-    shape = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    return KVCache([jnp.zeros(shape, dtype) for _ in layers], [jnp.zeros(shape, dtype) for _ in layers])
+    shape = (num_pages, page_size, 2 * config.num_key_value_heads, config.head_dim)
+    return KVCache([jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)])
 
 
-def write_kv(pool_PSKC: jax.Array, slots_T: jax.Array, new_TKC: jax.Array) -> jax.Array:
+def write_kv(pool_PSJC: jax.Array, slots_T: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array) -> jax.Array:
     """Return the pool with each token's row written at its slot (in place if donated); slots past it are dropped."""
-    pages, page_size, *rest = pool_PSKC.shape
-    flat = pool_PSKC.reshape(pages * page_size, *rest)
-    flat = flat.at[slots_T].set(new_TKC.astype(pool_PSKC.dtype), mode="drop")
-    return flat.reshape(pool_PSKC.shape)
+    pages, page_size, *row = pool_PSJC.shape
+    new_TJC = jnp.stack([k_TKC, v_TKC], axis=2).reshape(-1, *row).astype(pool_PSJC.dtype)
+    flat = pool_PSJC.reshape(pages * page_size, *row)
+    return flat.at[slots_T].set(new_TJC, mode="drop").reshape(pool_PSJC.shape)
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -6,12 +6,16 @@ static.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.types import TilePages
+from kernels.xla_fused import rms_norm, rotate
+from preft_jax import fused
 from preft_jax.attention import Attention, PagedAttention, dense_attention
 from preft_jax.bank import Bank
 from preft_jax.batch import DecodeBatch, PrefillBatch
@@ -22,13 +26,6 @@ from preft_jax.layout import Transposed, linear
 from preft_jax.model import Params
 
 QKV = ("q", "k", "v")
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis (Zhang and Sennrich, arXiv 1910.07467), computed in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -52,13 +49,6 @@ def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, ja
     """Return cos and sin, float32 ``[..., 1, C / 2]``, for positions of any shape."""
     angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate head channels ``[..., heads, C]``: channel i pairs with i + C / 2, as in Hugging Face's checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _project_qkv(config: ModelConfig, w: Params, h: jax.Array) -> tuple[jax.Array, ...]:
@@ -123,9 +113,35 @@ def _hidden(
 
 def lm_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """Final norm and output head: float32 logits ``[..., V]`` of ``x [..., D]``."""
-    h = rms_norm(x, params["norm"], config.rms_norm_eps)
+    return _head(params, rms_norm(x, params["norm"], config.rms_norm_eps))
+
+
+def _head(params: Params, h: jax.Array) -> jax.Array:
     head = params["lm_head"] if "lm_head" in params else Transposed(params["embed"])
     return linear(h, head, jnp.float32)
+
+
+def _fused_hidden(
+    config: ModelConfig,
+    params: Params,
+    bank: Bank | None,
+    cache: KVCache,
+    tokens_T: jax.Array,
+    positions_T: jax.Array,
+    slots_T: jax.Array,
+    ragged: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    mask_TG: jax.Array,
+    tiles: Mapping[str, TilePages],
+    max_query_len: int,
+) -> tuple[jax.Array, KVCache]:
+    """Return the normed stream after the last layer, by the fused kernels, and the cache."""
+    cos_T1X, sin_T1X = rope_table(config, positions_T)
+    batch = fused.Batch(slots_T, *ragged, mask_TG, cos_T1X[:, 0], sin_T1X[:, 0], tiles)
+    h_TD, kv = fused.hidden(
+        config, params, bank, cache.kv, params["embed"][tokens_T], batch, max_query_len=max_query_len
+    )  # fmt: skip
+    return h_TD, KVCache(kv)
 
 
 def prefill(
@@ -153,6 +169,13 @@ def prefill(
     Returns:
         ``logits_BV`` (float32) of each request's last token in the batch, and the cache.
     """
+    if fused.applies(config, params):
+        ragged = batch.page_table_BP, batch.query_start_B1, batch.kv_len_B
+        h_TD, cache = _fused_hidden(
+            config, params, bank, cache, batch.tokens_T, batch.positions_T, batch.slots_T, ragged,
+            mask_TG=batch.edit_mask_TG, tiles=batch.tiles, max_query_len=max_query_len,
+        )  # fmt: skip
+        return _head(params, h_TD[batch.last_token_B]), cache
     attention = PagedAttention(
         cache,
         slots_T=batch.slots_T,
@@ -173,12 +196,21 @@ def _decode(
     active_B = batch.positions_B >= 0
     position_B = jnp.maximum(batch.positions_B, 0)
     page_B = jnp.take_along_axis(batch.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
+    slots_B = jnp.where(active_B, page_B * cache.page_size + position_B % cache.page_size, NO_SLOT)
+    ragged = batch.page_table_BP, jnp.arange(size + 1, dtype=jnp.int32), position_B + 1
+    if isinstance(edits, NoEdits) and fused.applies(config, params):
+        h_BD, cache = _fused_hidden(
+            config, params, None, cache, batch.tokens_B, position_B, slots_B, ragged,
+            mask_TG=fused.no_mask(size), tiles={}, max_query_len=1,
+        )  # fmt: skip
+        return _head(params, h_BD), cache
+    page_table_BP, query_start_B1, kv_len_B = ragged
     attention = PagedAttention(
         cache,
-        slots_T=jnp.where(active_B, page_B * cache.page_size + position_B % cache.page_size, NO_SLOT),
-        page_table_BP=batch.page_table_BP,
-        query_start_B1=jnp.arange(size + 1, dtype=jnp.int32),
-        kv_len_B=position_B + 1,
+        slots_T=slots_B,
+        page_table_BP=page_table_BP,
+        query_start_B1=query_start_B1,
+        kv_len_B=kv_len_B,
         max_query_len=1,
     )
     x_BD = _hidden(config, params, batch.tokens_B, position_B, attention, edits)

@@ -9,6 +9,7 @@
 ``F``     feed-forward width, or the output width of an edit's site
 ``H``     query heads
 ``K``     key/value heads
+``J``     key and value heads, interleaved: k0 v0 k1 v1 ...
 ``C``     channels of one head (``head_dim``)
 ``V``     vocabulary
 ``L``     layers

@@ -10,6 +10,7 @@ E2EL   end-to-end latency, tn
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -110,9 +111,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this file lies in, marked ``-dirty`` if it has changes; None outside
-    one.
+    """Return the commit of the checkout that this file lies in, marked ``-dirty`` if it has changes.
+
+    ``PREFT_COMMIT`` names it where the files were copied without their history; without either it is None.
     """
+    if "PREFT_COMMIT" in os.environ:
+        return os.environ["PREFT_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

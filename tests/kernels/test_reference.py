@@ -269,7 +269,7 @@ class Ragged:
         self.lengths = lengths
         counts = [-(-keys // SIZE) for _, keys in lengths]
         order = rng.permutation(POOL)
-        self.k, self.v = (np.full((POOL, SIZE, kv_heads, CHANNELS), rest, np.float32) for _ in range(2))
+        self.pool = np.full((POOL, SIZE, 2 * kv_heads, CHANNELS), rest, np.float32)
         self.table = rng.integers(0, POOL, (len(lengths), width)).astype(np.int32)
         self.kv = []
         for row, ((_, keys), count) in enumerate(zip(lengths, counts, strict=True)):
@@ -278,7 +278,7 @@ class Ragged:
             kv = scale * rng.standard_normal((2, keys, kv_heads, CHANNELS))
             for position in range(keys):
                 slot = own[position // SIZE], position % SIZE
-                self.k[slot], self.v[slot] = kv[:, position]
+                self.pool[slot][0::2], self.pool[slot][1::2] = kv[:, position]
             self.kv.append(kv.astype(np.float32).astype(np.float64))
         self.start = np.cumsum([0, *(queries for queries, _ in lengths)]).astype(np.int32)
         self.kv_len = np.array([keys for _, keys in lengths], np.int32)
@@ -288,7 +288,7 @@ class Ragged:
         options = {"max_query_len": max(queries for queries, _ in self.lengths), **options}
         return np.asarray(
             jax.jit(functools.partial(api.paged_attention, **options))(
-                self.q, self.k, self.v, self.table, self.start, self.kv_len
+                self.q, self.pool, self.table, self.start, self.kv_len
             )
         )
 
@@ -353,10 +353,21 @@ def test_page_order_is_the_tables(rng):
 
 def test_bfloat16_attention(rng):
     ragged = Ragged(rng, MIXED)
-    ragged.q, ragged.k, ragged.v = (jnp.asarray(array, jnp.bfloat16) for array in (ragged.q, ragged.k, ragged.v))
+    ragged.q, ragged.pool = (jnp.asarray(array, jnp.bfloat16) for array in (ragged.q, ragged.pool))
     ours = ragged.ours()
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(f64(ours), ragged.expected(), atol=4e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_a_pool_narrower_than_the_queries_loses_its_own_rounding_only(dtype, rng):
+    """Weights and sums keep the queries' precision: the result is that of the rounded keys and values."""
+    ragged = Ragged(rng, MIXED)
+    ragged.pool = jnp.asarray(ragged.pool, dtype)
+    ragged.kv = [f64(jnp.asarray(kv, jnp.float32).astype(dtype)) for kv in ragged.kv]
+    ours = ragged.ours()
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, ragged.expected(), atol=ATOL)
 
 
 # Errors.
@@ -401,9 +412,9 @@ def test_wrong_arguments_of_shrink_and_decode_are_named(rng):
 @pytest.mark.parametrize(
     ("changes", "options", "text"),
     [
-        ({"v": lambda a: a[1:]}, {}, "k_PSKC has shape .*, v_PSKC"),
-        ({"q": lambda a: a[..., :2]}, {}, "k_PSKC has head size 4; q_THC has 2"),
-        ({"q": lambda a: a[:, :5]}, {}, "q_THC has 5 heads, not a multiple of 2"),
+        ({"pool": lambda a: a[:, :, :3]}, {}, "kv_PSJC has 3 heads; keys and values alternate"),
+        ({"q": lambda a: a[..., :2]}, {}, "kv_PSJC has head size 4; q_THC has 2"),
+        ({"q": lambda a: a[:, :5]}, {}, "q_THC has 5 heads, not a multiple of 2 KV heads"),
         ({"table": lambda a: a[1:]}, {}, "page_table_BP has 4 rows; kv_len_B 5"),
         ({"start": lambda a: a[1:]}, {}, "query_start_B1 has shape"),
         ({}, {"max_query_len": 0}, "max_query_len is 0"),

@@ -16,9 +16,9 @@ MODEL = ModelConfig(
 def test_shape_and_dtype():
     cache = init_cache(MODEL, 5, 8, jnp.bfloat16)
     assert (cache.num_pages, cache.page_size) == (5, 8)
-    assert len(cache.k) == len(cache.v) == 3
-    for pool in (*cache.k, *cache.v):
-        assert pool.shape == (5, 8, 2, 4)
+    assert len(cache.kv) == 3
+    for pool in cache.kv:
+        assert pool.shape == (5, 8, 2 * 2, 4)
         assert pool.dtype == jnp.bfloat16
         assert not np.asarray(pool).any()
 
@@ -26,8 +26,7 @@ def test_shape_and_dtype():
 def test_every_pool_is_a_buffer_of_its_own():
     """They are donated: one buffer given twice could not be."""
     cache = init_cache(MODEL, 2, 4, jnp.float32)
-    pools = [*cache.k, *cache.v]
-    assert len({pool.unsafe_buffer_pointer() for pool in pools}) == len(pools)
+    assert len({pool.unsafe_buffer_pointer() for pool in cache.kv}) == len(cache.kv)
 
 
 @pytest.mark.parametrize(("pages", "size"), [(0, 8), (3, 0), (-1, 8)])
@@ -42,21 +41,23 @@ def test_more_slots_than_an_index_can_name_are_refused():
 
 
 def test_write_puts_rows_at_their_slots_and_drops_the_rest(rng):
-    pool = rng.standard_normal((4, 3, 2, 5)).astype(np.float32)
+    """Keys and values alternate in a row: k0 v0 k1 v1."""
+    pool = rng.standard_normal((4, 3, 4, 5)).astype(np.float32)
     slots = np.array([7, NO_SLOT, 0, 11, 12, NO_SLOT], np.int32)
-    new = rng.standard_normal((6, 2, 5)).astype(np.float32)
-    written = np.asarray(write_kv(jnp.asarray(pool), jnp.asarray(slots), jnp.asarray(new)))
-    expected = pool.reshape(12, 2, 5).copy()
-    expected[[7, 0, 11]] = new[[0, 2, 3]]
+    k, v = rng.standard_normal((2, 6, 2, 5)).astype(np.float32)
+    written = np.asarray(write_kv(jnp.asarray(pool), jnp.asarray(slots), jnp.asarray(k), jnp.asarray(v)))
+    expected = pool.reshape(12, 4, 5).copy()
+    for token, slot in ((0, 7), (2, 0), (3, 11)):
+        expected[slot] = k[token, 0], v[token, 0], k[token, 1], v[token, 1]
     np.testing.assert_array_equal(written, expected.reshape(pool.shape))
 
 
 def test_write_casts_to_the_cache(rng):
-    pool = jnp.zeros((1, 2, 1, 3), jnp.bfloat16)
-    new = rng.standard_normal((1, 1, 3)).astype(np.float32)
-    written = write_kv(pool, jnp.asarray([1], jnp.int32), jnp.asarray(new))
+    pool = jnp.zeros((1, 2, 2, 3), jnp.bfloat16)
+    k, v = rng.standard_normal((2, 1, 1, 3)).astype(np.float32)
+    written = write_kv(pool, jnp.asarray([1], jnp.int32), jnp.asarray(k), jnp.asarray(v))
     assert written.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(written[0, 1], new[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(written[0, 1], np.concatenate([k[0], v[0]]).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (8, 1), (9, 2), (64, 8)])

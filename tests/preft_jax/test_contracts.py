@@ -133,13 +133,8 @@ class Device:
     def kv(self, row, count):
         """Return keys and values of a row's first ``count`` tokens, float64 ``[2, L, count, K, C]``."""
         own = np.array(self.pages(row))
-        return np.array(
-            [
-                [np.asarray(pool)[own].reshape(-1, *pool.shape[2:])[:count] for pool in pools]
-                for pools in (self.cache.k, self.cache.v)
-            ],
-            np.float64,
-        )
+        rows = [np.asarray(pool)[own].reshape(-1, *pool.shape[2:])[:count] for pool in self.cache.kv]
+        return np.array([[row[:, part::2] for row in rows] for part in (0, 1)], np.float64)
 
 
 @pytest.fixture(scope="module")

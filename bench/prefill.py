@@ -1,0 +1,252 @@
+"""``python -m bench.prefill``: what adapters cost a whole prefill, beside the base model's, in one run.
+
+Every layer of a model shape with random weights; each case packs requests with an adapter each (random rank pages in
+the bank) into one prefill call. Cases and the base take turns, round after round, and a case's ratio is the median over
+rounds of its time over the mean of the base calls just before and after it. The base runs the same program without a
+bank. ``--implementations`` adds the same with the kernels of another implementation, against the base of its own.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kernels import dispatch
+from kernels.types import PagePool
+from preft_jax import forward
+from preft_jax.bank import Bank, SitePages, init_bank, num_rank_pages
+from preft_jax.batch import Span, pack_prefill
+from preft_jax.cache import KVCache, init_cache, pages_for
+from preft_jax.cli import hyphenated
+from preft_jax.config import PRESETS, ModelConfig
+from preft_jax.layout import fused_layout
+from preft_jax.model import init_params
+from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
+from serve.metrics import environment
+
+SCHEMA = "preft-jax/prefill/1"
+PAGE_SIZE, TILE = 64, 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """``requests`` prompts of ``length`` tokens; each with an adapter of ``rank`` at ``sites`` (rank 0: the base)."""
+
+    name: str
+    requests: int
+    length: int
+    rank: int
+    sites: tuple[str, ...] = LINEAR_SITES
+
+    @property
+    def pages(self) -> int:
+        """Rank pages that the adapters take at a site, the null page included."""
+        return 1 + self.requests * num_rank_pages(self.rank)
+
+
+CASES = (
+    Case(name="LoRA r16, 32 adapters x 256 tokens", requests=32, length=256, rank=16),
+    Case(name="LoRA r16, 128 adapters x 64 tokens", requests=128, length=64, rank=16),
+    Case(name="LoRA r64, 32 adapters x 256 tokens", requests=32, length=256, rank=64),
+    Case(name="DiReFT r16, 32 adapters x 256 tokens", requests=32, length=256, rank=16, sites=("block",)),
+)
+SMALL = (
+    Case(name="LoRA r16, 4 adapters x 64 tokens", requests=4, length=64, rank=16),
+    Case(name="DiReFT r16, 4 adapters x 64 tokens", requests=4, length=64, rank=16, sites=("block",)),
+)
+
+
+def base_of(case: Case) -> Case:
+    """Return the same prompts without adapters."""
+    return dataclasses.replace(case, name=f"base, {case.requests} x {case.length} tokens", rank=0, sites=())
+
+
+def random_bank(config: ModelConfig, num_pages: int, dtype: Any) -> Bank:
+    """Return a bank whose pages, but for the null page, hold random edits."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def fill(pool: PagePool, key: jax.Array) -> PagePool:
+        a_key, b_key = jax.random.split(key)
+        a = jax.random.normal(a_key, pool.a_PDR.shape, dtype) * pool.a_PDR.shape[1] ** -0.5
+        b = jax.random.normal(b_key, pool.b_PRF.shape, dtype) * 0.02
+        return PagePool(a.astype(dtype).at[0].set(0), pool.c_PR, b.astype(dtype).at[0].set(0))
+
+    bank = init_bank(config, num_pages, dtype)
+    keys = iter(jax.random.split(jax.random.key(1), sum(map(len, bank.layers))))
+    return Bank([{site: fill(pool, next(keys)) for site, pool in pools.items()} for pools in bank.layers])
+
+
+def make_batch(config: ModelConfig, case: Case, rng: np.random.Generator) -> Any:
+    """Pack the case's prompts, each with pages of its own."""
+    per = num_rank_pages(case.rank) if case.rank else 0
+    kv_pages = pages_for(case.length, PAGE_SIZE)
+    spans = []
+    for i in range(case.requests):
+        pages = SitePages(tuple(range(1 + i * per, 1 + (i + 1) * per)), (0,) * per)
+        spans.append(
+            Span(
+                tokens=rng.integers(0, config.vocab_size, case.length).astype(np.int32),
+                start=0,
+                edit_mask=np.ones((case.length, NUM_GROUPS), bool),
+                kv_pages=range(i * kv_pages, (i + 1) * kv_pages),
+                adapter_pages=dict.fromkeys(case.sites, pages),
+            )
+        )
+    total = case.requests * case.length
+    batch = pack_prefill(
+        spans, num_tokens=total, num_requests=case.requests, page_table_width=kv_pages, page_size=PAGE_SIZE,
+        tile=min(TILE, total),
+    )  # fmt: skip
+    return jax.tree.map(jnp.asarray, batch)
+
+
+class Contender:
+    """One compiled prefill: a case with one implementation of the kernels. The KV cache is passed from call to call."""
+
+    def __init__(self, config: ModelConfig, case: Case, params: Any, bank: Bank, cache: KVCache, implementation: str):
+        self.case = case
+        self._arguments = params, (bank if case.rank else None)
+        self._batch = make_batch(config, case, np.random.default_rng(0))
+        function = functools.partial(forward.prefill, config, max_query_len=case.length)
+        self._program = jax.jit(function, donate_argnums=2)
+        with dispatch.preferring(implementation):
+            start = time.perf_counter()
+            lowered = self._program.lower(*self._arguments, cache, self._batch)
+            compiled = lowered.compile()
+            self.compile_seconds = time.perf_counter() - start
+        self._run = compiled
+        self.copies = count_copies(compiled.as_text() or "", cache, bank)
+
+    def __call__(self, cache: KVCache) -> tuple[float, KVCache]:
+        """Prefill once; return the seconds and the cache."""
+        start = time.perf_counter()
+        logits, cache = self._run(*self._arguments, cache, self._batch)
+        jax.block_until_ready(logits)
+        return time.perf_counter() - start, cache
+
+
+def count_copies(text: str, cache: KVCache, bank: Bank) -> int:
+    """Return how many copies of a KV or bank buffer the optimised program makes."""
+    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves((cache, bank)) if leaf.ndim > 2}
+    names = [",".join(map(str, shape)) for shape in shapes]
+    lines = [line for line in text.splitlines() if re.search(r"= \S+ copy(-start)?\(", line)]
+    return sum(any(f"[{name}]" in line for name in names) for line in lines)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the cases and return the figures that the JSON line holds."""
+    console = Console(stderr=True)
+    config = PRESETS[args.model]
+    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    cases = SMALL if args.selection == "small" else CASES
+    params = fused_layout(init_params(config, jax.random.key(0), dtype), transpose=False)
+    bank = random_bank(config, max(case.pages for case in cases), dtype)
+    tokens = max(case.requests * pages_for(case.length, PAGE_SIZE) for case in cases)
+    cache = init_cache(config, tokens, PAGE_SIZE, dtype)
+    rows = []
+    for implementation in args.implementations:
+        bases: dict[Case, Contender] = {}
+        for case in cases:
+            plain = base_of(case)
+            if plain not in bases:
+                bases[plain] = Contender(config, plain, params, bank, cache, implementation)
+            base = bases[plain]
+            edited = Contender(config, case, params, bank, cache, implementation)
+            row, cache = compare(base, edited, cache, args.rounds)
+            rows.append({"implementation": implementation, **row})
+            console.print(f"{implementation}, {case.name}: {row['ratio']:.4f}", soft_wrap=True)
+    return {
+        "schema": SCHEMA,
+        "model": args.model,
+        "dtype": dtype.name,
+        "options": {"rounds": args.rounds, "page_size": PAGE_SIZE, "tile": TILE},
+        "cases": rows,
+        **environment(),
+    }
+
+
+def compare(base: Contender, edited: Contender, cache: KVCache, rounds: int) -> tuple[dict[str, Any], KVCache]:
+    """Time base and edited calls in turn: base, edited, base, edited, ..., base."""
+    for contender in (base, edited, base, edited):
+        _, cache = contender(cache)
+    without, with_edits = [], []
+    for _ in range(rounds):
+        seconds, cache = base(cache)
+        without.append(seconds)
+        seconds, cache = edited(cache)
+        with_edits.append(seconds)
+    seconds, cache = base(cache)
+    without.append(seconds)
+    ratios = np.asarray(with_edits) / ((np.asarray(without[:-1]) + np.asarray(without[1:])) / 2)
+    tokens = edited.case.requests * edited.case.length
+    row = {
+        "case": edited.case.name,
+        "tokens": tokens,
+        "base_ms": round(float(np.median(without)) * 1e3, 3),
+        "ms": round(float(np.median(with_edits)) * 1e3, 3),
+        "base_tokens_per_s": round(tokens / float(np.median(without)), 1),
+        "tokens_per_s": round(tokens / float(np.median(with_edits)), 1),
+        "ratio": round(float(np.median(ratios)), 4),
+        "ratio_low": round(float(np.quantile(ratios, 0.25)), 4),
+        "ratio_high": round(float(np.quantile(ratios, 0.75)), 4),
+        "kv_and_bank_copies": edited.copies,
+        "compile_s": round(edited.compile_seconds, 1),
+    }
+    return row, cache
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """Return the table for people."""
+    out = Table(title=f"prefill of {figures['model']}, {figures['dtype']}, beside its base")
+    for name in ("kernels", "case", "tokens/s", "base tokens/s", "time over base (middle half)"):
+        out.add_column(name)
+    for row in figures["cases"]:
+        spread = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+        out.add_row(
+            row["implementation"],
+            row["case"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['base_tokens_per_s']:,.0f}",
+            spread,
+        )
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__)
+    parser.add_argument("--model", choices=sorted(PRESETS), default="llama3-8b", help="shape; weights are random")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--selection", choices=("full", "small"), default="full", help="small: a few hundred tokens")
+    parser.add_argument(
+        "--implementations",
+        type=lambda text: text.split(","),
+        default=["triton" if jax.default_backend() == "gpu" else "xla"],
+        help="of the kernels, separated by commas",
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of calls for each case")
+    parser.add_argument("--output-json", type=Path, help="also write the JSON line here")
+    args = parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
+    figures = run(args)
+    Console().print(table(figures))
+    line = json.dumps(figures)
+    if args.output_json:
+        args.output_json.write_text(line + "\n")
+    print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Which implementation of an operation runs.
+
+``implementation=None`` takes the first of the backend's preferences that supports these shapes; a name takes that one
+or raises ``NotImplementedError`` with the reason. ``preferring`` puts another first, for tracing a program for a device
+that is not the default backend.
+"""
+
+import contextlib
+import contextvars
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from kernels.types import Unsupported
+
+MODULES = {"xla": "kernels.xla", "pallas_tpu": "kernels.pallas_tpu", "triton": "kernels.triton"}
+"""Implementation name to the module that holds its operations."""
+
+OFFERED: Mapping[str, tuple[str, ...]] = {
+    "shrink": ("xla", "triton", "pallas_tpu"),
+    "expand": ("xla", "triton", "pallas_tpu"),
+    "shrink_backward": ("xla", "triton"),
+    "expand_backward": ("xla", "triton"),
+    "norm_shrink": ("xla", "triton"),
+    "rope_kv": ("xla", "triton"),
+    "silu_mul_shrink": ("xla", "triton"),
+    "decode_edit": ("xla", "triton", "pallas_tpu"),
+    "paged_attention": ("xla", "triton", "pallas_tpu"),
+}
+"""The implementations of each operation."""
+
+_PREFERRED = {"gpu": ("triton", "xla"), "tpu": ("pallas_tpu", "xla")}
+_preference: contextvars.ContextVar[str | None] = contextvars.ContextVar("preference", default=None)
+
+
+@contextlib.contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Try implementation ``name`` first, then ``xla``, in what is traced inside: the default backend does not count.
+
+    An explicit ``implementation`` still wins. A program that jit has traced before keeps what it was traced with.
+    """
+    if name not in MODULES:
+        raise ValueError(f"there is no implementation {name!r}; allowed: {', '.join(MODULES)}")
+    token = _preference.set(name)
+    try:
+        yield
+    finally:
+        _preference.reset(token)
+
+
+def load(name: str, op: str) -> Any:
+    """Return function ``op`` of an implementation.
+
+    Raises:
+        NotImplementedError: there is none of that name, or its packages are not installed.
+    """
+    names = OFFERED[op]
+    if name not in names:
+        raise NotImplementedError(f"{op} has no implementation {name!r}; available: {', '.join(names)}")
+    try:
+        module = importlib.import_module(MODULES[name])
+    except ImportError as error:
+        raise Unsupported(f"{op}: implementation {name!r} cannot be imported here: {error}") from error
+    return getattr(module, op)
+
+
+def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
+    """Run ``op`` with the implementation asked for, or with the best that supports the arguments."""
+    if implementation is not None:
+        return load(implementation, op)(*args, **options)
+    preference = _preference.get()
+    for name in _PREFERRED.get(jax.default_backend(), ()) if preference is None else (preference,):
+        if name in OFFERED[op] and name != "xla":
+            try:
+                return load(name, op)(*args, **options)
+            except Unsupported:
+                continue
+    return load("xla", op)(*args, **options)
+
+
+def chosen(op: str) -> str:
+    """Return the implementation that ``run`` tries first for ``op`` when none is named."""
+    preference = _preference.get()
+    names = _PREFERRED.get(jax.default_backend(), ("xla",)) if preference is None else (preference,)
+    return next((name for name in names if name in OFFERED[op]), "xla")

@@ -1,0 +1,120 @@
+"""Attention over pages: one kernel for decode (keys split over programs) and for chunked prefill (queries in blocks).
+
+A program takes a block of queries of one request, for all query heads that share a KV head, and runs an online softmax
+(Milakov and Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691) over its share of the keys.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels.triton.call import call, check_dtype, power_of_two, require
+from kernels.triton.device.attention import attend_kernel, combine_kernel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How attention is cut up.
+
+    Attributes:
+        queries: of one request in a program.
+        keys: of one step of the loop, a power of two.
+        splits: programs that share the keys of one block of queries.
+        warps: of a program.
+        stages: of the loop's software pipeline.
+    """
+
+    queries: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.keys & (self.keys - 1) or self.queries & (self.queries - 1) or self.keys < 16:
+            raise ValueError(f"queries {self.queries} and keys {self.keys} must be powers of two, keys from 16")
+
+
+def config_for(*, batch: int, kv_heads: int, group: int, max_query_len: int, max_keys: int) -> Config:
+    """Return a configuration: decode wants bytes in flight, prefill wants large products."""
+    if max_query_len == 1:
+        programs = batch * kv_heads
+        splits = 1
+        while programs * splits < 1056 and splits * 256 < max_keys:
+            splits *= 2
+        return Config(queries=1, keys=64, splits=splits, warps=4, stages=3)
+    rows = max(1, 64 // power_of_two(group))
+    return Config(queries=min(rows, power_of_two(max_query_len)), keys=32, splits=1, warps=4, stages=3)
+
+
+def query_blocks(
+    query_start_B1: jax.Array, num_tokens: int, batch: int, size: int, max_query_len: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return the request and the first query of each block of ``size`` queries, int32 ``[N]``.
+
+    Rows past the last request's queries belong to request ``batch``, which has no keys. Blocks beyond the last are
+    empty ones of it. Sums and searches compare each with each: one small kernel instead of a dozen.
+    """
+    starts = jnp.concatenate([query_start_B1, jnp.full((1,), num_tokens, query_start_B1.dtype)])
+    count_B = -(-(starts[1:] - starts[:-1]) // size)
+    index_B = jnp.arange(batch + 1, dtype=jnp.int32)
+    end_B = jnp.where(index_B[None, :] <= index_B[:, None], count_B[None, :], 0).sum(axis=1)
+    num_blocks = min(batch * -(-max_query_len // size) + -(-num_tokens // size), num_tokens // size + batch + 1)
+    block_N = jnp.arange(num_blocks, dtype=jnp.int32)
+    request_N = jnp.minimum((end_B[None, :] <= block_N[:, None]).sum(axis=1), batch).astype(jnp.int32)
+    return request_N, ((block_N - (end_B - count_B)[request_N]) * size).astype(jnp.int32)
+
+
+def paged_attention(
+    q_THC: jax.Array,
+    kv_PSJC: jax.Array,
+    page_table_BP: jax.Array,
+    query_start_B1: jax.Array,
+    kv_len_B: jax.Array,
+    *,
+    max_query_len: int,
+    scale: float,
+    config: Config | None = None,
+) -> jax.Array:
+    """See ``kernels.api.paged_attention``. ``config`` is chosen by the shapes if None."""
+    check_dtype("q_THC", q_THC)
+    tokens, heads, channels = q_THC.shape
+    size, kv_heads = kv_PSJC.shape[1], kv_PSJC.shape[2] // 2
+    batch, width = page_table_BP.shape
+    group = heads // kv_heads
+    require(
+        channels in (32, 64, 128, 256),
+        f"q_THC has head size {channels}; supported: 32, 64, 128, 256",
+    )
+    if config is None:
+        config = config_for(
+            batch=batch, kv_heads=kv_heads, group=group, max_query_len=max_query_len, max_keys=width * size
+        )  # fmt: skip
+    request_N, offset_N = query_blocks(query_start_B1, tokens, batch, config.queries, max_query_len)
+    starts = jnp.concatenate([query_start_B1, jnp.full((1,), tokens, query_start_B1.dtype)]).astype(jnp.int32)
+    kv_len = jnp.concatenate([kv_len_B, jnp.zeros((1,), kv_len_B.dtype)]).astype(jnp.int32)
+    group_padded = power_of_two(group)
+    splits = config.splits
+    same = jax.ShapeDtypeStruct(q_THC.shape, q_THC.dtype)
+    whole = splits == 1
+    out, lse = call(
+        attend_kernel,
+        q_THC, kv_PSJC, jnp.asarray(page_table_BP, jnp.int32), request_N, offset_N, starts, kv_len,
+        out=[
+            same if whole else jax.ShapeDtypeStruct((splits, *q_THC.shape), jnp.float32),
+            jax.ShapeDtypeStruct((1,) if whole else (splits, tokens, heads, 2), jnp.float32),
+        ],
+        grid=(kv_heads, request_N.shape[0], splits),
+        warps=config.warps, stages=config.stages,
+        SCALE=scale, B=batch, T=tokens, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width,
+        G=group, GP=group_padded, M=max(16, group_padded * config.queries), BQ=config.queries, BN=config.keys,
+        SPLITS=splits,
+    )  # fmt: skip
+    if whole:
+        return out
+    (combined,) = call(
+        combine_kernel, out, lse, out=[same], grid=(tokens * heads,), warps=1,
+        ROWS=tokens * heads, C=channels, SPLITS=splits, SP=power_of_two(splits),
+    )  # fmt: skip
+    return combined

@@ -1,0 +1,122 @@
+"""What all Triton kernels share: how they are called from JAX, and how blocks are chosen."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax_triton  # pyright: ignore[reportMissingImports]
+
+from kernels.types import Site, Unsupported
+from kernels.xla_lowrank import owned
+
+_target: ContextVar[int | None] = ContextVar("kernels_triton_target", default=None)
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+@contextlib.contextmanager
+def lowering_for(compute_capability: int) -> Iterator[None]:
+    """Trace and lower for a GPU of this compute capability (90: Hopper), whether or not there is one."""
+    token = _target.set(compute_capability)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def call(
+    kernel: Any,
+    *args: Any,
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int] | tuple[int, int] | tuple[int, int, int],
+    aliases: dict[int, int] | None = None,
+    warps: int = 4,
+    stages: int = 2,
+    **static: Any,
+) -> list[jax.Array]:
+    """Call a Triton kernel: arrays first, then outputs, then its static arguments by name.
+
+    Raises:
+        Unsupported: where there is no GPU and none to lower for.
+    """
+    capability = _target.get()
+    if capability is None and jax.default_backend() != "gpu":
+        raise Unsupported(
+            f"implementation 'triton' needs an NVIDIA GPU; the default backend is {jax.default_backend()!r}"
+        )
+    return jax_triton.triton_call(
+        *args,
+        kernel=kernel,
+        out_shape=list(out),
+        grid=grid,
+        input_output_aliases=aliases,
+        num_warps=warps,
+        num_stages=stages,
+        compute_capability=capability,
+        **static,
+    )
+
+
+def require(condition: bool, reason: str) -> None:
+    """Raise ``Unsupported(reason)`` unless ``condition``."""
+    if not condition:
+        raise Unsupported(f"implementation 'triton': {reason}")
+
+
+def block_of(width: int, most: int, what: str) -> int:
+    """Return the largest power of two up to ``most`` that divides a width."""
+    block = width & -width
+    require(block >= 16, f"{what} is {width}; it must be a multiple of 16")
+    return min(block, most)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return ``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def check_dtype(name: str, array: jax.Array) -> None:
+    """Raise unless the array has a dtype that the kernels compute in."""
+    require(array.dtype in DTYPES, f"{name} has dtype {array.dtype}; allowed: bfloat16, float32")
+
+
+def tile_size(num_tokens: int, sites: Sequence[Site]) -> int:
+    """Return the tokens of a tile, the same for all sites; with no site there is no tile, and any block will do."""
+    sizes = {num_tokens // site.tiles.page_NE.shape[0] for site in sites}
+    if not sizes:
+        return 128
+    require(len(sizes) == 1, f"sites have tiles of different sizes: {sorted(sizes)}")
+    (size,) = sizes
+    require(size >= 16 and size & (size - 1) == 0, f"tiles have {size} tokens; it must be a power of two from 16")
+    return size
+
+
+def row_block(tile: int, num_tokens: int, most: int, programs: int = 264) -> int:
+    """Return how many tokens one program takes: up to ``most``, fewer while that leaves the GPU idle."""
+    rows = min(tile, most)
+    while rows > 16 and num_tokens // rows < programs:
+        rows //= 2
+    return rows
+
+
+def rank_of(entries: int) -> int:
+    """Return how many entries one matrix product takes: the largest of 4, 2, 1 that divides them."""
+    return next(block for block in (4, 2, 1) if entries % block == 0)
+
+
+def shrink_args(site: Site, mask_TG: jax.Array) -> tuple[jax.Array, ...]:
+    """Return what a kernel needs to shrink at a site: A, c, the pages of each tile, which entry edits which token.
+
+    The last is int8 ``[T, E]``, computed once for all layers that share the page lists.
+    """
+    pool, tiles = site
+    own_TE = owned(tiles, mask_TG).reshape(mask_TG.shape[0], -1).astype(jnp.int8)
+    return pool.a_PDR, pool.c_PR, jnp.asarray(tiles.page_NE, jnp.int32), own_TE

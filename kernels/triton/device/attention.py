@@ -1,0 +1,86 @@
+"""Device code of paged attention."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, kv_ptr, table_ptr, request_ptr, offset_ptr, start_ptr, len_ptr, out_ptr, lse_ptr,
+    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, BQ: tl.constexpr,
+    BN: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """A program: BQ queries of one request for the G query heads of one KV head, over a split of the keys."""
+    block = tl.program_id(1)
+    head = tl.program_id(0)
+    split = tl.program_id(2)
+    request = tl.load(request_ptr + block)
+    offset = tl.load(offset_ptr + block)
+    start = tl.load(start_ptr + request)
+    queries = tl.load(start_ptr + request + 1) - start
+    keys = tl.load(len_ptr + request)
+    m = tl.arange(0, M)
+    c = tl.arange(0, C)
+    query = offset + m // GP
+    live = (m // GP < BQ) & (query < queries) & (m % GP < G)
+    row = (start + query).to(tl.int64) * H + head * G + m % GP
+    q = tl.load(q_ptr + row[:, None] * C + c[None, :], mask=live[:, None], other=0.0)
+    last = keys - queries + query
+    stop = tl.minimum(keys, keys - queries + offset + BQ)
+    if SPLITS > 1:
+        run = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
+        first = split * run
+        stop = tl.minimum(stop, first + run)
+    else:
+        first = 0
+    best = tl.full([M], -1.0e30, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, C], tl.float32)
+    for at in range(first, stop, BN):
+        n = at + tl.arange(0, BN)
+        if PAGE % BN == 0:
+            page = tl.load(table_ptr + request * WIDTH + at // PAGE).to(tl.int64)
+            place = page * PAGE + at % PAGE + tl.arange(0, BN)
+        else:
+            page = tl.load(table_ptr + request * WIDTH + n // PAGE, mask=n < stop, other=0).to(tl.int64)
+            place = page * PAGE + n % PAGE
+        base = kv_ptr + (place[:, None] * (2 * K) + 2 * head) * C + c[None, :]
+        k = tl.load(base, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
+        v = tl.load(base + C, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
+        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (SCALE * 1.4426950408889634)
+        score = tl.where((n[None, :] <= last[:, None]) & (n < stop)[None, :], score, -1.0e30)
+        new = tl.maximum(best, tl.max(score, 1))
+        weight = tl.exp2(score - new[:, None])
+        old = tl.exp2(best - new)
+        total = total * old + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(q.dtype), v, acc * old[:, None], input_precision="tf32x3")
+        best = new
+    if SPLITS > 1:
+        seen = best > -1.0e29
+        at_split = (split.to(tl.int64) * T * H) + row
+        tl.store(out_ptr + at_split[:, None] * C + c[None, :], acc, mask=live[:, None])
+        tl.store(lse_ptr + at_split * 2, tl.where(seen, best, -1.0e30), mask=live)
+        tl.store(lse_ptr + at_split * 2 + 1, tl.where(seen, total, 0.0), mask=live)
+    else:
+        acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
+        tl.store(out_ptr + row[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def combine_kernel(part_ptr, lse_ptr, out_ptr, ROWS: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
+             SP: tl.constexpr):  # fmt: skip
+    """A program: one head of one query; weighs the splits by their softmax sums."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SP)
+    c = tl.arange(0, C)
+    here = split < SPLITS
+    at = split * ROWS + row
+    best = tl.load(lse_ptr + at * 2, mask=here, other=-1.0e30)
+    total = tl.load(lse_ptr + at * 2 + 1, mask=here, other=0.0)
+    scale = tl.where(total > 0, tl.exp2(best - tl.max(best, 0)), 0.0)
+    part = tl.load(part_ptr + at[:, None] * C + c[None, :], mask=here[:, None], other=0.0)
+    part = tl.where((total > 0)[:, None], part * scale[:, None], 0.0)
+    weight = tl.sum(total * scale, 0)
+    out = tl.where(weight > 0, tl.sum(part, 0) / weight, 0.0)
+    tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty))

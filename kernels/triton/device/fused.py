@@ -1,0 +1,222 @@
+"""Device code of the fused operations."""
+
+import triton
+import triton.language as tl
+
+from kernels.triton.device.common import add_edit, finish_shrink, load_a, load_b, load_pages, load_s
+
+
+@triton.jit
+def _stream(
+    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile, D: tl.constexpr, ADD: tl.constexpr,
+    EDITS: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr,
+):  # fmt: skip
+    """Return columns ``d`` of the residual stream with what is added to it, rounded once."""
+    x = tl.load(x_ptr + base + d[None, :], mask=live[:, None], other=0.0)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if ADD or EDITS > 0:
+        y = x.to(tl.float32)
+        if ADD:
+            y += tl.load(add_ptr + base + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        if EDITS > 0:
+            y = add_edit(y, es0, eb0, ep0, row, live, tile, d, D, E0, EB0, dtype)
+        if EDITS > 1:
+            y = add_edit(y, es1, eb1, ep1, row, live, tile, d, D, E1, EB1, dtype)
+        x = y.to(dtype)
+    return x
+
+
+@triton.jit
+def norm_shrink_kernel(
+    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own, weight_ptr,
+    a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
+    x_out, h_out, s0, s1, s2, block_s,
+    T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr,
+    BLOCK: tl.constexpr, SITES: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr, BE: tl.constexpr, E: tl.constexpr,
+    EEB0: tl.constexpr, EEB1: tl.constexpr, BEB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program: BT whole rows, in two passes over the width (three with BLOCK); later ones find x in the L2 cache."""
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    live = row < T
+    tile = tl.program_id(0) * BT // TILE
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    CHANGED: tl.constexpr = ADD or EDITS > 0
+    base = row.to(tl.int64)[:, None] * D
+    if BLOCK:
+        page = load_pages(block_page, tile, 0, BE, BE)
+        acc = tl.zeros([BT, 16 * BE], tl.float32)
+        for start in tl.range(0, D, BD, num_stages=STAGES):
+            d = start + tl.arange(0, BD)
+            x = _stream(x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile, D, ADD, EDITS,
+                        EE0, EE1, EEB0, EEB1)  # fmt: skip
+            acc = tl.dot(x, load_a(block_a, page, d, D, BE, dtype), acc, input_precision="tf32x3")
+        finish_shrink(acc, block_c, block_page, block_own, block_s, row, live, tile, 0, BE, BE)
+        tl.debug_barrier()
+    squares = tl.zeros([BT, BD], tl.float32)
+    for start in tl.range(0, D, BD, num_stages=STAGES):
+        d = start + tl.arange(0, BD)
+        x = _stream(x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile, D, ADD, EDITS,
+                    EE0, EE1, EEB0, EEB1)  # fmt: skip
+        if BLOCK:
+            y = add_edit(x.to(tl.float32), block_s, block_b, block_page, row, live, tile, d, D, BE, BEB, dtype)
+            x = y.to(dtype)
+        if BLOCK or CHANGED:
+            tl.store(x_out + base + d[None, :], x, mask=live[:, None])
+        x32 = x.to(tl.float32)
+        squares += x32 * x32
+    scale = tl.rsqrt(tl.sum(squares, 1) / D + EPS)
+    if BLOCK or CHANGED:
+        tl.debug_barrier()
+    p0 = load_pages(page0, tile, 0, E, E)
+    p1 = load_pages(page1, tile, 0, E, E)
+    p2 = load_pages(page2, tile, 0, E, E)
+    acc0 = tl.zeros([BT, 16 * E], tl.float32)
+    acc1 = tl.zeros([BT, 16 * E], tl.float32)
+    acc2 = tl.zeros([BT, 16 * E], tl.float32)
+    for start in tl.range(0, D, BD, num_stages=STAGES):
+        d = start + tl.arange(0, BD)
+        if BLOCK or CHANGED:
+            x = tl.load(x_out + base + d[None, :], mask=live[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptr + base + d[None, :], mask=live[:, None], other=0.0)
+        weight = tl.load(weight_ptr + d).to(tl.float32)
+        h = (x.to(tl.float32) * scale[:, None]).to(dtype).to(tl.float32) * weight[None, :]
+        h = h.to(dtype)
+        tl.store(h_out + base + d[None, :], h, mask=live[:, None])
+        if SITES > 0:
+            acc0 = tl.dot(h, load_a(a0, p0, d, D, E, dtype), acc0, input_precision="tf32x3")
+        if SITES > 1:
+            acc1 = tl.dot(h, load_a(a1, p1, d, D, E, dtype), acc1, input_precision="tf32x3")
+        if SITES > 2:
+            acc2 = tl.dot(h, load_a(a2, p2, d, D, E, dtype), acc2, input_precision="tf32x3")
+    if SITES > 0:
+        finish_shrink(acc0, c0, page0, own0, s0, row, live, tile, 0, E, E)
+    if SITES > 1:
+        finish_shrink(acc1, c1, page1, own1, s1, row, live, tile, 0, E, E)
+    if SITES > 2:
+        finish_shrink(acc2, c2, page2, own2, s2, row, live, tile, 0, E, E)
+
+
+@triton.jit
+def _rope_head(
+    qkv_ptr, s_ptr, b_ptr, page_ptr, row, live, tile, column, head, F: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, EDIT: tl.constexpr,
+):  # fmt: skip
+    """Return the two halves of one head in float32, edited."""
+    half = tl.arange(0, C // 2)
+    base = qkv_ptr + row.to(tl.int64)[:, None] * WIDTH + column
+    first = tl.load(base + half[None, :], mask=live[:, None], other=0.0)
+    second = tl.load(base + C // 2 + half[None, :], mask=live[:, None], other=0.0)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    if EDIT:
+        f = head * C + half
+        first = add_edit(first.to(tl.float32), s_ptr, b_ptr, page_ptr, row, live, tile, f, F, E, EB, dtype).to(dtype)
+        second = add_edit(
+            second.to(tl.float32), s_ptr, b_ptr, page_ptr, row, live, tile, f + C // 2, F, E, EB, dtype
+        ).to(dtype)
+    return first, second
+
+
+@triton.jit
+def rope_kv_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, slot_ptr, s0, b0, page0, s1, b1, page1, s2, b2, page2, q_out, kv_out,
+    T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    HB: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr, EDIT2: tl.constexpr,
+    E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    EB0: tl.constexpr, EB1: tl.constexpr, EB2: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """A program: BT rows by HB heads, all of them of q, of k or of v."""
+    row = tl.program_id(1) * BT + tl.arange(0, BT)
+    live = row < T
+    tile = tl.program_id(1) * BT // TILE
+    first_head = tl.program_id(0) * HB
+    half = tl.arange(0, C // 2)
+    WIDTH: tl.constexpr = (H + 2 * K) * C
+    dtype: tl.constexpr = q_out.dtype.element_ty
+    table = row[:, None] * (C // 2) + half[None, :]
+    if first_head < H + K:
+        cos = tl.load(cos_ptr + table, mask=live[:, None], other=0.0)
+        sin = tl.load(sin_ptr + table, mask=live[:, None], other=0.0)
+        if first_head < H:
+            for n in range(HB):
+                head = first_head + n
+                a, b = _rope_head(
+                    qkv_ptr, s0, b0, page0, row, live, tile, head * C, head, H * C, WIDTH, C, E0, EB0, EDIT0
+                )
+                a, b = a.to(tl.float32), b.to(tl.float32)
+                at = q_out + row.to(tl.int64)[:, None] * (H * C) + head * C + half[None, :]
+                tl.store(at, (a * cos - b * sin).to(dtype), mask=live[:, None])
+                tl.store(at + C // 2, (b * cos + a * sin).to(dtype), mask=live[:, None])
+        else:
+            slot = tl.load(slot_ptr + row, mask=live, other=-1)
+            kept = (slot >= 0) & (slot < SLOTS)
+            for n in range(HB):
+                head = first_head - H + n
+                a, b = _rope_head(
+                    qkv_ptr, s1, b1, page1, row, live, tile, (H + head) * C, head, K * C, WIDTH, C, E1, EB1, EDIT1
+                )
+                a, b = a.to(tl.float32), b.to(tl.float32)
+                at = kv_out + (slot.to(tl.int64)[:, None] * (2 * K) + 2 * head) * C + half[None, :]
+                tl.store(at, (a * cos - b * sin).to(dtype).to(kv_out.dtype.element_ty), mask=kept[:, None])
+                tl.store(at + C // 2, (b * cos + a * sin).to(dtype).to(kv_out.dtype.element_ty), mask=kept[:, None])
+    else:
+        slot = tl.load(slot_ptr + row, mask=live, other=-1)
+        kept = (slot >= 0) & (slot < SLOTS)
+        for n in range(HB):
+            head = first_head - H - K + n
+            a, b = _rope_head(
+                qkv_ptr, s2, b2, page2, row, live, tile, (H + K + head) * C, head, K * C, WIDTH, C, E2, EB2, EDIT2
+            )
+            at = kv_out + (slot.to(tl.int64)[:, None] * (2 * K) + 2 * head + 1) * C + half[None, :]
+            tl.store(at, a.to(kv_out.dtype.element_ty), mask=kept[:, None])
+            tl.store(at + C // 2, b.to(kv_out.dtype.element_ty), mask=kept[:, None])
+
+
+@triton.jit
+def silu_mul_kernel(
+    gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out,
+    T: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr,
+    SHRINK: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr, E: tl.constexpr,
+    BT: tl.constexpr, BF: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program: BT rows by RUN columns, BF at a time; with SHRINK it leaves a part of the shrink of h."""
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BT + tl.arange(0, BT)
+    live = row < T
+    tile = tl.program_id(1) * BT // TILE
+    dtype: tl.constexpr = gu_ptr.dtype.element_ty
+    if EDIT0 and E0 == EB0:
+        gate_page = load_pages(gp, tile, 0, E0, EB0)
+        gate_s = load_s(gs, row, live, 0, E0, EB0, dtype)
+    if EDIT1 and E1 == EB1:
+        up_page = load_pages(up, tile, 0, E1, EB1)
+        up_s = load_s(us, row, live, 0, E1, EB1, dtype)
+    if SHRINK:
+        page = load_pages(page_ptr, tile, 0, E, E)
+        acc = tl.zeros([BT, 16 * E], tl.float32)
+    for start in tl.range(part * RUN, part * RUN + RUN, BF, num_stages=STAGES):
+        f = start + tl.arange(0, BF)
+        at = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+        gate = tl.load(gu_ptr + at, mask=live[:, None], other=0.0).to(tl.float32)
+        upper = tl.load(gu_ptr + at + F, mask=live[:, None], other=0.0).to(tl.float32)
+        if EDIT0:
+            if E0 == EB0:
+                gate = tl.dot(gate_s, load_b(gb, gate_page, f, F, EB0, dtype), gate, input_precision="tf32x3")
+            else:
+                gate = add_edit(gate, gs, gb, gp, row, live, tile, f, F, E0, EB0, dtype)
+            gate = gate.to(dtype).to(tl.float32)
+        if EDIT1:
+            if E1 == EB1:
+                upper = tl.dot(up_s, load_b(ub, up_page, f, F, EB1, dtype), upper, input_precision="tf32x3")
+            else:
+                upper = add_edit(upper, us, ub, up, row, live, tile, f, F, E1, EB1, dtype)
+            upper = upper.to(dtype).to(tl.float32)
+        h = (gate * tl.sigmoid(gate) * upper).to(dtype)
+        tl.store(h_out + row.to(tl.int64)[:, None] * F + f[None, :], h, mask=live[:, None])
+        if SHRINK:
+            acc = tl.dot(h, load_a(a_ptr, page, f, F, E, dtype), acc, input_precision="tf32x3")
+    if SHRINK:
+        column = tl.arange(0, 16 * E)
+        at = (part.to(tl.int64) * T + row)[:, None] * (16 * E) + column[None, :]
+        tl.store(part_out + at, acc, mask=live[:, None])

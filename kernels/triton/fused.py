@@ -1,0 +1,181 @@
+"""Edits fused into what the layer does anyway, so that no activation is read or written for their sake.
+
+``norm_shrink`` runs between two matmuls on the residual stream, ``rope_kv`` after the qkv matmul, ``silu_mul_shrink``
+after the gate and up matmul.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.triton.call import call, ceil_div, check_dtype, power_of_two, rank_of, require, shrink_args, tile_size
+from kernels.triton.config import Blocks, for_norm, for_rope, for_silu_mul
+from kernels.triton.device.fused import norm_shrink_kernel, rope_kv_kernel, silu_mul_kernel
+from kernels.triton.lowrank import MOST_SITES, expand, finish_parts, padded, shrink
+from kernels.types import Shrunk, Site
+
+MOST_COLUMNS = 64
+"""Ranks of all sites and entries that a fused shrink multiplies with. Beyond, rank pages cost more than another read
+of the activations by a kernel whose programs take more rows.
+"""
+
+
+def _fusable(sites: tuple[Site, ...], most: int) -> bool:
+    """Return whether one kernel can shrink these sites in passing."""
+    widths = {site.tiles.page_NE.shape[1] for site in sites}
+    if not widths:
+        return True
+    (width, *others) = widths
+    fits = len(sites) <= MOST_SITES and len(sites) * width * 16 <= most
+    return not others and power_of_two(width) == width and fits
+
+
+def norm_shrink(
+    x_TD: jax.Array,
+    edits: tuple[Shrunk, ...],
+    block: Site | None,
+    weight_D: jax.Array,
+    eps: float,
+    sites: tuple[Site, ...],
+    mask_TG: jax.Array,
+    *,
+    add_TD: jax.Array | None = None,
+    config: Blocks | None = None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """See ``kernels.api.norm_shrink``. ``config`` is chosen by the shapes if None."""
+    check_dtype("x_TD", x_TD)
+    tokens, width = x_TD.shape
+    require(len(edits) <= 2, f"edits has {len(edits)} entries; at most two are fused")
+    tile = tile_size(tokens, [*sites, *(edit.site for edit in edits), *([block] if block else [])])
+    if block is not None and not _fusable((block,), 128):
+        x_TD, _, _ = norm_shrink(x_TD, edits, None, weight_D, eps, (), mask_TG, add_TD=add_TD)
+        (s_TER,) = shrink(x_TD, (block,), mask_TG)
+        x_TD, edits, block, add_TD = expand(Shrunk(s_TER, block), x_TD), (), None, None
+    together = sites if _fusable(sites, MOST_COLUMNS) else ()
+    nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
+    changed = bool(edits) or block is not None or add_TD is not None
+    pairs = [(e.s_TER, e.site.pool.b_PRF, jnp.asarray(e.site.tiles.page_NE, jnp.int32)) for e in edits]
+    filler = (x_TD,) * 3
+    pairs = [*pairs, *[filler] * (2 - len(pairs))]
+    widths = [e.s_TER.shape[1] for e in edits] + [1] * (2 - len(edits))
+    if block is None:
+        block_args: tuple[jax.Array, ...] = (x_TD,) * 5
+    else:
+        a, c, page, own = shrink_args(block, mask_TG)
+        block_args = (a, c, block.pool.b_PRF, page, own)
+    site_args = [shrink_args(site, mask_TG) for site in together]
+    entries = together[0].tiles.page_NE.shape[1] if together else 1
+    block_entries = block.tiles.page_NE.shape[1] if block else 1
+    shrunk = jax.ShapeDtypeStruct((tokens, entries, 16), jnp.float32)
+    same = jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)
+    config = config or for_norm(width, x_TD.dtype)
+    new, h_TD, s0, s1, s2, _ = call(
+        norm_shrink_kernel,
+        x_TD, x_TD if add_TD is None else add_TD, *(array for pair in pairs for array in pair), *block_args, weight_D,
+        *(padded(site_args) if site_args else [x_TD] * 4 * MOST_SITES),
+        out=[
+            same if changed else nothing, same,
+            *(shrunk if n < len(together) else nothing for n in range(MOST_SITES)),
+            jax.ShapeDtypeStruct((tokens, block_entries, 16), jnp.float32) if block else nothing,
+        ],
+        grid=(ceil_div(tokens, config.rows),),
+        warps=config.warps,
+        T=tokens, D=width, TILE=tile, EPS=eps, ADD=add_TD is not None, EDITS=len(edits),
+        BLOCK=block is not None, SITES=len(together),
+        EE0=widths[0], EE1=widths[1], BE=block_entries, E=entries,
+        EEB0=rank_of(widths[0]), EEB1=rank_of(widths[1]), BEB=rank_of(block_entries),
+        BT=config.rows, BD=config.block, STAGES=config.stages,
+    )  # fmt: skip
+    shrunk_sites = (s0, s1, s2)[: len(together)] if together or not sites else shrink(h_TD, sites, mask_TG)
+    return (new if changed else x_TD), h_TD, tuple(shrunk_sites)
+
+
+def _pending(edit: Shrunk | None, filler: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what a kernel needs to expand an edit; anything where there is none."""
+    if edit is None:
+        return filler, filler, filler
+    return edit.s_TER, edit.site.pool.b_PRF, jnp.asarray(edit.site.tiles.page_NE, jnp.int32)
+
+
+def _widths(edits: tuple[Shrunk | None, ...]) -> list[int]:
+    return [1 if edit is None else edit.s_TER.shape[1] for edit in edits]
+
+
+def rope_kv(
+    qkv_TF: jax.Array,
+    edits: tuple[Shrunk | None, ...],
+    cos_TX: jax.Array,
+    sin_TX: jax.Array,
+    kv_PSJC: jax.Array,
+    slots_T: jax.Array,
+    *,
+    config: Blocks | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See ``kernels.api.rope_kv``. ``config`` is chosen by the shapes if None."""
+    check_dtype("qkv_TF", qkv_TF)
+    tokens = qkv_TF.shape[0]
+    pages, size, kv_heads2, channels = kv_PSJC.shape
+    kv_heads = kv_heads2 // 2
+    heads = qkv_TF.shape[1] // channels - kv_heads2
+    require(
+        channels >= 32 and channels & (channels - 1) == 0,
+        f"kv_PSJC has head size {channels}; it must be a power of two from 32",
+    )
+    tile = tile_size(tokens, [edit.site for edit in edits if edit is not None])
+    together = max(n for n in range(1, 9) if heads % n == 0 and kv_heads % n == 0)
+    widths = _widths(edits)
+    config = config or for_rope(tile, tokens, max(widths))
+    q_TF, kv_PSJC = call(
+        rope_kv_kernel,
+        qkv_TF, cos_TX, sin_TX, kv_PSJC, slots_T,
+        *(array for edit in edits for array in _pending(edit, qkv_TF)),
+        out=[
+            jax.ShapeDtypeStruct((tokens, heads * channels), qkv_TF.dtype),
+            jax.ShapeDtypeStruct(kv_PSJC.shape, kv_PSJC.dtype),
+        ],
+        aliases={3: 1},
+        grid=((heads + 2 * kv_heads) // together, ceil_div(tokens, config.rows)),
+        warps=config.warps,
+        T=tokens, H=heads, K=kv_heads, C=channels, SLOTS=pages * size, TILE=tile, HB=together,
+        EDIT0=edits[0] is not None, EDIT1=edits[1] is not None, EDIT2=edits[2] is not None,
+        E0=widths[0], E1=widths[1], E2=widths[2],
+        EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), EB2=rank_of(widths[2]), BT=config.rows,
+    )  # fmt: skip
+    return q_TF.reshape(tokens, heads, channels), kv_PSJC
+
+
+def silu_mul_shrink(
+    gate_up_TF: jax.Array,
+    edits: tuple[Shrunk | None, ...],
+    sites: tuple[Site, ...],
+    mask_TG: jax.Array,
+    *,
+    config: Blocks | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """See ``kernels.api.silu_mul_shrink``. ``config`` is chosen by the shapes if None."""
+    check_dtype("gate_up_TF", gate_up_TF)
+    tokens, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+    tile = tile_size(tokens, [*sites, *(edit.site for edit in edits if edit is not None)])
+    fused = len(sites) == 1 and _fusable(sites, MOST_COLUMNS)
+    entries = sites[0].tiles.page_NE.shape[1] if fused else 1
+    widths = _widths(edits)
+    config = config or for_silu_mul(tile, tokens, width, max(widths), gate_up_TF.dtype)
+    if fused:
+        a, _, page, _ = shrink_args(sites[0], mask_TG)
+    else:
+        a = page = gate_up_TF
+    h_TF, part_PTER = call(
+        silu_mul_kernel,
+        gate_up_TF, *(array for edit in edits for array in _pending(edit, gate_up_TF)), a, page,
+        out=[
+            jax.ShapeDtypeStruct((tokens, width), gate_up_TF.dtype),
+            jax.ShapeDtypeStruct((config.parts, tokens, entries, 16) if fused else (1,), jnp.float32),
+        ],
+        grid=(config.parts, ceil_div(tokens, config.rows)),
+        warps=config.warps,
+        T=tokens, F=width, TILE=tile, EDIT0=edits[0] is not None, EDIT1=edits[1] is not None, SHRINK=fused,
+        E0=widths[0], E1=widths[1], EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), E=entries,
+        BT=config.rows, BF=config.block, RUN=width // config.parts, STAGES=config.stages,
+    )  # fmt: skip
+    if not fused:
+        return h_TF, shrink(h_TF, sites, mask_TG)
+    return h_TF, (finish_parts(part_PTER, sites[0], mask_TG),)

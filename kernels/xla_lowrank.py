@@ -1,0 +1,61 @@
+"""Low-rank edits in plain JAX."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.types import PagePool, Shrunk, Site, TilePages
+
+
+def owned(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
+    """Return bool ``[N, tile, E]``: does entry e edit this token?"""
+    num_tiles = tiles.page_NE.shape[0]
+    tile = mask_TG.shape[0] // num_tiles
+    offset = jnp.arange(tile, dtype=jnp.int32)[None, :, None]
+    in_span = (tiles.start_NE[:, None, :] <= offset) & (offset < tiles.end_NE[:, None, :])
+    switched = jnp.take_along_axis(mask_TG.reshape(num_tiles, tile, -1), tiles.group_NE[:, None, :], axis=2)
+    return in_span & switched & (tiles.page_NE[:, None, :] != 0)
+
+
+def shrink(x_TD: jax.Array, sites: tuple[Site, ...], mask_TG: jax.Array) -> tuple[jax.Array, ...]:
+    """``m * (x @ A + c)`` for every entry of every tile, for each of the sites that read ``x``; float32 ``[T, E,
+    R]``.
+    """
+
+    def one(site: Site) -> jax.Array:
+        pool, tiles = site
+        num_tiles, entries = tiles.page_NE.shape
+        x_NID = x_TD.reshape(num_tiles, -1, x_TD.shape[1])
+        a_NEDR = pool.a_PDR[tiles.page_NE].astype(x_TD.dtype)
+        s_NIER = jnp.einsum("nid,nedr->nier", x_NID, a_NEDR, preferred_element_type=jnp.float32)
+        s_NIER += pool.c_PR[tiles.page_NE].astype(jnp.float32)[:, None]
+        s_NIER = jnp.where(owned(tiles, mask_TG)[..., None], s_NIER, 0.0)
+        return s_NIER.reshape(x_TD.shape[0], entries, -1)
+
+    return tuple(one(site) for site in sites)
+
+
+def edit_delta(edit: Shrunk, dtype: Any) -> jax.Array:
+    """Return ``s @ B``, float32 ``[T, F]``, multiplied in ``dtype``."""
+    pool, tiles = edit.site
+    num_tiles, entries = tiles.page_NE.shape
+    s_NIER = edit.s_TER.reshape(num_tiles, -1, entries, edit.s_TER.shape[2])
+    b_NERF = pool.b_PRF[tiles.page_NE].astype(dtype)
+    delta_NIF = jnp.einsum("nier,nerf->nif", s_NIER.astype(dtype), b_NERF, preferred_element_type=jnp.float32)
+    return delta_NIF.reshape(edit.s_TER.shape[0], -1)
+
+
+def expand(edit: Shrunk, y_TF: jax.Array) -> jax.Array:
+    """``y + s @ B``, summed over the entries of each tile; the dtype of ``y``."""
+    return (y_TF.astype(jnp.float32) + edit_delta(edit, y_TF.dtype)).astype(y_TF.dtype)
+
+
+def decode_edit(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:
+    """``y + (x @ A + c) @ B`` with one token and its own list of pages in each row; null pages add nothing."""
+    a_BEDR = pool.a_PDR[page_BE].astype(x_BD.dtype)
+    s_BER = jnp.einsum("bd,bedr->ber", x_BD, a_BEDR, preferred_element_type=jnp.float32)
+    s_BER = jnp.where((page_BE != 0)[..., None], s_BER + pool.c_PR[page_BE].astype(jnp.float32), 0.0)
+    b_BERF = pool.b_PRF[page_BE].astype(y_BF.dtype)
+    delta_BF = jnp.einsum("ber,berf->bf", s_BER.astype(y_BF.dtype), b_BERF, preferred_element_type=jnp.float32)
+    return (y_BF.astype(jnp.float32) + delta_BF).astype(y_BF.dtype)

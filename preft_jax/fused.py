@@ -1,0 +1,156 @@
+"""The layers of a packed batch over fused kernels: every edit happens inside an operation that the layer runs anyway.
+
+The same mathematics as ``forward.decoder_layer``, cut at the matmuls: what lies between two of them is one kernel. Used
+where the backend has these kernels and the weights are in the serving layout.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels import api, dispatch
+from kernels.types import Shrunk, Site, TilePages
+from preft_jax.bank import Bank
+from preft_jax.config import ModelConfig
+from preft_jax.layout import linear
+from preft_jax.model import Params
+
+
+class Batch(NamedTuple):
+    """What the layers need of a packed batch.
+
+    int32 ``slots_T``, ``page_table_BP``, ``query_start_B1`` and ``kv_len_B`` as in ``PrefillBatch``; bool ``mask_TG``;
+    float32 ``cos_TX`` and ``sin_TX``; ``tiles`` by site, empty without a bank.
+    """
+
+    slots_T: jax.Array
+    page_table_BP: jax.Array
+    query_start_B1: jax.Array
+    kv_len_B: jax.Array
+    mask_TG: jax.Array
+    cos_TX: jax.Array
+    sin_TX: jax.Array
+    tiles: Mapping[str, TilePages]
+
+
+def applies(config: ModelConfig, params: Params) -> bool:
+    """Return whether the fused kernels serve this model here: not with head norms (Qwen3), not in other layouts."""
+    plain = isinstance(params["layers"][0].get("qkv"), jax.Array)
+    return plain and not config.qk_norm and dispatch.chosen("norm_shrink") != "xla"
+
+
+def hidden(
+    config: ModelConfig,
+    params: Params,
+    bank: Bank | None,
+    kv: Sequence[jax.Array],
+    x_TD: jax.Array,
+    batch: Batch,
+    *,
+    max_query_len: int,
+    implementation: str | None = None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Run all layers and the final norm.
+
+    Args:
+        config: static; ``qk_norm`` is not supported.
+        params: in the serving layout, not transposed.
+        bank: rank pages; None computes the plain base model.
+        kv: the KV pool of each layer, ``kv_PSJC``.
+        x_TD: embedded tokens.
+        batch: see ``Batch``.
+        max_query_len: static bound on the tokens of one request in the batch.
+        implementation: of all kernels; None takes the best of each.
+
+    Returns:
+        The normed stream of every token, ``[T, D]``, and the KV pools.
+    """
+    kv = list(kv)
+    eps = config.rms_norm_eps
+    added: jax.Array | None = None
+    pending: tuple[Shrunk, ...] = ()
+    block: Site | None = None
+
+    for layer, w in enumerate(params["layers"]):
+
+        def sites(*names: str, layer: int = layer) -> list[Site | None]:
+            pools = {} if bank is None else bank.layers[layer]
+            return [Site(pools[name], batch.tiles[name]) if name in pools else None for name in names]
+
+        with jax.named_scope("attention"):
+            held = sites("q", "k", "v")
+            x_TD, h, shrunk = api.norm_shrink(
+                x_TD,
+                pending,
+                block,
+                w["attn_norm"],
+                eps,
+                _present(held),
+                batch.mask_TG,
+                add_TD=added,
+                implementation=implementation,
+            )
+            qkv = linear(h, w["qkv"])
+            if config.qkv_bias:
+                qkv = qkv + w["qkv_bias"]
+            q, kv[layer] = api.rope_kv(
+                qkv,
+                _edits(held, shrunk),
+                batch.cos_TX,
+                batch.sin_TX,
+                kv[layer],
+                batch.slots_T,
+                implementation=implementation,
+            )
+            mixed = api.paged_attention(
+                q, kv[layer], batch.page_table_BP, batch.query_start_B1, batch.kv_len_B,
+                max_query_len=max_query_len, implementation=implementation,
+            )  # fmt: skip
+            mixed = mixed.reshape(mixed.shape[0], -1)
+            held = _present(sites("o"))
+            shrunk = api.shrink(
+                mixed, [s.pool for s in held], [s.tiles for s in held], batch.mask_TG, implementation=implementation
+            )
+            added = linear(mixed, w["o"])
+            pending = tuple(Shrunk(*pair) for pair in zip(shrunk, held, strict=True))
+        with jax.named_scope("mlp"):
+            held = sites("gate", "up")
+            x_TD, h, shrunk = api.norm_shrink(
+                x_TD,
+                pending,
+                None,
+                w["mlp_norm"],
+                eps,
+                _present(held),
+                batch.mask_TG,
+                add_TD=added,
+                implementation=implementation,
+            )
+            down = _present(sites("down"))
+            h, shrunk = api.silu_mul_shrink(
+                linear(h, w["gate_up"]), _edits(held, shrunk), down, batch.mask_TG, implementation=implementation
+            )
+            added = linear(h, w["down"])
+            pending = tuple(Shrunk(*pair) for pair in zip(shrunk, down, strict=True))
+            (block,) = sites("block")
+    _, h, _ = api.norm_shrink(
+        x_TD, pending, block, params["norm"], eps, (), batch.mask_TG, add_TD=added, implementation=implementation
+    )
+    return h, kv
+
+
+def _present(sites: Sequence[Site | None]) -> tuple[Site, ...]:
+    return tuple(site for site in sites if site is not None)
+
+
+def _edits(sites: Sequence[Site | None], shrunk: Sequence[jax.Array]) -> list[Shrunk | None]:
+    """Return one pending edit for each site, None where the bank does not hold it."""
+    remaining = iter(shrunk)
+    return [None if site is None else Shrunk(next(remaining), site) for site in sites]
+
+
+def no_mask(num_tokens: int) -> jax.Array:
+    """Return the mask of a batch without edits."""
+    return jnp.zeros((num_tokens, 1), jnp.bool_)
