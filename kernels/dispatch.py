@@ -6,7 +6,6 @@ that is not the default backend.
 """
 
 import contextlib
-import contextvars
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,22 +31,19 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 """The implementations of each operation."""
 
 _PREFERRED = {"gpu": ("triton", "xla"), "tpu": ("pallas_tpu", "xla")}
-_preference: contextvars.ContextVar[str | None] = contextvars.ContextVar("preference", default=None)
+_preference = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
 def preferring(name: str) -> Iterator[None]:
     """Try implementation ``name`` first, then ``xla``, in what is traced inside: the default backend does not count.
 
-    An explicit ``implementation`` still wins. A program that jit has traced before keeps what it was traced with.
+    An explicit ``implementation`` still wins. The preference is part of jit's cache key.
     """
     if name not in MODULES:
         raise ValueError(f"there is no implementation {name!r}; allowed: {', '.join(MODULES)}")
-    token = _preference.set(name)
-    try:
+    with _preference(name):
         yield
-    finally:
-        _preference.reset(token)
 
 
 def load(name: str, op: str) -> Any:
@@ -70,7 +66,7 @@ def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
     """Run ``op`` with the implementation asked for, or with the best that supports the arguments."""
     if implementation is not None:
         return load(implementation, op)(*args, **options)
-    preference = _preference.get()
+    preference = _preference.value
     for name in _PREFERRED.get(jax.default_backend(), ()) if preference is None else (preference,):
         if name in OFFERED[op] and name != "xla":
             try:
@@ -82,6 +78,6 @@ def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
 
 def chosen(op: str) -> str:
     """Return the implementation that ``run`` tries first for ``op`` when none is named."""
-    preference = _preference.get()
+    preference = _preference.value
     names = _PREFERRED.get(jax.default_backend(), ("xla",)) if preference is None else (preference,)
     return next((name for name in names if name in OFFERED[op]), "xla")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax_triton  # pyright: ignore[reportMissingImports]
 
+from kernels.triton import interpret
 from kernels.types import Site, Unsupported
 from kernels.xla_lowrank import owned
 
@@ -42,6 +43,8 @@ def call(
     Raises:
         Unsupported: where there is no GPU and none to lower for.
     """
+    if interpret.interpreted(kernel):
+        return interpret.call(kernel, *args, out=out, grid=grid, aliases=aliases, **static)
     capability = _target.get()
     if capability is None and jax.default_backend() != "gpu":
         raise Unsupported(

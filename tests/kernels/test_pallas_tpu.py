@@ -488,3 +488,16 @@ def test_a_preferred_implementation_is_traced_unless_another_is_named():
     assert not traced()
     with pytest.raises(ValueError, match=r"'palas'.*pallas_tpu"), dispatch.preferring("palas"):
         pass
+
+
+def test_jit_traces_anew_for_another_preference():
+    pool = PagePool(abstract(3, 128, RANK), abstract(3, RANK), abstract(3, RANK, 128))
+    x, program = abstract(4, 128), jax.jit(api.decode_edit)
+
+    def traced():
+        return "pallas_call" in str(program.trace(x, x, pool, abstract(4, 1, dtype=jnp.int32)).jaxpr)
+
+    assert not traced()
+    with dispatch.preferring("pallas_tpu"):
+        assert traced()
+    assert not traced()

@@ -391,7 +391,7 @@ def arguments(rng):
         (lambda x, y, p, t, m: (x, y, p, t, m[:-1]), "mask_TG"),
         (lambda x, y, p, t, m: (x, y, p, t, m[:, 0]), "mask_TG"),
         (lambda x, y, p, t, m: (x, y, p, t, m.astype(np.float32)), "mask_TG is float32"),
-        (lambda x, y, p, t, m: (x, y[:-8], p, t, m), "s_TER has shape"),
+        (lambda x, y, p, t, m: (x, y[:-12], p, t, m), "s_TER has shape"),
     ],
 )
 def test_wrong_arguments_of_an_edit_are_named(change, text, rng):
