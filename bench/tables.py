@@ -90,7 +90,22 @@ def kernels(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}; ceilings: {ceilings['copy_gb_per_s']:g} GB/s, {rates}.\n"
 
 
-TABLES = {"cpu-generation": cpu_generation, "cpu-serve-bench": cpu_serve_bench, "h100-kernels": kernels}
+def prefill(figures: dict[str, Any]) -> str:
+    """Each case of ``bench.prefill`` over its base."""
+    rows = [
+        [
+            row["case"],
+            f"{row['base_tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"**{row['ratio']:.3f}** ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
+        ]
+        for row in figures["cases"]
+    ]
+    header = [f"prefill of {figures['model']}, tokens/s", "base", "with adapters", "time over base (middle half)"]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+
+
+TABLES = {"cpu-generation": cpu_generation, "cpu-serve-bench": cpu_serve_bench, "h100-kernels": kernels, "h100-prefill": prefill}
 
 
 def render(text: str) -> str:

@@ -22,16 +22,18 @@ def tiles_of_pages(tiles: TilePages, num_pages: int) -> tuple[jax.Array, jax.Arr
     The null page is listed nowhere.
     """
     flat = jnp.asarray(tiles.page_NE, jnp.int32).reshape(-1)
+    index = jnp.arange(flat.size, dtype=jnp.int32)
     if flat.size <= _MOST_COMPARED:
-        index = jnp.arange(flat.size, dtype=jnp.int32)
         before = (flat[None, :] < flat[:, None]) | (
             (flat[None, :] == flat[:, None]) & (index[None, :] < index[:, None])
         )
-        order = jnp.zeros_like(flat).at[before.sum(axis=1)].set(index, unique_indices=True)
+        rank = before.sum(axis=1)
+        order = jnp.where(rank[None, :] == index[:, None], index[None, :], 0).sum(axis=1).astype(jnp.int32)
     else:
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    first = (flat[None, :] < jnp.arange(num_pages + 1, dtype=jnp.int32)[:, None]).sum(axis=1).astype(jnp.int32)
-    return order, first.at[0].set(first[1])
+    pages = jnp.maximum(jnp.arange(num_pages + 1, dtype=jnp.int32), 1)
+    first = (flat[None, :] < pages[:, None]).sum(axis=1).astype(jnp.int32)
+    return order, first
 
 
 def expand_backward(edit: Shrunk, dy_TF: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """Kernels in Triton's interpreter: slow, on a CPU, but the same source as on a GPU.
 
-With ``TRITON_INTERPRET=1`` in the environment before ``triton`` is imported, ``triton.jit`` makes interpreted functions,
+With ``TRITON_INTERPRET=1`` in the environment before ``triton`` is imported, ``triton.jit`` makes interpreted kernels,
 and ``kernels.triton`` runs them through a host callback. Outputs start out as NaN, so that what a kernel leaves
 unwritten shows.
 """
@@ -56,7 +56,7 @@ _patch_tensor = interpreter._patch_lang_tensor
 
 
 def _patch_index(tensor: Any, scope: Any) -> None:
-    """Let scalars bound loops: the interpreter holds them as arrays of one element, which NumPy 2.5 does not convert."""
+    """Let scalars bound loops: the interpreter has them as arrays of one element, which NumPy 2.5 does not convert."""
     _patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
@@ -83,7 +83,8 @@ def call(
             for i, leaf in enumerate(out)
         ]
         executor = _Executor(kernel.rewrite(), kernel.arg_names, grid)
-        executor(*map(_Pointer, [*inputs, *outputs]), **static)
+        with np.errstate(all="ignore"):
+            executor(*map(_Pointer, [*inputs, *outputs]), **static)
         return outputs
 
     shapes = [jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in out]

@@ -60,3 +60,21 @@ def finish_shrink(s, c_ptr, page_ptr, own_ptr, out_ptr, row, live, tile, entry, 
     own = tl.load(own_ptr + row[:, None] * E + entry + (column // 16)[None, :], mask=live[:, None], other=0)
     s = tl.where(own != 0, s + c[None, :], 0.0)
     tl.store(out_ptr + row[:, None] * (16 * E) + entry * 16 + column[None, :], s, mask=live[:, None])
+
+
+@triton.jit
+def any_page(page_ptr, tile, E: tl.constexpr):
+    """Return the largest page of a tile's list: 0 if it lists none."""
+    most = tl.full([], 0, tl.int64)
+    for entry in range(E):
+        most = tl.maximum(most, tl.load(page_ptr + tile * E + entry).to(tl.int64))
+    return most
+
+
+@triton.jit
+def store_zeros(out_ptr, row, live, E: tl.constexpr):
+    """Store a shrink of nothing, entry by entry."""
+    r = tl.arange(0, 16)
+    for entry in range(E):
+        at = row[:, None] * (16 * E) + entry * 16 + r[None, :]
+        tl.store(out_ptr + at, tl.zeros([row.shape[0], 16], tl.float32), mask=live[:, None])

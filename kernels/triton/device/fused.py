@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from kernels.triton.device.common import add_edit, finish_shrink, load_a, load_b, load_pages, load_s
+from kernels.triton.device.common import (
+    add_edit,
+    any_page,
+    finish_shrink,
+    load_a,
+    load_b,
+    load_pages,
+    load_s,
+    store_zeros,
+)
 
 
 @triton.jit
@@ -27,21 +36,17 @@ def _stream(
 
 
 @triton.jit
-def norm_shrink_kernel(
+def _norm_rows(
     x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own, weight_ptr,
     a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
-    x_out, h_out, s0, s1, s2, block_s,
-    T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr,
-    BLOCK: tl.constexpr, SITES: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr, BE: tl.constexpr, E: tl.constexpr,
+    x_out, h_out, s0, s1, s2, block_s, row, live, tile,
+    D: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr, BLOCK: tl.constexpr,
+    SITES: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr, BE: tl.constexpr, E: tl.constexpr,
     EEB0: tl.constexpr, EEB1: tl.constexpr, BEB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """A program: BT whole rows, in two passes over the width (three with BLOCK); later ones find x in the L2 cache."""
-    row = tl.program_id(0) * BT + tl.arange(0, BT)
-    live = row < T
-    tile = tl.program_id(0) * BT // TILE
+    """Edit, norm and shrink BT rows; with WRITE the stream is written, changed or not."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    CHANGED: tl.constexpr = ADD or EDITS > 0
     base = row.to(tl.int64)[:, None] * D
     if BLOCK:
         page = load_pages(block_page, tile, 0, BE, BE)
@@ -61,12 +66,12 @@ def norm_shrink_kernel(
         if BLOCK:
             y = add_edit(x.to(tl.float32), block_s, block_b, block_page, row, live, tile, d, D, BE, BEB, dtype)
             x = y.to(dtype)
-        if BLOCK or CHANGED:
+        if WRITE:
             tl.store(x_out + base + d[None, :], x, mask=live[:, None])
         x32 = x.to(tl.float32)
         squares += x32 * x32
     scale = tl.rsqrt(tl.sum(squares, 1) / D + EPS)
-    if BLOCK or CHANGED:
+    if WRITE:
         tl.debug_barrier()
     p0 = load_pages(page0, tile, 0, E, E)
     p1 = load_pages(page1, tile, 0, E, E)
@@ -76,7 +81,7 @@ def norm_shrink_kernel(
     acc2 = tl.zeros([BT, 16 * E], tl.float32)
     for start in tl.range(0, D, BD, num_stages=STAGES):
         d = start + tl.arange(0, BD)
-        if BLOCK or CHANGED:
+        if WRITE:
             x = tl.load(x_out + base + d[None, :], mask=live[:, None], other=0.0)
         else:
             x = tl.load(x_ptr + base + d[None, :], mask=live[:, None], other=0.0)
@@ -96,6 +101,57 @@ def norm_shrink_kernel(
         finish_shrink(acc1, c1, page1, own1, s1, row, live, tile, 0, E, E)
     if SITES > 2:
         finish_shrink(acc2, c2, page2, own2, s2, row, live, tile, 0, E, E)
+
+
+@triton.jit
+def norm_shrink_kernel(
+    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own, weight_ptr,
+    a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
+    x_out, h_out, s0, s1, s2, block_s,
+    T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr,
+    BLOCK: tl.constexpr, SITES: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr, BE: tl.constexpr, E: tl.constexpr,
+    EEB0: tl.constexpr, EEB1: tl.constexpr, BEB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program: BT whole rows, in two passes over the width (three with BLOCK); later ones find x in the L2 cache.
+
+    A tile in which only ``block`` has pages, or nothing, takes a leaner way.
+    """
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    live = row < T
+    tile = tl.program_id(0) * BT // TILE
+    WRITE: tl.constexpr = ADD or EDITS > 0 or BLOCK
+    some = tl.full([], 0, tl.int64)
+    if EDITS > 0:
+        some = tl.maximum(some, any_page(ep0, tile, EE0))
+    if EDITS > 1:
+        some = tl.maximum(some, any_page(ep1, tile, EE1))
+    if SITES > 0:
+        some = tl.maximum(some, any_page(page0, tile, E))
+    if SITES > 1:
+        some = tl.maximum(some, any_page(page1, tile, E))
+    if SITES > 2:
+        some = tl.maximum(some, any_page(page2, tile, E))
+    if some > 0:
+        _norm_rows(
+            x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own,
+            weight_ptr, a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
+            x_out, h_out, s0, s1, s2, block_s, row, live, tile,
+            D, EPS, ADD, EDITS, BLOCK, SITES, EE0, EE1, BE, E, EEB0, EEB1, BEB, BT, BD, STAGES, WRITE,
+        )  # fmt: skip
+    else:
+        _norm_rows(
+            x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own,
+            weight_ptr, a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
+            x_out, h_out, s0, s1, s2, block_s, row, live, tile,
+            D, EPS, ADD, 0, BLOCK, 0, EE0, EE1, BE, E, EEB0, EEB1, BEB, BT, BD, STAGES, WRITE,
+        )  # fmt: skip
+        if SITES > 0:
+            store_zeros(s0, row, live, E)
+        if SITES > 1:
+            store_zeros(s1, row, live, E)
+        if SITES > 2:
+            store_zeros(s2, row, live, E)
 
 
 @triton.jit
@@ -174,17 +230,13 @@ def rope_kv_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(
-    gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out,
-    T: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr,
-    SHRINK: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr, E: tl.constexpr,
+def _silu_rows(
+    gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
+    T: tl.constexpr, F: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr, SHRINK: tl.constexpr,
+    E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr, E: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: BT rows by RUN columns, BF at a time; with SHRINK it leaves a part of the shrink of h."""
-    part = tl.program_id(0)
-    row = tl.program_id(1) * BT + tl.arange(0, BT)
-    live = row < T
-    tile = tl.program_id(1) * BT // TILE
+    """Edit, multiply and shrink BT rows by RUN columns."""
     dtype: tl.constexpr = gu_ptr.dtype.element_ty
     if EDIT0 and E0 == EB0:
         gate_page = load_pages(gp, tile, 0, E0, EB0)
@@ -220,3 +272,39 @@ def silu_mul_kernel(
         column = tl.arange(0, 16 * E)
         at = (part.to(tl.int64) * T + row)[:, None] * (16 * E) + column[None, :]
         tl.store(part_out + at, acc, mask=live[:, None])
+
+
+@triton.jit
+def silu_mul_kernel(
+    gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out,
+    T: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr,
+    SHRINK: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr, E: tl.constexpr,
+    BT: tl.constexpr, BF: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program: BT rows by RUN columns, BF at a time; with SHRINK it leaves a part of the shrink of h.
+
+    A tile without pages takes a leaner way.
+    """
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BT + tl.arange(0, BT)
+    live = row < T
+    tile = tl.program_id(1) * BT // TILE
+    some = tl.full([], 0, tl.int64)
+    if EDIT0:
+        some = tl.maximum(some, any_page(gp, tile, E0))
+    if EDIT1:
+        some = tl.maximum(some, any_page(up, tile, E1))
+    if SHRINK:
+        some = tl.maximum(some, any_page(page_ptr, tile, E))
+    if some > 0:
+        _silu_rows(
+            gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
+            T, F, EDIT0, EDIT1, SHRINK, E0, E1, EB0, EB1, E, BT, BF, RUN, STAGES,
+        )  # fmt: skip
+    else:
+        _silu_rows(
+            gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
+            T, F, False, False, False, E0, E1, EB0, EB1, E, BT, BF, RUN, STAGES,
+        )  # fmt: skip
+        if SHRINK:
+            store_zeros(part_out + part.to(tl.int64) * (T * 16 * E), row, live, E)

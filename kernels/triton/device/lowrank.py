@@ -12,7 +12,10 @@ def shrink_kernel(
     T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, SITES: tl.constexpr, E: tl.constexpr, EB: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: BT rows, all of the width or a part of it, EB entries of up to three sites."""
+    """A program: BT rows, all of the width or a part of it, EB entries of up to three sites.
+
+    A tile without pages is not read.
+    """
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     entry = tl.program_id(1) * EB
     part = tl.program_id(2)
@@ -26,7 +29,8 @@ def shrink_kernel(
     acc1 = tl.zeros([BT, 16 * EB], tl.float32)
     acc2 = tl.zeros([BT, 16 * EB], tl.float32)
     RUN: tl.constexpr = D // PARTS
-    for start in tl.range(part * RUN, part * RUN + RUN, BD, num_stages=STAGES):
+    stop = part * RUN + tl.where(tl.max(tl.maximum(tl.maximum(p0, p1), p2)) > 0, RUN, 0)
+    for start in tl.range(part * RUN, stop, BD, num_stages=STAGES):
         d = start + tl.arange(0, BD)
         x = tl.load(x_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
         acc0 = tl.dot(x, load_a(a0, p0, d, D, EB, dtype), acc0, input_precision="tf32x3")

@@ -1,0 +1,150 @@
+"""Triton kernels without a GPU: lowered for one, and run in Triton's interpreter.
+
+Needs triton, jax-triton and JAX's CUDA plugin (``pip install preft-jax[gpu]``, or these three with ``--no-deps``).
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench.edit_case import EditCase
+from bench.kernel_cases import select
+from kernels import dispatch
+from preft_jax import forward
+from preft_jax.bank import init_bank
+from preft_jax.batch import DecodeBatch, Span, pack_prefill
+from preft_jax.cache import init_cache
+from preft_jax.config import PRESETS
+from preft_jax.layout import fused_layout
+from preft_jax.model import abstract_params
+from preft_jax.shapes import NUM_GROUPS
+
+MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+SHARED_BYTES = 227 << 10
+"""Shared memory that a program may have on compute capability 9.0."""
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Return a list that fills with what Triton makes of each kernel."""
+    from jax_triton import triton_lib
+
+    results = []
+    compile_kernel = triton_lib.compile_ttir_to_ptx_inplace
+
+    def recording(*arguments):
+        results.append(compile_kernel(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(triton_lib, "compile_ttir_to_ptx_inplace", recording)
+    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    return results
+
+
+def lower(function, *arguments, **options):
+    """Lower for a Hopper GPU and return the program's text."""
+    from kernels import triton
+
+    with triton.lowering_for(90):
+        return jax.jit(function, **options).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def one_of_each():
+    """Return one real case of each operation and each length of page lists, and every shape of attention."""
+    chosen = {}
+    for case in select("bench"):
+        edits = isinstance(case, EditCase)
+        key = (case.op, max(case.ranks) if edits else (case.page_size, case.head_size, max(case.query_lens) == 1))
+        chosen.setdefault(key, case)
+    return list(chosen.values())
+
+
+@pytest.mark.parametrize("case", one_of_each(), ids=lambda case: case.name)
+def test_every_kernel_compiles_for_hopper(case, compiled):
+    inputs = jax.eval_shape(lambda: case.inputs(np.random.default_rng(0)))
+    text = lower(functools.partial(case.run, implementation="triton"), inputs)
+    assert "triton_kernel_call" in text
+    assert compiled
+    for kernel in compiled:
+        assert kernel.shared_mem_bytes <= SHARED_BYTES, kernel.name
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Return prefill and decode at the SmolLM2 shape, lowered for a GPU, by name."""
+    config = PRESETS["smollm2-135m"]
+    dtype = jnp.bfloat16
+    params = jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, dtype))
+    cache = jax.eval_shape(lambda: init_cache(config, 37, 16, dtype))
+    bank = jax.eval_shape(lambda: init_bank(config, 5, dtype))
+    span = Span(tokens=np.arange(9), start=0, edit_mask=np.ones((9, NUM_GROUPS), bool), kv_pages=[1])
+    batch = pack_prefill([span], num_tokens=64, num_requests=2, page_table_width=4, page_size=16, tile=32)
+    rows = DecodeBatch(np.zeros(4, np.int32), np.zeros(4, np.int32), np.zeros((4, 4), np.int32))
+    prefill = functools.partial(forward.prefill, config, max_query_len=32)
+    with dispatch.preferring("triton"):
+        return config, {
+            "prefill": lower(prefill, params, bank, cache, batch, donate_argnums=2),
+            "decode": lower(functools.partial(forward.decode, config), params, cache, rows, donate_argnums=1),
+        }
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_programs_write_the_kv_cache_in_place(programs, name):
+    """Each layer's pool is donated to the result, and the kernel that writes it returns the buffer it was given."""
+    config, texts = programs
+    layers, shape = config.num_hidden_layers, f"37x16x{2 * config.num_key_value_heads}x{config.head_dim}xbf16"
+    signature = next(line for line in texts[name].splitlines() if "func.func public @main" in line)
+    donated = re.findall(rf"tensor<{shape}> {{[^}}]*tf.aliasing_output", signature)
+    assert len(donated) == layers
+    writes = [
+        line for line in texts[name].splitlines()
+        if "triton_kernel_call" in line and re.search(rf"-> .*{shape}", line)
+    ]  # fmt: skip
+    assert len(writes) == layers
+    assert all("output_operand_alias" in line for line in writes)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("prefill", 6), ("decode", 5)])
+def test_programs_are_made_of_the_fused_kernels(programs, name, calls):
+    """Two norms, rope, attention and SiLU in a layer, and the shrink of ``o`` with edits; one norm at the end."""
+    config, texts = programs
+    found = texts[name].count("@triton_kernel_call")
+    assert found >= calls * config.num_hidden_layers + 1
+
+
+INTERPRETED = (
+    "test_edit[triton-shrink/narrow/q+k+v/f7+l7]",
+    "test_edit[triton-expand/narrow/gate/f7+l7]",
+    "test_edit[triton-norm_shrink/narrow/down+block->q+k+v/f7+l7]",
+    "test_edit[triton-norm_shrink/narrow/o->gate+up/base-only]",
+    "test_edit[triton-rope_kv/narrow/q+k+v/f7+l7]",
+    "test_edit[triton-silu_mul_shrink/narrow/gate+up->down/mixed]",
+    "test_edit[triton-silu_mul_shrink/narrow/gate+up->down/null-pages]",
+    "test_edit[triton-backward/narrow/gate/f7+l7]",
+    "test_edit[triton-decode_edit/narrow/qkv/mixed]",
+    "test_attention[triton-attention/ragged/multi-query]",
+    "test_attention[triton-attention/decode/long-and-short/page-64]",
+)
+
+
+def test_kernels_are_right_in_tritons_interpreter():
+    """A case of each operation, of those with which a GPU is tested too (``pytest -m gpu``)."""
+    tests = [f"tests/kernels/test_implementations.py::{test}" for test in INTERPRETED]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *tests],
+        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{len(INTERPRETED)} passed" in done.stdout
