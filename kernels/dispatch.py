@@ -17,6 +17,12 @@ from kernels.types import Unsupported
 MODULES = {"xla": "kernels.xla", "pallas_tpu": "kernels.pallas_tpu", "triton": "kernels.triton"}
 """Implementation name to the module that holds its operations."""
 
+_NEEDS = {
+    "xla": "it needs JAX",
+    "pallas_tpu": "it needs a TPU and `pip install preft-jax[tpu]`",
+    "triton": "it needs an NVIDIA GPU and `pip install preft-jax[gpu]`",
+}
+
 OFFERED: Mapping[str, tuple[str, ...]] = {
     "shrink": ("xla", "triton", "pallas_tpu"),
     "expand": ("xla", "triton", "pallas_tpu"),
@@ -58,7 +64,7 @@ def load(name: str, op: str) -> Any:
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError as error:
-        raise Unsupported(f"{op}: implementation {name!r} cannot be imported here: {error}") from error
+        raise Unsupported(f"{op}: implementation {name!r} cannot be imported: {error}; {_NEEDS[name]}") from error
     return getattr(module, op)
 
 
