@@ -105,7 +105,12 @@ def prefill(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
 
 
-TABLES = {"cpu-generation": cpu_generation, "cpu-serve-bench": cpu_serve_bench, "h100-kernels": kernels, "h100-prefill": prefill}
+TABLES = {
+    "cpu-generation": cpu_generation,
+    "cpu-serve-bench": cpu_serve_bench,
+    "h100-kernels": kernels,
+    "h100-prefill": prefill,
+}
 
 
 def render(text: str) -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kernels import api
+from kernels import api, dispatch
 from kernels.pallas_tpu import attention, decode, lowrank
 from kernels.types import PagePool, TilePages
 from preft_jax.bank import init_bank
@@ -246,10 +246,16 @@ def prefill_case(model: str, tokens: int, batch: int, chips: int, *, pages: int,
         tiles={site: _tiles(times * tokens, TILE, 8) for site in SITES},
     )
     bank = jax.eval_shape(lambda: init_bank(config, BANK_PAGES, DTYPE))
-    cache = jax.eval_shape(lambda: init_cache(config, times * pages, PAGE_SIZE, DTYPE))
+    cache = _cache(config, times * pages)
     function = functools.partial(prefill, config, max_query_len=tokens)
     name = f"prefill T={tokens} B={batch} pages={pages}"
     return _program(name, model, function, (_weights(config), bank, cache, batch_arrays), "wacb", chips, partitioned)
+
+
+def _cache(config: ModelConfig, pages: int) -> Any:
+    """Return the shapes of a KV cache as it is made on a TPU."""
+    with dispatch.preferring("pallas_tpu"):
+        return jax.eval_shape(lambda: init_cache(config, pages, PAGE_SIZE, DTYPE))
 
 
 def decode_case(model: str, batch: int, chips: int, *, pages: int, partitioned: bool = False) -> Case:
@@ -257,7 +263,7 @@ def decode_case(model: str, batch: int, chips: int, *, pages: int, partitioned: 
     config = PRESETS[model]
     times = 1 if partitioned else chips
     arrays = DecodeBatch(_ints(times * batch), _ints(times * batch), _ints(times * batch, pages // batch))
-    cache = jax.eval_shape(lambda: init_cache(config, times * pages, PAGE_SIZE, DTYPE))
+    cache = _cache(config, times * pages)
     function = functools.partial(decode_step, config)
     name = f"decode B={batch} pages={pages}"
     return _program(name, model, function, (_weights(config), cache, arrays), "wcb", chips, partitioned)

@@ -41,7 +41,8 @@ class PagedAttention:
         """Attend packed queries ``q [T, H, C]`` to their requests' cached keys."""
         pools = self.cache.kv
         pools[layer] = write_kv(pools[layer], self._slots_T, k, v)
-        return api.paged_attention(q, pools[layer], *self._ragged, max_query_len=self._max_query_len)
+        kv_PSJC = pools[layer].reshape(*pools[layer].shape[:2], -1, q.shape[2])
+        return api.paged_attention(q, kv_PSJC, *self._ragged, max_query_len=self._max_query_len)
 
 
 class DenseAttention(NamedTuple):

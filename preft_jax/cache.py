@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import dispatch
+from kernels.pallas_tpu.attention import fills_tiles
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 
@@ -14,10 +16,15 @@ NO_SLOT = np.iinfo(np.int32).max
 """The slot of a token whose KV is not kept: writes to it are dropped."""
 
 
+LANES = 128
+"""Width of a TPU's vectors."""
+
+
 class KVCache(NamedTuple):
     """Keys and values of every layer: ``kv_PSJC [pages, page size, 2 * KV heads, C]``, its heads k0 v0 k1 v1 ...
 
-    A token's *slot* is page * page size + offset.
+    On a TPU with narrow heads a token's row of 2K C numbers is stored as lanes, ``[pages, page size, 2K C / 128,
+    128]``: the same numbers in the same order. A token's *slot* is page * page size + offset.
     """
 
     kv: list[jax.Array]
@@ -39,16 +46,38 @@ def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) 
         raise ConfigError(f"the KV cache needs at least one page of one token; got {num_pages} of {page_size}")
     if num_pages * page_size >= NO_SLOT:
         raise ConfigError(f"{num_pages} pages of {page_size} tokens exceed {NO_SLOT - 1} slots")
-    shape = (num_pages, page_size, 2 * config.num_key_value_heads, config.head_dim)
-    return KVCache([jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)])
+    row = (2 * config.num_key_value_heads, config.head_dim)
+    if dispatch.chosen("paged_attention") == "pallas_tpu" and row[1] % LANES and math.prod(row) % LANES == 0:
+        row = (math.prod(row) // LANES, LANES)
+    return KVCache([jnp.zeros((num_pages, page_size, *row), dtype) for _ in range(config.num_hidden_layers)])
 
 
-def write_kv(pool_PSJC: jax.Array, slots_T: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array) -> jax.Array:
+def write_kv(pool: jax.Array, slots_T: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array) -> jax.Array:
     """Return the pool with each token's row written at its slot (in place if donated); slots past it are dropped."""
-    pages, page_size, *row = pool_PSJC.shape
-    new_TJC = jnp.stack([k_TKC, v_TKC], axis=2).reshape(-1, *row).astype(pool_PSJC.dtype)
-    flat = pool_PSJC.reshape(pages * page_size, *row)
-    return flat.at[slots_T].set(new_TJC, mode="drop").reshape(pool_PSJC.shape)
+    pages, page_size, *row = pool.shape
+    new = jnp.stack([k_TKC, v_TKC], axis=2).reshape(-1, *row).astype(pool.dtype)
+    if row[1] != k_TKC.shape[2]:
+        return _write_lanes(pool, slots_T, new)
+    flat = pool.reshape(pages * page_size, *row)
+    return flat.at[slots_T].set(new, mode="drop").reshape(pool.shape)
+
+
+def _write_lanes(pool: jax.Array, slots_T: jax.Array, new: jax.Array) -> jax.Array:
+    """Write rows stored as lanes, ``new [T, n, 128]``, lane row by lane row.
+
+    Any other form of this scatter makes XLA copy the pool on a TPU. It keeps the n lane rows of a token outside those
+    of its page where they would not fill tiles.
+    """
+    pages, size, rows, lanes = pool.shape
+    row = jnp.arange(rows, dtype=jnp.int32)
+    if fills_tiles(rows):
+        view, at = pool, slots_T[:, None] * rows + row
+    else:
+        view, at = pool.swapaxes(1, 2), (slots_T[:, None] // size * rows + row) * size + slots_T[:, None] % size
+    at = jnp.where(slots_T[:, None] < pages * size, at, NO_SLOT)
+    flat = view.reshape(-1, lanes).at[at.reshape(-1)].set(new.reshape(-1, lanes), mode="drop")
+    written = flat.reshape(view.shape)
+    return written if fills_tiles(rows) else written.swapaxes(1, 2)
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -27,6 +27,16 @@ def run(capfd, *args):
     return status, json.loads(capfd.readouterr().out.strip().split("\n")[-1])
 
 
+def test_a_whole_program_copies_no_kv_pool(capfd):
+    """Narrow heads: stored as they are computed, XLA would lay pages innermost and copy every layer's pool twice."""
+    status, figures = run(capfd, "--selection", "small", "--target", "v5e:1x1", "--case", "smollm2.* decode B")
+    (row,) = figures["rows"]
+    assert status == 0
+    assert row["pallas_calls"] == 30
+    assert row["pool_copies"] == {}
+    assert row["alias_bytes"] > 300 * 2**20
+
+
 @pytest.mark.parametrize("target", ["v5e:1x1", "v6e:2x2"])
 def test_every_kernel_compiles_without_copying_a_pool(target, capfd):
     status, figures = run(capfd, "--selection", "small", "--target", target, "--case", "shrink|expand|edit|attention")

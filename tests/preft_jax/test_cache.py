@@ -1,9 +1,12 @@
 """The paged KV cache: shapes, refusals, and writes that land at their slots or nowhere."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import dispatch
 from preft_jax import ConfigError, ModelConfig
 from preft_jax.cache import NO_SLOT, init_cache, pages_for, write_kv
 
@@ -63,3 +66,23 @@ def test_write_casts_to_the_cache(rng):
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (8, 1), (9, 2), (64, 8)])
 def test_pages_for(tokens, pages):
     assert pages_for(tokens, 8) == pages
+
+
+@pytest.mark.parametrize(("kv_heads", "channels", "row"), [(3, 64, (3, 128)), (4, 64, (4, 128)), (8, 128, (16, 128))])
+def test_a_tpu_stores_narrow_heads_as_lanes(kv_heads, channels, row, rng):
+    """The same numbers in the same order, written by another scatter; three lane rows do not fill a TPU's tiles."""
+    config = dataclasses.replace(
+        MODEL, num_attention_heads=kv_heads, num_key_value_heads=kv_heads, head_dim=channels
+    )  # fmt: skip
+    plain = init_cache(config, 5, 8, jnp.float32).kv[0]
+    with dispatch.preferring("pallas_tpu"):
+        stored = init_cache(config, 5, 8, jnp.float32).kv[0]
+    assert stored.shape == (5, 8, *row)
+    assert plain.shape == (5, 8, 2 * kv_heads, channels)
+    old = rng.standard_normal(plain.shape).astype(np.float32)
+    k, v = (rng.standard_normal((4, kv_heads, channels)).astype(np.float32) for _ in range(2))
+    slots = np.array([17, 39, NO_SLOT, 0], np.int32)
+    expected = write_kv(jnp.asarray(old), slots, k, v)
+    ours = write_kv(jnp.asarray(old.reshape(stored.shape)), slots, k, v)
+    np.testing.assert_array_equal(ours.reshape(plain.shape), expected)
+    assert np.abs(np.asarray(expected) - old).reshape(40, -1).any(axis=1).sum() == 3
