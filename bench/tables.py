@@ -105,11 +105,30 @@ def prefill(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
 
 
+def tpu_programs(figures: dict[str, Any]) -> str:
+    """Whole programs as libtpu compiled them; memory of one chip."""
+    rows = [
+        [
+            f"{row['target']} {row['model']} {row['case']}",
+            row["status"],
+            *(f"{row[f'{key}_bytes'] / 2**20:,.0f}" for key in ("argument", "temp", "alias")),
+            str(sum(row["pool_copies"].values())),
+            f"{row['compile_s']:.0f}",
+        ]
+        for row in figures["rows"]
+    ]
+    header = ["compiled without a TPU", "status", "arguments, MiB", "temp", "aliased", "pool copies", "seconds"]
+    versions = figures["versions"]
+    note = f"{figures['date']}, libtpu {versions['libtpu']}, jax {versions['jax']}, commit {figures['commit']}"
+    return f"{_markdown(header, rows)}\n{note}.\n"
+
+
 TABLES = {
     "cpu-generation": cpu_generation,
     "cpu-serve-bench": cpu_serve_bench,
     "h100-kernels": kernels,
     "h100-prefill": prefill,
+    "tpu-programs": tpu_programs,
 }
 
 

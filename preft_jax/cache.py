@@ -9,6 +9,7 @@ import numpy as np
 
 from kernels import dispatch
 from kernels.pallas_tpu.attention import fills_tiles
+from kernels.xla import fused
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 
@@ -54,12 +55,10 @@ def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) 
 
 def write_kv(pool: jax.Array, slots_T: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array) -> jax.Array:
     """Return the pool with each token's row written at its slot (in place if donated); slots past it are dropped."""
-    pages, page_size, *row = pool.shape
-    new = jnp.stack([k_TKC, v_TKC], axis=2).reshape(-1, *row).astype(pool.dtype)
-    if row[1] != k_TKC.shape[2]:
-        return _write_lanes(pool, slots_T, new)
-    flat = pool.reshape(pages * page_size, *row)
-    return flat.at[slots_T].set(new, mode="drop").reshape(pool.shape)
+    if pool.shape[3] == k_TKC.shape[2]:
+        return fused.write_kv(pool, slots_T, k_TKC, v_TKC)
+    new = jnp.stack([k_TKC, v_TKC], axis=2).reshape(-1, *pool.shape[2:]).astype(pool.dtype)
+    return _write_lanes(pool, slots_T, new)
 
 
 def _write_lanes(pool: jax.Array, slots_T: jax.Array, new: jax.Array) -> jax.Array:

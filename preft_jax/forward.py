@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.types import TilePages
-from kernels.xla_fused import rms_norm, rotate
+from kernels.xla.fused import rms_norm, rotate
 from preft_jax import fused
 from preft_jax.attention import Attention, PagedAttention, dense_attention
 from preft_jax.bank import Bank

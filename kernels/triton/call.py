@@ -11,7 +11,7 @@ import jax_triton  # pyright: ignore[reportMissingImports]
 
 from kernels.triton import interpret
 from kernels.types import Site, Unsupported
-from kernels.xla_lowrank import owned
+from kernels.xla.lowrank import owned
 
 _target: ContextVar[int | None] = ContextVar("kernels_triton_target", default=None)
 

@@ -7,7 +7,7 @@ from kernels.triton.call import call, ceil_div, check_dtype, rank_of, require, s
 from kernels.triton.config import Blocks, for_expand, for_shrink
 from kernels.triton.device.lowrank import expand_kernel, shrink_kernel
 from kernels.types import Shrunk, Site
-from kernels.xla_lowrank import owned
+from kernels.xla.lowrank import owned
 
 MOST_SITES = 3
 """Sites that one kernel shrinks together: q, k and v."""

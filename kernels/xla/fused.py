@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.types import Shrunk, Site
-from kernels.xla_lowrank import edit_delta, expand, shrink
+from kernels.xla.lowrank import edit_delta, expand, shrink
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -1,18 +1,7 @@
-"""Reference implementations in plain JAX: readable, correct on every backend, and what the fast kernels are tested
-against.
-"""
+"""Paged attention in plain JAX."""
 
 import jax
 import jax.numpy as jnp
-
-from kernels.xla_backward import expand_backward as expand_backward
-from kernels.xla_backward import shrink_backward as shrink_backward
-from kernels.xla_fused import norm_shrink as norm_shrink
-from kernels.xla_fused import rope_kv as rope_kv
-from kernels.xla_fused import silu_mul_shrink as silu_mul_shrink
-from kernels.xla_lowrank import decode_edit as decode_edit
-from kernels.xla_lowrank import expand as expand
-from kernels.xla_lowrank import shrink as shrink
 
 _MASKED = -1e30
 _QUERY_BLOCK = 32

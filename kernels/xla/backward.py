@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.types import Shrunk, Site
-from kernels.xla_lowrank import owned
+from kernels.xla.lowrank import owned
 
 
 def _sum_by_page(entries: jax.Array, page_NE: jax.Array, num_pages: int) -> jax.Array:

@@ -1,0 +1,13 @@
+"""Reference implementations in plain JAX: readable, correct on every backend, and what the fast kernels are tested
+against.
+"""
+
+from kernels.xla.attention import paged_attention as paged_attention
+from kernels.xla.backward import expand_backward as expand_backward
+from kernels.xla.backward import shrink_backward as shrink_backward
+from kernels.xla.fused import norm_shrink as norm_shrink
+from kernels.xla.fused import rope_kv as rope_kv
+from kernels.xla.fused import silu_mul_shrink as silu_mul_shrink
+from kernels.xla.lowrank import decode_edit as decode_edit
+from kernels.xla.lowrank import expand as expand
+from kernels.xla.lowrank import shrink as shrink
