@@ -10,6 +10,7 @@ written once). Results are compared with the reference's on the same inputs befo
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -230,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     if args.selection is None:
         args.selection = "full" if jax.default_backend() == "gpu" else "small"
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install preft-jax[bench]")
     cases = select(TAGS[args.selection], args.cases)
     if not cases:
         parser.error(f"--cases {args.cases!r} matches none of the {args.selection} selection")

@@ -127,7 +127,9 @@ class Contender:
             compiled = lowered.compile()
             self.compile_seconds = time.perf_counter() - start
         self._run = compiled
-        self.copies = count_copies(compiled.as_text() or "", cache, bank)
+        text = compiled.as_text() or ""
+        self.copies = count_copies(text, cache, bank)
+        self.kernel_calls = text.count("triton_kernel_call") + text.count("tpu_custom_call")
 
     def __call__(self, cache: KVCache) -> tuple[float, KVCache]:
         """Prefill once; return the seconds and the cache."""
@@ -202,6 +204,7 @@ def compare(base: Contender, edited: Contender, cache: KVCache, rounds: int) -> 
         "ratio_low": round(float(np.quantile(ratios, 0.25)), 4),
         "ratio_high": round(float(np.quantile(ratios, 0.75)), 4),
         "kv_and_bank_copies": edited.copies,
+        "kernel_calls": edited.kernel_calls,
         "compile_s": round(edited.compile_seconds, 1),
     }
     return row, cache
@@ -239,10 +242,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20, help="pairs of calls for each case")
     parser.add_argument("--output-json", type=Path, help="also write the JSON line here")
     args = parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}; it must be at least 1")
+    runs_here = {"xla", *({"gpu": ["triton"], "tpu": ["pallas_tpu"]}.get(jax.default_backend(), []))}
+    if wrong := set(args.implementations) - runs_here:
+        parser.error(f"--implementations {', '.join(sorted(wrong))}: here run {', '.join(sorted(runs_here))}")
     figures = run(args)
     Console().print(table(figures))
     line = json.dumps(figures)
     if args.output_json:
+        args.output_json.parent.mkdir(parents=True, exist_ok=True)
         args.output_json.write_text(line + "\n")
     print(line)
     return 0

@@ -11,9 +11,19 @@ order: the same inputs give the same bits.
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from kernels import debug, dispatch, gradients
-from kernels.checks import check, check_mask, check_pool, check_shrunk, check_sites, check_tiles
+from kernels.checks import (
+    check,
+    check_activations,
+    check_array,
+    check_mask,
+    check_pool,
+    check_shrunk,
+    check_sites,
+    check_tiles,
+)
 from kernels.types import PagePool, Shrunk, Site, TilePages
 
 
@@ -37,6 +47,7 @@ def shrink(
     Returns:
         One float32 ``[T, E, R]`` a site; zero where an entry does not edit the token.
     """
+    check_activations("x_TD", x_TD)
     check(len(pools) == len(tiles), f"pools has {len(pools)} sites, tiles {len(tiles)}")
     check_mask(mask_TG, x_TD.shape[0])
     sites = tuple(Site(*pair) for pair in zip(pools, tiles, strict=True))
@@ -50,6 +61,7 @@ def expand(
     s_TER: jax.Array, y_TF: jax.Array, pool: PagePool, tiles: TilePages, *, implementation: str | None = None
 ) -> jax.Array:
     """The second half: ``y + s @ B``, with ``s_TER`` from ``shrink``. Returns the shape and dtype of ``y_TF``."""
+    check_activations("y_TF", y_TF)
     edit = Shrunk(s_TER, Site(pool, tiles))
     check_shrunk(edit, *y_TF.shape)
     debug.check_tiles(edit.site, y_TF.shape[0])
@@ -101,6 +113,9 @@ def norm_shrink(
     Returns:
         The edited ``x_TD`` and ``h_TD`` in the dtype of ``x_TD``, and one float32 ``[T, E, R]`` a site.
     """
+    check_activations("x_TD", x_TD)
+    check_array("weight_D", weight_D, 1, jnp.floating)
+    check(isinstance(eps, int | float), f"eps is of type {type(eps).__name__}; give a number")
     tokens, width = x_TD.shape
     check(weight_D.shape == (width,), f"weight_D has shape {weight_D.shape}; expected ({width},)")
     check_mask(mask_TG, tokens)
@@ -146,8 +161,12 @@ def rope_kv(
     Returns:
         Rotated ``q_THC`` in the dtype of ``qkv_TF``, and the pool.
     """
+    check_activations("qkv_TF", qkv_TF)
+    check_array("kv_PSJC", kv_PSJC, 4, jnp.floating)
+    check_array("slots_T", slots_T, 1, jnp.integer)
     tokens, width = qkv_TF.shape
     kv_heads2, channels = kv_PSJC.shape[2:]
+    check(kv_heads2 % 2 == 0, f"kv_PSJC has {kv_heads2} heads; keys and values alternate, so it must be even")
     heads = width // channels - kv_heads2
     check(
         width % channels == 0 and heads > 0 and heads % (kv_heads2 // 2) == 0,
@@ -188,6 +207,7 @@ def silu_mul_shrink(
     Returns:
         ``h_TF`` in the dtype of ``gate_up_TF``, and one float32 ``[T, E, R]`` a site.
     """
+    check_activations("gate_up_TF", gate_up_TF)
     tokens, width = gate_up_TF.shape
     check(width % 2 == 0, f"gate_up_TF has odd width {width}; gate and up stand side by side")
     check(len(edits) == 2, f"edits has {len(edits)} entries; expected two, of gate and up")
@@ -209,11 +229,12 @@ def decode_edit(
 
     What all-token adapters pay at every decode step. Returns the shape and dtype of ``y_BF``.
     """
+    check_activations("x_BD", x_BD)
+    check_activations("y_BF", y_BF)
+    check_array("page_BE", page_BE, 2, jnp.integer)
     check_pool(pool, x_BD.shape[1], y_BF.shape[1])
-    check(
-        page_BE.ndim == 2 and page_BE.shape[0] == x_BD.shape[0],
-        f"page_BE has {page_BE.shape[0]} rows; x_BD has {x_BD.shape[0]}",
-    )
+    for name, array in (("y_BF", y_BF), ("page_BE", page_BE)):
+        check(array.shape[0] == x_BD.shape[0], f"{name} has {array.shape[0]} rows; x_BD has {x_BD.shape[0]}")
     debug.check_range("page_BE", page_BE, pool.a_PDR.shape[0])
     return dispatch.run("decode_edit", implementation, x_BD, y_BF, pool, page_BE)
 
@@ -245,6 +266,12 @@ def paged_attention(
     Returns:
         ``[T, H, C]`` in the dtype of ``q_THC``; softmax in float32.
     """
+    check_array("q_THC", q_THC, 3, jnp.floating)
+    check_array("kv_PSJC", kv_PSJC, 4, jnp.floating)
+    check_array("page_table_BP", page_table_BP, 2, jnp.integer)
+    check_array("query_start_B1", query_start_B1, 1, jnp.integer)
+    check_array("kv_len_B", kv_len_B, 1, jnp.integer)
+    check(isinstance(max_query_len, int), f"max_query_len is {max_query_len!r}; give an integer")
     heads, channels = q_THC.shape[1:]
     kv_heads2 = kv_PSJC.shape[2]
     check(kv_PSJC.shape[3] == channels, f"kv_PSJC has head size {kv_PSJC.shape[3]}; q_THC has {channels}")
@@ -260,6 +287,7 @@ def paged_attention(
     debug.check_range("page_table_BP", page_table_BP, kv_PSJC.shape[0])
     debug.check_range("kv_len_B", kv_len_B, page_table_BP.shape[1] * kv_PSJC.shape[1] + 1)
     debug.check_range("query_start_B1", query_start_B1, q_THC.shape[0] + 1)
+    debug.check_lengths("query_start_B1", query_start_B1, max_query_len)
     return dispatch.run(
         "paged_attention", implementation, q_THC, kv_PSJC, page_table_BP, query_start_B1, kv_len_B,
         max_query_len=max_query_len, scale=channels**-0.5 if scale is None else scale,

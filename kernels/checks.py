@@ -1,9 +1,15 @@
 """What every kernel asks of its arguments. All raise ``ValueError`` naming the argument."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.types import PagePool, Shrunk, Site, TilePages
+
+RANK_PAGE = 16
+"""Rank of a page."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -12,9 +18,29 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_array(name: str, array: Any, ndim: int, kind: Any) -> None:
+    """Check that an argument is an array of ``ndim`` axes, none empty, of a dtype of ``kind`` (``jnp.floating``)."""
+    check(
+        isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct),
+        f"{name} is of type {type(array).__name__}; give an array",
+    )
+    check(array.ndim == ndim, f"{name} has shape {array.shape}; expected {ndim} axes")
+    check(0 not in array.shape, f"{name} has shape {array.shape}; no axis may be empty")
+    what = "an integer" if kind is jnp.integer else "a floating-point number"
+    check(jnp.issubdtype(array.dtype, kind), f"{name} has dtype {array.dtype}; it must be {what}")
+
+
+def check_activations(name: str, array: Any) -> None:
+    """Check tokens by channels."""
+    check_array(name, array, 2, jnp.floating)
+
+
 def check_pool(pool: PagePool, width_in: int, width_out: int | None) -> None:
-    """Check the shapes of a pool against the widths of x and y."""
+    """Check the shapes and dtypes of a pool against the widths of x and y."""
+    for name, ndim in (("a_PDR", 3), ("c_PR", 2), ("b_PRF", 3)):
+        check_array(f"pool.{name}", getattr(pool, name), ndim, jnp.floating)
     p, d, r = pool.a_PDR.shape
+    check(r == RANK_PAGE, f"pool.a_PDR has pages of rank {r}; they must be of rank {RANK_PAGE}")
     check(d == width_in, f"pool.a_PDR has input width {d}; x has {width_in}")
     check(pool.c_PR.shape == (p, r), f"pool.c_PR has shape {pool.c_PR.shape}; expected {(p, r)}")
     check(pool.b_PRF.shape[:2] == (p, r), f"pool.b_PRF has shape {pool.b_PRF.shape}; expected ({p}, {r}, F)")
@@ -24,14 +50,12 @@ def check_pool(pool: PagePool, width_in: int, width_out: int | None) -> None:
 
 def check_tiles(tiles: TilePages, num_tokens: int) -> None:
     """Check page lists against the number of tokens."""
+    for name, array in tiles._asdict().items():
+        check_array(f"tiles.{name}", array, 2, jnp.integer)
     shape = tiles.page_NE.shape
     for name, array in tiles._asdict().items():
         check(array.shape == shape, f"tiles.{name} has shape {array.shape}; page_NE has {shape}")
-        check(jnp.issubdtype(array.dtype, jnp.integer), f"tiles.{name} has dtype {array.dtype}; it must be an integer")
-    check(
-        shape[0] > 0 and num_tokens % shape[0] == 0,
-        f"tiles.page_NE has {shape[0]} tiles, which do not divide {num_tokens} tokens",
-    )
+    check(num_tokens % shape[0] == 0, f"tiles.page_NE has {shape[0]} tiles, which do not divide {num_tokens} tokens")
 
 
 def check_mask(mask_TG: jax.Array, num_tokens: int) -> None:
@@ -52,10 +76,9 @@ def check_sites(sites: tuple[Site, ...], width_in: int, num_tokens: int) -> None
 def check_shrunk(edit: Shrunk, num_tokens: int, width_out: int) -> None:
     """Check a shrunk edit against the y that it will be added to."""
     pool, tiles = edit.site
+    check_array("s_TER", edit.s_TER, 3, jnp.floating)
     check_tiles(tiles, num_tokens)
-    expected = (num_tokens, tiles.page_NE.shape[1])
-    check(
-        edit.s_TER.ndim == 3 and edit.s_TER.shape[:2] == expected,
-        f"s_TER has shape {edit.s_TER.shape}; expected ({expected[0]}, {expected[1]}, rank)",
-    )
+    expected = (num_tokens, tiles.page_NE.shape[1], RANK_PAGE)
+    check(edit.s_TER.shape == expected, f"s_TER has shape {edit.s_TER.shape}; expected {expected}")
+    check_array("pool.a_PDR", pool.a_PDR, 3, jnp.floating)
     check_pool(pool, pool.a_PDR.shape[1], width_out)

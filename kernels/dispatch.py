@@ -56,7 +56,7 @@ def load(name: str, op: str) -> Any:
     """Return function ``op`` of an implementation.
 
     Raises:
-        NotImplementedError: there is none of that name, or its packages are not installed.
+        NotImplementedError: there is none of that name, its packages are not installed, or it cannot run here.
     """
     names = OFFERED[op]
     if name not in names:
@@ -65,6 +65,7 @@ def load(name: str, op: str) -> Any:
         module = importlib.import_module(MODULES[name])
     except ImportError as error:
         raise Unsupported(f"{op}: implementation {name!r} cannot be imported: {error}; {_NEEDS[name]}") from error
+    getattr(module, "check_available", lambda: None)()
     return getattr(module, op)
 
 

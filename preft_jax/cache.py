@@ -8,17 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import dispatch
-from kernels.pallas_tpu.attention import fills_tiles
+from kernels.tpu_tiles import LANES, fills_tiles
 from kernels.xla import fused
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 
 NO_SLOT = np.iinfo(np.int32).max
 """The slot of a token whose KV is not kept: writes to it are dropped."""
-
-
-LANES = 128
-"""Width of a TPU's vectors."""
 
 
 class KVCache(NamedTuple):
@@ -73,7 +69,8 @@ def _write_lanes(pool: jax.Array, slots_T: jax.Array, new: jax.Array) -> jax.Arr
         view, at = pool, slots_T[:, None] * rows + row
     else:
         view, at = pool.swapaxes(1, 2), (slots_T[:, None] // size * rows + row) * size + slots_T[:, None] % size
-    at = jnp.where(slots_T[:, None] < pages * size, at, NO_SLOT)
+    kept_T1 = ((slots_T >= 0) & (slots_T < pages * size))[:, None]
+    at = jnp.where(kept_T1, at, NO_SLOT)
     flat = view.reshape(-1, lanes).at[at.reshape(-1)].set(new.reshape(-1, lanes), mode="drop")
     written = flat.reshape(view.shape)
     return written if fills_tiles(rows) else written.swapaxes(1, 2)

@@ -14,9 +14,12 @@
 ``V``     vocabulary
 ``L``     layers
 ``P``     pages of a pool (KV pages, or rank pages of the adapter bank)
-``N``     tiles: fixed-size runs of tokens of a packed batch
+``N``     tiles: fixed-size runs of tokens of a packed batch; in attention, of queries
 ``E``     entries of a tile's (or a row's) list of rank pages
 ``R``     rank; inside a rank page always ``RANK_PAGE``
+``X``     pairs of rotary channels of one head (C / 2)
+``I``     tokens of one tile
+``U``     parts of a sum that several programs share
 ``G``     position groups of an edit mask (0: edited, or first; 1: last)
 ========  ==================================================================
 

@@ -33,6 +33,7 @@ from kernels.pallas_tpu.common import (
     dot,
     tiled_bytes,
 )
+from kernels.tpu_tiles import fills_tiles
 from kernels.types import Unsupported
 
 _MASKED = -1e30
@@ -64,11 +65,6 @@ class QueryBlocks(NamedTuple):
     block_T: jax.Array
     offset_T: jax.Array
     real_T: jax.Array
-
-
-def fills_tiles(heads: int) -> bool:
-    """Return whether XLA keeps pages ``[S, heads, lanes]`` in that order on TPU: if the heads fill tiles."""
-    return heads in (2, 4) or heads % SUBLANES == 0
 
 
 def stock_takes(kv_heads2: int, channels: int) -> bool:

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import dispatch
+from kernels.tpu_tiles import LANES as LANES
+from kernels.tpu_tiles import SUBLANES as SUBLANES
 from kernels.types import Unsupported
 
-LANES = 128
-SUBLANES = 8
+_interpreting = jax.make_user_context(default_value=False)
+
 SCOPED_VMEM_BYTES = 16 * 2**20
 """What one kernel may use without asking for more: the smallest default of the targets (v5e)."""
 VMEM_BUDGET_BYTES = 12 * 2**20
@@ -24,8 +27,15 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 @contextlib.contextmanager
 def interpret(params: pltpu.InterpretParams) -> Iterator[None]:
     """Run the TPU kernels that are traced inside this context in Pallas' TPU interpreter, on any backend."""
-    with pltpu.force_tpu_interpret_mode(params):
+    with pltpu.force_tpu_interpret_mode(params), _interpreting(True):
         yield
+
+
+def check_available() -> None:
+    """Raise ``Unsupported`` unless there is a TPU, or one to trace for, or the interpreter."""
+    traced_for = dispatch.chosen("paged_attention") == "pallas_tpu"
+    if not (traced_for or _interpreting.value or jax.default_backend() == "tpu"):
+        raise Unsupported(f"implementation 'pallas_tpu' needs a TPU; the default backend is {jax.default_backend()!r}")
 
 
 def check_dtype(name: str, dtype: Any) -> None:

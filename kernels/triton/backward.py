@@ -46,7 +46,7 @@ def expand_backward(edit: Shrunk, dy_TF: jax.Array) -> tuple[jax.Array, jax.Arra
     order, first = tiles_of_pages(tiles, num_pages)
     block = block_of(width, 256 if dy_TF.dtype == jnp.bfloat16 else 64, "the width of dy_TF")
     parts = width // block
-    ds_PTER, db_PRF = call(
+    ds_UTER, db_PRF = call(
         expand_backward_kernel,
         dy_TF, edit.s_TER, pool.b_PRF, order, first,
         out=[
@@ -58,8 +58,8 @@ def expand_backward(edit: Shrunk, dy_TF: jax.Array) -> tuple[jax.Array, jax.Arra
         T=tokens, F=width, TILE=tile, E=entries, BT=min(tile, 64), BF=block,
     )  # fmt: skip
     listed_NE1 = (jnp.asarray(tiles.page_NE) != 0)[:, None, :, None]
-    ds_PNIER = ds_PTER.reshape(parts, tiles.page_NE.shape[0], -1, entries, 16)
-    ds_NIER = jnp.where(listed_NE1, jnp.where(listed_NE1[None], ds_PNIER, 0.0).sum(axis=0), 0.0)
+    ds_UNIER = ds_UTER.reshape(parts, tiles.page_NE.shape[0], -1, entries, 16)
+    ds_NIER = jnp.where(listed_NE1, jnp.where(listed_NE1[None], ds_UNIER, 0.0).sum(axis=0), 0.0)
     return ds_NIER.reshape(tokens, entries, 16), db_PRF
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from kernels.triton import interpret
 from kernels.types import Site, Unsupported
 from kernels.xla.lowrank import owned
 
-_target: ContextVar[int | None] = ContextVar("kernels_triton_target", default=None)
+_target = jax.make_user_context(default_value=None)
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -21,11 +20,8 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 @contextlib.contextmanager
 def lowering_for(compute_capability: int) -> Iterator[None]:
     """Trace and lower for a GPU of this compute capability (90: Hopper), whether or not there is one."""
-    token = _target.set(compute_capability)
-    try:
+    with _target(compute_capability):
         yield
-    finally:
-        _target.reset(token)
 
 
 def call(
@@ -45,7 +41,7 @@ def call(
     """
     if interpret.interpreted(kernel):
         return interpret.call(kernel, *args, out=out, grid=grid, aliases=aliases, **static)
-    capability = _target.get()
+    capability = _target.value
     if capability is None and jax.default_backend() != "gpu":
         raise Unsupported(
             f"implementation 'triton' needs an NVIDIA GPU; the default backend is {jax.default_backend()!r}"

@@ -67,13 +67,13 @@ def decode_edit(
         )  # fmt: skip
         return edited
     parts = width_in // config.shrink
-    (s_PBER,) = call(
+    (s_UBER,) = call(
         shrink_row_kernel, x_BD, pool.a_PDR, page_BE,
         out=[jax.ShapeDtypeStruct((parts, batch, entries, 16), jnp.float32)],
         grid=(batch, parts), warps=config.warps(config.shrink), B=batch, D=width_in, E=entries, BD=config.shrink,
     )  # fmt: skip
     (edited,) = call(
-        expand_row_kernel, s_PBER, y_BF, pool.c_PR, pool.b_PRF, page_BE, out=[out],
+        expand_row_kernel, s_UBER, y_BF, pool.c_PR, pool.b_PRF, page_BE, out=[out],
         grid=(batch, width_out // config.expand), warps=config.warps(config.expand),
         B=batch, F=width_out, E=entries, PARTS=parts, PB=power_of_two(parts), BF=config.expand,
     )  # fmt: skip

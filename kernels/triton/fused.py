@@ -163,7 +163,7 @@ def silu_mul_shrink(
         a, _, page, _ = shrink_args(sites[0], mask_TG)
     else:
         a = page = gate_up_TF
-    h_TF, part_PTER = call(
+    h_TF, part_UTER = call(
         silu_mul_kernel,
         gate_up_TF, *(array for edit in edits for array in _pending(edit, gate_up_TF)), a, page,
         out=[
@@ -178,4 +178,4 @@ def silu_mul_shrink(
     )  # fmt: skip
     if not fused:
         return h_TF, shrink(h_TF, sites, mask_TG)
-    return h_TF, (finish_parts(part_PTER, sites[0], mask_TG),)
+    return h_TF, (finish_parts(part_UTER, sites[0], mask_TG),)

@@ -13,12 +13,12 @@ MOST_SITES = 3
 """Sites that one kernel shrinks together: q, k and v."""
 
 
-def finish_parts(part_PTER: jax.Array, site: Site, mask_TG: jax.Array) -> jax.Array:
+def finish_parts(part_UTER: jax.Array, site: Site, mask_TG: jax.Array) -> jax.Array:
     """Return the float32 ``s_TER`` of a shrink whose parts ``[parts, T, E, 16]`` lack c and the mask."""
     pool, tiles = site
     num_tiles, entries = tiles.page_NE.shape
     c_NER = pool.c_PR[tiles.page_NE].astype(jnp.float32)
-    s_NIER = part_PTER.sum(axis=0).reshape(num_tiles, -1, entries, 16) + c_NER[:, None]
+    s_NIER = part_UTER.sum(axis=0).reshape(num_tiles, -1, entries, 16) + c_NER[:, None]
     s_NIER = jnp.where(owned(tiles, mask_TG)[..., None], s_NIER, 0.0)
     return s_NIER.reshape(-1, entries, 16)
 

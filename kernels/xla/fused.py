@@ -22,10 +22,11 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def write_kv(pool_PSJC: jax.Array, slots_T: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array) -> jax.Array:
-    """Return the pool with each token's row written at its slot (in place if donated); slots past it are dropped."""
+    """Return the pool with each token's row written at its slot (in place if donated); slots outside it are dropped."""
     pages, page_size, *rest = pool_PSJC.shape
     new_TJC = jnp.stack([k_TKC, v_TKC], axis=2).reshape(k_TKC.shape[0], *rest).astype(pool_PSJC.dtype)
     flat = pool_PSJC.reshape(pages * page_size, *rest)
+    slots_T = jnp.where(slots_T < 0, flat.shape[0], slots_T)
     return flat.at[slots_T].set(new_TJC, mode="drop").reshape(pool_PSJC.shape)
 
 
@@ -49,7 +50,7 @@ def norm_shrink(
     if block is not None:
         (s_TER,) = shrink(x_TD, (block,), mask_TG)
         x_TD = expand(Shrunk(s_TER, block), x_TD)
-    h_TD = rms_norm(x_TD, weight_D, eps)
+    h_TD = rms_norm(x_TD, weight_D.astype(x_TD.dtype), eps)
     return x_TD, h_TD, shrink(h_TD, sites, mask_TG)
 
 

@@ -14,7 +14,9 @@ def owned(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
     tile = mask_TG.shape[0] // num_tiles
     offset = jnp.arange(tile, dtype=jnp.int32)[None, :, None]
     in_span = (tiles.start_NE[:, None, :] <= offset) & (offset < tiles.end_NE[:, None, :])
-    switched = jnp.take_along_axis(mask_TG.reshape(num_tiles, tile, -1), tiles.group_NE[:, None, :], axis=2)
+    switched = jnp.take_along_axis(
+        mask_TG.reshape(num_tiles, tile, -1), tiles.group_NE[:, None, :], axis=2, mode="fill", fill_value=False
+    )
     return in_span & switched & (tiles.page_NE[:, None, :] != 0)
 
 

@@ -39,7 +39,8 @@ def test_the_ratio_is_of_neighbouring_calls():
 
     class Clock:
         def __init__(self, case, seconds):
-            self.case, self.copies, self.compile_seconds, self._seconds = case, 0, 0.0, iter(seconds)
+            self.case, self.copies, self.kernel_calls, self.compile_seconds = case, 0, 0, 0.0
+            self._seconds = iter(seconds)
 
         def __call__(self, cache):
             return next(self._seconds), cache

@@ -1,5 +1,6 @@
 """Checks of array contents, and how an implementation is chosen or refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -92,6 +93,17 @@ def test_wrong_kv_pages_and_lengths_are_named(name, jit, rng):
     inputs = case.inputs(rng)
     inputs = inputs._replace(**{name: change(getattr(inputs, name))})
     with debug.enabled(), pytest.raises(Exception, match=text):
+        run(case, inputs, jit=jit)
+
+
+@both_ways
+def test_more_queries_than_were_announced_are_named(jit, rng):
+    case = dataclasses.replace(case_named("attention/ragged/full-pool"), max_query_len=1)
+    inputs = case.inputs(rng)
+    with (
+        debug.enabled(),
+        pytest.raises(Exception, match=r"query_start_B1: the length of a run in it holds \d+; allowed: 0 to 1"),
+    ):
         run(case, inputs, jit=jit)
 
 

@@ -386,7 +386,10 @@ def arguments(rng):
         (lambda x, y, p, t, m: (x, y, p._replace(c_PR=p.c_PR[1:]), t, m), "pool.c_PR has shape"),
         (lambda x, y, p, t, m: (x, y, p._replace(b_PRF=p.b_PRF[:, 1:]), t, m), "pool.b_PRF has shape"),
         (lambda x, y, p, t, m: (x, y, p, t._replace(end_NE=t.end_NE[:, 1:]), m), "tiles.end_NE has shape"),
-        (lambda x, y, p, t, m: (x, y, p, t._replace(page_NE=t.page_NE / 2), m), "tiles.page_NE has dtype float32"),
+        (
+            lambda x, y, p, t, m: (x, y, p, t._replace(page_NE=t.page_NE / 2), m),
+            "tiles.page_NE has dtype float32; it must be an integer",
+        ),
         (lambda x, y, p, t, m: (x[:-1], y[:-1], p, t, m[:-1]), "tiles.page_NE has 3 tiles.*23 tokens"),
         (lambda x, y, p, t, m: (x, y, p, t, m[:-1]), "mask_TG"),
         (lambda x, y, p, t, m: (x, y, p, t, m[:, 0]), "mask_TG"),
@@ -427,6 +430,60 @@ def test_wrong_arguments_of_attention_are_named(changes, options, text, rng):
         setattr(ragged, name, change(getattr(ragged, name)))
     with pytest.raises(ValueError, match=text):
         ragged.ours(**options)
+
+
+def pages_of_rank_8(pool):
+    return PagePool(pool.a_PDR[..., :8], pool.c_PR[:, :8], pool.b_PRF[:, :8])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x, y, p, t, m: (x[0], y, p, t, m), "x_TD has shape .*; expected 2 axes"),
+        (lambda x, y, p, t, m: (x.astype(int), y, p, t, m), "x_TD has dtype int64; it must be a floating-point number"),
+        (lambda x, y, p, t, m: (x, y[0], p, t, m), "y_TF has shape .*; expected 2 axes"),
+        (lambda x, y, p, t, m: (x, y.astype(int), p, t, m), "y_TF has dtype int64"),
+        (lambda x, y, p, t, m: (x[:0], y[:0], p, t, m[:0]), "x_TD has shape .*; no axis may be empty"),
+        (lambda x, y, p, t, m: (x, y, pages_of_rank_8(p), t, m), "pages of rank 8; they must be of rank 16"),
+        (lambda x, y, p, t, m: (x, y, p._replace(a_PDR=p.a_PDR[0]), t, m), "pool.a_PDR has shape .*; expected 3 axes"),
+        (lambda x, y, p, t, m: (x, y, p._replace(b_PRF=p.b_PRF.astype(np.int8)), t, m), "pool.b_PRF has dtype int8"),
+        (lambda x, y, p, t, m: (x, y, p, TilePages(*(a[:, :0] for a in t)), m), "tiles.page_NE has shape .* empty"),
+        (lambda x, y, p, t, m: (x, y, p, TilePages(*(a[0] for a in t)), m), "page_NE has shape .*; expected 2 axes"),
+        (lambda x, y, p, t, m: (x, y, p, TilePages(*(a.tolist() for a in t)), m), "tiles.page_NE is of type list"),
+    ],
+)  # fmt: skip
+def test_what_is_no_such_array_is_named(change, text, rng):
+    with pytest.raises(ValueError, match=text):
+        api.lowrank_edit(*change(*arguments(rng)))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x, y, p, r: (x, y[:1], p, r), "y_BF has 1 rows; x_BD has 5"),
+        (lambda x, y, p, r: (x, y, p, r[:, 0]), "page_BE has shape .*; expected 2 axes"),
+        (lambda x, y, p, r: (x, y, p, r.astype(np.float32)), "page_BE has dtype float32; it must be an integer"),
+        (lambda x, y, p, r: (x, y, pages_of_rank_8(p), r), "rank 8"),
+    ],
+)
+def test_wrong_rows_of_a_decode_edit_are_named(change, text, rng):
+    x, y = rng.standard_normal((5, D)).astype(np.float32), rng.standard_normal((5, F)).astype(np.float32)
+    with pytest.raises(ValueError, match=text):
+        api.decode_edit(*change(x, y, make_pool(rng), ROWS))
+
+
+def test_a_group_beyond_the_mask_switches_nothing_on(inputs):
+    x, y, pool, _ = inputs
+    beyond = TILES._replace(group_NE=jnp.full_like(TILES.group_NE, 5))
+    np.testing.assert_array_equal(lowrank_edit(x, y, pool, beyond, np.zeros((T, 2), bool)), y)
+
+
+def test_slots_outside_the_pool_are_not_written(rng):
+    qkv = rng.standard_normal((3, 4 * 4)).astype(np.float32)
+    cos, sin = np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)
+    pool = jnp.zeros((2, 4, 2, 4), jnp.float32)
+    _, written = api.rope_kv(qkv, (None, None, None), cos, sin, pool, np.array([-1, 8, 2], np.int32))
+    assert np.flatnonzero(np.abs(np.asarray(written).reshape(8, -1)).sum(axis=1)).tolist() == [2]
 
 
 def test_an_unknown_implementation_is_refused_with_those_there_are(rng):
