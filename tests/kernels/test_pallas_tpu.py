@@ -437,7 +437,7 @@ def trace(function, *args, **options):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"kv": abstract(9, 16, 6, 64, dtype=jnp.int8)}, "kv_PSJC has dtype int8"),
+        ({"kv": abstract(9, 16, 6, 64, dtype=jnp.float8_e4m3fn)}, "kv_PSJC has dtype float8_e4m3fn"),
         ({"q": abstract(8, 9, 64, dtype=jnp.float16)}, "q_THC has dtype float16"),
         ({"kv": abstract(9, 12, 6, 64)}, "kv_PSJC has pages of 12 tokens"),
         ({"kv": abstract(9, 16, 6, 20), "q": abstract(8, 9, 20)}, "q_THC has head size 20"),
@@ -453,7 +453,7 @@ def test_what_attention_does_not_take_is_named(changes, text):
         "start": abstract(5, dtype=jnp.int32),
         "len": abstract(4, dtype=jnp.int32),
     } | changes
-    with pytest.raises(Unsupported, match=text):
+    with dispatch.preferring("pallas_tpu"), pytest.raises(Unsupported, match=text):
         trace(api.paged_attention, *arguments.values(), max_query_len=4, implementation="pallas_tpu")
 
 
@@ -469,8 +469,16 @@ def test_what_shrink_does_not_take_is_named(width, tokens, tile, dtype, text):
     pool = PagePool(abstract(3, width, RANK), abstract(3, RANK), abstract(3, RANK, 128))
     tiles = TilePages(*[abstract(tokens // tile, 1, dtype=jnp.int32)] * 4)
     arguments = (abstract(tokens, width, dtype=dtype), (pool,), (tiles,), abstract(tokens, 2, dtype=jnp.bool_))
-    with pytest.raises(Unsupported, match=text):
+    with dispatch.preferring("pallas_tpu"), pytest.raises(Unsupported, match=text):
         trace(api.shrink, *arguments, implementation="pallas_tpu")
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="it runs here")
+def test_without_a_tpu_the_kernels_say_so():
+    x = abstract(4, 128)
+    pool = PagePool(abstract(3, 128, RANK), abstract(3, RANK), abstract(3, RANK, 128))
+    with pytest.raises(Unsupported, match="'pallas_tpu' needs a TPU; the default backend is 'cpu'"):
+        trace(api.decode_edit, x, x, pool, abstract(4, 1, dtype=jnp.int32), implementation="pallas_tpu")
 
 
 def test_a_preferred_implementation_is_traced_unless_another_is_named():
