@@ -4,7 +4,7 @@ Cases come from ``bench/kernel_cases.py``. Each row times one operation on input
 runs it on several sets of inputs that together are larger than the cache, and contenders take turns, repeat after
 repeat; the figure is the median. The floor is ``max(FLOPs / rate, bytes / bandwidth)`` with both ceilings measured in
 the same run and the least FLOPs and bytes that any implementation must spend (each needed input read once, each output
-written once). Results are compared with the reference's on the same inputs before they count.
+written once). Where the reference (``xla``) runs too, results are compared with its own before they count.
 """
 
 import argparse
@@ -150,6 +150,8 @@ def run(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
         found = {name: result.get("ratio_to_floor", "-") for name, result in rows[-1]["results"].items()}
         console.print(f"{case.name}: x floor {found}", soft_wrap=True)
     figures = environment()
+    for row in rows:
+        row |= {"commit": figures["commit"], "date": figures["date"]}
     figures["versions"] |= {name: _version(name) for name in ("jax-triton", "triton", "jax-cuda13-plugin")}
     return {
         "schema": SCHEMA,
