@@ -6,7 +6,9 @@ that is not the default backend.
 """
 
 import contextlib
+import functools
 import importlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,6 +71,12 @@ def load(name: str, op: str) -> Any:
     return getattr(module, op)
 
 
+@functools.cache
+def _warn_once(reason: str) -> None:
+    """Say that this device could do better: what is missing is a package, not support for these shapes."""
+    warnings.warn(f"{reason}; running plain JAX instead", stacklevel=4)
+
+
 def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
     """Run ``op`` with the implementation asked for, or with the best that supports the arguments."""
     if implementation is not None:
@@ -78,8 +86,9 @@ def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
         if name in OFFERED[op] and name != "xla":
             try:
                 return load(name, op)(*args, **options)
-            except Unsupported:
-                continue
+            except Unsupported as error:
+                if isinstance(error.__cause__, ImportError):
+                    _warn_once(str(error))
     return load("xla", op)(*args, **options)
 
 

@@ -177,6 +177,15 @@ def test_an_implementation_that_refuses_these_shapes_gives_way_only_unasked(rng,
         case.run(inputs, "triton")
 
 
+def test_a_device_whose_kernels_are_not_installed_says_so(rng, monkeypatch):
+    case = case_named(CALLS["paged_attention"])
+    monkeypatch.setitem(dispatch.MODULES, "triton", "kernels.not_installed")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"triton.*pip install preft-jax\[gpu\].*plain JAX instead"):
+        assert jnp.isfinite(case.run(case.inputs(rng))).all()
+
+
 def test_a_mistake_inside_an_implementation_is_not_taken_for_a_refusal(rng, monkeypatch):
     """Falling back would hide it."""
 
