@@ -15,6 +15,7 @@ import numpy as np
 
 from kernels import api, dispatch
 from kernels.types import PagePool, Shrunk, Site, TilePages
+from preft_jax.cache import NO_SLOT
 from preft_jax.config import PRESETS, ModelConfig
 from preft_jax.shapes import NUM_GROUPS, RANK_PAGE
 
@@ -23,8 +24,6 @@ OPS = ("shrink", "expand", "lowrank_edit", "norm_shrink", "rope_kv", "silu_mul_s
 
 NORM_EPS = 1e-2
 """Of ``norm_shrink``: larger than a model's, so that leaving it out would show."""
-
-NO_SLOT = np.iinfo(np.int32).max
 
 MODELS: Mapping[str, ModelConfig] = {
     **PRESETS,
