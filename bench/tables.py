@@ -46,7 +46,7 @@ def cpu_generation(figures: dict[str, Any]) -> str:
 
 
 def cpu_serve_bench(figures: dict[str, Any]) -> str:
-    """The three modes of ``serve.bench``."""
+    """The three modes of ``serve.bench``, of a file with its schema 1 or 2; one or two rounds have no interval."""
     rows = []
     for name, mode in figures["modes"].items():
         ratio = figures["ratio_to_base"][name]
@@ -54,7 +54,9 @@ def cpu_serve_bench(figures: dict[str, Any]) -> str:
             [
                 name.replace("_", "-"),
                 f"{mode['output_throughput']:.1f}",
-                f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+                f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+                if "low" in ratio
+                else f"{ratio['mean']:.2f}",
                 f"{mode['mean_tpot_ms']:.0f}",
             ]
         )
@@ -107,13 +109,18 @@ def prefill(figures: dict[str, Any]) -> str:
 
 def tpu_programs(figures: dict[str, Any]) -> str:
     """Whole programs as libtpu compiled them; memory of one chip."""
+
+    def figures_of(row: dict[str, Any]) -> list[str]:
+        if row["status"] != "ok":
+            return [""] * 5
+        memory = (f"{row[f'{key}_bytes'] / 2**20:,.0f}" for key in ("argument", "temp", "alias"))
+        return [*memory, str(sum(row["pool_copies"].values())), f"{row['compile_s']:.0f}"]
+
     rows = [
         [
             f"{row['target']} {row['model']} {row['case']}",
-            row["status"],
-            *(f"{row[f'{key}_bytes'] / 2**20:,.0f}" for key in ("argument", "temp", "alias")),
-            str(sum(row["pool_copies"].values())),
-            f"{row['compile_s']:.0f}",
+            row["status"] if row["status"] == "ok" else f"{row['status']}: {row['reason']}",
+            *figures_of(row),
         ]
         for row in figures["rows"]
     ]
