@@ -6,8 +6,8 @@ rank, kind and target set reach a jitted program as page ids: nothing recompiles
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +165,15 @@ def write_adapter(bank: Bank, packed: dict[str, PackedSite], where: AdapterPages
     return Bank(layers)
 
 
+class HasGroups(Protocol):
+    """What the allocator needs to know of an adapter at one site: a ``PackedSite``, for one."""
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The mask column of each rank page."""
+        ...
+
+
 class BankAllocator:
     """Host-side book of which rank pages are free, a list for each site. Knows nothing of the device."""
 
@@ -176,8 +185,8 @@ class BankAllocator:
         """Return how many pages of a site are free."""
         return len(self._free[site])
 
-    def allocate(self, packed: dict[str, PackedSite]) -> AdapterPages:
-        """Take the pages that an adapter needs.
+    def allocate(self, packed: Mapping[str, HasGroups]) -> AdapterPages:
+        """Take the pages that an adapter needs, one for each of a site's ``groups``.
 
         Raises:
             AdapterError: if the bank lacks one of its sites or enough free pages; nothing is taken then.

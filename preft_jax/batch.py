@@ -117,16 +117,22 @@ def pack_prefill(
     tile: int,
     min_entries: int = 1,
     sites: Sequence[str] = SITES,
+    starts: Sequence[int] | None = None,
 ) -> PrefillBatch:
     """Pack spans into one batch of padded size ``num_tokens`` x ``num_requests``.
 
     The lists of rank pages are as wide as the fullest tile needs, at least ``min_entries``, rounded up by ``bucket``.
+    ``starts`` says where each span begins, by default right after the one before it. A gap before a span takes a row of
+    its own (``rows_of`` counts them): its tokens are computed un-edited, and nothing is kept of them.
 
     Raises:
         RequestError: if the spans do not fit.
     """
-    total = sum(len(span.tokens) for span in spans)
-    if total > num_tokens or len(spans) > num_requests or num_tokens % tile:
+    sizes = [len(span.tokens) for span in spans]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))] if starts is None else starts
+    total = starts[-1] + sizes[-1] if sizes else 0
+    rows = rows_of(starts, sizes)
+    if total > num_tokens or (rows and rows[-1] >= num_requests) or num_tokens % tile:
         raise RequestError(
             f"{len(spans)} spans of {total} tokens do not fit a batch of {num_requests} requests and {num_tokens} "
             f"tokens in tiles of {tile}"
@@ -139,10 +145,13 @@ def pack_prefill(
     kv_len = np.zeros(num_requests, np.int32)
     page_table = np.zeros((num_requests, page_table_width), np.int32)
     last_token = np.zeros(num_requests, np.int32)
-    at = 0
-    for row, span in enumerate(spans):
+    done = 0
+    for row, at, span in zip(rows, starts, spans, strict=True):
         n = len(span.tokens)
         here = slice(at, at + n)
+        if at > done:
+            query_start[row - 1], kv_len[row - 1] = done, at - done
+        done = at + n
         tokens[here] = span.tokens
         positions[here] = np.arange(span.start, span.start + n)
         slots[here] = slots_of(positions[here], span.kv_pages, page_size)
@@ -150,8 +159,7 @@ def pack_prefill(
         query_start[row], kv_len[row], last_token[row] = at, span.start + n, at + n - 1
         held = min(len(span.kv_pages), page_table_width)
         page_table[row, :held] = span.kv_pages[:held]
-        at += n
-    tiles = {site: _tile_pages(site, spans, num_tokens // tile, tile) for site in sites}
+    tiles = {site: _tile_pages(site, spans, starts, num_tokens // tile, tile) for site in sites}
     width = bucket(max([min_entries, *(tile_pages.page_NE.shape[1] for tile_pages in tiles.values())]))
     tiles = {
         site: TilePages(*(_pad_entries(array, width) for array in tile_pages)) for site, tile_pages in tiles.items()
@@ -159,11 +167,20 @@ def pack_prefill(
     return PrefillBatch(tokens, positions, slots, mask, query_start, kv_len, page_table, last_token, tiles)
 
 
-def _tile_pages(site: str, spans: Sequence[Span], num_tiles: int, tile: int) -> TilePages:
+def rows_of(starts: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Return the row of each span in a batch whose gaps between spans have rows of their own."""
+    rows, row, end = [], 0, 0
+    for start, size in zip(starts, sizes, strict=True):
+        row += start > end
+        rows.append(row)
+        row, end = row + 1, start + size
+    return rows
+
+
+def _tile_pages(site: str, spans: Sequence[Span], starts: Sequence[int], num_tiles: int, tile: int) -> TilePages:
     """List, tile by tile, the rank pages that act in it, with the part of the tile that owns each."""
     entries: list[list[tuple[int, int, int, int]]] = [[] for _ in range(num_tiles)]
-    at = 0
-    for span in spans:
+    for at, span in zip(starts, spans, strict=True):
         end = at + len(span.tokens)
         place = span.adapter_pages.get(site)
         if place is not None:
@@ -171,7 +188,6 @@ def _tile_pages(site: str, spans: Sequence[Span], num_tiles: int, tile: int) -> 
                 own = (max(at - n * tile, 0), min(end - n * tile, tile))
                 if span.edit_mask[n * tile + own[0] - at : n * tile + own[1] - at].any():
                     entries[n] += [(page, *own, group) for page, group in zip(*place, strict=True)]
-        at = end
     width = max(1, max(map(len, entries), default=1))
     table = np.zeros((4, num_tiles, width), np.int32)
     for n, row in enumerate(entries):

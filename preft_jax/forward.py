@@ -24,6 +24,7 @@ from preft_jax.config import ModelConfig
 from preft_jax.edits import Edits, FoldedEdits, NoEdits, PackedEdits, RowEdits
 from preft_jax.layout import Transposed, linear
 from preft_jax.model import Params
+from preft_jax.sampling import top_logprobs
 
 QKV = ("q", "k", "v")
 
@@ -144,6 +145,29 @@ def _fused_hidden(
     return h_TD, KVCache(kv)
 
 
+def _prefill_hidden(
+    config: ModelConfig, params: Params, bank: Bank | None, cache: KVCache, batch: PrefillBatch, max_query_len: int
+) -> tuple[jax.Array, KVCache]:
+    """Return the normed stream ``[T, D]`` after the last layer, and the cache."""
+    if fused.applies(config, params):
+        ragged = batch.page_table_BP, batch.query_start_B1, batch.kv_len_B
+        return _fused_hidden(
+            config, params, bank, cache, batch.tokens_T, batch.positions_T, batch.slots_T, ragged,
+            mask_TG=batch.edit_mask_TG, tiles=batch.tiles, max_query_len=max_query_len,
+        )  # fmt: skip
+    attention = PagedAttention(
+        cache,
+        slots_T=batch.slots_T,
+        page_table_BP=batch.page_table_BP,
+        query_start_B1=batch.query_start_B1,
+        kv_len_B=batch.kv_len_B,
+        max_query_len=max_query_len,
+    )
+    edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
+    x_TD = _hidden(config, params, batch.tokens_T, batch.positions_T, attention, edits)
+    return rms_norm(x_TD, params["norm"], config.rms_norm_eps), attention.cache
+
+
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -169,24 +193,41 @@ def prefill(
     Returns:
         ``logits_BV`` (float32) of each request's last token in the batch, and the cache.
     """
-    if fused.applies(config, params):
-        ragged = batch.page_table_BP, batch.query_start_B1, batch.kv_len_B
-        h_TD, cache = _fused_hidden(
-            config, params, bank, cache, batch.tokens_T, batch.positions_T, batch.slots_T, ragged,
-            mask_TG=batch.edit_mask_TG, tiles=batch.tiles, max_query_len=max_query_len,
-        )  # fmt: skip
-        return _head(params, h_TD[batch.last_token_B]), cache
-    attention = PagedAttention(
-        cache,
-        slots_T=batch.slots_T,
-        page_table_BP=batch.page_table_BP,
-        query_start_B1=batch.query_start_B1,
-        kv_len_B=batch.kv_len_B,
-        max_query_len=max_query_len,
-    )
-    edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
-    x_TD = _hidden(config, params, batch.tokens_T, batch.positions_T, attention, edits)
-    return lm_logits(config, params, x_TD[batch.last_token_B]), attention.cache
+    h_TD, cache = _prefill_hidden(config, params, bank, cache, batch, max_query_len)
+    return _head(params, h_TD[batch.last_token_B]), cache
+
+
+def prefill_scored(
+    config: ModelConfig,
+    params: Params,
+    bank: Bank | None,
+    cache: KVCache,
+    batch: PrefillBatch,
+    next_T: jax.Array,
+    *,
+    max_query_len: int,
+    count: int,
+    block: int = 64,
+) -> tuple[jax.Array, KVCache, jax.Array, tuple[jax.Array, jax.Array]]:
+    """``prefill`` that also scores each token's successor ``next_T``, in blocks of tokens: ``[T, V]`` is never whole.
+
+    Returns:
+        As ``prefill``, then the raw log-probability of ``next_T`` (float32 ``[T]``) and the ``count`` most likely
+        tokens with theirs, ``[T, count]`` each.
+    """
+    h_TD, cache = _prefill_hidden(config, params, bank, cache, batch, max_query_len)
+
+    def score(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        h_ID, next_I = block
+        logits_IV = _head(params, h_ID)
+        chosen_I = jnp.take_along_axis(logits_IV, next_I[:, None], axis=1)[:, 0]
+        return chosen_I - jax.nn.logsumexp(logits_IV, axis=1), top_logprobs(logits_IV, count)
+
+    size = math.gcd(block, len(next_T))
+    blocks = (h_TD.reshape(-1, size, h_TD.shape[1]), next_T.reshape(-1, size))
+    logprob_NI, tops_NIE = jax.lax.map(score, blocks)
+    tops = jax.tree.map(lambda x: x.reshape(-1, count), tops_NIE)
+    return _head(params, h_TD[batch.last_token_B]), cache, logprob_NI.reshape(-1), tops
 
 
 def _decode(

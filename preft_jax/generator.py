@@ -33,9 +33,10 @@ from preft_jax.edit_mask import extend_edit_mask, make_edit_mask
 from preft_jax.errors import AdapterError, ConfigError, RequestError
 from preft_jax.layout import fused_layout
 from preft_jax.loading import Model
+from preft_jax.logits import History
 from preft_jax.model import Params
 from preft_jax.programs import DecodeState, programs
-from preft_jax.sampling import SamplingParams, sampling_arrays
+from preft_jax.sampling import INVALID, SamplingParams, sampling_arrays
 
 _serving_params: weakref.WeakKeyDictionary[Model, tuple[bool, Params]] = weakref.WeakKeyDictionary()
 
@@ -110,7 +111,8 @@ class Completion:
         token_ids: generated tokens, the end token included.
         logprobs: raw log-probability of each, temperature 1.
         sampling_logprobs: log-probability of each under the distribution that it was drawn from.
-        finish_reason: ``"stop"`` (an end token) or ``"length"``.
+        finish_reason: ``"stop"`` (an end token), ``"length"``, or ``"error"``: the model's logits were not numbers (its
+            weights or the adapter overflow); the other requests of the batch are not affected.
         token_times: clock reading when each token reached the host, in seconds.
     """
 
@@ -134,6 +136,7 @@ class _Sequence:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
     token_times: list[float] = dataclasses.field(default_factory=list)
+    failed: bool = False
 
     @property
     def tokens(self) -> list[int]:
@@ -154,21 +157,30 @@ class _Sequence:
         )
 
 
-def request_edit_mask(request: Request) -> np.ndarray:
-    """Return the edit mask of a request's prompt, bool ``[P, NUM_GROUPS]``; all false for the base model."""
-    count = len(request.prompt.token_ids)
-    if request.adapter is None:
+def prompt_edit_mask(prompt: EncodedPrompt, adapter: Adapter | None) -> np.ndarray:
+    """Return the edit mask of a prompt under an adapter, bool ``[P, NUM_GROUPS]``; all false for the base model.
+
+    Raises:
+        RequestError: if the adapter skips earlier answers and the chat template does not say where they are.
+    """
+    count = len(prompt.token_ids)
+    if adapter is None:
         return np.zeros_like(make_edit_mask(count, "prompt"))
-    config = request.adapter.config
+    config = adapter.config
     spans: tuple[tuple[int, int], ...] = ()
     if config.assistant_turns == "skip" and config.prefill_only:
-        if request.prompt.unedited_spans is None:
+        if prompt.unedited_spans is None:
             raise RequestError(
                 "the adapter leaves earlier answers un-edited (assistant_turns 'skip'), but this chat template renders "
                 "them differently in later turns, so their tokens cannot be told; use assistant_turns 'edit'"
             )
-        spans = request.prompt.unedited_spans
+        spans = prompt.unedited_spans
     return make_edit_mask(count, config.positions, groups=config.groups, unedited_spans=spans)
+
+
+def request_edit_mask(request: Request) -> np.ndarray:
+    """Return ``prompt_edit_mask`` of a request."""
+    return prompt_edit_mask(request.prompt, request.adapter)
 
 
 class RunShape(NamedTuple):
@@ -393,12 +405,34 @@ class Generator:
         for row, sequence in done:
             params[row], seeds[row] = sequence.request.sampling, sequence.request.draw_seed
             positions[row] = len(sequence.tokens)
-        drawn = jax.device_get(self.programs.sample(logits_BV, positions, sampling_arrays(params, seeds, size)))
+        by_row: list[_Sequence | None] = [None] * size
+        for row, sequence in done:
+            by_row[row] = sequence
+        drawn = self.programs.sample(logits_BV, positions, sampling_arrays(params, seeds, size), self._history(by_row))
+        drawn = jax.device_get(drawn)
         for row, sequence in done:
             self._append(sequence, *(array[row] for array in drawn), now=self._clock())
 
+    def _history(self, rows: Sequence[_Sequence | None]) -> History:
+        """Return the tokens of each row, for penalties; rows without any stay empty."""
+        history = History(
+            np.zeros((len(rows), self.limits.max_model_len), np.int32),
+            np.zeros(len(rows), np.int32),
+            np.zeros(len(rows), np.int32),
+        )
+        for row, sequence in enumerate(rows):
+            if sequence is not None:
+                tokens = sequence.tokens
+                history.token_BS[row, : len(tokens)] = tokens
+                history.prompt_len_B[row] = len(sequence.request.prompt.token_ids)
+                history.length_B[row] = len(tokens)
+        return history
+
     @staticmethod
     def _append(sequence: _Sequence, token: Any, logprob: Any, sampling_logprob: Any, *, now: float) -> None:
+        if int(token) == INVALID:
+            sequence.failed = True
+            return
         sequence.token_ids.append(int(token))
         sequence.logprobs.append(float(logprob))
         sequence.sampling_logprobs.append(float(sampling_logprob))
@@ -409,8 +443,8 @@ class Generator:
         return (*eos, *request.sampling.stop_token_ids)
 
     def _finished(self, sequence: _Sequence) -> bool:
-        request = sequence.request
-        return len(sequence.token_ids) >= request.max_tokens or sequence.token_ids[-1] in self._stop_ids(request)
+        request, ids = sequence.request, sequence.token_ids
+        return sequence.failed or len(ids) >= request.max_tokens or ids[-1] in self._stop_ids(request)
 
     def _decode_state(self, sequences: list[_Sequence], shape: RunShape) -> DecodeState:
         size = shape.rows
@@ -423,7 +457,7 @@ class Generator:
             np.full((size, shape.stop_ids), -1, np.int32),
         )
         for row, sequence in enumerate(sequences):
-            state.token_B[row] = sequence.token_ids[-1]
+            state.token_B[row] = sequence.tokens[-1]
             state.position_B[row] = len(sequence.tokens) - 1
             left = sequence.request.max_tokens - len(sequence.token_ids)
             state.remaining_B[row] = 0 if self._finished(sequence) else left
@@ -444,21 +478,22 @@ class Generator:
             pages = pack_rows(adapted + [{}] * (size - len(adapted)), min_entries=shape.row_entries)
         steps = self.limits.decode_steps
         while not all(map(self._finished, sequences)):
+            history = self._history([*sequences, *[None] * (size - len(sequences))])
             if pages is None:
-                out = self.programs.decode(self.params, self.cache, state, sampling, num_steps=steps)
+                out = self.programs.decode(self.params, self.cache, state, sampling, history, num_steps=steps)
             else:
                 out = self.programs.decode_adapted(
-                    self.params, self.bank, pages, self.cache, state, sampling, num_steps=steps
+                    self.params, self.bank, pages, self.cache, state, sampling, history, num_steps=steps
                 )
             self.cache, state, drawn = out
             drawn = jax.device_get(drawn)
             now = self._clock()
             for row, sequence in enumerate(sequences):
-                for step in np.flatnonzero(drawn.token_NB[:, row] >= 0):
-                    self._append(sequence, *(array[step, row] for array in drawn), now=now)
+                for step in np.flatnonzero(drawn.token_NB[:, row] != -1):
+                    self._append(sequence, *(array[step, row] for array in drawn[:3]), now=now)
 
     def _complete(self, sequence: _Sequence) -> Completion:
-        stopped = sequence.token_ids[-1] in self._stop_ids(sequence.request)
+        stopped = not sequence.failed and sequence.token_ids[-1] in self._stop_ids(sequence.request)
         shown = sequence.token_ids[:-1] if stopped else sequence.token_ids
         tokenizer = self.model.tokenizer
         return Completion(
@@ -466,7 +501,7 @@ class Generator:
             token_ids=sequence.token_ids,
             logprobs=sequence.logprobs,
             sampling_logprobs=sequence.sampling_logprobs,
-            finish_reason="stop" if stopped else "length",
+            finish_reason="error" if sequence.failed else "stop" if stopped else "length",
             token_times=sequence.token_times,
         )
 

@@ -4,6 +4,7 @@ Each is compiled once for each bucket of lengths. Caches are donated and updated
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from preft_jax.batch import DecodeBatch
 from preft_jax.cache import KVCache
 from preft_jax.config import ModelConfig
 from preft_jax.model import Params
-from preft_jax.sampling import SamplingArrays, sample
+from preft_jax.sampling import INVALID, MAX_LOGPROBS, History, SamplingArrays, sample, top_logprobs
 
 
 class DecodeState(NamedTuple):
@@ -35,20 +36,26 @@ class DecodeState(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens of several decode steps ``[steps, B]`` with their log-probabilities; -1 where a row drew nothing."""
+    """Tokens of several decode steps ``[steps, B]`` with their log-probabilities; -1 where a row drew nothing.
+
+    A row whose logits are not numbers draws ``sampling.INVALID`` and ends. ``top_token_NBE`` and ``top_logprob_NBE``
+    are the most likely tokens, zeros unless asked for, None where a program never gives them.
+    """
 
     token_NB: jax.Array
     logprob_NB: jax.Array
     sampling_logprob_NB: jax.Array
+    top_token_NBE: jax.Array | None = None
+    top_logprob_NBE: jax.Array | None = None
 
 
 class Programs(NamedTuple):
     """Jitted functions of one model shape.
 
     ``prefill(params, bank, cache, batch, max_query_len=...)``
-    ``decode(params, cache, state, sampling, num_steps=...)``
-    ``decode_adapted(params, bank, pages, cache, state, sampling, num_steps=...)``
-    ``sample(logits, positions, sampling)``
+    ``decode(params, cache, state, sampling, history, num_steps=...)``
+    ``decode_adapted(params, bank, pages, cache, state, sampling, history, num_steps=...)``
+    ``sample(logits, positions, sampling, history)``
     """
 
     prefill: Any
@@ -57,40 +64,85 @@ class Programs(NamedTuple):
     sample: Any
 
 
-def _decode_loop(step: Any, cache: KVCache, state: DecodeState, sampling: SamplingArrays, num_steps: int) -> Any:
-    """Run decode steps and draw a token after each, until ``num_steps`` are done or no row has tokens left to draw."""
-    size = state.token_B.shape[0]
-    drawn = Drawn(
-        jnp.full((num_steps, size), -1, jnp.int32),
-        jnp.zeros((num_steps, size), jnp.float32),
-        jnp.zeros((num_steps, size), jnp.float32),
-    )
+def tops_if(wanted: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the ``MAX_LOGPROBS`` most likely tokens of each row and their log-probabilities; zeros if not wanted."""
+    count = min(MAX_LOGPROBS, logits_BV.shape[1])
+    shape = (logits_BV.shape[0], count)
+    none = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    return jax.lax.cond(wanted, lambda: top_logprobs(logits_BV, count), lambda: none)
 
-    def unfinished(carry: tuple[jax.Array, KVCache, DecodeState, Drawn]) -> jax.Array:
-        n, _, state, _ = carry
+
+def decode_loop(
+    step: Callable[[KVCache, DecodeBatch], tuple[jax.Array, KVCache]],
+    cache: KVCache,
+    state: DecodeState,
+    sampling: SamplingArrays,
+    history: History | None,
+    num_steps: Any,
+    *,
+    max_steps: int,
+    want_tops: jax.Array | None = None,
+) -> tuple[KVCache, DecodeState, Drawn]:
+    """Run decode steps and draw a token after each, until ``num_steps`` are done or no row has tokens left to draw.
+
+    Args:
+        step: logits and cache of one decode step.
+        cache, state: donated.
+        sampling: parameters of each row.
+        history: tokens of each row, for penalties; its lengths are taken from the state. None: no penalties.
+        num_steps: at most ``max_steps``; may be traced.
+        max_steps: static rows of the result.
+        want_tops: whether to return the most likely tokens, or None for never.
+    """
+    size = state.token_B.shape[0]
+    rows = jnp.arange(size, dtype=jnp.int32)
+    drawn = Drawn(
+        jnp.full((max_steps, size), -1, jnp.int32),
+        jnp.zeros((max_steps, size), jnp.float32),
+        jnp.zeros((max_steps, size), jnp.float32),
+    )
+    if want_tops is not None:
+        shape = (max_steps, size, MAX_LOGPROBS)
+        drawn = drawn._replace(top_token_NBE=jnp.zeros(shape, jnp.int32), top_logprob_NBE=jnp.zeros(shape, jnp.float32))
+
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+        n, _, state, _, _ = carry
         return (n < num_steps) & jnp.any(state.remaining_B > 0)
 
-    def body(carry: tuple[jax.Array, KVCache, DecodeState, Drawn]) -> tuple[jax.Array, KVCache, DecodeState, Drawn]:
-        n, cache, state, drawn = carry
+    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        n, cache, state, history_BS, drawn = carry
         active_B = state.remaining_B > 0
         batch = DecodeBatch(state.token_B, jnp.where(active_B, state.position_B, -1), state.page_table_BP)
         logits_BV, cache = step(cache, batch)
-        new = sample(logits_BV, state.position_B + 1, sampling)
+        so_far = None if history is None else History(history_BS, history.prompt_len_B, state.position_B + 1)
+        new = sample(logits_BV, state.position_B + 1, sampling, so_far)
         token_B = jnp.where(active_B, new.token_B, -1)
-        drawn = Drawn(
-            drawn.token_NB.at[n].set(token_B),
-            drawn.logprob_NB.at[n].set(new.logprob_B),
-            drawn.sampling_logprob_NB.at[n].set(new.sampling_logprob_B),
+        written = drawn._replace(
+            token_NB=drawn.token_NB.at[n].set(token_B),
+            logprob_NB=drawn.logprob_NB.at[n].set(new.logprob_B),
+            sampling_logprob_NB=drawn.sampling_logprob_NB.at[n].set(new.sampling_logprob_B),
         )
-        stopped_B = jnp.any(token_B[:, None] == state.stop_BE, axis=1)
+        if want_tops is not None:
+            top_token_BE, top_logprob_BE = tops_if(want_tops, logits_BV)
+            count = top_token_BE.shape[1]
+            written = written._replace(
+                top_token_NBE=drawn.top_token_NBE.at[n, :, :count].set(top_token_BE),
+                top_logprob_NBE=drawn.top_logprob_NBE.at[n, :, :count].set(top_logprob_BE),
+            )
+        stopped_B = jnp.any(token_B[:, None] == state.stop_BE, axis=1) | (token_B == INVALID)
+        position_B = state.position_B + active_B.astype(jnp.int32)
+        if history is not None:
+            at_B = jnp.where(active_B, position_B, history_BS.shape[1])
+            history_BS = history_BS.at[rows, at_B].set(token_B, mode="drop")
         state = state._replace(
             token_B=jnp.where(active_B, token_B, state.token_B),
-            position_B=state.position_B + active_B.astype(jnp.int32),
+            position_B=position_B,
             remaining_B=jnp.where(active_B & ~stopped_B, state.remaining_B - 1, 0),
         )
-        return n + 1, cache, state, drawn
+        return n + 1, cache, state, history_BS, written
 
-    _, cache, state, drawn = jax.lax.while_loop(unfinished, body, (jnp.int32(0), cache, state, drawn))
+    start = (jnp.int32(0), cache, state, None if history is None else jnp.asarray(history.token_BS), drawn)
+    _, cache, state, _, drawn = jax.lax.while_loop(unfinished, body, start)
     return cache, state, drawn
 
 
@@ -101,9 +153,16 @@ def programs(config: ModelConfig) -> Programs:
     def prefill(params: Params, bank: Bank | None, cache: KVCache, batch: Any, max_query_len: int) -> Any:
         return forward.prefill(config, params, bank, cache, batch, max_query_len=max_query_len)
 
-    def decode(params: Params, cache: KVCache, state: DecodeState, sampling: SamplingArrays, num_steps: int) -> Any:
+    def decode(
+        params: Params,
+        cache: KVCache,
+        state: DecodeState,
+        sampling: SamplingArrays,
+        history: History | None = None,
+        num_steps: int = 1,
+    ) -> Any:
         step = functools.partial(forward.decode, config, params)
-        return _decode_loop(step, cache, state, sampling, num_steps)
+        return decode_loop(step, cache, state, sampling, history, num_steps, max_steps=num_steps)
 
     def decode_adapted(
         params: Params,
@@ -112,10 +171,11 @@ def programs(config: ModelConfig) -> Programs:
         cache: KVCache,
         state: DecodeState,
         sampling: SamplingArrays,
-        num_steps: int,
+        history: History | None = None,
+        num_steps: int = 1,
     ) -> Any:
         step = functools.partial(forward.decode_adapted, config, params, bank, pages)
-        return _decode_loop(step, cache, state, sampling, num_steps)
+        return decode_loop(step, cache, state, sampling, history, num_steps, max_steps=num_steps)
 
     return Programs(
         jax.jit(prefill, static_argnames="max_query_len", donate_argnames="cache"),

@@ -20,6 +20,7 @@
 ``X``     pairs of rotary channels of one head (C / 2)
 ``I``     tokens of one tile
 ``U``     parts of a sum that several programs share
+``M``     entries of a list of token biases, or KV pages copied at once
 ``G``     position groups of an edit mask (0: edited, or first; 1: last)
 ========  ==================================================================
 

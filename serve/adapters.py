@@ -1,0 +1,149 @@
+"""Which adapters the engine knows, and which lie in the device's bank of rank pages: host state.
+
+An adapter is folded and cut to rank pages once, and kept on the host while a request needs it or the user asked for it.
+Its device pages are needed only while a prompt of its is prefilled (an all-token adapter's while it decodes, too); they
+stay after that until their room is needed.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from preft_jax.adapter import Adapter, AdapterConfig
+from preft_jax.bank import AdapterPages, BankAllocator, adapter_page_counts
+from preft_jax.config import ModelConfig
+from preft_jax.errors import AdapterError
+
+
+class Columns(NamedTuple):
+    """The mask column of each rank page that an adapter takes at a site."""
+
+    groups: tuple[int, ...]
+
+
+class Known(NamedTuple):
+    """An adapter on the host.
+
+    ``sites`` says how many rank pages it takes where; ``slabs`` is what ``Runner.pack`` made of it.
+    """
+
+    sites: dict[str, Columns]
+    slabs: Any
+
+
+class Load(NamedTuple):
+    """An adapter that must be written to the bank."""
+
+    digest: str
+    slabs: Any
+    place: AdapterPages
+
+
+class AdapterBank:
+    """Books of the adapters on the host and of the bank's pages; ``pending`` is what must be written to the device."""
+
+    def __init__(self, model: ModelConfig, bank_pages: int, max_pages: int, pack: Callable[[Adapter], Known]):
+        self._model = model
+        self._bank_pages = bank_pages
+        self._max_pages = max_pages
+        self._pack = pack
+        self._known: dict[str, Known] = {}
+        self._users: collections.Counter[str] = collections.Counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what is on the device."""
+        self._allocator = BankAllocator(self._bank_pages)
+        self._places: collections.OrderedDict[str, AdapterPages] = collections.OrderedDict()
+        self._pins: collections.Counter[str] = collections.Counter()
+        self.pending: list[Load] = []
+        self.loads = getattr(self, "loads", 0)
+
+    def check(self, config: AdapterConfig) -> int:
+        """Return how many rank pages an adapter puts on a tile's list.
+
+        Raises:
+            AdapterError: if it can never be served with this bank.
+        """
+        counts = adapter_page_counts(config, self._model)
+        most = max(counts.values(), default=0)
+        if most > self._max_pages:
+            raise AdapterError(
+                f"the adapter takes {most} rank pages of 16 and the engine serves up to {self._max_pages}; raise "
+                "max_rank, or use an adapter of lower rank"
+            )
+        if most > self._bank_pages - 1:
+            raise AdapterError(
+                f"the adapter takes {most} rank pages and the bank has {self._bank_pages - 1}; raise bank_pages"
+            )
+        return most
+
+    def hold(self, adapter: Adapter) -> str:
+        """Keep an adapter on the host, folding it if it is new, until it is let go; return its digest."""
+        digest = adapter.digest
+        if digest not in self._known:
+            self.check(adapter.config)
+            self._known[digest] = self._pack(adapter)
+        self._users[digest] += 1
+        return digest
+
+    def put(self, digest: str, known: Known) -> None:
+        """Make an adapter known by its rank pages, and keep it."""
+        self._known[digest] = known
+        self._users[digest] += 1
+
+    def find(self, digest: str) -> Any | None:
+        """Return the slabs of an adapter that is on the host and not in the bank, else None."""
+        known = self._known.get(digest)
+        return None if known is None or digest in self._places else known.slabs
+
+    def let_go(self, digest: str) -> None:
+        """Give up one ``hold``; the last one frees the host's copy."""
+        self._users[digest] -= 1
+        if self._users[digest] <= 0:
+            del self._users[digest]
+            self._known.pop(digest, None)
+
+    def acquire(self, digest: str) -> bool:
+        """Keep an adapter's pages in the bank until it is released; False if others occupy the bank now."""
+        if digest not in self._places:
+            known = self._known[digest]
+            if not self._make_room({site: len(edit.groups) for site, edit in known.sites.items()}):
+                return False
+            place = self._allocator.allocate(known.sites)
+            self._places[digest] = place
+            self.pending.append(Load(digest, known.slabs, place))
+            self.loads += 1
+        self._places.move_to_end(digest)
+        self._pins[digest] += 1
+        return True
+
+    def release(self, digest: str) -> None:
+        """Give up one ``acquire``; the pages may then be taken by others."""
+        self._pins[digest] -= 1
+
+    def place(self, digest: str) -> AdapterPages:
+        """Return an acquired adapter's pages."""
+        return self._places[digest]
+
+    def take_pending(self) -> list[Load]:
+        """Return what must be written to the device before the next prefill."""
+        pending, self.pending = self.pending, []
+        return pending
+
+    def _make_room(self, counts: dict[str, int]) -> bool:
+        def short() -> bool:
+            return any(self._allocator.free_pages(site) < count for site, count in counts.items())
+
+        idle = [digest for digest in self._places if not self._pins[digest]]
+        free = {site: self._allocator.free_pages(site) for site in counts}
+        for digest in idle:
+            for site, place in self._places[digest].items():
+                free[site] = free.get(site, 0) + len(place.pages)
+        if any(free[site] < count for site, count in counts.items()):
+            return False
+        for digest in idle:
+            if not short():
+                break
+            self._allocator.release(self._places.pop(digest))
+        return True

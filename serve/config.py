@@ -1,0 +1,73 @@
+"""Sizes of an engine."""
+
+import dataclasses
+
+from preft_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes and switches of an ``Engine``; all in tokens or counts. None: what suits the backend.
+
+    Attributes:
+        max_num_seqs: sequences that run together.
+        max_model_len: prompt plus generated tokens of one sequence.
+        page_size: tokens of a KV page (16 on a CPU, else 64).
+        num_kv_pages: pages of the KV cache (room for ``max_num_seqs`` full sequences, or what
+            ``memory_utilization`` leaves).
+        memory_utilization: part of an accelerator's memory that the engine may take.
+        prefill_tokens: tokens of the largest prefill call.
+        prefill_seqs: sequences in one prefill call.
+        chunk_tokens: tokens of one sequence in one prefill call.
+        tile: tokens that share one list of rank pages (16 on a CPU, else 64).
+        tile_entries: rank pages that one list may hold (as many as ``max_rank`` takes; at least 8 on an accelerator).
+        max_rank: largest rank of an adapter, over its position groups together.
+        bank_pages: rank pages for each layer and site, the null page included; 1: no adapters.
+        all_token: whether all-token adapters are served (one program more).
+        scoring: whether ``prompt_logprobs`` is served (one program more).
+        decode_steps: decode steps of one call while no prompt waits.
+        prefix_caching: keep the KV of finished sequences for requests that begin alike.
+    """
+
+    max_num_seqs: int = 16
+    max_model_len: int = 512
+    page_size: int | None = None
+    num_kv_pages: int | None = None
+    memory_utilization: float = 0.9
+    prefill_tokens: int = 512
+    prefill_seqs: int = 8
+    chunk_tokens: int | None = None
+    tile: int | None = None
+    tile_entries: int | None = None
+    max_rank: int = 64
+    bank_pages: int = 1
+    all_token: bool = False
+    scoring: bool = False
+    decode_steps: int = 8
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "memory_utilization":
+                if not isinstance(value, int | float) or not 0 < value <= 1:
+                    raise ConfigError(f"memory_utilization is {value!r}; it must be above 0 and at most 1")
+            elif isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{field.name} is {value!r}; it must be True or False")
+            elif value is None and field.default is None:
+                continue
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field.name} is {value!r}; it must be an integer of at least 1")
+
+    def resolve(self, backend: str) -> "EngineConfig":
+        """Return the config with everything set that depends on the backend, but the number of KV pages."""
+        cpu = backend == "cpu"
+        tile = self.tile or (16 if cpu else 64)
+        entries = self.tile_entries or max(-(-self.max_rank // 16), 1 if cpu else 8)
+        chunk = min(self.chunk_tokens or self.prefill_tokens, self.prefill_tokens)
+        if self.prefill_tokens % tile:
+            raise ConfigError(f"prefill_tokens {self.prefill_tokens} is not a multiple of tile {tile}")
+        return dataclasses.replace(
+            self, page_size=self.page_size or (16 if cpu else 64), tile=tile, tile_entries=entries, chunk_tokens=chunk
+        )

@@ -1,0 +1,545 @@
+"""The engine: continuous batching of requests, each with its own adapter or none, over one base model.
+
+Prompts are prefilled with their adapters' edits and decoded by a program that knows no adapters. A step collects what
+the device computed, plans and starts the next call, and only then turns tokens into text, while the device works.
+"""
+
+import dataclasses
+import heapq
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
+from typing import Any
+
+import jax
+import numpy as np
+
+from preft_jax.adapter import FOLD_VERSION, Adapter
+from preft_jax.bank import pack_adapter
+from preft_jax.edit_mask import extend_edit_mask
+from preft_jax.errors import ConfigError, RequestError
+from preft_jax.generator import check_base, prompt_edit_mask
+from preft_jax.loading import Model
+from preft_jax.programs import Drawn
+from preft_jax.sampling import INVALID, SamplingParams
+from serve.adapters import AdapterBank, Columns, Known
+from serve.background import BackgroundWork
+from serve.config import EngineConfig
+from serve.metrics import CompileCounter
+from serve.pages import PageManager
+from serve.prefix import PageKeys, cache_salt
+from serve.request import Output, Request, TokenLogprobs
+from serve.runner import MAX_STOP_IDS, Runner
+from serve.scheduler import Decode, Prefill, Scheduler
+from serve.sequence import Sequence, Status
+from serve.text import TextStream
+
+NOT_NUMBERS = "the model's logits are not numbers here; check its weights, the adapter and their dtype"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Stats:
+    """Counters since the engine was made; seconds are those from the start of a call until its results were there."""
+
+    prefill_calls: int = 0
+    prefill_seconds: float = 0.0
+    decode_calls: int = 0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    device_failures: int = 0
+    recompiles: int = 0
+    finished: int = 0
+    failed: int = 0
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Info:
+    """What the engine keeps of a sample besides what the scheduler needs."""
+
+    request: Request
+    sampling: SamplingParams
+    seed: int
+    text: TextStream
+    logprobs: int | None
+    prompt_scores: list[TokenLogprobs | None] | None = None
+    shown: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Call:
+    """A call that the device is working on."""
+
+    plan: Prefill | Decode
+    rows: list[list[Sequence]]
+    drawn: list[Drawn]
+    scores: Any = None
+    started: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True)
+class _News:
+    """What a call brought one sample."""
+
+    sequence: Sequence
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
+    tops: list[TokenLogprobs] | None = None
+    finish: str | None = None
+    reason: Any = None
+    error: str | None = None
+
+
+class Engine:
+    """Serves requests on one model. Not thread-safe: one thread adds, steps and cancels.
+
+    Args:
+        model: from ``load_model``.
+        config: sizes.
+        background: other device work, given ``background_seconds`` after each step, and ``idle_seconds`` when no
+            request is there.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig = EngineConfig(),
+        *,
+        background: BackgroundWork | None = None,
+        background_seconds: float = 0.0,
+        idle_seconds: float = 0.1,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        if config.max_model_len > model.config.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len {config.max_model_len} is longer than the model's "
+                f"{model.config.max_position_embeddings} positions"
+            )
+        self.model = model
+        self.config = config = config.resolve(jax.default_backend())
+        self.runner = Runner(model, config)
+        self.pages = PageManager(self.runner.num_kv_pages, config.page_size or 1)
+        self.adapters = AdapterBank(model.config, config.bank_pages, config.tile_entries or 1, self._pack)
+        self.scheduler = Scheduler(
+            self.pages,
+            self.adapters,
+            max_num_seqs=config.max_num_seqs,
+            prefill_tokens=config.prefill_tokens,
+            prefill_seqs=config.prefill_seqs,
+            chunk_tokens=config.chunk_tokens or config.prefill_tokens,
+            tile=config.tile or 1,
+            tile_entries=config.tile_entries or 1,
+            decode_steps=config.decode_steps,
+        )
+        self._background = background
+        self._background_seconds = background_seconds
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._stats = Stats()
+        self._compiles = CompileCounter()
+        self._live: dict[int, list[Sequence]] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._early: list[_News] = []
+        self._call: _Call | None = None
+        self._next_id = 0
+        self._cohorts = 0
+
+    # Requests
+
+    def warm_up(self) -> None:
+        """Compile every program, unless that was done."""
+        if not self.runner.programs:
+            self.runner.warm_up()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether requests are unfinished or outputs are still to come."""
+        return bool(self._live or self._early)
+
+    @property
+    def stats(self) -> Stats:
+        """A copy of the counters."""
+        return dataclasses.replace(
+            self._stats,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            preemptions=self.scheduler.preemptions,
+            adapter_loads=self.adapters.loads,
+            recompiles=self._compiles.count,
+        )
+
+    def load_adapters(self, adapters: Iterable[Adapter]) -> None:
+        """Fold adapters now and keep them on the host, so that requests need not wait for it."""
+        for adapter in adapters:
+            self._check_adapter(adapter)
+            self.adapters.hold(adapter)
+
+    def add(self, request: Request) -> int:
+        """Take a request; its outputs come from ``step``.
+
+        Raises:
+            RequestError, AdapterError: if it can never be served; nothing else is affected.
+        """
+        sequences = self._sequences(request)
+        if request.adapter is not None:
+            digest = self.adapters.hold(request.adapter)
+            for sequence in sequences:
+                sequence.adapter = digest
+        self._next_id += 1
+        self._live[sequences[0].request_id] = sequences
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (self._clock() + request.deadline, sequences[0].request_id))
+        self.scheduler.add(sequences[0])
+        return sequences[0].request_id
+
+    def cancel(self, request_id: int, error: str | None = None) -> None:
+        """Give a request up; its samples' last outputs say ``"abort"``. Unknown and finished ones are ignored."""
+        for sequence in self._live.get(request_id, []):
+            if sequence.status is not Status.FINISHED:
+                self._end(_News(sequence=sequence, finish="abort", error=error))
+
+    def _sequences(self, request: Request) -> list[Sequence]:
+        """Check a request and return its samples."""
+        prompt, sampling, model = request.prompt.token_ids, request.sampling, self.model.config
+        longest = len(prompt) + request.max_tokens
+        if longest > self.config.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}: together more than "
+                f"max_model_len {self.config.max_model_len}; shorten the prompt, or raise max_model_len"
+            )
+        if longest > self.pages.num_pages * self.pages.page_size:
+            raise RequestError(
+                f"the request needs room for {longest} tokens and the whole KV cache holds "
+                f"{self.pages.num_pages * self.pages.page_size}; lower max_tokens, or raise num_kv_pages"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise RequestError(
+                f"the prompt holds token ids outside 0 to {model.vocab_size - 1}, the model's vocabulary"
+            )
+        if request.prompt_logprobs is not None and not self.config.scoring:
+            raise RequestError("prompt_logprobs is not served by this engine; make it with EngineConfig(scoring=True)")
+        if request.stop and self.model.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
+        entries = 0 if request.adapter is None else self._check_adapter(request.adapter)
+        prompt_mask = prompt_edit_mask(request.prompt, request.adapter)
+        positions = "prompt" if request.adapter is None else request.adapter.config.positions
+        mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)
+        eos = () if sampling.ignore_eos else model.eos_token_ids
+        salt = cache_salt(
+            base=self.model.digest,
+            kv_dtype=str(self.runner.dtype),
+            adapter=None if request.adapter is None else request.adapter.digest,
+            fold_version=FOLD_VERSION,
+        )
+        first_seed = request.seed if sampling.seed is None else sampling.seed
+        sequences = []
+        for index in range(request.n):
+            keys = PageKeys(salt, self.pages.page_size) if self.config.prefix_caching else None
+            info = _Info(
+                request=request,
+                sampling=sampling,
+                seed=(first_seed + index) % 2**32,
+                text=TextStream(self.model.tokenizer, request.stop),
+                logprobs=request.logprobs,
+            )
+            sequence = Sequence(
+                request_id=self._next_id,
+                index=index,
+                order=self._next_id,
+                priority=request.priority,
+                tokens=list(prompt),
+                prompt_len=len(prompt),
+                mask=mask,
+                max_tokens=request.max_tokens,
+                stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
+                entries=entries,
+                all_token=request.adapter is not None and not request.adapter.config.prefill_only,
+                keys=keys,
+                score=request.prompt_logprobs is not None and index == 0,
+                info=info,
+                status=Status.FORKING if index else Status.WAITING,
+            )
+            sequences.append(sequence)
+        sequences[0].followers = sequences[1:]
+        return sequences
+
+    def _check_adapter(self, adapter: Adapter) -> int:
+        check_base(adapter, self.model)
+        if not adapter.config.prefill_only and not self.config.all_token:
+            raise RequestError(
+                "the adapter edits every token (positions 'all') and this engine serves prompt-only adapters; make it "
+                "with EngineConfig(all_token=True)"
+            )
+        return self.adapters.check(adapter.config)
+
+    def _pack(self, adapter: Adapter) -> Known:
+        edits = pack_adapter(adapter, self.model.config, self.runner.dtype)
+        return Known({site: Columns(edit.groups) for site, edit in edits.items()}, self.runner.pack(edits))
+
+    # Steps
+
+    def step(self) -> list[Output]:
+        """Collect what the device computed, give it the next call, and return the outputs of the one before."""
+        self.warm_up()
+        with self._compiles:
+            news = self._collect()
+            plan = self._schedule()
+            self._run(plan)
+            return self._outputs(news)
+
+    def _schedule(self) -> Prefill | Decode | None:
+        now = self._clock() if self._deadlines else 0.0
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.cancel(heapq.heappop(self._deadlines)[1], "its deadline passed")
+        return self.scheduler.schedule()
+
+    def _run(self, plan: Prefill | Decode | None) -> None:
+        """Start a call on the device; without one, background work may run."""
+        if plan is None:
+            self._run_background(self._idle_seconds)
+            return
+        try:
+            started = self._clock()
+            self._call = self._start_prefill(plan) if isinstance(plan, Prefill) else self._start_decode(plan)
+            self._call.started = started
+            self._stage_ahead()
+        except Exception as error:
+            self._recover(plan, error)
+
+    def _stage_ahead(self) -> None:
+        """Copy the adapters of the next prompts to the device while it works on others."""
+        for digest in self.scheduler.next_adapters():
+            slabs = self.adapters.find(digest)
+            if slabs is not None:
+                self.runner.stage(digest, slabs)
+
+    def _start_prefill(self, plan: Prefill) -> _Call:
+        self._stats.prefill_calls += 1
+        for load in self.adapters.take_pending():
+            self.runner.write_adapter(*load)
+        places = [{} if s.adapter is None else self.adapters.place(s.adapter) for s in plan.sequences]
+        scores = None
+        if any(sequence.score for sequence in plan.sequences):
+            logits, rows, scores = self.runner.score(plan.chunks, places)
+        else:
+            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens)
+        drawing: list[tuple[int, Sequence]] = []
+        for row, chunk in zip(rows, plan.chunks, strict=True):
+            if chunk.last:
+                forked = self.scheduler.fork(chunk.sequence)
+                self.runner.copy_pages([pair for _, pair in forked if pair is not None])
+                drawing += [(row, sequence) for sequence in (chunk.sequence, *(s for s, _ in forked))]
+        sequences = [sequence for _, sequence in drawing]
+        drawn = self.runner.draw(logits, [row for row, _ in drawing], sequences)
+        size = self.config.prefill_seqs
+        return _Call(
+            plan=plan,
+            rows=[sequences[at : at + size] for at in range(0, len(sequences), size)],
+            drawn=drawn,
+            scores=scores,
+        )
+
+    def _start_decode(self, plan: Decode) -> _Call:
+        self._stats.decode_calls += 1
+        adapted = [s for s in plan.sequences if s.all_token]
+        plain = [s for s in plan.sequences if not s.all_token]
+        if adapted and plain and self._merging_is_cheaper(len(plain), len(adapted)):
+            adapted, plain = plan.sequences, []
+        call = _Call(plan=plan, rows=[], drawn=[])
+        if plain:
+            call.rows.append(plain)
+            call.drawn.append(self.runner.decode(plain, plan.steps))
+        if adapted:
+            places = [self.adapters.place(s.adapter) if s.all_token and s.adapter else {} for s in adapted]
+            call.rows.append(adapted)
+            call.drawn.append(self.runner.decode_adapted(adapted, places, plan.steps))
+        return call
+
+    def _merging_is_cheaper(self, plain: int, adapted: int) -> bool:
+        """Whether one call that knows adapters is quicker than two calls, by the times measured at warm-up."""
+        runner = self.runner
+        together = runner.step_seconds[runner.adapted_program(plain + adapted)]
+        apart = runner.step_seconds[runner.plain_program(plain)] + runner.step_seconds[runner.adapted_program(adapted)]
+        return together < apart
+
+    def _run_background(self, seconds: float) -> None:
+        if self._background is not None and seconds > 0:
+            self._background.run(seconds)
+
+    # Results
+
+    def _collect(self) -> list[_News]:
+        """Wait for the call in flight and give each sequence what it drew."""
+        news, self._early = self._early, []
+        call, self._call = self._call, None
+        if call is None:
+            return news
+        try:
+            drawn = [_fetch(d, rows) for d, rows in zip(call.drawn, call.rows, strict=True)]
+            scores = None if call.scores is None else jax.device_get(call.scores)
+            if not drawn:
+                jax.block_until_ready(self.runner.cache)
+        except Exception as error:
+            self._recover(call.plan, error)
+            return news + self._take_early()
+        for sequence in call.plan.sequences:
+            if sequence.cohort is not None and sequence.cohort[0] == type(call.plan).__name__:
+                sequence.cohort = None
+        seconds = self._clock() - call.started
+        if isinstance(call.plan, Decode):
+            self._stats.decode_seconds += seconds
+            self._stats.decode_steps += max(int((d.token_NB != -1).any(axis=1).sum()) for d in drawn)
+        else:
+            self._stats.prefill_seconds += seconds
+            for chunk in call.plan.chunks:
+                if chunk.sequence.score and chunk.sequence.status is not Status.FINISHED:
+                    _keep_scores(chunk, scores)
+                self._stats.prompt_tokens += chunk.end - chunk.start
+                self.scheduler.computed(chunk)
+        for sequences, d in zip(call.rows, drawn, strict=True):
+            news += self._append(sequences, d)
+        self._run_background(self._background_seconds)
+        return news
+
+    def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[_News]:
+        count = len(sequences)
+        tokens, logprobs, sampled = (np.asarray(x)[:, :count].T.tolist() for x in drawn[:3])
+        news = []
+        for row, sequence in enumerate(sequences):
+            if sequence.status is Status.FINISHED:
+                continue
+            ids = [token for token in tokens[row] if token != -1]
+            new = _News(sequence=sequence)
+            if INVALID in ids:
+                ids = ids[: ids.index(INVALID)]
+                new.finish, new.error = "error", NOT_NUMBERS
+            if len(sequence.stop_ids) > MAX_STOP_IDS:
+                ids = _through_stop(ids, sequence.stop_ids)
+            new.token_ids, n = ids, len(ids)
+            new.logprobs, new.sampling_logprobs = logprobs[row][:n], sampled[row][:n]
+            if sequence.info.logprobs is not None:
+                new.tops = _tops(drawn, row, new, sequence.info.logprobs)
+            self._stats.generated_tokens += n
+            self.scheduler.append(sequence, ids)
+            if new.finish is None and ids and ids[-1] in sequence.stop_ids:
+                new.finish, new.reason = "stop", ids[-1]
+            elif new.finish is None and sequence.remaining <= 0:
+                new.finish = "length"
+            if new.finish is not None:
+                self.scheduler.finish(sequence)
+            news.append(new)
+        return news
+
+    def _end(self, news: _News) -> None:
+        """End a sample outside a call's results; its last output comes with the next step."""
+        self.scheduler.finish(news.sequence)
+        self._early.append(news)
+
+    def _take_early(self) -> list[_News]:
+        early, self._early = self._early, []
+        return early
+
+    def _recover(self, plan: Prefill | Decode, error: Exception) -> None:
+        """After a failed call: make the device's state anew, and compute its sequences again in halves.
+
+        A sequence whose call fails alone is the one that cannot be served.
+        """
+        self._stats.device_failures += 1
+        self._call = None
+        self.runner.reset()
+        self.adapters.reset()
+        self.scheduler.reset()
+        members = [s for s in plan.sequences if s.status is not Status.FINISHED]
+        if len(members) == 1:
+            message = f"the device failed: {type(error).__name__}: {error}"
+            self._end(_News(sequence=members[0], finish="error", error=message))
+            return
+        for part in (members[: len(members) // 2], members[len(members) // 2 :]):
+            self._cohorts += 1
+            for sequence in part:
+                sequence.cohort = (type(plan).__name__, self._cohorts)
+
+    def _outputs(self, news: Many[_News]) -> list[Output]:
+        """Turn news into outputs; text that ends a sample takes it out of the call in flight."""
+        outputs = []
+        for new in (*news, *self._take_early()):
+            sequence, info = new.sequence, new.sequence.info
+            text, kept = info.text.push(new.token_ids)
+            if info.text.stopped is not None and new.finish != "error":
+                new.finish, new.reason = "stop", info.text.stopped
+                del new.token_ids[kept:], new.logprobs[kept:], new.sampling_logprobs[kept:]
+                self.scheduler.finish(sequence)
+            info.shown += len(new.token_ids)
+            if new.finish is not None:
+                ids = sequence.tokens[sequence.prompt_len : sequence.prompt_len + info.shown]
+                ended = new.finish == "stop" and info.text.stopped is None
+                text += info.text.finish(ids[:-1] if ended else ids)
+                self._forget(sequence)
+                self._stats.finished += 1
+                self._stats.failed += new.finish == "error"
+            outputs.append(
+                Output(
+                    request_id=sequence.request_id,
+                    index=sequence.index,
+                    token_ids=new.token_ids,
+                    text=text,
+                    logprobs=new.logprobs,
+                    sampling_logprobs=new.sampling_logprobs,
+                    top_logprobs=None if new.tops is None else new.tops[: len(new.token_ids)],
+                    prompt_logprobs=info.prompt_scores if info.shown == len(new.token_ids) else None,
+                    finish_reason=new.finish,
+                    stop_reason=new.reason,
+                    error=new.error,
+                )
+            )
+        return outputs
+
+    def _forget(self, sequence: Sequence) -> None:
+        rest = [s for s in self._live[sequence.request_id] if s is not sequence]
+        self._live[sequence.request_id] = rest
+        if not rest:
+            del self._live[sequence.request_id]
+            if sequence.adapter is not None:
+                self.adapters.let_go(sequence.adapter)
+
+
+def _fetch(drawn: Drawn, sequences: Many[Sequence]) -> Drawn:
+    """Bring drawn tokens to the host; the most likely ones only if a sequence wants them."""
+    if not any(sequence.info.logprobs for sequence in sequences):
+        drawn = drawn._replace(top_token_NBE=None, top_logprob_NBE=None)
+    return jax.device_get(drawn)
+
+
+def _through_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    at = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[: at + 1]
+
+
+def _tops(drawn: Drawn, row: int, new: _News, count: int) -> list[TokenLogprobs]:
+    if drawn.top_token_NBE is None or drawn.top_logprob_NBE is None:
+        return [TokenLogprobs(*pair, {}) for pair in zip(new.token_ids, new.logprobs, strict=True)]
+    tokens, logprobs = np.asarray(drawn.top_token_NBE)[:, row], np.asarray(drawn.top_logprob_NBE)[:, row]
+    return [
+        TokenLogprobs(token, logprob, dict(zip(tokens[n, :count].tolist(), logprobs[n, :count].tolist(), strict=True)))
+        for n, (token, logprob) in enumerate(zip(new.token_ids, new.logprobs, strict=True))
+    ]
+
+
+def _keep_scores(chunk: Any, scores: Any) -> None:
+    """Note the log-probabilities of the prompt tokens after each token of a chunk."""
+    sequence, info = chunk.sequence, chunk.sequence.info
+    if info.prompt_scores is None or chunk.start == 0:
+        info.prompt_scores = [None]
+    prompt_scores: Any = info.prompt_scores
+    logprob_T, token_TE, top_logprob_TE = scores
+    for n in range(chunk.end - chunk.start):
+        following = chunk.start + n + 1
+        if following < sequence.prompt_len:
+            at, count = chunk.at + n, info.request.prompt_logprobs
+            top = dict(zip(token_TE[at, :count].tolist(), top_logprob_TE[at, :count].tolist(), strict=True))
+            prompt_scores.append(TokenLogprobs(sequence.tokens[following], float(logprob_T[at]), top))

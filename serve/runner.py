@@ -1,0 +1,387 @@
+"""The device side of an engine: weights, KV cache, bank and compiled programs; plans in, drawn tokens out.
+
+Calls return at once with arrays that the device is still computing. Every program is compiled once, for one shape, when
+the runner is made ready; nothing is traced or compiled after that.
+"""
+
+import functools
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from preft_jax.bank import AdapterPages, PackedSite, init_bank
+from preft_jax.batch import Span, bucket, pack_prefill, pack_rows, round_up, rows_of
+from preft_jax.cache import KVCache, init_cache, pages_for
+from preft_jax.errors import ConfigError
+from preft_jax.generator import serving_params
+from preft_jax.loading import Model
+from preft_jax.logits import History
+from preft_jax.programs import DecodeState, Drawn
+from preft_jax.sampling import SamplingParams, sampling_arrays
+from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
+from serve import device
+from serve.config import EngineConfig
+from serve.scheduler import Chunk
+from serve.sequence import Sequence
+
+MAX_STOP_IDS = 16
+"""End tokens of a sequence that the device knows; further ones are found by the host."""
+
+COPIES = 8
+"""KV pages that one call copies."""
+
+Slabs = dict[str, list[dict[str, device.Slab]]]
+"""An adapter as the device takes it: for each writing program its rank pages, each a slab for every site."""
+
+SITE_GROUPS = {"write-linears": LINEAR_SITES, "write-block": ("block",)}
+
+
+_shared: dict[Any, dict[str, tuple[Any, float]]] = {}
+"""Compiled programs and the seconds that each took, by everything that their shapes depend on."""
+
+
+class Runner:
+    """Runs an engine's calls on the device."""
+
+    def __init__(self, model: Model, config: EngineConfig):
+        self.model = model
+        self.config = config
+        self.params = serving_params(model, config.max_num_seqs)
+        self.dtype = self.params["embed"].dtype
+        self.table_width = pages_for(config.max_model_len, config.page_size or 1)
+        self._adapters = config.bank_pages > 1
+        self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
+        self.num_kv_pages = config.num_kv_pages or self._room_for_pages()
+        self.cache = self._new_cache()
+        self.programs: dict[str, Any] = {}
+        self.compile_seconds: dict[str, float] = {}
+        self.step_seconds: dict[str, float] = {}
+        self._rows_cache: tuple[Any, Any] | None = None
+        small_rows, small_tokens = (
+            bucket(config.max_num_seqs) // 4,
+            round_up(config.prefill_tokens // 8, config.tile or 1),
+        )
+        self.row_counts = sorted({max(small_rows, 1), config.max_num_seqs})
+        self.adapted_row_counts: list[int] = []
+        if config.all_token and self._adapters:
+            # Ten programs at most: with scoring, one of them.
+            self.adapted_row_counts = self.row_counts[-1:] if config.scoring else self.row_counts
+        self.token_counts = sorted({small_tokens, config.prefill_tokens})
+        # A gap between two sequences takes a row of the batch.
+        self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
+        counts = {*self.row_counts, config.prefill_seqs}
+        self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in counts}
+        self._staged: dict[str, Slabs] = {}
+        self._empty_slabs: dict[str, device.Slab] = {}
+
+    # Memory
+
+    def _new_cache(self) -> KVCache:
+        return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.dtype)
+
+    def _room_for_pages(self) -> int:
+        """Return how many KV pages fit: enough for all rows, or what an accelerator's memory leaves."""
+        config, shape = self.config, self.model.config
+        wanted = config.max_num_seqs * self.table_width
+        stats = jax.devices()[0].memory_stats() or {}
+        if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
+            return wanted
+        jax.block_until_ready((self.params, self.bank))
+        used = (jax.devices()[0].memory_stats() or {})["bytes_in_use"]
+        size = self.dtype.itemsize
+        layer = config.prefill_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * size
+        working = 2 * layer + 6 * 4 * config.max_num_seqs * shape.vocab_size
+        if self._adapters:
+            widths = sum(map(sum, map(shape.site_shape, SITES)))
+            working += config.prefill_seqs * RANK_PAGE * widths * shape.num_hidden_layers * size
+        page = 2 * shape.num_hidden_layers * shape.kv_size * size * (config.page_size or 1)
+        room = int(stats["bytes_limit"] * config.memory_utilization - used - working) // page
+        if room < self.table_width:
+            raise ConfigError(
+                f"{room} KV pages of {page >> 10} KiB fit beside the weights and {config.bank_pages} rank pages; one "
+                f"sequence of max_model_len {config.max_model_len} needs {self.table_width}: lower bank_pages, "
+                "max_model_len, prefill_tokens or max_num_seqs"
+            )
+        return min(room, wanted)
+
+    def reset(self) -> None:
+        """Make cache and bank anew: a call that failed may have consumed them."""
+        self.cache = self._new_cache()
+        self._staged = {}
+        if self._adapters:
+            self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)
+
+    # Programs
+
+    def warm_up(self) -> None:
+        """Compile every program, then time what the engine chooses by.
+
+        Programs are traced one by one and compiled side by side; runners of the same shapes share them.
+        """
+        abstract = jax.tree.map(lambda x: (x.shape, x.dtype), (self.params, self.cache, self.bank))
+        key = self.model.config, self.config, str(abstract)
+        if key not in _shared:
+            lowered = dict(self._lower())
+            with ThreadPoolExecutor() as pool:
+                _shared[key] = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+        self.programs = {name: compiled for name, (compiled, _) in _shared[key].items()}
+        self.compile_seconds = {name: round(seconds, 3) for name, (_, seconds) in _shared[key].items()}
+        self._time_decode()
+
+    def _lower(self) -> Any:
+        config, shape = self.config, self.model.config
+
+        def lower(function: Any, *args: Any, donate: int | None = None) -> Any:
+            return jax.jit(function, donate_argnums=() if donate is None else donate).lower(*args)
+
+        for tokens in self.token_counts:
+            batch = self._pack([], tokens)
+            query = min(config.chunk_tokens or tokens, tokens)
+            function = functools.partial(device.prefill, shape, query)
+            yield f"prefill-{tokens}", lower(function, self.params, self.bank, self.cache, batch, donate=2)
+            if config.scoring and tokens == config.prefill_tokens:
+                function = functools.partial(device.score, shape, query)
+                args = self.params, self.bank, self.cache, batch, np.zeros(tokens, np.int32)
+                yield "score", lower(function, *args, donate=2)
+        logits = jax.ShapeDtypeStruct((self._prefill_rows, shape.vocab_size), jnp.float32)
+        drawing = self._sampling([], config.prefill_seqs)
+        yield "draw", lower(device.draw, logits, np.zeros(config.prefill_seqs, np.int32), *drawing)
+        for rows in self.row_counts:
+            function = functools.partial(device.decode, shape, config.decode_steps)
+            args = self.params, self.cache, *self._decode_args([], rows, 1)
+            yield f"decode-{rows}", lower(function, *args, donate=1)
+        for rows in self.adapted_row_counts:
+            function = functools.partial(device.decode_adapted, shape, config.decode_steps)
+            args = self.params, self.bank, self._row_pages([], rows), self.cache, *self._decode_args([], rows, 1)
+            yield f"decode-adapted-{rows}", lower(function, *args, donate=3)
+        none = np.zeros(COPIES, np.int32)
+        yield "copy-pages", lower(device.copy_pages, self.cache, none, none, donate=0)
+        if self._adapters:
+            for name, sites in SITE_GROUPS.items():
+                slabs = {site: self._empty_slab(site) for site in sites}
+                yield name, lower(device.write_slabs, self.bank, slabs, dict.fromkeys(sites, np.int32(0)), donate=0)
+
+    def _time_decode(self) -> None:
+        """Measure a step of each decode program, all rows busy, before any page holds anything."""
+        for name in [name for name in self.programs if name.startswith("decode")]:
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                jax.device_get(self._call_decode(name, [], [], 1, pretend=True).token_NB)
+                times.append(time.perf_counter() - start)
+            self.step_seconds[name] = min(times)
+
+    # Prefill
+
+    def prefill(self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int) -> tuple[jax.Array, list[int]]:
+        """Compute chunks; return the logits of their last tokens, and the row of each."""
+        tokens = next(count for count in self.token_counts if count >= num_tokens)
+        batch = self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks])
+        logits_BV, self.cache = self.programs[f"prefill-{tokens}"](self.params, self.bank, self.cache, batch)
+        return logits_BV, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks])
+
+    def score(
+        self, chunks: Many[Chunk], places: Many[AdapterPages]
+    ) -> tuple[jax.Array, list[int], tuple[jax.Array, jax.Array, jax.Array]]:
+        """``prefill`` that also returns the log-probability of each token's successor, and the most likely ones."""
+        batch = self._pack(self._spans(chunks, places), self.config.prefill_tokens, [chunk.at for chunk in chunks])
+        next_T = np.zeros(self.config.prefill_tokens, np.int32)
+        for chunk in chunks:
+            following = chunk.sequence.tokens[chunk.start + 1 : chunk.end + 1]
+            next_T[chunk.at : chunk.at + len(following)] = following
+        logits_BV, self.cache, logprob_T, tops = self.programs["score"](
+            self.params, self.bank, self.cache, batch, next_T
+        )
+        return logits_BV, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks]), (logprob_T, *tops)
+
+    def draw(self, logits_BV: jax.Array, rows: Many[int], sequences: Many[Sequence]) -> list[Drawn]:
+        """Draw the first token of each sequence from a row of the logits; one ``Drawn`` for each ``prefill_seqs``."""
+        size, drawn = self.config.prefill_seqs, []
+        for at in range(0, len(sequences), size):
+            some = sequences[at : at + size]
+            row_B = np.zeros(size, np.int32)
+            row_B[: len(some)] = rows[at : at + size]
+            drawn.append(self.programs["draw"](logits_BV, row_B, *self._sampling(some, size)))
+        return drawn
+
+    def copy_pages(self, pairs: Many[tuple[int, int]]) -> None:
+        """Copy KV pages, ``(from, to)`` each."""
+        for at in range(0, len(pairs), COPIES):
+            some = pairs[at : at + COPIES]
+            source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.num_kv_pages, np.int32)
+            source[: len(some)], target[: len(some)] = zip(*some, strict=True)
+            self.cache = self.programs["copy-pages"](self.cache, source, target)
+
+    def _spans(self, chunks: Many[Chunk], places: Many[AdapterPages]) -> list[Span]:
+        return [
+            Span(
+                tokens=np.asarray(chunk.sequence.tokens[chunk.start : chunk.end], np.int32),
+                start=chunk.start,
+                edit_mask=chunk.sequence.mask[chunk.start : chunk.end],
+                kv_pages=chunk.sequence.pages,
+                adapter_pages=place,
+            )
+            for chunk, place in zip(chunks, places, strict=True)
+        ]
+
+    def _pack(self, spans: Many[Span], num_tokens: int, starts: Many[int] | None = None) -> Any:
+        config = self.config
+        return pack_prefill(
+            spans,
+            num_tokens=num_tokens,
+            num_requests=self._prefill_rows,
+            page_table_width=self.table_width,
+            page_size=config.page_size or 1,
+            tile=config.tile or 1,
+            min_entries=config.tile_entries or 1,
+            starts=starts,
+        )
+
+    # Decode
+
+    def plain_program(self, count: int) -> str:
+        """Return the name of the decode program that serves ``count`` sequences without adapters."""
+        return f"decode-{next(rows for rows in self.row_counts if rows >= count)}"
+
+    def adapted_program(self, count: int) -> str:
+        """Return the name of the decode program that serves ``count`` sequences, some with all-token adapters."""
+        return f"decode-adapted-{next(rows for rows in self.adapted_row_counts if rows >= count)}"
+
+    def decode(self, sequences: Many[Sequence], steps: int) -> Drawn:
+        """Run decode steps of the plain base model."""
+        return self._call_decode(self.plain_program(len(sequences)), sequences, [], steps)
+
+    def decode_adapted(self, sequences: Many[Sequence], places: Many[AdapterPages], steps: int) -> Drawn:
+        """Run decode steps with the adapters at ``places``; an empty place is the base model."""
+        return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps)
+
+    def _call_decode(
+        self, name: str, sequences: Many[Sequence], places: Many[AdapterPages], steps: int, *, pretend: bool = False
+    ) -> Drawn:
+        rows = int(name.rpartition("-")[2])
+        state, *rest = self._decode_args(sequences, rows, steps)
+        if pretend:
+            state = state._replace(remaining_B=np.ones(rows, np.int32))
+        if name.startswith("decode-adapted"):
+            pages = self._row_pages(places, rows)
+            self.cache, drawn = self.programs[name](self.params, self.bank, pages, self.cache, state, *rest)
+        else:
+            self.cache, drawn = self.programs[name](self.params, self.cache, state, *rest)
+        return drawn
+
+    def _row_pages(self, places: Many[AdapterPages], rows: int) -> dict[str, np.ndarray]:
+        return pack_rows([*places, *[{}] * (rows - len(places))], min_entries=self.config.tile_entries or 1)
+
+    def _decode_args(self, sequences: Many[Sequence], rows: int, steps: int) -> tuple[Any, ...]:
+        stops, sampling = self._row_constants(sequences, rows)
+        state = DecodeState(
+            np.zeros(rows, np.int32),
+            np.zeros(rows, np.int32),
+            np.zeros(rows, np.int32),
+            np.zeros((rows, self.table_width), np.int32),
+            stops,
+        )
+        for row, sequence in enumerate(sequences):
+            state.token_B[row] = sequence.tokens[-1]
+            state.position_B[row] = len(sequence.tokens) - 1
+            state.remaining_B[row] = sequence.remaining
+            state.page_table_BP[row, : len(sequence.pages)] = sequence.pages
+        history, want_tops = self._history(sequences, rows)
+        return state, sampling, history, np.int32(steps), want_tops
+
+    def _row_constants(self, sequences: Many[Sequence], rows: int) -> tuple[Any, Any]:
+        """Return stop ids and sampling parameters, kept on the device while the rows stay the same."""
+        key = rows, tuple(map(id, sequences))
+        if self._rows_cache is None or self._rows_cache[0] != key:
+            stops = np.full((rows, MAX_STOP_IDS), -1, np.int32)
+            for row, sequence in enumerate(sequences):
+                ids = list(sequence.stop_ids)[:MAX_STOP_IDS]
+                stops[row, : len(ids)] = ids
+            params, seeds = [s.info.sampling for s in sequences], [s.info.seed for s in sequences]
+            made = jax.device_put((stops, sampling_arrays(params, seeds, rows)))
+            self._rows_cache = (key, (made, list(sequences)))
+        return self._rows_cache[1][0]
+
+    def _sampling(self, sequences: Many[Sequence], rows: int) -> tuple[Any, Any, Any]:
+        params: list[SamplingParams] = [s.info.sampling for s in sequences]
+        arrays = sampling_arrays(params, [s.info.seed for s in sequences], rows)
+        return arrays, *self._history(sequences, rows)
+
+    def _history(self, sequences: Many[Sequence], rows: int) -> tuple[History, np.ndarray]:
+        """Return tokens for penalties, empty ones if no sequence has any, and whether one wants likely tokens."""
+        lengths = np.zeros((2, rows), np.int32)
+        lengths[0, : len(sequences)] = [s.prompt_len for s in sequences]
+        lengths[1, : len(sequences)] = [len(s.tokens) for s in sequences]
+        want_tops = np.asarray(any(s.info.logprobs for s in sequences))
+        tokens: Any = self._no_history[rows]
+        if any(_penalised(s.info.sampling) for s in sequences):
+            tokens = np.zeros((rows, self.config.max_model_len), np.int32)
+            for row, sequence in enumerate(sequences):
+                tokens[row, : len(sequence.tokens)] = sequence.tokens
+        return History(tokens, lengths[0], lengths[1]), want_tops
+
+    # Bank
+
+    def pack(self, edits: Mapping[str, PackedSite]) -> Slabs:
+        """Cut an adapter to slabs as they are copied to the device; on an accelerator, to memory that it can read."""
+        slabs: Slabs = {}
+        for name, sites in SITE_GROUPS.items():
+            held = [site for site in sites if site in edits]
+            slabs[name] = [
+                {
+                    site: device.Slab(*(array[:, n] for array in edits[site][:3]))
+                    for site in held
+                    if n < len(edits[site].groups)
+                }
+                for n in range(max((len(edits[site].groups) for site in held), default=0))
+            ]
+        if jax.default_backend() != "gpu":
+            return slabs
+        pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        return jax.device_put(jax.tree.map(np.ascontiguousarray, slabs), pinned)
+
+    def stage(self, digest: str, slabs: Slabs) -> None:
+        """Begin to copy an adapter to the device, for a ``write_adapter`` to come."""
+        if jax.default_backend() == "cpu" or digest in self._staged:
+            return
+        while len(self._staged) >= self.config.prefill_seqs:
+            self._staged.pop(next(iter(self._staged)))
+        self._staged[digest] = self._to_device(slabs)
+
+    def write_adapter(self, digest: str, slabs: Slabs, place: AdapterPages) -> None:
+        """Write an adapter's rank pages to the bank."""
+        staged = self._staged.pop(digest, None)
+        for name, pages in (staged or self._to_device(slabs)).items():
+            for n, held in enumerate(pages):
+                all_sites = {site: held.get(site) or self._empty_slab(site) for site in SITE_GROUPS[name]}
+                page = {site: np.int32(place[site].pages[n] if site in held else 0) for site in all_sites}
+                self.bank = self.programs[name](self.bank, all_sites, page)
+
+    def _to_device(self, slabs: Slabs) -> Slabs:
+        return jax.device_put(slabs, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device"))
+
+    def _empty_slab(self, site: str) -> device.Slab:
+        if site not in self._empty_slabs:
+            d, f = self.model.config.site_shape(site)
+            layers = self.model.config.num_hidden_layers
+            self._empty_slabs[site] = device.Slab(
+                jnp.zeros((layers, d, RANK_PAGE), self.dtype),
+                jnp.zeros((layers, RANK_PAGE), jnp.float32),
+                jnp.zeros((layers, RANK_PAGE, f), self.dtype),
+            )
+        return self._empty_slabs[site]
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _compile(lowered: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start

@@ -1,0 +1,342 @@
+"""Decides what the device does next: one call of prefill chunks, or one call of decode steps. Plain Python, no JAX.
+
+Prompts are prefilled in chunks within a token budget. While a prompt waits, each prefill call is followed by one decode
+step, so that running sequences go on; else decoding takes several steps a call. A sequence that finds no room for its
+next KV page preempts the one that would be served last, which is computed again later.
+"""
+
+import dataclasses
+import heapq
+from typing import Protocol
+
+from serve.pages import PageManager
+from serve.sequence import Sequence, Status
+
+
+class AdapterSlots(Protocol):
+    """What the scheduler knows of adapters: whether one can be on the device for the next prefill."""
+
+    def acquire(self, digest: str) -> bool:
+        """Keep an adapter on the device until it is released; False if that cannot be now."""
+        ...
+
+    def release(self, digest: str) -> None:
+        """Give up one ``acquire``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``start`` to ``end`` of a sequence, at position ``at`` of a prefill batch."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    at: int
+
+    @property
+    def last(self) -> bool:
+        """Whether it ends the prompt (with what was generated before a preemption): a token is then drawn."""
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prefill:
+    """A prefill call."""
+
+    chunks: list[Chunk]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Whose chunks they are."""
+        return [chunk.sequence for chunk in self.chunks]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch, gaps between chunks included."""
+        last = self.chunks[-1]
+        return last.at + last.end - last.start
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decode:
+    """A decode call of up to ``steps`` steps."""
+
+    sequences: list[Sequence]
+    steps: int
+
+
+class _Packing:
+    """Where chunks go in a prefill batch: one after the other, but no tile lists more rank pages than it may."""
+
+    def __init__(self, budget: int, tile: int, max_entries: int):
+        self._budget = budget
+        self._tile = tile
+        self._max_entries = max_entries
+        self._end = 0
+        self._entries = 0
+
+    def place(self, wanted: int, entries: int) -> tuple[int, int]:
+        """Return where the next chunk begins and how many of the wanted tokens fit there; it is then taken."""
+        at = self._end
+        if at % self._tile == 0 or self._entries + entries > self._max_entries:
+            at, held = -(-at // self._tile) * self._tile, 0
+        else:
+            held = self._entries
+        count = min(wanted, self._budget - at)
+        if count > 0:
+            self._end = at + count
+            same_tile = at // self._tile == (self._end - 1) // self._tile
+            self._entries = entries + (held if same_tile else 0)
+        return at, count
+
+
+class Scheduler:
+    """Owns the queues and every sequence's KV pages and claim on its adapter."""
+
+    def __init__(
+        self,
+        pages: PageManager,
+        adapters: AdapterSlots,
+        *,
+        max_num_seqs: int,
+        prefill_tokens: int,
+        prefill_seqs: int,
+        chunk_tokens: int,
+        tile: int,
+        tile_entries: int,
+        decode_steps: int,
+    ):
+        self.pages = pages
+        self._adapters = adapters
+        self._max_num_seqs = max_num_seqs
+        self._prefill_tokens = prefill_tokens
+        self._prefill_seqs = prefill_seqs
+        self._chunk_tokens = chunk_tokens
+        self._tile = tile
+        self._tile_entries = tile_entries
+        self._decode_steps = decode_steps
+        self._waiting: list[tuple[tuple[int, int], int, Sequence]] = []
+        # Ordered sets.
+        self._prefilling: dict[Sequence, None] = {}
+        self._running: dict[Sequence, None] = {}
+        self._pushed = 0
+        self._decode_is_next = False
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without KV pages."""
+        return sum(sequence.status is Status.WAITING for _, _, sequence in self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with KV pages."""
+        return len(self._prefilling) + len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence into the queue."""
+        sequence.status = Status.WAITING
+        self._pushed += 1
+        heapq.heappush(self._waiting, (sequence.rank, self._pushed, sequence))
+
+    def schedule(self) -> Prefill | Decode | None:
+        """Return the next call, with KV pages allotted for it, or None if there is nothing to do."""
+        if not (self._decode_is_next and self._running):
+            chunks = self._plan_prefill()
+            if chunks:
+                self._decode_is_next = True
+                return Prefill(chunks)
+        self._decode_is_next = False
+        return self._plan_decode()
+
+    def computed(self, chunk: Chunk) -> None:
+        """Note that a chunk's KV is in the cache; a sequence that ends with it decodes from now on."""
+        sequence = chunk.sequence
+        if sequence.status is not Status.PREFILLING:
+            return
+        sequence.computed = chunk.end
+        self._register(sequence)
+        if chunk.last:
+            del self._prefilling[sequence]
+            self._running[sequence] = None
+            sequence.status = Status.RUNNING
+            if not sequence.all_token:
+                self._release_adapter(sequence)
+
+    def append(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Add drawn tokens to a running sequence; the KV of all but the newest is in the cache."""
+        sequence.tokens += tokens
+        sequence.computed = len(sequence.tokens) - 1
+        self._register(sequence)
+
+    def fork(self, leader: Sequence) -> list[tuple[Sequence, tuple[int, int] | None]]:
+        """Let the other samples of a prompt that is being prefilled to its end share its pages, as many as have room.
+
+        Returns:
+            The forked sequences, each with the page that must be copied for it, ``(from, to)``, or None. The others
+            are put into the queue on their own.
+        """
+        forked = []
+        size = self.pages.page_size
+        for sequence in leader.followers:
+            if sequence.status is not Status.FORKING:
+                continue
+            partial = len(sequence.tokens) % size > 0
+            room = self.num_running < self._max_num_seqs and self.pages.num_available >= partial
+            if room and sequence.all_token:
+                room = sequence.adapter is None or self._take_adapter(sequence)
+            if not room:
+                self.add(sequence)
+                continue
+            shared = leader.pages[: len(sequence.tokens) // size]
+            self.pages.acquire(shared)
+            own = self.pages.allocate(int(partial))
+            sequence.pages = [*shared, *own]
+            sequence.computed = len(sequence.tokens)
+            sequence.registered = len(shared)
+            sequence.status = Status.RUNNING
+            self._running[sequence] = None
+            forked.append((sequence, (leader.pages[len(shared)], own[0]) if partial else None))
+        leader.followers = []
+        return forked
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free what it holds; its KV may serve later requests."""
+        self._prefilling.pop(sequence, None)
+        self._running.pop(sequence, None)
+        sequence.status = Status.FINISHED
+        self._free(sequence)
+        followers, sequence.followers = sequence.followers, []
+        for follower in followers:
+            if follower.status is Status.FORKING:
+                self.add(follower)
+
+    def reset(self) -> None:
+        """Note that the KV cache and the adapters on the device are lost: everything is computed again."""
+        self.pages.forget()
+        lost = [*self._prefilling, *self._running]
+        self._prefilling, self._running = {}, {}
+        for sequence in lost:
+            sequence.pages, sequence.computed, sequence.registered, sequence.holds_adapter = [], 0, 0, False
+            self.add(sequence)
+
+    def next_adapters(self) -> list[str]:
+        """Return the adapters of the sequences that would be prefilled next, as many as one call takes."""
+        upcoming = heapq.nsmallest(self._prefill_seqs, self._waiting)
+        return list(dict.fromkeys(s.adapter for _, _, s in upcoming if s.adapter is not None))
+
+    # Prefill
+
+    def _plan_prefill(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        packing = _Packing(self._prefill_tokens, self._tile, self._tile_entries)
+        room = all(self._take_chunk(sequence, chunks, packing) for sequence in self._prefilling)
+        skipped = []
+        while room and self._waiting:
+            item = heapq.heappop(self._waiting)
+            sequence = item[2]
+            if sequence.status is not Status.WAITING:
+                continue
+            apart = bool(chunks) and chunks[0].sequence.cohort != sequence.cohort
+            if apart or (sequence.adapter is not None and not self._take_adapter(sequence)):
+                skipped.append(item)
+            elif self._admit(sequence):
+                room = self._take_chunk(sequence, chunks, packing)
+            else:
+                self._release_adapter(sequence)
+                skipped.append(item)
+                break
+        for item in skipped:
+            heapq.heappush(self._waiting, item)
+        return chunks
+
+    def _take_chunk(self, sequence: Sequence, chunks: list[Chunk], packing: _Packing) -> bool:
+        """Add a sequence's next chunk, if it may be computed with the others; False if the batch is full."""
+        if chunks and chunks[0].sequence.cohort != sequence.cohort:
+            return True
+        wanted = min(len(sequence.tokens) - sequence.computed, self._chunk_tokens)
+        at, count = packing.place(wanted, sequence.entries)
+        if count > 0:
+            chunks.append(Chunk(sequence, sequence.computed, sequence.computed + count, at))
+        return count == wanted and len(chunks) < self._prefill_seqs
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Allot KV pages for all of a sequence's tokens, cached ones where there are any."""
+        if self.num_running >= self._max_num_seqs:
+            return False
+        # At least the last token is computed: its logits are needed, and its edit.
+        found = [] if sequence.score else self.pages.match(sequence.page_keys(len(sequence.tokens) - 1))
+        self.pages.acquire(found)
+        missing = -(-len(sequence.tokens) // self.pages.page_size) - len(found)
+        spare = min(self.num_running, self.pages.num_pages // 16)
+        if missing + spare > self.pages.num_available:
+            self.pages.release(found)
+            return False
+        sequence.pages = [*found, *self.pages.allocate(missing)]
+        sequence.computed = len(found) * self.pages.page_size
+        sequence.registered = len(found)
+        self.prefix_hit_tokens += sequence.computed
+        sequence.status = Status.PREFILLING
+        self._prefilling[sequence] = None
+        return True
+
+    def _take_adapter(self, sequence: Sequence) -> bool:
+        if not sequence.holds_adapter and sequence.adapter is not None:
+            sequence.holds_adapter = self._adapters.acquire(sequence.adapter)
+        return sequence.holds_adapter
+
+    def _release_adapter(self, sequence: Sequence) -> None:
+        if sequence.holds_adapter and sequence.adapter is not None:
+            sequence.holds_adapter = False
+            self._adapters.release(sequence.adapter)
+
+    # Decode
+
+    def _plan_decode(self) -> Decode | None:
+        while self._running:
+            cohort = next((s.cohort for s in self._running if s.cohort is not None), None)
+            rows = [s for s in self._running if s.cohort == cohort]
+            for steps in dict.fromkeys((1 if self._prefill_waits() else self._decode_steps, 1)):
+                missing = {s: self._missing_pages(s, steps) for s in rows}
+                if sum(missing.values()) <= self.pages.num_available:
+                    for sequence, count in missing.items():
+                        if count:
+                            sequence.pages += self.pages.allocate(count)
+                    return Decode(rows, steps)
+            self._preempt(max([*self._prefilling, *self._running], key=lambda s: s.rank))
+        return None
+
+    def _prefill_waits(self) -> bool:
+        """Whether a prompt waits that could go on at the next call."""
+        if self._prefilling:
+            return True
+        return self.num_running < self._max_num_seqs and self.num_waiting > 0
+
+    def _missing_pages(self, sequence: Sequence, steps: int) -> int:
+        """Return the pages that ``steps`` more tokens in the cache need."""
+        tokens = len(sequence.tokens) - 1 + min(steps, sequence.remaining)
+        return max(0, -(-tokens // self.pages.page_size) - len(sequence.pages))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._prefilling.pop(sequence, None)
+        self._running.pop(sequence, None)
+        self._free(sequence)
+        self.preemptions += 1
+        self.add(sequence)
+
+    # KV pages
+
+    def _register(self, sequence: Sequence) -> None:
+        """Let others find the pages that became full."""
+        if sequence.computed // self.pages.page_size > sequence.registered:
+            for at, key in enumerate(sequence.page_keys(sequence.computed)):
+                if at >= sequence.registered:
+                    self.pages.register(sequence.pages[at], key)
+            sequence.registered = sequence.computed // self.pages.page_size
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        sequence.pages, sequence.computed, sequence.registered = [], 0, 0
+        self._release_adapter(sequence)
