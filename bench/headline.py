@@ -32,6 +32,7 @@ from preft_jax.chat import EncodedPrompt
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
+from preft_jax.generator import serving_model
 from preft_jax.loading import Model, load_model
 from preft_jax.sampling import SamplingParams
 from preft_jax.shapes import RANK_PAGE
@@ -207,7 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console = Console(stderr=True)
     counts = [int(n) for n in args.num_adapters.split(",")]
     modes = MODES if args.modes == "all" else args.modes.split(",")
-    model = load_model(args.model, dtype=args.dtype)
+    model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)
     adapters = Adapters(model.config, args.rank, dtype, max(counts))

@@ -53,6 +53,11 @@ def serving_params(model: Model, max_num_seqs: int) -> Params:
     return made[1]
 
 
+def serving_model(model: Model, max_num_seqs: int) -> Model:
+    """Return a model that holds its weights in the serving layout alone: drop the one given to free its memory."""
+    return dataclasses.replace(model, params=serving_params(model, max_num_seqs))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """Sizes of a ``Generator``; all in tokens or counts.

@@ -39,7 +39,7 @@ def fused_layout(params: Params, *, transpose: bool) -> Params:
     """Return the serving tree: q, k, v fused to ``qkv``, gate and up to ``gate_up``, biases likewise.
 
     Args:
-        params: the canonical tree; not changed.
+        params: the canonical tree; not changed. A serving tree comes back as it is.
         transpose: store linears as ``[output, input]``.
     """
 
@@ -56,6 +56,8 @@ def fused_layout(params: Params, *, transpose: bool) -> Params:
             out["qkv_bias"] = jnp.concatenate([layer["q_bias"], layer["k_bias"], layer["v_bias"]])
         return out
 
+    if "qkv" in params["layers"][0]:
+        return params
     fused = {**params, "layers": [one(layer) for layer in params["layers"]]}
     if "lm_head" in params:
         fused["lm_head"] = stored(params["lm_head"])
