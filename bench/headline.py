@@ -2,8 +2,8 @@
 
 A closed workload: ``--num-prompts`` requests of ``--input-len`` tokens, each generating ``--output-len``, at most
 ``--max-num-seqs`` at a time, request i with adapter i modulo the number of adapters (LoRA, rank ``--rank``, all seven
-linears, random). Each contender serves it whole, after one unmeasured wave; contenders of one engine follow one another
-on one machine. Adapters lie folded in host memory; a bank of ``--bank-adapters`` holds those being prefilled (for
+linears, random). Each contender serves it whole, after a few unmeasured requests; contenders follow one another on one
+machine. Adapters lie folded in host memory; a bank of ``--bank-adapters`` holds those being prefilled (for
 all-token adapters, all that are in use), so adapters beyond that are copied to the device while it serves.
 
 Beside each phase stands its floor: the larger of FLOPs over the measured matrix product rate and bytes over the

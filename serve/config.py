@@ -3,6 +3,7 @@
 import dataclasses
 
 from preft_jax.errors import ConfigError
+from preft_jax.shapes import RANK_PAGE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class EngineConfig:
         prefill_seqs: sequences in one prefill call.
         chunk_tokens: tokens of one sequence in one prefill call.
         tile: tokens that share one list of rank pages (16 on a CPU, else 64).
-        tile_entries: rank pages that one list may hold (as many as ``max_rank`` takes; at least 8 on an accelerator).
+        tile_entries: rank pages that one list may hold (as many as ``max_rank`` takes); every tile pays for all.
         max_rank: largest rank of an adapter, over its position groups together.
         bank_pages: rank pages for each layer and site, the null page included; 1: no adapters.
         all_token: whether all-token adapters are served (one program more).
@@ -64,7 +65,7 @@ class EngineConfig:
         """Return the config with everything set that depends on the backend, but the number of KV pages."""
         cpu = backend == "cpu"
         tile = self.tile or (16 if cpu else 64)
-        entries = self.tile_entries or max(-(-self.max_rank // 16), 1 if cpu else 8)
+        entries = self.tile_entries or -(-self.max_rank // RANK_PAGE)
         chunk = min(self.chunk_tokens or self.prefill_tokens, self.prefill_tokens)
         if self.prefill_tokens % tile:
             raise ConfigError(f"prefill_tokens {self.prefill_tokens} is not a multiple of tile {tile}")
