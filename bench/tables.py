@@ -130,9 +130,51 @@ def tpu_programs(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{note}.\n"
 
 
+def engine(figures: dict[str, Any]) -> str:
+    """Contenders of ``bench.headline``, one row each, and the computed floors."""
+    floor = figures["floors"]
+    base = next(row for row in figures["rows"] if row["mode"] == "base")
+    rows = [
+        [
+            row["mode"] if row["mode"] == "base" else f"{row['mode']}, {row['num_adapters']} adapters",
+            f"{row['output_throughput']:,.0f}",
+            f"{row['output_throughput'] / base['output_throughput']:.2f}",
+            f"{row['prefill_tokens_per_s']:,.0f}",
+            f"{row['decode_step_ms']:.1f}",
+            f"{row['mean_tpot_ms']:.1f}",
+            f"{row['host_seconds'] / row['seconds']:.0%}",
+            str(row["most_running"]),
+        ]
+        for row in figures["rows"]
+    ]
+    rows.append(
+        [
+            "floor of base",
+            f"{floor['output_throughput']:,.0f}",
+            "",
+            f"{floor['prefill_tokens_per_s']:,.0f}",
+            f"{floor['decode_step_ms']:.1f}",
+            *[""] * 3,
+        ]
+    )
+    options = figures["options"]
+    header = [
+        "{model}, {num_prompts} requests, {input_len} in, {output_len} out".format(**options),
+        "output tokens/s",
+        "vs base",
+        "prefill tokens/s",
+        "decode step, ms",
+        "mean TPOT, ms",
+        "host",
+        "at a time",
+    ]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+
+
 TABLES = {
     "cpu-generation": cpu_generation,
     "cpu-serve-bench": cpu_serve_bench,
+    "h100-engine": engine,
     "h100-kernels": kernels,
     "h100-prefill": prefill,
     "tpu-programs": tpu_programs,

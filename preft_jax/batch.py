@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.types import Array, TilePages
-from preft_jax.bank import AdapterPages
+from preft_jax.bank import AdapterPages, SitePages
 from preft_jax.cache import NO_SLOT
 from preft_jax.errors import RequestError
 from preft_jax.shapes import NUM_GROUPS, SITES
@@ -159,7 +159,7 @@ def pack_prefill(
         query_start[row], kv_len[row], last_token[row] = at, span.start + n, at + n - 1
         held = min(len(span.kv_pages), page_table_width)
         page_table[row, :held] = span.kv_pages[:held]
-    tiles = {site: _tile_pages(site, spans, starts, num_tokens // tile, tile) for site in sites}
+    tiles = _tile_pages(sites, spans, starts, num_tokens // tile, tile)
     width = bucket(max([min_entries, *(tile_pages.page_NE.shape[1] for tile_pages in tiles.values())]))
     tiles = {
         site: TilePages(*(_pad_entries(array, width) for array in tile_pages)) for site, tile_pages in tiles.items()
@@ -177,17 +177,36 @@ def rows_of(starts: Sequence[int], sizes: Sequence[int]) -> list[int]:
     return rows
 
 
-def _tile_pages(site: str, spans: Sequence[Span], starts: Sequence[int], num_tiles: int, tile: int) -> TilePages:
-    """List, tile by tile, the rank pages that act in it, with the part of the tile that owns each."""
-    entries: list[list[tuple[int, int, int, int]]] = [[] for _ in range(num_tiles)]
-    for at, span in zip(starts, spans, strict=True):
+def _tile_pages(
+    sites: Sequence[str], spans: Sequence[Span], starts: Sequence[int], num_tiles: int, tile: int
+) -> dict[str, TilePages]:
+    """List, site by site and tile by tile, the rank pages that act in it, with the part of the tile that owns each."""
+    parts: list[tuple[int, int, int, int]] = []
+    for index, (at, span) in enumerate(zip(starts, spans, strict=True)):
         end = at + len(span.tokens)
-        place = span.adapter_pages.get(site)
+        for n in range(at // tile, -(-end // tile)) if span.adapter_pages else ():
+            own = (max(at - n * tile, 0), min(end - n * tile, tile))
+            if span.edit_mask[n * tile + own[0] - at : n * tile + own[1] - at].any():
+                parts.append((index, n, *own))
+    made: dict[tuple[SitePages | None, ...], TilePages] = {}
+    tiles = {}
+    for site in sites:
+        # Adapters mostly have the same pages at many sites.
+        places = tuple(span.adapter_pages.get(site) for span in spans)
+        if places not in made:
+            made[places] = _list_pages(places, parts, num_tiles)
+        tiles[site] = made[places]
+    return tiles
+
+
+def _list_pages(
+    places: Sequence[SitePages | None], parts: Sequence[tuple[int, int, int, int]], num_tiles: int
+) -> TilePages:
+    entries: list[list[tuple[int, int, int, int]]] = [[] for _ in range(num_tiles)]
+    for index, n, start, end in parts:
+        place = places[index]
         if place is not None:
-            for n in range(at // tile, -(-end // tile)):
-                own = (max(at - n * tile, 0), min(end - n * tile, tile))
-                if span.edit_mask[n * tile + own[0] - at : n * tile + own[1] - at].any():
-                    entries[n] += [(page, *own, group) for page, group in zip(*place, strict=True)]
+            entries[n] += [(page, start, end, group) for page, group in zip(*place, strict=True)]
     width = max(1, max(map(len, entries), default=1))
     table = np.zeros((4, num_tiles, width), np.int32)
     for n, row in enumerate(entries):

@@ -92,10 +92,9 @@ class AdapterBank:
         self._known[digest] = known
         self._users[digest] += 1
 
-    def find(self, digest: str) -> Any | None:
-        """Return the slabs of an adapter that is on the host and not in the bank, else None."""
-        known = self._known.get(digest)
-        return None if known is None or digest in self._places else known.slabs
+    def knows(self, digest: str) -> bool:
+        """Whether an adapter is on the host."""
+        return digest in self._known
 
     def let_go(self, digest: str) -> None:
         """Give up one ``hold``; the last one frees the host's copy."""

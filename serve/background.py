@@ -23,7 +23,8 @@ class BackgroundWork(Protocol):
 class RepeatedCall:
     """Background work that is one function, called again and again while it returns true.
 
-    The time of a call is expected to be that of the slowest call so far, halved at each call that was quicker.
+    The time of a call is expected to be that of the slowest call so far, halved at each call that was quicker, and a
+    little less each time that there was no room for it: a first call that compiles is forgotten.
     """
 
     def __init__(self, call: Callable[[], bool], clock: Callable[[], float] = time.perf_counter):
@@ -36,7 +37,7 @@ class RepeatedCall:
 
     def run(self, seconds: float) -> bool:
         """Call while the next call is expected to end within ``seconds``; stop for good at the first failure."""
-        end = self._clock() + seconds
+        end, before = self._clock() + seconds, self.calls
         while self._more and self._clock() + self._expected <= end:
             start = self._clock()
             try:
@@ -45,4 +46,6 @@ class RepeatedCall:
                 self.error, self._more = error, False
             self.calls += 1
             self._expected = max(self._clock() - start, self._expected / 2)
+        if self.calls == before:
+            self._expected *= 0.9
         return self._more

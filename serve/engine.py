@@ -12,7 +12,6 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 import jax
-import numpy as np
 
 from preft_jax.adapter import FOLD_VERSION, Adapter
 from preft_jax.bank import pack_adapter
@@ -21,20 +20,18 @@ from preft_jax.errors import ConfigError, RequestError
 from preft_jax.generator import check_base, prompt_edit_mask
 from preft_jax.loading import Model
 from preft_jax.programs import Drawn
-from preft_jax.sampling import INVALID, SamplingParams
 from serve.adapters import AdapterBank, Columns, Known
 from serve.background import BackgroundWork
 from serve.config import EngineConfig
 from serve.metrics import CompileCounter
+from serve.outputs import Info, News, fetch, keep_scores, read, to_output
 from serve.pages import PageManager
 from serve.prefix import PageKeys, cache_salt
-from serve.request import Output, Request, TokenLogprobs
-from serve.runner import MAX_STOP_IDS, Runner
+from serve.request import Output, Request
+from serve.runner import Runner
 from serve.scheduler import Decode, Prefill, Scheduler
 from serve.sequence import Sequence, Status
 from serve.text import TextStream
-
-NOT_NUMBERS = "the model's logits are not numbers here; check its weights, the adapter and their dtype"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,17 +54,20 @@ class Stats:
     failed: int = 0
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Info:
-    """What the engine keeps of a sample besides what the scheduler needs."""
+STRIKES = 2
+"""Failures, of a sequence's call alone or of an adapter's write, after which it is given up."""
 
-    request: Request
-    sampling: SamplingParams
-    seed: int
-    text: TextStream
-    logprobs: int | None
-    prompt_scores: list[TokenLogprobs | None] | None = None
-    shown: int = 0
+
+class _WriteError(Exception):
+    """An adapter could not be written to the bank."""
+
+    def __init__(self, digest: str):
+        super().__init__(digest)
+        self.digest = digest
+
+
+def _told(error: BaseException | None) -> str:
+    return f"the device failed: {type(error).__name__}: {error}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,20 +79,6 @@ class _Call:
     drawn: list[Drawn]
     scores: Any = None
     started: float = 0.0
-
-
-@dataclasses.dataclass(kw_only=True)
-class _News:
-    """What a call brought one sample."""
-
-    sequence: Sequence
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
-    tops: list[TokenLogprobs] | None = None
-    finish: str | None = None
-    reason: Any = None
-    error: str | None = None
 
 
 class Engine:
@@ -145,10 +131,11 @@ class Engine:
         self._compiles = CompileCounter()
         self._live: dict[int, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int]] = []
-        self._early: list[_News] = []
+        self._early: list[News] = []
         self._call: _Call | None = None
         self._next_id = 0
         self._cohorts = 0
+        self._strikes: dict[str, int] = {}
 
     # Requests
 
@@ -201,7 +188,7 @@ class Engine:
         """Give a request up; its samples' last outputs say ``"abort"``. Unknown and finished ones are ignored."""
         for sequence in self._live.get(request_id, []):
             if sequence.status is not Status.FINISHED:
-                self._end(_News(sequence=sequence, finish="abort", error=error))
+                self._end(News(sequence=sequence, finish="abort", error=error))
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """Check a request and return its samples."""
@@ -240,7 +227,7 @@ class Engine:
         sequences = []
         for index in range(request.n):
             keys = PageKeys(salt, self.pages.page_size) if self.config.prefix_caching else None
-            info = _Info(
+            info = Info(
                 request=request,
                 sampling=sampling,
                 seed=(first_seed + index) % 2**32,
@@ -269,7 +256,8 @@ class Engine:
         return sequences
 
     def _check_adapter(self, adapter: Adapter) -> int:
-        check_base(adapter, self.model)
+        if not self.adapters.knows(adapter.digest):
+            check_base(adapter, self.model)
         if not adapter.config.prefill_only and not self.config.all_token:
             raise RequestError(
                 "the adapter edits every token (positions 'all') and this engine serves prompt-only adapters; make it "
@@ -290,6 +278,8 @@ class Engine:
             news = self._collect()
             plan = self._schedule()
             self._run(plan)
+            if plan is None and not news:
+                self._run_background(self._idle_seconds)
             return self._outputs(news)
 
     def _schedule(self) -> Prefill | Decode | None:
@@ -299,29 +289,41 @@ class Engine:
         return self.scheduler.schedule()
 
     def _run(self, plan: Prefill | Decode | None) -> None:
-        """Start a call on the device; without one, background work may run."""
+        """Start a call on the device."""
         if plan is None:
-            self._run_background(self._idle_seconds)
             return
         try:
             started = self._clock()
             self._call = self._start_prefill(plan) if isinstance(plan, Prefill) else self._start_decode(plan)
             self._call.started = started
             self._stage_ahead()
+        except _WriteError as error:
+            self._recover_from_write(error)
         except Exception as error:
             self._recover(plan, error)
 
     def _stage_ahead(self) -> None:
-        """Copy the adapters of the next prompts to the device while it works on others."""
+        """Write the adapters of the next prompts to the bank while the device works on others."""
+        taken = []
         for digest in self.scheduler.next_adapters():
-            slabs = self.adapters.find(digest)
-            if slabs is not None:
-                self.runner.stage(digest, slabs)
+            if not self.adapters.acquire(digest):
+                break
+            taken.append(digest)
+        for digest in taken:
+            self.adapters.release(digest)
+        self._write_adapters()
+
+    def _write_adapters(self) -> None:
+        for load in self.adapters.take_pending():
+            try:
+                self.runner.write_adapter(*load)
+            except Exception as error:
+                raise _WriteError(load.digest) from error
+            self._strikes.pop(load.digest, None)
 
     def _start_prefill(self, plan: Prefill) -> _Call:
         self._stats.prefill_calls += 1
-        for load in self.adapters.take_pending():
-            self.runner.write_adapter(*load)
+        self._write_adapters()
         places = [{} if s.adapter is None else self.adapters.place(s.adapter) for s in plan.sequences]
         scores = None
         if any(sequence.score for sequence in plan.sequences):
@@ -373,23 +375,21 @@ class Engine:
 
     # Results
 
-    def _collect(self) -> list[_News]:
+    def _collect(self) -> list[News]:
         """Wait for the call in flight and give each sequence what it drew."""
         news, self._early = self._early, []
         call, self._call = self._call, None
         if call is None:
             return news
         try:
-            drawn = [_fetch(d, rows) for d, rows in zip(call.drawn, call.rows, strict=True)]
+            drawn = [fetch(d, rows) for d, rows in zip(call.drawn, call.rows, strict=True)]
             scores = None if call.scores is None else jax.device_get(call.scores)
             if not drawn:
                 jax.block_until_ready(self.runner.cache)
         except Exception as error:
             self._recover(call.plan, error)
             return news + self._take_early()
-        for sequence in call.plan.sequences:
-            if sequence.cohort is not None and sequence.cohort[0] == type(call.plan).__name__:
-                sequence.cohort = None
+        self._trust(call.plan)
         seconds = self._clock() - call.started
         if isinstance(call.plan, Decode):
             self._stats.decode_seconds += seconds
@@ -397,8 +397,8 @@ class Engine:
         else:
             self._stats.prefill_seconds += seconds
             for chunk in call.plan.chunks:
-                if chunk.sequence.score and chunk.sequence.status is not Status.FINISHED:
-                    _keep_scores(chunk, scores)
+                if chunk.sequence.score and scores is not None and chunk.sequence.status is not Status.FINISHED:
+                    keep_scores(chunk, scores)
                 self._stats.prompt_tokens += chunk.end - chunk.start
                 self.scheduler.computed(chunk)
         for sequences, d in zip(call.rows, drawn, strict=True):
@@ -406,97 +406,79 @@ class Engine:
         self._run_background(self._background_seconds)
         return news
 
-    def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[_News]:
-        count = len(sequences)
-        tokens, logprobs, sampled = (np.asarray(x)[:, :count].T.tolist() for x in drawn[:3])
-        news = []
-        for row, sequence in enumerate(sequences):
-            if sequence.status is Status.FINISHED:
-                continue
-            ids = [token for token in tokens[row] if token != -1]
-            new = _News(sequence=sequence)
-            if INVALID in ids:
-                ids = ids[: ids.index(INVALID)]
-                new.finish, new.error = "error", NOT_NUMBERS
-            if len(sequence.stop_ids) > MAX_STOP_IDS:
-                ids = _through_stop(ids, sequence.stop_ids)
-            new.token_ids, n = ids, len(ids)
-            new.logprobs, new.sampling_logprobs = logprobs[row][:n], sampled[row][:n]
-            if sequence.info.logprobs is not None:
-                new.tops = _tops(drawn, row, new, sequence.info.logprobs)
-            self._stats.generated_tokens += n
-            self.scheduler.append(sequence, ids)
-            if new.finish is None and ids and ids[-1] in sequence.stop_ids:
-                new.finish, new.reason = "stop", ids[-1]
-            elif new.finish is None and sequence.remaining <= 0:
-                new.finish = "length"
+    def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[News]:
+        """Give sequences the tokens that they drew; those that end free what they hold."""
+        news = list(read(drawn, sequences))
+        for new in news:
+            self._stats.generated_tokens += len(new.token_ids)
+            self.scheduler.append(new.sequence, new.token_ids)
             if new.finish is not None:
-                self.scheduler.finish(sequence)
-            news.append(new)
+                self.scheduler.finish(new.sequence)
         return news
 
-    def _end(self, news: _News) -> None:
+    def _end(self, news: News) -> None:
         """End a sample outside a call's results; its last output comes with the next step."""
         self.scheduler.finish(news.sequence)
         self._early.append(news)
 
-    def _take_early(self) -> list[_News]:
+    def _take_early(self) -> list[News]:
         early, self._early = self._early, []
         return early
 
-    def _recover(self, plan: Prefill | Decode, error: Exception) -> None:
-        """After a failed call: make the device's state anew, and compute its sequences again in halves.
+    def _trust(self, plan: Prefill | Decode) -> None:
+        """Let sequences whose call succeeded run with others again; of a prompt, its last chunk must have."""
+        done = plan.sequences if isinstance(plan, Decode) else [chunk.sequence for chunk in plan.chunks if chunk.last]
+        for sequence in done:
+            if sequence.cohort is not None and sequence.cohort[0] == type(plan).__name__:
+                sequence.cohort, sequence.strikes = None, 0
 
-        A sequence whose call fails alone is the one that cannot be served.
-        """
+    def _reset_device(self) -> None:
+        """Make the device's state anew: a call that failed may have consumed it. Everything is computed again."""
         self._stats.device_failures += 1
         self._call = None
         self.runner.reset()
         self.adapters.reset()
         self.scheduler.reset()
+
+    def _recover(self, plan: Prefill | Decode, error: Exception) -> None:
+        """After a failed call: run its sequences apart from others, in halves.
+
+        A sequence whose call fails twice alone is the one that cannot be served.
+        """
+        self._reset_device()
         members = [s for s in plan.sequences if s.status is not Status.FINISHED]
         if len(members) == 1:
-            message = f"the device failed: {type(error).__name__}: {error}"
-            self._end(_News(sequence=members[0], finish="error", error=message))
-            return
+            members[0].strikes += 1
+            if members[0].strikes == STRIKES:
+                self._end(News(sequence=members[0], finish="error", error=_told(error)))
+                return
         for part in (members[: len(members) // 2], members[len(members) // 2 :]):
             self._cohorts += 1
             for sequence in part:
                 sequence.cohort = (type(plan).__name__, self._cohorts)
 
-    def _outputs(self, news: Many[_News]) -> list[Output]:
-        """Turn news into outputs; text that ends a sample takes it out of the call in flight."""
+    def _recover_from_write(self, error: "_WriteError") -> None:
+        """After an adapter could not be written: try again, then give its requests up."""
+        self._reset_device()
+        self._strikes[error.digest] = self._strikes.get(error.digest, 0) + 1
+        if self._strikes[error.digest] == STRIKES:
+            del self._strikes[error.digest]
+            for sequence in [s for sequences in self._live.values() for s in sequences if s.adapter == error.digest]:
+                if sequence.status is not Status.FINISHED:
+                    self._end(News(sequence=sequence, finish="error", error=_told(error.__cause__)))
+
+    def _outputs(self, news: Many[News]) -> list[Output]:
+        """Turn news into outputs; a sample whose text ends it takes nothing more from the call in flight."""
         outputs = []
         for new in (*news, *self._take_early()):
-            sequence, info = new.sequence, new.sequence.info
-            text, kept = info.text.push(new.token_ids)
-            if info.text.stopped is not None and new.finish != "error":
-                new.finish, new.reason = "stop", info.text.stopped
-                del new.token_ids[kept:], new.logprobs[kept:], new.sampling_logprobs[kept:]
-                self.scheduler.finish(sequence)
-            info.shown += len(new.token_ids)
+            if new.sequence not in self._live.get(new.sequence.request_id, ()):
+                continue  # Its text ended it a moment before something else did.
+            outputs.append(to_output(new))
             if new.finish is not None:
-                ids = sequence.tokens[sequence.prompt_len : sequence.prompt_len + info.shown]
-                ended = new.finish == "stop" and info.text.stopped is None
-                text += info.text.finish(ids[:-1] if ended else ids)
-                self._forget(sequence)
+                self.scheduler.finish(new.sequence)
+                self._forget(new.sequence)
                 self._stats.finished += 1
                 self._stats.failed += new.finish == "error"
-            outputs.append(
-                Output(
-                    request_id=sequence.request_id,
-                    index=sequence.index,
-                    token_ids=new.token_ids,
-                    text=text,
-                    logprobs=new.logprobs,
-                    sampling_logprobs=new.sampling_logprobs,
-                    top_logprobs=None if new.tops is None else new.tops[: len(new.token_ids)],
-                    prompt_logprobs=info.prompt_scores if info.shown == len(new.token_ids) else None,
-                    finish_reason=new.finish,
-                    stop_reason=new.reason,
-                    error=new.error,
-                )
-            )
         return outputs
 
     def _forget(self, sequence: Sequence) -> None:
@@ -506,40 +488,3 @@ class Engine:
             del self._live[sequence.request_id]
             if sequence.adapter is not None:
                 self.adapters.let_go(sequence.adapter)
-
-
-def _fetch(drawn: Drawn, sequences: Many[Sequence]) -> Drawn:
-    """Bring drawn tokens to the host; the most likely ones only if a sequence wants them."""
-    if not any(sequence.info.logprobs for sequence in sequences):
-        drawn = drawn._replace(top_token_NBE=None, top_logprob_NBE=None)
-    return jax.device_get(drawn)
-
-
-def _through_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    at = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[: at + 1]
-
-
-def _tops(drawn: Drawn, row: int, new: _News, count: int) -> list[TokenLogprobs]:
-    if drawn.top_token_NBE is None or drawn.top_logprob_NBE is None:
-        return [TokenLogprobs(*pair, {}) for pair in zip(new.token_ids, new.logprobs, strict=True)]
-    tokens, logprobs = np.asarray(drawn.top_token_NBE)[:, row], np.asarray(drawn.top_logprob_NBE)[:, row]
-    return [
-        TokenLogprobs(token, logprob, dict(zip(tokens[n, :count].tolist(), logprobs[n, :count].tolist(), strict=True)))
-        for n, (token, logprob) in enumerate(zip(new.token_ids, new.logprobs, strict=True))
-    ]
-
-
-def _keep_scores(chunk: Any, scores: Any) -> None:
-    """Note the log-probabilities of the prompt tokens after each token of a chunk."""
-    sequence, info = chunk.sequence, chunk.sequence.info
-    if info.prompt_scores is None or chunk.start == 0:
-        info.prompt_scores = [None]
-    prompt_scores: Any = info.prompt_scores
-    logprob_T, token_TE, top_logprob_TE = scores
-    for n in range(chunk.end - chunk.start):
-        following = chunk.start + n + 1
-        if following < sequence.prompt_len:
-            at, count = chunk.at + n, info.request.prompt_logprobs
-            top = dict(zip(token_TE[at, :count].tolist(), top_logprob_TE[at, :count].tolist(), strict=True))
-            prompt_scores.append(TokenLogprobs(sequence.tokens[following], float(logprob_T[at]), top))

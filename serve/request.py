@@ -51,6 +51,9 @@ class Request:
 
         if not isinstance(self.prompt, EncodedPrompt) or not self.prompt.token_ids:
             raise RequestError("the prompt is empty; give at least one token")
+        strange = [t for t in self.prompt.token_ids if isinstance(t, bool) or not isinstance(t, numbers.Integral)]
+        if strange:
+            raise RequestError(f"the prompt holds {strange[0]!r}; token ids are integers")
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
             raise RequestError(f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), or None")
         if not isinstance(self.sampling, SamplingParams):

@@ -77,7 +77,6 @@ class Runner:
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         counts = {*self.row_counts, config.prefill_seqs}
         self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in counts}
-        self._staged: dict[str, Slabs] = {}
         self._empty_slabs: dict[str, device.Slab] = {}
 
     # Memory
@@ -113,7 +112,6 @@ class Runner:
     def reset(self) -> None:
         """Make cache and bank anew: a call that failed may have consumed them."""
         self.cache = self._new_cache()
-        self._staged = {}
         if self._adapters:
             self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)
 
@@ -346,25 +344,14 @@ class Runner:
         pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
         return jax.device_put(jax.tree.map(np.ascontiguousarray, slabs), pinned)
 
-    def stage(self, digest: str, slabs: Slabs) -> None:
-        """Begin to copy an adapter to the device, for a ``write_adapter`` to come."""
-        if jax.default_backend() == "cpu" or digest in self._staged:
-            return
-        while len(self._staged) >= self.config.prefill_seqs:
-            self._staged.pop(next(iter(self._staged)))
-        self._staged[digest] = self._to_device(slabs)
-
     def write_adapter(self, digest: str, slabs: Slabs, place: AdapterPages) -> None:
-        """Write an adapter's rank pages to the bank."""
-        staged = self._staged.pop(digest, None)
-        for name, pages in (staged or self._to_device(slabs)).items():
+        """Write the rank pages of an adapter (``digest`` names it) to the bank."""
+        on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+        for name, pages in jax.device_put(slabs, on_device).items():
             for n, held in enumerate(pages):
                 all_sites = {site: held.get(site) or self._empty_slab(site) for site in SITE_GROUPS[name]}
                 page = {site: np.int32(place[site].pages[n] if site in held else 0) for site in all_sites}
                 self.bank = self.programs[name](self.bank, all_sites, page)
-
-    def _to_device(self, slabs: Slabs) -> Slabs:
-        return jax.device_put(slabs, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device"))
 
     def _empty_slab(self, site: str) -> device.Slab:
         if site not in self._empty_slabs:

@@ -44,6 +44,7 @@ class Sequence:
         registered: pages that others can find.
         holds_adapter: whether it keeps its adapter on the device.
         cohort: sequences whose device call failed together are run apart from others until a call succeeds.
+        strikes: how often a call of it alone failed.
     """
 
     request_id: int
@@ -68,6 +69,7 @@ class Sequence:
     registered: int = 0
     holds_adapter: bool = False
     cohort: tuple[str, int] | None = None
+    strikes: int = 0
 
     @property
     def rank(self) -> tuple[int, int]:
