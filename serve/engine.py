@@ -413,7 +413,8 @@ class Engine:
             self._stats.generated_tokens += len(new.token_ids)
             self.scheduler.append(new.sequence, new.token_ids)
             if new.finish is not None:
-                self.scheduler.finish(new.sequence)
+                # What is not a number must not be found again.
+                self.scheduler.finish(new.sequence, keep=new.finish != "error")
         return news
 
     def _end(self, news: News) -> None:

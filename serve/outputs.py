@@ -107,8 +107,8 @@ def to_output(new: News) -> Output:
     sequence, info = new.sequence, new.sequence.info
     at_end_token = new.finish == "stop"
     text, kept = info.text.push(new.token_ids[:-1] if at_end_token else new.token_ids)
-    if info.text.stopped is not None and new.finish != "error":
-        new.finish, new.reason = "stop", info.text.stopped
+    if info.text.stopped is not None:
+        new.finish, new.reason, new.error = "stop", info.text.stopped, None
         del new.token_ids[kept:], new.logprobs[kept:], new.sampling_logprobs[kept:]
     first = info.shown == 0
     info.shown += len(new.token_ids)

@@ -157,6 +157,22 @@ class PageManager:
             self._page_of[key] = page
             self._key_of[page] = key
 
+    def unregister(self, pages: Sequence[int]) -> None:
+        """Forget the keys of pages whose content is not to be used again; those that nobody holds become free.
+
+        Raises:
+            ValueError: for an unknown page.
+        """
+        for page in pages:
+            self._num_references(page)
+        for page in pages:
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._page_of[key]
+                if page in self._reusable:
+                    del self._reusable[page]
+                    self._free.append(page)
+
     def _num_references(self, page: int) -> int:
         if not 0 <= page < self.num_pages:
             raise ValueError(f"page {page} does not exist; pages are 0 to {self.num_pages - 1}")

@@ -140,7 +140,8 @@ class Runner:
 
         for tokens in self.token_counts:
             batch = self._pack([], tokens)
-            query = min(config.chunk_tokens or tokens, tokens)
+            # A gap between two sequences is a row of the batch, too.
+            query = min(max(config.chunk_tokens or tokens, config.tile or 1), tokens)
             function = functools.partial(device.prefill, shape, query)
             yield f"prefill-{tokens}", lower(function, self.params, self.bank, self.cache, batch, donate=2)
             if config.scoring and tokens == config.prefill_tokens:

@@ -143,13 +143,13 @@ class Scheduler:
 
     def schedule(self) -> Prefill | Decode | None:
         """Return the next call, with KV pages allotted for it, or None if there is nothing to do."""
-        if not (self._decode_is_next and self._running):
-            chunks = self._plan_prefill()
-            if chunks:
-                self._decode_is_next = True
-                return Prefill(chunks)
+        decode_first = self._decode_is_next and bool(self._running)
         self._decode_is_next = False
-        return self._plan_decode()
+        plans = (self._plan_decode, self._plan_prefill) if decode_first else (self._plan_prefill, self._plan_decode)
+        # Decoding may preempt all that it would run: a prompt can then go on.
+        plan = plans[0]() or plans[1]() or plans[0]()
+        self._decode_is_next = isinstance(plan, Prefill)
+        return plan
 
     def computed(self, chunk: Chunk) -> None:
         """Note that a chunk's KV is in the cache; a sequence that ends with it decodes from now on."""
@@ -202,8 +202,10 @@ class Scheduler:
         leader.followers = []
         return forked
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free what it holds; its KV may serve later requests."""
+    def finish(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Take a sequence out, wherever it is, and free what it holds; its KV may serve later requests if ``keep``."""
+        if not keep:
+            self.pages.unregister(sequence.pages)
         self._prefilling.pop(sequence, None)
         self._running.pop(sequence, None)
         sequence.status = Status.FINISHED
@@ -224,12 +226,13 @@ class Scheduler:
 
     def next_adapters(self) -> list[str]:
         """Return the adapters of the sequences that would be prefilled next, as many as one call takes."""
-        upcoming = heapq.nsmallest(self._prefill_seqs, self._waiting)
+        waiting = (item for item in self._waiting if item[2].status is Status.WAITING)
+        upcoming = heapq.nsmallest(self._prefill_seqs, waiting)
         return list(dict.fromkeys(s.adapter for _, _, s in upcoming if s.adapter is not None))
 
     # Prefill
 
-    def _plan_prefill(self) -> list[Chunk]:
+    def _plan_prefill(self) -> Prefill | None:
         chunks: list[Chunk] = []
         packing = _Packing(self._prefill_tokens, self._tile, self._tile_entries)
         room = all(self._take_chunk(sequence, chunks, packing) for sequence in self._prefilling)
@@ -250,7 +253,7 @@ class Scheduler:
                 break
         for item in skipped:
             heapq.heappush(self._waiting, item)
-        return chunks
+        return Prefill(chunks) if chunks else None
 
     def _take_chunk(self, sequence: Sequence, chunks: list[Chunk], packing: _Packing) -> bool:
         """Add a sequence's next chunk, if it may be computed with the others; False if the batch is full."""

@@ -436,3 +436,18 @@ def test_random_operations_agree_with_a_model(num_pages, rng):
     common = {"out of pages", "evicted", "revived", "matched", "forked", "forgotten"}
     assert all(machine.seen[event] > 20 for event in common), machine.seen
     assert num_pages == 1 or machine.seen["registered twice"] > 20, machine.seen
+
+
+def test_unregistered_pages_are_not_found_and_free_once_nobody_holds_them():
+    manager = PageManager(4, 8)
+    held, reusable = manager.allocate(2)
+    manager.register(held, b"held")
+    manager.register(reusable, b"reusable")
+    manager.release([reusable])
+    manager.unregister([held, reusable])
+    assert manager.match([b"held"]) == manager.match([b"reusable"]) == []
+    assert (manager.num_cached, manager.num_used, manager.num_available) == (0, 1, 3)
+    manager.release([held])
+    assert manager.allocate(4)
+    with pytest.raises(ValueError, match="page 9"):
+        manager.unregister([9])

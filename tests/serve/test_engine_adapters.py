@@ -1,0 +1,151 @@
+"""Adapters of an engine: on the host, in the bank, beside each other; and the programs that they need."""
+
+import dataclasses
+
+import jax
+import pytest
+from engine_outputs import SCORING, TIGHT, alone, assert_as_alone, drain, lettered, request, run_all, run_one, some
+
+from preft_jax import AdapterConfig, SamplingParams, random_adapter
+from serve.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def many(tiny):
+    """Return adapters of one rank page each, more than the bank holds."""
+    config = AdapterConfig(rank=8, alpha=12.0)
+    return [random_adapter(config, tiny.config, jax.random.key(i), strength=0.7) for i in range(9)]
+
+
+def test_an_adapter_is_loaded_once_while_it_stays_and_again_when_it_had_to_go(lively, many, rng):
+    engine = Engine(lively, TIGHT)
+    room = TIGHT.bank_pages - 1
+
+    def loads(*which):
+        before = engine.stats.adapter_loads
+        for one in which:
+            run_one(engine, request(some(rng, 9), many[one]))
+        return engine.stats.adapter_loads - before
+
+    assert loads(*range(room)) == room
+    assert loads(0, room - 1) == 0
+    assert loads(room) == 1
+    assert loads(0, room - 1, room) == 0, "the least recently used one went"
+    assert loads(1) == 1
+
+
+def test_more_adapters_than_the_bank_holds(lively, many, adapters, rng):
+    requests = [request(some(rng, 20), adapter, max_tokens=5) for adapter in [*many, adapters["lora_r24"], None] * 2]
+    engine = Engine(lively, TIGHT)
+    for one, samples in zip(requests, run_all(engine, requests), strict=True):
+        assert_as_alone(lively, one, samples)
+    assert engine.stats.adapter_loads >= 10
+    assert engine.stats.recompiles == 0
+
+
+def test_the_hosts_copy_is_dropped_with_its_last_request(lively, many, rng):
+    engine = Engine(lively, TIGHT)
+    first = engine.add(request(some(rng, 9), many[0], max_tokens=12, n=2))
+    engine.add(request(some(rng, 9), many[0], max_tokens=3))
+    engine.add(request(some(rng, 9), many[1], max_tokens=3))
+    assert set(engine.adapters._known) == {many[0].digest, many[1].digest}
+    for _ in range(60):
+        outputs = engine.step()
+        if any(output.request_id == 2 and output.finish_reason for output in outputs):
+            break
+    assert set(engine.adapters._known) == {many[0].digest}
+    engine.cancel(first)
+    drain(engine)
+    assert not engine.adapters._known
+    assert not engine.adapters._users
+
+
+def test_adapters_that_were_loaded_by_the_user_stay_on_the_host(lively, many, rng):
+    engine = Engine(lively, TIGHT)
+    engine.load_adapters(many[:2])
+    run_one(engine, request(some(rng, 9), many[0]))
+    assert set(engine.adapters._known) == {many[0].digest, many[1].digest}
+
+
+def test_a_preempted_request_keeps_its_adapter_on_the_host(lively, many, rng):
+    requests = [request(some(rng, 20), adapter, max_tokens=40) for adapter in many[:6]]
+    engine = Engine(lively, TIGHT)
+    samples = run_all(engine, requests)
+    assert engine.stats.preemptions > 0
+    for one, group in zip(requests, samples, strict=True):
+        assert_as_alone(lively, one, group)
+
+
+def count_rows(runner, name):
+    """Return a list that gets the number of rows of each call."""
+    real, sizes = getattr(runner, name), []
+
+    def counted(sequences, *args):
+        sizes.append(len(sequences))
+        return real(sequences, *args)
+
+    setattr(runner, name, counted)
+    return sizes
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_all_token_and_plain_rows_in_one_call_and_in_two(merged, lively, adapters, rng):
+    kinds = (None, "lora_all", "lora", "loreft_all", None)
+    requests = [
+        request(some(rng, 7 + i), adapters.get(kind), sampling=SamplingParams(seed=i), max_tokens=12)
+        for i, kind in enumerate(kinds)
+    ]
+    engine = Engine(lively, TIGHT)
+    engine.warm_up()
+    for name in engine.runner.programs:
+        engine.runner.step_seconds[name] = 1.0 if merged else float("adapted" in name)
+    calls = {name: count_rows(engine.runner, name) for name in ("decode", "decode_adapted")}
+    for one, samples in zip(requests, run_all(engine, requests), strict=True):
+        assert_as_alone(lively, one, samples)
+    assert max(calls["decode_adapted"]) == (5 if merged else 2)
+    assert max(calls["decode"], default=0) < 3 if merged else max(calls["decode"]) == 3
+
+
+def test_at_most_ten_programs_and_each_has_a_name_and_its_seconds(lively):
+    engine = Engine(lively, SCORING)
+    assert engine.runner.programs == {}
+    engine.warm_up()
+    assert sorted(engine.runner.programs) == [
+        "copy-pages", "decode-2", "decode-6", "decode-adapted-6", "draw", "prefill-16", "prefill-32", "score",
+        "write-block", "write-linears",
+    ]  # fmt: skip
+    assert engine.runner.compile_seconds.keys() == engine.runner.programs.keys()
+    assert sum(engine.runner.compile_seconds.values()) > 0
+
+
+@pytest.mark.parametrize("config", [TIGHT, SCORING])
+def test_nothing_is_compiled_after_warm_up(config, lively, adapters, many, rng):
+    engine = Engine(lively, config)
+    engine.warm_up()
+    requests = []
+    for i, adapter in enumerate([None, *adapters.values(), *many, None, None]):
+        sampling = (
+            SamplingParams(temperature=0.0), SamplingParams(top_p=0.5, top_k=9, seed=2), lettered(i),
+            SamplingParams(repetition_penalty=1.3, presence_penalty=0.5),
+            SamplingParams(stop_token_ids=tuple(range(40))),
+        )[i % 5]  # fmt: skip
+        scores = 3 if config.scoring and i % 4 == 0 else None
+        requests.append(
+            request(
+                some(rng, 1 + 2 * i), adapter, sampling=sampling, max_tokens=1 + i % 9, n=1 + i % 3, priority=i % 2,
+                logprobs=(None, 0, 5)[i % 3], prompt_logprobs=scores, stop=("ab",) * (i % 2),
+            )
+        )  # fmt: skip
+    samples = run_all(engine, requests)
+    assert all(whole.error is None for group in samples for whole in group)
+    assert engine.stats.recompiles == 0
+
+
+def test_requests_of_one_adapter_under_two_objects_share_it(lively, many, rng):
+    twin = dataclasses.replace(many[0])
+    prompt = some(rng, 20)
+    engine = Engine(lively, TIGHT)
+    one, two = request(prompt, many[0]), request(prompt, twin)
+    assert run_one(engine, one).token_ids == run_one(engine, two).token_ids == alone(lively, one).token_ids
+    assert engine.stats.adapter_loads == 1
+    assert engine.stats.prefix_hit_tokens == 16
