@@ -1,16 +1,24 @@
 import copy
 import json
 
+import pytest
+
 from bench import tables
 
 
-def test_the_serve_table_reads_both_schemas_and_runs_without_interval():
-    figures = json.loads((tables.RESULTS / "cpu-serve-bench.json").read_text())
-    made = tables.cpu_serve_bench(figures)
-    assert " to " in made
-    short = copy.deepcopy(figures) | {"schema": "preft-jax/serve-bench/2", "contenders": []}
-    for ratio in short["ratio_to_base"].values():
-        ratio.pop("low"), ratio.pop("high")
-    without = tables.cpu_serve_bench(short)
-    assert " to " not in without
-    assert without.splitlines()[0] == made.splitlines()[0]
+@pytest.mark.parametrize("schema", ["preft-jax/serve-bench/1", "preft-jax/serve-bench/2"])
+def test_the_serve_table_reads_both_schemas_with_and_without_interval(schema):
+    figures = json.loads((tables.RESULTS / "cpu-serve-bench.json").read_text()) | {"schema": schema}
+    with_interval, without = copy.deepcopy(figures), copy.deepcopy(figures)
+    for ratio in with_interval["ratio_to_base"].values():
+        ratio |= {"low": ratio["mean"] - 0.25, "high": ratio["mean"] + 0.25}
+    for ratio in without["ratio_to_base"].values():
+        ratio.pop("low", None), ratio.pop("high", None)
+    made = tables.cpu_serve_bench(with_interval)
+    assert "1.00 (0.75 to 1.25)" in made
+    assert " to " not in tables.cpu_serve_bench(without)
+    assert tables.cpu_serve_bench(without).splitlines()[0] == made.splitlines()[0]
+
+
+def test_every_committed_table_is_what_its_figures_say():
+    assert tables.main(["--check"]) == 0
