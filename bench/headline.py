@@ -32,26 +32,18 @@ from preft_jax.chat import EncodedPrompt
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
-from preft_jax.generator import serving_model
-from preft_jax.loading import Model, load_model
+from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.sampling import SamplingParams
 from preft_jax.shapes import RANK_PAGE
 from serve.adapters import Columns, Known
 from serve.config import EngineConfig
+from serve.contest import MODES
 from serve.engine import Engine
-from serve.metrics import environment
-from serve.request import Request
+from serve.load import EngineTarget, LoadRequest
+from serve.metrics import environment, summarize
+from serve.request import Output, Request
 
 SCHEMA = "preft-jax/headline/1"
-MODES = ("base", "prefill-only", "all-token")
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """A mode and how many adapters the requests use."""
-
-    mode: str
-    num_adapters: int
 
 
 class Adapters:
@@ -93,66 +85,66 @@ class Adapters:
 
 
 def make_requests(
-    model: ModelConfig, adapters: Sequence[Adapter | None], num_prompts: int, lengths: tuple[int, int], seed: int
-) -> list[Request]:
+    vocab_size: int, num_adapters: int, num_prompts: int, lengths: tuple[int, int], seed: int
+) -> list[LoadRequest]:
     """Return the workload; prompts depend on the seed alone, so contenders serve the same ones."""
     rng = np.random.default_rng(seed)
     return [
-        Request(
-            prompt=EncodedPrompt(rng.integers(0, model.vocab_size, lengths[0]).tolist(), ()),
-            adapter=adapters[i % len(adapters)],
-            sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+        LoadRequest(
+            arrival=0.0,
+            prompt=rng.integers(0, vocab_size, lengths[0]).tolist(),
             max_tokens=lengths[1],
+            user=i % num_adapters if num_adapters else None,
         )
         for i in range(num_prompts)
     ]
 
 
-def serve(engine: Engine, requests: Sequence[Request], concurrency: int) -> dict[str, Any]:
-    """Serve requests, at most ``concurrency`` in the engine at a time, and return what was measured."""
-    before = engine.stats
-    start = time.perf_counter()
-    first: dict[int, float] = {}
-    tpots: list[float] = []
-    added: dict[int, float] = {}
-    counts: dict[int, int] = {}
-    waiting = list(reversed(requests))
-    most = 0
-    while waiting or engine.has_work:
-        while waiting and len(added) - len(tpots) < concurrency:
-            added[engine.add(waiting.pop())] = time.perf_counter()
-        outputs = engine.step()
-        now = time.perf_counter()
-        most = max(most, engine.scheduler.num_running)
-        for output in outputs:
-            if output.error is not None:
-                raise ConfigError(f"request {output.request_id} failed: {output.error}")
-            if output.token_ids:
-                first.setdefault(output.request_id, now)
-                counts[output.request_id] = counts.get(output.request_id, 0) + len(output.token_ids)
-            if output.finish_reason is not None:
-                tpots.append((now - first[output.request_id]) / max(counts[output.request_id] - 1, 1))
-    elapsed = time.perf_counter() - start
-    after = engine.stats
-    spent = {
-        field.name: getattr(after, field.name) - getattr(before, field.name) for field in dataclasses.fields(after)
-    }
-    ttfts = [first[request] - added[request] for request in first]
+class _Watched(Engine):
+    """An engine that remembers how many sequences ran at a time."""
+
+    most_running = 0
+
+    def step(self) -> list[Output]:
+        """See ``Engine``."""
+        outputs = super().step()
+        self.most_running = max(self.most_running, self.scheduler.num_running)
+        return outputs
+
+
+def serve(engine: _Watched, requests: Sequence[LoadRequest], adapters: Sequence[Adapter], most: int) -> dict[str, Any]:
+    """Serve requests, at most ``most`` in the engine at a time, and return what was measured."""
+
+    def make(load: LoadRequest) -> Request:
+        return Request(
+            prompt=EncodedPrompt(load.prompt, ()),
+            adapter=None if load.user is None else adapters[load.user],
+            sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+            max_tokens=load.max_tokens,
+        )
+
+    target = EngineTarget(engine, make, max_concurrency=most)
+    before, engine.most_running = target.counters(), 0
+    result = target.run(requests)
+    after = target.counters()
+    failed = next((record for record in result.records if record.status != "completed"), None)
+    if failed is not None:
+        raise ConfigError(f"a request {failed.status}: {failed.error}")
+    spent = {name: after[name] - before[name] for name in after}
+    figures = summarize([result])
     return {
-        "seconds": round(elapsed, 3),
-        "output_throughput": round(spent["generated_tokens"] / elapsed, 1),
+        "seconds": figures["duration"],
+        "output_throughput": round(figures["output_throughput"], 1),
         "prefill_seconds": round(spent["prefill_seconds"], 3),
         "prefill_tokens_per_s": round(spent["prompt_tokens"] / max(spent["prefill_seconds"], 1e-9), 1),
         "decode_seconds": round(spent["decode_seconds"], 3),
         "decode_steps": spent["decode_steps"],
         "decode_step_ms": round(1e3 * spent["decode_seconds"] / max(spent["decode_steps"], 1), 3),
-        "host_seconds": round(elapsed - spent["prefill_seconds"] - spent["decode_seconds"], 3),
-        "mean_tpot_ms": round(1e3 * float(np.mean(tpots)), 3),
-        "mean_ttft_ms": round(1e3 * float(np.mean(ttfts)), 3),
-        "most_running": most,
-        "preemptions": spent["preemptions"],
-        "adapter_loads": spent["adapter_loads"],
-        "recompiles": spent["recompiles"],
+        "host_seconds": round(result.duration - spent["prefill_seconds"] - spent["decode_seconds"], 3),
+        "mean_tpot_ms": figures["mean_tpot_ms"],
+        "mean_ttft_ms": figures["mean_ttft_ms"],
+        "most_running": engine.most_running,
+        **{name: spent[name] for name in ("preemptions", "adapter_loads", "recompiles")},
     }
 
 
@@ -183,10 +175,10 @@ def floors(model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Na
     }
 
 
-def engine_for(model: Model, mode: str, bank_adapters: int, args: argparse.Namespace) -> Engine:
+def engine_for(model: Model, mode: str, bank_adapters: int, args: argparse.Namespace) -> _Watched:
     """Return a warm engine for a mode."""
     pages = 1 if mode == "base" else 1 + bank_adapters * args.rank // RANK_PAGE
-    return Engine(
+    return _Watched(
         model,
         EngineConfig(
             max_num_seqs=args.max_num_seqs,
@@ -224,24 +216,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         for count in wanted:
             positions = "all" if mode == "all-token" else "prompt"
-            own: list[Adapter | None] = [None]
-            if count:
-                own = [adapters.make(i, positions) for i in range(count)]
-                for i, adapter in enumerate(own):
-                    edits = adapters.packed(i)
-                    columns = {site: Columns(edit.groups) for site, edit in edits.items()}
-                    if adapter is not None:
-                        engine.adapters.put(adapter.digest, Known(columns, engine.runner.pack(edits)))
+            own = [adapters.make(i, positions) for i in range(count)]
+            for i, adapter in enumerate(own):
+                edits = adapters.packed(i)
+                columns = {site: Columns(edit.groups) for site, edit in edits.items()}
+                engine.adapters.put(adapter.digest, Known(columns, engine.runner.pack(edits)))
+            few, vocab = min(64, args.max_num_seqs), model.config.vocab_size
+            serve(engine, make_requests(vocab, count, few, (args.input_len, 4), 1), own, few)
             lengths = args.input_len, args.output_len
-            serve(
-                engine, make_requests(model.config, own, args.max_num_seqs, (args.input_len, 4), 1), args.max_num_seqs
-            )
-            figures = serve(engine, make_requests(model.config, own, args.num_prompts, lengths, 0), args.max_num_seqs)
+            figures = serve(engine, make_requests(vocab, count, args.num_prompts, lengths, 0), own, args.max_num_seqs)
             rows.append({"mode": mode, "num_adapters": count, "bank_adapters": bank_adapters, **figures})
             console.print(f"{mode}, {count} adapters: {figures}", soft_wrap=True)
             for adapter in own:
-                if adapter is not None:
-                    engine.adapters.let_go(adapter.digest)
+                engine.adapters.let_go(adapter.digest)
         del engine
         gc.collect()
     options = {name: value for name, value in vars(args).items() if name != "output_json"}

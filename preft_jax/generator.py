@@ -8,7 +8,6 @@ knows adapters.
 import dataclasses
 import numbers
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,31 +30,10 @@ from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.chat import EncodedPrompt
 from preft_jax.edit_mask import extend_edit_mask, make_edit_mask
 from preft_jax.errors import AdapterError, ConfigError, RequestError
-from preft_jax.layout import fused_layout
-from preft_jax.loading import Model
+from preft_jax.loading import Model, serving_params
 from preft_jax.logits import History
-from preft_jax.model import Params
 from preft_jax.programs import DecodeState, programs
 from preft_jax.sampling import INVALID, SamplingParams, sampling_arrays
-
-_serving_params: weakref.WeakKeyDictionary[Model, tuple[bool, Params]] = weakref.WeakKeyDictionary()
-
-
-def serving_params(model: Model, max_num_seqs: int) -> Params:
-    """Return a model's weights in the layout that this backend serves from, kept until another layout is asked for.
-
-    A CPU multiplies a matrix with one token fastest from ``[output, input]`` and with several from ``[input, output]``.
-    """
-    transpose = jax.default_backend() == "cpu" and max_num_seqs == 1
-    made = _serving_params.get(model)
-    if made is None or made[0] != transpose:
-        made = _serving_params[model] = (transpose, fused_layout(model.params, transpose=transpose))
-    return made[1]
-
-
-def serving_model(model: Model, max_num_seqs: int) -> Model:
-    """Return a model that holds its weights in the serving layout alone: drop the one given to free its memory."""
-    return dataclasses.replace(model, params=serving_params(model, max_num_seqs))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""``load_model``: from a name or a path to a ``Model`` with its parameters on the device."""
+"""``load_model``: from a name or a path to a ``Model`` with its parameters on the device, and to its serving layout."""
 
 import dataclasses
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from preft_jax.io.hf import load_hf_model, weight_files
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, hub_snapshot, packaged_gguf
 from preft_jax.io.tokenizer import byte_tokenizer
 from preft_jax.io.weights import MAX_DIFFERENCES
-from preft_jax.model import init_params
+from preft_jax.layout import fused_layout
+from preft_jax.model import Params, init_params
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes a model can be loaded in."""
@@ -138,3 +140,23 @@ def _check_finite(params: Any, where: str) -> None:
             f"{where} has NaN or infinite weights in {', '.join(bad[:MAX_DIFFERENCES])}{more}; get the model again, or "
             "load it in a dtype with a wider range"
         )
+
+
+_serving_params: weakref.WeakKeyDictionary[Model, tuple[bool, Params]] = weakref.WeakKeyDictionary()
+
+
+def serving_params(model: Model, max_num_seqs: int) -> Params:
+    """Return a model's weights in the layout that this backend serves from, kept until another layout is asked for.
+
+    A CPU multiplies a matrix with one token fastest from ``[output, input]`` and with several from ``[input, output]``.
+    """
+    transpose = jax.default_backend() == "cpu" and max_num_seqs == 1
+    made = _serving_params.get(model)
+    if made is None or made[0] != transpose:
+        made = _serving_params[model] = (transpose, fused_layout(model.params, transpose=transpose))
+    return made[1]
+
+
+def serving_model(model: Model, max_num_seqs: int) -> Model:
+    """Return a model that holds its weights in the serving layout alone: drop the one given to free its memory."""
+    return dataclasses.replace(model, params=serving_params(model, max_num_seqs))

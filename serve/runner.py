@@ -19,8 +19,7 @@ from preft_jax.bank import AdapterPages, PackedSite, init_bank
 from preft_jax.batch import Span, bucket, pack_prefill, pack_rows, round_up, rows_of
 from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.errors import ConfigError
-from preft_jax.generator import serving_params
-from preft_jax.loading import Model
+from preft_jax.loading import Model, serving_params
 from preft_jax.logits import History
 from preft_jax.programs import DecodeState, Drawn
 from preft_jax.sampling import SamplingParams, sampling_arrays

@@ -27,7 +27,8 @@ from preft_jax.chat import EncodedPrompt, encode_prompt
 from preft_jax.config import RopeScaling
 from preft_jax.edit_mask import extend_edit_mask
 from preft_jax.forward import decode
-from preft_jax.generator import RunShape, request_edit_mask, serving_params
+from preft_jax.generator import RunShape, request_edit_mask
+from preft_jax.loading import serving_params
 from preft_jax.logits import History
 from preft_jax.model import abstract_params
 from preft_jax.programs import DecodeState, programs

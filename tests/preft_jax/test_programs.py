@@ -10,7 +10,7 @@ import pytest
 from preft_jax.bank import init_bank
 from preft_jax.batch import Span, pack_prefill, pack_rows
 from preft_jax.cache import init_cache
-from preft_jax.generator import serving_params
+from preft_jax.loading import serving_params
 from preft_jax.programs import DecodeState, programs
 from preft_jax.sampling import sampling_arrays
 from preft_jax.shapes import NUM_GROUPS
