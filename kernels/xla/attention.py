@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 _MASKED = -1e30
 _QUERY_BLOCK = 32
+_KEY_BLOCK = 128
+_QUERIES_TOGETHER = 128
 
 
 def _dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
@@ -28,44 +30,77 @@ def paged_attention(
 ) -> jax.Array:
     """Causal attention of packed, ragged queries over a paged KV cache; see ``kernels.api.paged_attention``.
 
-    Each request's queries are cut into blocks of at most ``_QUERY_BLOCK``, and each block looks at its request's keys:
-    the work is that of the tokens there are, however unequal the requests.
+    Each request's queries are cut into blocks of at most ``_QUERY_BLOCK``. A few blocks at a time look at their
+    requests' keys, ``_KEY_BLOCK`` after ``_KEY_BLOCK``, with a running softmax (Milakov and Gimelshein, arXiv
+    1805.02867). Both loops end with the last real block and key: the work is that of the tokens there are, however
+    unequal the requests.
     """
     num_tokens, heads, channels = q_THC.shape
     batch = kv_len_B.shape[0]
     page_size, kv_heads = kv_PSJC.shape[1], kv_PSJC.shape[2] // 2
     size = min(_QUERY_BLOCK, max_query_len)
     num_blocks = min(batch * -(-max_query_len // size), num_tokens // size + batch)
+    together = min(num_blocks, max(1, _QUERIES_TOGETHER // size))
+    num_keys = page_table_BP.shape[1] * page_size
+    keys = min(_KEY_BLOCK, num_keys)
 
     query_len_B = query_start_B1[1:] - query_start_B1[:-1]
     block_end_B = jnp.cumsum(-(-query_len_B // size))
-    block_N = jnp.arange(num_blocks, dtype=jnp.int32)
-    request_N = jnp.minimum(jnp.searchsorted(block_end_B, block_N, side="right"), batch - 1)
     first_block_B = block_end_B - -(-query_len_B // size)
-    offset_NQ = ((block_N - first_block_B[request_N]) * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
-
-    kv_len_N = kv_len_B[request_N]
-    key_S = jnp.arange(page_table_BP.shape[1] * page_size, dtype=jnp.int32)
-    last_key_NQ = (kv_len_B - query_len_B)[request_N][:, None] + offset_NQ
-    visible_NQS = (key_S <= last_key_NQ[..., None]) & (key_S < kv_len_N[:, None, None])
-
-    # Beyond its last key a request reads that key again, so that what other slots hold never gets here. Keys and values
-    # have a gather each: each is then fused with its conversion, where a shared one would be stored and read again.
-    read_NS = jnp.minimum(key_S, jnp.maximum(kv_len_N[:, None] - 1, 0))
-    page_NS = jnp.take_along_axis(page_table_BP[request_N], read_NS // page_size, axis=1)
     head_K1 = 2 * jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
-    slot_N1S = page_NS[:, None], (read_NS % page_size)[:, None]
-    k_NKSC = kv_PSJC[*slot_N1S, head_K1].astype(q_THC.dtype)
-    v_NKSC = kv_PSJC[*slot_N1S, head_K1 + 1].astype(q_THC.dtype)
 
-    row_NQ = jnp.clip(query_start_B1[request_N][:, None] + offset_NQ, 0, num_tokens - 1)
-    q_NQKGC = q_THC[row_NQ].reshape(num_blocks, size, kv_heads, heads // kv_heads, channels)
-    q_NKGQC = q_NQKGC.transpose(0, 2, 3, 1, 4)
-    scores_NKGQS = _dot(q_NKGQC, k_NKSC, 3) * scale
-    scores_NKGQS = jnp.where(visible_NQS[:, None, None], scores_NKGQS, _MASKED)
-    weights_NKGQS = jax.nn.softmax(scores_NKGQS, axis=-1).astype(q_THC.dtype)
-    out_NKGQC = _dot(weights_NKGQS, v_NKSC, 2).astype(q_THC.dtype)
-    out_NQHC = out_NKGQC.transpose(0, 3, 1, 2, 4).reshape(num_blocks, size, heads, channels)
+    def attend(first: jax.Array, out_NQHC: jax.Array) -> jax.Array:
+        block_N = first * together + jnp.arange(together, dtype=jnp.int32)
+        request_N = jnp.minimum(jnp.searchsorted(block_end_B, block_N, side="right"), batch - 1)
+        offset_NQ = ((block_N - first_block_B[request_N]) * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
+        kv_len_N = kv_len_B[request_N]
+        last_key_NQ = (kv_len_B - query_len_B)[request_N][:, None] + offset_NQ
+        table_NP = page_table_BP[request_N]
+        row_NQ = jnp.clip(query_start_B1[request_N][:, None] + offset_NQ, 0, num_tokens - 1)
+        q_NQKGC = q_THC[row_NQ].reshape(together, size, kv_heads, heads // kv_heads, channels)
+        q_NKGQC = q_NQKGC.transpose(0, 2, 3, 1, 4)
+
+        def look(at: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            most_NKGQ, total_NKGQ, sum_NKGQC = state
+            key_S = at * keys + jnp.arange(keys, dtype=jnp.int32)
+            visible_NQS = (key_S <= last_key_NQ[..., None]) & (key_S < kv_len_N[:, None, None])
+            # Beyond its last key a request reads that key again, so that what other slots hold never gets here. Keys
+            # and values have a gather each: each is then fused with its conversion, where a shared one would be stored
+            # and read again.
+            read_NS = jnp.minimum(key_S, jnp.maximum(kv_len_N[:, None] - 1, 0))
+            page_NS = jnp.take_along_axis(table_NP, read_NS // page_size, axis=1)
+            slot_N1S = page_NS[:, None], (read_NS % page_size)[:, None]
+            k_NKSC = kv_PSJC[*slot_N1S, head_K1].astype(q_THC.dtype)
+            v_NKSC = kv_PSJC[*slot_N1S, head_K1 + 1].astype(q_THC.dtype)
+            scores_NKGQS = jnp.where(visible_NQS[:, None, None], _dot(q_NKGQC, k_NKSC, 3) * scale, _MASKED)
+            new_NKGQ = jnp.maximum(most_NKGQ, scores_NKGQS.max(axis=-1))
+            weights_NKGQS = jnp.exp(scores_NKGQS - new_NKGQ[..., None])
+            keep_NKGQ = jnp.exp(most_NKGQ - new_NKGQ)
+            seen_NKGQC = _dot(weights_NKGQS.astype(q_THC.dtype), v_NKSC, 2)
+            return (
+                new_NKGQ,
+                total_NKGQ * keep_NKGQ + weights_NKGQS.sum(axis=-1),
+                sum_NKGQC * keep_NKGQ[..., None] + seen_NKGQC,
+            )
+
+        rows = q_NKGQC.shape[:4]
+        state = (
+            jnp.full(rows, _MASKED, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            jnp.zeros(q_NKGQC.shape, jnp.float32),
+        )
+        last = jnp.minimum(jnp.minimum(kv_len_N.max(), last_key_NQ.max() + 1), num_keys)
+        _, total_NKGQ, sum_NKGQC = jax.lax.fori_loop(0, -(-last // keys), look, state)
+        mixed_NKGQC = (sum_NKGQC / jnp.maximum(total_NKGQ, 1e-30)[..., None]).astype(q_THC.dtype)
+        mixed_NQHC = mixed_NKGQC.transpose(0, 3, 1, 2, 4).reshape(together, size, heads, channels)
+        return jax.lax.dynamic_update_slice(out_NQHC, mixed_NQHC, (first * together, 0, 0, 0))
+
+    groups = -(-num_blocks // together)
+    out_NQHC = jnp.zeros((groups * together, size, heads, channels), q_THC.dtype)
+    if groups == 1:
+        out_NQHC = attend(jnp.int32(0), out_NQHC)
+    else:
+        out_NQHC = jax.lax.fori_loop(0, jnp.minimum(-(-block_end_B[-1] // together), groups), attend, out_NQHC)
 
     token_T = jnp.arange(num_tokens, dtype=jnp.int32)
     request_T = jnp.minimum(jnp.searchsorted(query_start_B1[1:], token_T, side="right"), batch - 1)
