@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels import dispatch
-from kernels.types import PagePool
 from preft_jax import forward
-from preft_jax.bank import Bank, SitePages, init_bank, num_rank_pages
+from preft_jax.bank import Bank, Pools, SitePages, init_bank, num_rank_pages
 from preft_jax.batch import Span, pack_prefill
 from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.cli import hyphenated
@@ -77,15 +76,15 @@ def random_bank(config: ModelConfig, num_pages: int, dtype: Any) -> Bank:
     """Return a bank whose pages, but for the null page, hold random edits."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def fill(pool: PagePool, key: jax.Array) -> PagePool:
+    def fill(pools: Pools, key: jax.Array) -> Pools:
         a_key, b_key = jax.random.split(key)
-        a = jax.random.normal(a_key, pool.a_PDR.shape, dtype) * pool.a_PDR.shape[1] ** -0.5
-        b = jax.random.normal(b_key, pool.b_PRF.shape, dtype) * 0.02
-        return PagePool(a.astype(dtype).at[0].set(0), pool.c_PR, b.astype(dtype).at[0].set(0))
+        a = jax.random.normal(a_key, pools.a_LPDR.shape, dtype) * pools.a_LPDR.shape[2] ** -0.5
+        b = jax.random.normal(b_key, pools.b_LPRF.shape, dtype) * 0.02
+        return Pools(a.astype(dtype).at[:, 0].set(0), pools.c_LPR, b.astype(dtype).at[:, 0].set(0))
 
     bank = init_bank(config, num_pages, dtype)
-    keys = iter(jax.random.split(jax.random.key(1), sum(map(len, bank.layers))))
-    return Bank([{site: fill(pool, next(keys)) for site, pool in pools.items()} for pools in bank.layers])
+    keys = jax.random.split(jax.random.key(1), len(bank.sites))
+    return Bank({site: fill(pools, key) for (site, pools), key in zip(bank.sites.items(), keys, strict=True)})
 
 
 def make_batch(config: ModelConfig, case: Case, rng: np.random.Generator) -> Any:

@@ -2,7 +2,8 @@
 
 An edit of rank 48 is the sum of three of rank 16, so the device holds pools of fixed-size rank pages, one pool for
 each layer and site, and an adapter is a list of page ids for each site (the same ids in every layer). Adapters of any
-rank, kind and target set reach a jitted program as page ids: nothing recompiles. Page 0 of every pool is null.
+rank, kind and target set reach a jitted program as page ids: nothing recompiles. Page 0 of every pool is null. The
+pools of a site are one array for all layers, so that an adapter is written by one program with few arrays.
 """
 
 import functools
@@ -13,17 +14,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.types import PagePool
+from kernels.types import Array, PagePool, Site, TilePages
 from preft_jax.adapter import Adapter, AdapterConfig, LowRankEdit, fold_params
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError
 from preft_jax.shapes import RANK_PAGE, SITES
 
 
-class Bank(NamedTuple):
-    """Rank pages on the device: for each layer ``{site: PagePool}``."""
+class Pools(NamedTuple):
+    """Rank pages of one site in all layers: ``a_LPDR [L, P, D, 16]``, ``c_LPR`` (float32), ``b_LPRF [L, P, 16, F]``."""
 
-    layers: list[dict[str, PagePool]]
+    a_LPDR: Array
+    c_LPR: Array
+    b_LPRF: Array
+
+
+class Bank(NamedTuple):
+    """Rank pages on the device, by site."""
+
+    sites: dict[str, Pools]
+
+    def at(self, layer: int, site: str, page: Array) -> tuple[PagePool, Array]:
+        """Return a layer's view of a site and of page ids: the pages of all layers in a row, without a copy."""
+        pools = self.sites[site]
+        per_layer = pools.a_LPDR.shape[1]
+        pool = PagePool(*(array.reshape(-1, *array.shape[2:]) for array in pools))
+        return pool, jnp.where(page == 0, 0, page + layer * per_layer)
+
+    def site(self, layer: int, site: str, tiles: TilePages) -> Site:
+        """Return where a batch's page lists act at one site of a layer."""
+        pool, page_NE = self.at(layer, site, tiles.page_NE)
+        return Site(pool, tiles._replace(page_NE=page_NE))
 
 
 class SitePages(NamedTuple):
@@ -45,15 +66,16 @@ def init_bank(config: ModelConfig, num_pages: int, dtype: Any, sites: Sequence[s
     if num_pages < 1:
         raise ConfigError(f"the adapter bank needs at least its null page; got {num_pages} pages")
 
-    def pool(site: str) -> PagePool:
+    def pools(site: str) -> Pools:
         d, f = config.site_shape(site)
-        return PagePool(
-            jnp.zeros((num_pages, d, RANK_PAGE), dtype),
-            jnp.zeros((num_pages, RANK_PAGE), jnp.float32),
-            jnp.zeros((num_pages, RANK_PAGE, f), dtype),
+        pages = config.num_hidden_layers, num_pages
+        return Pools(
+            jnp.zeros((*pages, d, RANK_PAGE), dtype),
+            jnp.zeros((*pages, RANK_PAGE), jnp.float32),
+            jnp.zeros((*pages, RANK_PAGE, f), dtype),
         )
 
-    return Bank([{site: pool(site) for site in sites} for _ in range(config.num_hidden_layers)])
+    return Bank({site: pools(site) for site in sites})
 
 
 def num_rank_pages(rank: int) -> int:
@@ -140,12 +162,8 @@ def _cut_site(
     )
 
 
-def _write_page(pool: PagePool, page: jax.Array, a: jax.Array, c: jax.Array, b: jax.Array) -> PagePool:
-    return PagePool(
-        pool.a_PDR.at[page].set(a.astype(pool.a_PDR.dtype)),
-        pool.c_PR.at[page].set(c),
-        pool.b_PRF.at[page].set(b.astype(pool.b_PRF.dtype)),
-    )
+def _write_page(pools: Pools, page: jax.Array, edit: tuple[jax.Array, jax.Array, jax.Array]) -> Pools:
+    return Pools(*(pool.at[:, page].set(new.astype(pool.dtype)) for pool, new in zip(pools, edit, strict=True)))
 
 
 @functools.cache
@@ -156,13 +174,12 @@ def _page_writer() -> Any:
 def write_adapter(bank: Bank, packed: dict[str, PackedSite], where: AdapterPages) -> Bank:
     """Return the bank with an adapter's pages written in place; the bank given is donated."""
     write = _page_writer()
-    layers = [dict(pools) for pools in bank.layers]
+    sites = dict(bank.sites)
     for site, place in where.items():
-        edit = packed[site]
-        for i, pools in enumerate(layers):
-            for n, page in enumerate(place.pages):
-                pools[site] = write(pools[site], np.int32(page), edit.a[i, n], edit.c[i, n], edit.b[i, n])
-    return Bank(layers)
+        a, c, b, _ = packed[site]
+        for n, page in enumerate(place.pages):
+            sites[site] = write(sites[site], np.int32(page), (a[:, n], c[:, n], b[:, n]))
+    return Bank(sites)
 
 
 class HasGroups(Protocol):

@@ -41,14 +41,14 @@ class PackedEdits(NamedTuple):
 
     def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Edit ``ys [T, F]``; sites that the bank does not hold stay as they are."""
-        pools = self.bank.layers[layer]
-        held = [site for site in sites if site in pools]
+        held = {site: self.bank.site(layer, site, self.tiles[site]) for site in sites if site in self.bank.sites}
         if not held:
             return ys
-        shrunk = api.shrink(x, [pools[s] for s in held], [self.tiles[s] for s in held], self.mask_TG)
+        pools, tiles = zip(*held.values(), strict=True)
+        shrunk = api.shrink(x, pools, tiles, self.mask_TG)
         out = dict(zip(sites, ys, strict=True))
-        for site, s_TER in zip(held, shrunk, strict=True):
-            out[site] = api.expand(s_TER, out[site], pools[site], self.tiles[site])
+        for (site, at), s_TER in zip(held.items(), shrunk, strict=True):
+            out[site] = api.expand(s_TER, out[site], *at)
         return tuple(out[site] for site in sites)
 
 
@@ -60,9 +60,8 @@ class RowEdits(NamedTuple):
 
     def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Edit ``ys [B, F]``."""
-        pools = self.bank.layers[layer]
         return tuple(
-            api.decode_edit(x, y, pools[site], self.pages[site]) if site in pools else y
+            api.decode_edit(x, y, *self.bank.at(layer, site, self.pages[site])) if site in self.bank.sites else y
             for site, y in zip(sites, ys, strict=True)
         )
 

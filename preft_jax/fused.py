@@ -76,8 +76,9 @@ def hidden(
     for layer, w in enumerate(params["layers"]):
 
         def sites(*names: str, layer: int = layer) -> list[Site | None]:
-            pools = {} if bank is None else bank.layers[layer]
-            return [Site(pools[name], batch.tiles[name]) if name in pools else None for name in names]
+            if bank is None:
+                return [None] * len(names)
+            return [bank.site(layer, name, batch.tiles[name]) if name in bank.sites else None for name in names]
 
         with jax.named_scope("attention"):
             held = sites("q", "k", "v")

@@ -1,33 +1,25 @@
 """The engine's device programs: pure functions, jitted and compiled by ``serve.runner``.
 
-At most ten, each compiled for one shape: prefill for one or two token counts, decode for one or two row counts, decode
-for all-token adapters, drawing of first tokens, copying of forked KV pages, writing of rank pages (linears and
-``block`` apart), and prefill that scores its tokens.
+At most ten, each compiled for one shape: prefill for up to three token counts, decode for one or two row counts, decode
+for all-token adapters, drawing of first tokens, copying of forked KV pages, writing of rank pages, and prefill that
+scores its tokens.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels.types import PagePool
 from preft_jax import forward
-from preft_jax.bank import Bank
+from preft_jax.bank import Bank, PackedSite, Pools
 from preft_jax.batch import PrefillBatch
 from preft_jax.cache import KVCache
 from preft_jax.config import ModelConfig
 from preft_jax.model import Params
 from preft_jax.programs import DecodeState, Drawn, decode_loop, tops_if
 from preft_jax.sampling import MAX_LOGPROBS, History, SamplingArrays, sample
-
-
-class Slab(NamedTuple):
-    """One rank page of an adapter in all layers at one site: ``a_LDR``, ``c_LR`` (float32), ``b_LRF``."""
-
-    a_LDR: Any
-    c_LR: Any
-    b_LRF: Any
 
 
 def prefill(
@@ -107,17 +99,31 @@ def copy_pages(cache: KVCache, source_M: jax.Array, target_M: jax.Array) -> KVCa
     return KVCache([pool.at[target_M].set(pool[source_M], mode="drop") for pool in cache.kv])
 
 
-def write_slabs(bank: Bank, slabs: dict[str, Slab], page: dict[str, jax.Array]) -> Bank:
-    """Write one rank page of an adapter at several sites, in all layers; where it has none, zeros to the null page."""
-    layers = []
-    for i, pools in enumerate(bank.layers):
-        new = dict(pools)
-        for site, slab in slabs.items():
-            pool, at = pools[site], page[site]
-            new[site] = PagePool(
-                pool.a_PDR.at[at].set(slab.a_LDR[i].astype(pool.a_PDR.dtype)),
-                pool.c_PR.at[at].set(slab.c_LR[i].astype(jnp.float32)),
-                pool.b_PRF.at[at].set(slab.b_LRF[i].astype(pool.b_PRF.dtype)),
-            )
-        layers.append(new)
-    return Bank(layers)
+def slab(edit: PackedSite, n: int, dtype: Any) -> np.ndarray:
+    """Return rank page ``n`` of an adapter at one site as one array ``[L, W]``: A, B, and the bits of the float32 c."""
+    layers, dtype = len(edit.a), np.dtype(dtype)
+    a, b = (array[:, n].reshape(layers, -1).astype(dtype) for array in (edit.a, edit.b))
+    return np.concatenate([a, b, np.ascontiguousarray(edit.c[:, n], np.float32).view(dtype)], axis=1)
+
+
+def slab_width(d: int, f: int, rank: int, dtype: Any) -> int:
+    """Return the width of a site's slabs."""
+    return rank * (d + f) + rank * 4 // np.dtype(dtype).itemsize
+
+
+def write_slabs(bank: Bank, slabs: dict[str, tuple[jax.Array, ...]], page: dict[str, jax.Array]) -> Bank:
+    """Write rank pages in all layers: at each site K slabs, each to its page of ``page[site]``, int32 ``[K]``.
+
+    Slabs with a page past the bank's are dropped.
+    """
+
+    def write(pools: Pools, slabs: tuple[jax.Array, ...], page_K: jax.Array) -> Pools:
+        layers, _, d, r = pools.a_LPDR.shape
+        f = pools.b_LPRF.shape[3]
+        slab_LKW = jnp.stack(slabs, axis=1)
+        a, b, c = jnp.split(slab_LKW, (r * d, r * (d + f)), axis=2)
+        c = jax.lax.bitcast_convert_type(c.reshape(layers, len(slabs), r, -1), jnp.float32)
+        new = a.reshape(layers, -1, d, r), c.reshape(layers, -1, r), b.reshape(layers, -1, r, f)
+        return Pools(*(pool.at[:, page_K].set(x, mode="drop") for pool, x in zip(pools, new, strict=True)))
+
+    return Bank({site: write(pools, slabs[site], page[site]) for site, pools in bank.sites.items()})

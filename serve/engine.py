@@ -59,11 +59,11 @@ STRIKES = 2
 
 
 class _WriteError(Exception):
-    """An adapter could not be written to the bank."""
+    """Adapters, at least one of them, could not be written to the bank."""
 
-    def __init__(self, digest: str):
-        super().__init__(digest)
-        self.digest = digest
+    def __init__(self, digests: list[str]):
+        super().__init__(*digests)
+        self.digests = digests
 
 
 def _told(error: BaseException | None) -> str:
@@ -314,12 +314,16 @@ class Engine:
         self._write_adapters()
 
     def _write_adapters(self) -> None:
-        for load in self.adapters.take_pending():
+        loads = self.adapters.take_pending()
+        together = [load for load in loads if load.digest not in self._strikes]
+        apart = [[load] for load in loads if load.digest in self._strikes]
+        for some in (*([together] if together else []), *apart):
             try:
-                self.runner.write_adapter(*load)
+                self.runner.write_adapters(some)
             except Exception as error:
-                raise _WriteError(load.digest) from error
-            self._strikes.pop(load.digest, None)
+                raise _WriteError([load.digest for load in some]) from error
+            for load in some:
+                self._strikes.pop(load.digest, None)
 
     def _start_prefill(self, plan: Prefill) -> _Call:
         self._stats.prefill_calls += 1
@@ -459,12 +463,16 @@ class Engine:
                 sequence.cohort = (type(plan).__name__, self._cohorts)
 
     def _recover_from_write(self, error: "_WriteError") -> None:
-        """After an adapter could not be written: try again, then give its requests up."""
+        """After adapters could not be written: try each alone, then give the requests of one that fails again up."""
         self._reset_device()
-        self._strikes[error.digest] = self._strikes.get(error.digest, 0) + 1
-        if self._strikes[error.digest] == STRIKES:
-            del self._strikes[error.digest]
-            for sequence in [s for sequences in self._live.values() for s in sequences if s.adapter == error.digest]:
+        if len(error.digests) > 1:
+            self._strikes |= dict.fromkeys(error.digests, 0)
+            return
+        (digest,) = error.digests
+        self._strikes[digest] = self._strikes.get(digest, 0) + 1
+        if self._strikes[digest] == STRIKES:
+            del self._strikes[digest]
+            for sequence in [s for sequences in self._live.values() for s in sequences if s.adapter == digest]:
                 if sequence.status is not Status.FINISHED:
                     self._end(News(sequence=sequence, finish="error", error=_told(error.__cause__)))
 

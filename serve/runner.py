@@ -23,8 +23,9 @@ from preft_jax.loading import Model, serving_params
 from preft_jax.logits import History
 from preft_jax.programs import DecodeState, Drawn
 from preft_jax.sampling import SamplingParams, sampling_arrays
-from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
+from preft_jax.shapes import RANK_PAGE, SITES
 from serve import device
+from serve.adapters import Load
 from serve.config import EngineConfig
 from serve.scheduler import Chunk
 from serve.sequence import Sequence
@@ -35,11 +36,11 @@ MAX_STOP_IDS = 16
 COPIES = 8
 """KV pages that one call copies."""
 
-Slabs = dict[str, list[dict[str, device.Slab]]]
-"""An adapter as the device takes it: for each writing program its rank pages, each a slab for every site."""
+WRITES = 8
+"""Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
 
-SITE_GROUPS = {"write-linears": LINEAR_SITES, "write-block": ("block",)}
-
+Slabs = dict[str, list[Any]]
+"""An adapter as the device takes it: for each site its rank pages, an array for each (``device.slab``)."""
 
 _shared: dict[Any, dict[str, tuple[Any, float]]] = {}
 """Compiled programs and the seconds that each took, by everything that their shapes depend on."""
@@ -55,6 +56,7 @@ class Runner:
         self.dtype = self.params["embed"].dtype
         self.table_width = pages_for(config.max_model_len, config.page_size or 1)
         self._adapters = config.bank_pages > 1
+        self._writes = 1 if jax.default_backend() == "cpu" else WRITES
         self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
         self.num_kv_pages = config.num_kv_pages or self._room_for_pages()
         self.cache = self._new_cache()
@@ -62,21 +64,17 @@ class Runner:
         self.compile_seconds: dict[str, float] = {}
         self.step_seconds: dict[str, float] = {}
         self._rows_cache: tuple[Any, Any] | None = None
-        small_rows, small_tokens = (
-            bucket(config.max_num_seqs) // 4,
-            round_up(config.prefill_tokens // 8, config.tile or 1),
-        )
-        self.row_counts = sorted({max(small_rows, 1), config.max_num_seqs})
+        self.row_counts = sorted({max(bucket(config.max_num_seqs) // 4, 1), config.max_num_seqs})
         self.adapted_row_counts: list[int] = []
         if config.all_token and self._adapters:
             # Ten programs at most: with scoring, one of them.
             self.adapted_row_counts = self.row_counts[-1:] if config.scoring else self.row_counts
-        self.token_counts = sorted({small_tokens, config.prefill_tokens})
+        self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile or 1) for part in (8, 2, 1)})
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         counts = {*self.row_counts, config.prefill_seqs}
         self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in counts}
-        self._empty_slabs: dict[str, device.Slab] = {}
+        self._empty_slabs: dict[str, jax.Array] = {}
 
     # Memory
 
@@ -97,7 +95,9 @@ class Runner:
         working = 2 * layer + 6 * 4 * config.max_num_seqs * shape.vocab_size
         if self._adapters:
             widths = sum(map(sum, map(shape.site_shape, SITES)))
-            working += config.prefill_seqs * RANK_PAGE * widths * shape.num_hidden_layers * size
+            # Copies of adapters that wait to be written, and those being written, stacked.
+            slabs = max(config.prefill_seqs, self._writes) + self._writes
+            working += slabs * RANK_PAGE * widths * shape.num_hidden_layers * size
         page = 2 * shape.num_hidden_layers * shape.kv_size * size * (config.page_size or 1)
         room = int(stats["bytes_limit"] * config.memory_utilization - used - working) // page
         if room < self.table_width:
@@ -161,9 +161,9 @@ class Runner:
         none = np.zeros(COPIES, np.int32)
         yield "copy-pages", lower(device.copy_pages, self.cache, none, none, donate=0)
         if self._adapters:
-            for name, sites in SITE_GROUPS.items():
-                slabs = {site: self._empty_slab(site) for site in sites}
-                yield name, lower(device.write_slabs, self.bank, slabs, dict.fromkeys(sites, np.int32(0)), donate=0)
+            slabs, page = self._no_writes()
+            slabs = {site: tuple(some) for site, some in slabs.items()}
+            yield "write-pages", lower(device.write_slabs, self.bank, slabs, page, donate=0)
 
     def _time_decode(self) -> None:
         """Measure a step of each decode program, all rows busy, before any page holds anything."""
@@ -327,42 +327,40 @@ class Runner:
     # Bank
 
     def pack(self, edits: Mapping[str, PackedSite]) -> Slabs:
-        """Cut an adapter to slabs as they are copied to the device; on an accelerator, to memory that it can read."""
-        slabs: Slabs = {}
-        for name, sites in SITE_GROUPS.items():
-            held = [site for site in sites if site in edits]
-            slabs[name] = [
-                {
-                    site: device.Slab(*(array[:, n] for array in edits[site][:3]))
-                    for site in held
-                    if n < len(edits[site].groups)
-                }
-                for n in range(max((len(edits[site].groups) for site in held), default=0))
-            ]
+        """Cut an adapter to slabs as they are copied to the device; on a GPU, in memory that it can read."""
+        slabs: Slabs = {
+            site: [device.slab(edit, n, self.dtype) for n in range(len(edit.groups))] for site, edit in edits.items()
+        }
         if jax.default_backend() != "gpu":
             return slabs
-        pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-        return jax.device_put(jax.tree.map(np.ascontiguousarray, slabs), pinned)
+        return jax.device_put(slabs, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
 
-    def write_adapter(self, digest: str, slabs: Slabs, place: AdapterPages) -> None:
-        """Write the rank pages of an adapter (``digest`` names it) to the bank."""
+    def write_adapters(self, loads: Many[Load]) -> None:
+        """Write the rank pages of adapters to the bank, ``writes`` of them in a call."""
         on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
-        for name, pages in jax.device_put(slabs, on_device).items():
-            for n, held in enumerate(pages):
-                all_sites = {site: held.get(site) or self._empty_slab(site) for site in SITE_GROUPS[name]}
-                page = {site: np.int32(place[site].pages[n] if site in held else 0) for site in all_sites}
-                self.bank = self.programs[name](self.bank, all_sites, page)
+        columns = [
+            {site: (slabs[n], load.place[site].pages[n]) for site, slabs in load.slabs.items() if n < len(slabs)}
+            for load in loads
+            for n in range(max(map(len, load.slabs.values()), default=0))
+        ]
+        for at in range(0, len(columns), self._writes):
+            some = columns[at : at + self._writes]
+            copied = jax.device_put([{site: slab for site, (slab, _) in column.items()} for column in some], on_device)
+            slabs, page = self._no_writes()
+            for n, column in enumerate(some):
+                for site in column:
+                    slabs[site][n], page[site][n] = copied[n][site], column[site][1]
+            self.bank = self.programs["write-pages"](self.bank, {s: tuple(x) for s, x in slabs.items()}, page)
 
-    def _empty_slab(self, site: str) -> device.Slab:
-        if site not in self._empty_slabs:
-            d, f = self.model.config.site_shape(site)
+    def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+        """Return arguments of a call that writes nothing: empty slabs, and pages past the bank's."""
+        if not self._empty_slabs:
             layers = self.model.config.num_hidden_layers
-            self._empty_slabs[site] = device.Slab(
-                jnp.zeros((layers, d, RANK_PAGE), self.dtype),
-                jnp.zeros((layers, RANK_PAGE), jnp.float32),
-                jnp.zeros((layers, RANK_PAGE, f), self.dtype),
-            )
-        return self._empty_slabs[site]
+            for site in SITES:
+                width = device.slab_width(*self.model.config.site_shape(site), RANK_PAGE, self.dtype)
+                self._empty_slabs[site] = jnp.zeros((layers, width), self.dtype)
+        nowhere = {site: np.full(self._writes, self.config.bank_pages, np.int32) for site in SITES}
+        return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
 
 
 def _penalised(params: SamplingParams) -> bool:

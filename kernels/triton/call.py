@@ -10,7 +10,7 @@ import jax_triton  # pyright: ignore[reportMissingImports]
 
 from kernels.triton import interpret
 from kernels.types import Site, Unsupported
-from kernels.xla.lowrank import owned
+from kernels.xla.lowrank import switched_on
 
 _target = jax.make_user_context(default_value=None)
 
@@ -114,8 +114,9 @@ def rank_of(entries: int) -> int:
 def shrink_args(site: Site, mask_TG: jax.Array) -> tuple[jax.Array, ...]:
     """Return what a kernel needs to shrink at a site: A, c, the pages of each tile, which entry edits which token.
 
-    The last is int8 ``[T, E]``, computed once for all layers that share the page lists.
+    The last is int8 ``[T, E]``, null pages included (kernels find zeros there): whatever the page ids, it is computed
+    once for all layers.
     """
     pool, tiles = site
-    own_TE = owned(tiles, mask_TG).reshape(mask_TG.shape[0], -1).astype(jnp.int8)
+    own_TE = switched_on(tiles, mask_TG).reshape(mask_TG.shape[0], -1).astype(jnp.int8)
     return pool.a_PDR, pool.c_PR, jnp.asarray(tiles.page_NE, jnp.int32), own_TE

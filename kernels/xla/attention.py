@@ -35,6 +35,7 @@ def paged_attention(
     1805.02867). Both loops end with the last real block and key: the work is that of the tokens there are, however
     unequal the requests.
     """
+    page_table_BP, query_start_B1, kv_len_B = map(jnp.asarray, (page_table_BP, query_start_B1, kv_len_B))
     num_tokens, heads, channels = q_THC.shape
     batch = kv_len_B.shape[0]
     page_size, kv_heads = kv_PSJC.shape[1], kv_PSJC.shape[2] // 2

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from kernels.types import PagePool, Shrunk, Site, TilePages
 
 
-def owned(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
-    """Return bool ``[N, tile, E]``: does entry e edit this token?"""
+def switched_on(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
+    """Return bool ``[N, tile, E]``: is this token in entry e's span, and switched on?"""
     num_tiles = tiles.page_NE.shape[0]
     tile = mask_TG.shape[0] // num_tiles
     offset = jnp.arange(tile, dtype=jnp.int32)[None, :, None]
@@ -17,7 +17,12 @@ def owned(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
     switched = jnp.take_along_axis(
         mask_TG.reshape(num_tiles, tile, -1), tiles.group_NE[:, None, :], axis=2, mode="fill", fill_value=False
     )
-    return in_span & switched & (tiles.page_NE[:, None, :] != 0)
+    return in_span & switched
+
+
+def owned(tiles: TilePages, mask_TG: jax.Array) -> jax.Array:
+    """Return bool ``[N, tile, E]``: does entry e edit this token?"""
+    return switched_on(tiles, mask_TG) & (tiles.page_NE[:, None, :] != 0)
 
 
 def shrink(x_TD: jax.Array, sites: tuple[Site, ...], mask_TG: jax.Array) -> tuple[jax.Array, ...]:

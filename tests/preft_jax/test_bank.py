@@ -92,14 +92,12 @@ def test_each_group_has_pages_of_its_own():
 
 
 def test_an_empty_bank_is_zeros_and_has_every_site():
-    bank = init_bank(MODEL, 3, np.float32)
-    assert len(bank.layers) == 3
-    for pools in bank.layers:
-        assert set(pools) == set(SITES)
-        for site, pool in pools.items():
-            d, f = MODEL.site_shape(site)
-            assert (pool.a_PDR.shape, pool.c_PR.shape, pool.b_PRF.shape) == ((3, d, 16), (3, 16), (3, 16, f))
-            assert not any(np.asarray(leaf).any() for leaf in pool)
+    bank = init_bank(MODEL, 5, np.float32)
+    assert set(bank.sites) == set(SITES)
+    for site, pools in bank.sites.items():
+        d, f = MODEL.site_shape(site)
+        assert [leaf.shape for leaf in pools] == [(3, 5, d, 16), (3, 5, 16), (3, 5, 16, f)]
+        assert not any(np.asarray(leaf).any() for leaf in pools)
 
 
 def test_a_bank_without_its_null_page_is_refused():
@@ -114,14 +112,25 @@ def test_a_write_fills_its_pages_in_every_layer_and_touches_no_other():
     for one, place in zip((first, second), places, strict=True):
         bank = write_adapter(bank, pack_adapter(one, MODEL), place)
     expected = [pack_adapter(one, MODEL) for one in (first, second)]
-    for layer, pools in enumerate(bank.layers):
-        for site, pool in pools.items():
-            a, c, b = (np.zeros(leaf.shape, np.float32) for leaf in pool)
-            for pages, place in zip(expected, places, strict=True):
-                for n, page in enumerate(place[site].pages if site in place else ()):
-                    a[page], c[page], b[page] = (array[layer, n] for array in pages[site][:3])
-            for ours, wanted in zip(pool, (a, c, b), strict=True):
-                np.testing.assert_array_equal(ours, wanted)
+    for site, pools in bank.sites.items():
+        wanted = [np.zeros(leaf.shape, np.float32) for leaf in pools]
+        for pages, place in zip(expected, places, strict=True):
+            for n, page in enumerate(place[site].pages if site in place else ()):
+                for array, new in zip(wanted, pages[site][:3], strict=True):
+                    array[:, page] = new[:, n]
+        for ours, array in zip(pools, wanted, strict=True):
+            np.testing.assert_array_equal(ours, array)
+
+
+def test_a_layer_sees_its_own_pages_and_one_null_page():
+    place = {"down": SitePages((2,), (0,))}
+    pages = pack_adapter(adapter(rank=5, targets=("down",)), MODEL)["down"]
+    bank = write_adapter(init_bank(MODEL, 3, np.float32), {"down": pages}, place)
+    for layer in range(3):
+        pool, page = bank.at(layer, "down", np.asarray([[0, 2]], np.int32))
+        assert page[0, 0] == 0
+        for array, new in zip(pool, pages[:3], strict=True):
+            np.testing.assert_array_equal(array[page[0, 1]], new[layer, 0])
 
 
 def test_a_write_replaces_what_a_page_held():
@@ -131,19 +140,19 @@ def test_a_write_replaces_what_a_page_held():
     bank = write_adapter(init_bank(MODEL, 2, np.float32), pack_adapter(old, MODEL), place)
     bank = write_adapter(bank, pack_adapter(new, MODEL), place)
     pages = pack_adapter(new, MODEL)["q"]
-    for layer in range(3):
-        np.testing.assert_array_equal(bank.layers[layer]["q"].a_PDR[1], pages.a[layer, 0])
-        np.testing.assert_array_equal(bank.layers[layer]["q"].b_PRF[1], pages.b[layer, 0])
-        assert layer == 1 or not np.asarray(bank.layers[layer]["q"].a_PDR[1]).any()
+    pools = bank.sites["q"]
+    np.testing.assert_array_equal(pools.a_LPDR[:, 1], pages.a[:, 0])
+    np.testing.assert_array_equal(pools.b_LPRF[:, 1], pages.b[:, 0])
+    assert [np.asarray(layer[1]).any() for layer in pools.a_LPDR] == [False, True, False]
 
 
 def test_a_bfloat16_bank_holds_rounded_factors_and_an_exact_bias():
     one = adapter(kind="direft", rank=3)
     pages = pack_adapter(one, MODEL)
     bank = write_adapter(init_bank(MODEL, 2, jax.numpy.bfloat16), pages, {"block": SitePages((1,), (0,))})
-    pool = bank.layers[0]["block"]
-    np.testing.assert_array_equal(pool.a_PDR[1], pages["block"].a[0, 0].astype(jax.numpy.bfloat16))
-    np.testing.assert_array_equal(pool.c_PR[1], pages["block"].c[0, 0])
+    pools = bank.sites["block"]
+    np.testing.assert_array_equal(pools.a_LPDR[:, 1], pages["block"].a[:, 0].astype(jax.numpy.bfloat16))
+    np.testing.assert_array_equal(pools.c_LPR[:, 1], pages["block"].c[:, 0])
 
 
 # The allocator.

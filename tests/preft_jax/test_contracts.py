@@ -412,7 +412,7 @@ def test_decode_is_one_program_at_1_and_at_512_adapters(lively, limits, rng):
         recorders.append(Recorder(generator.programs.decode))
         generator.programs = generator.programs._replace(decode=recorders[-1])
         run(generator, [request(p, many[(i * 70) % count], max_tokens=3) for i, p in enumerate(prompts)])
-        assert {leaf.shape[0] for leaf in jax.tree.leaves(generator.bank)} == {bank_pages}
+        assert {leaf.shape[1] for leaf in jax.tree.leaves(generator.bank)} == {bank_pages}
     one, other = (recorder.fingerprints() for recorder in recorders)
     assert one == other
     assert len(one) == 1

@@ -100,10 +100,8 @@ def test_the_edits_of_every_site_arrive(lively, batch, monkeypatch):
     assert np.abs(edited - run(None))[[0, 2]].max(axis=1).min() > 1e-2
     np.testing.assert_allclose(edited[1], run(None)[1], atol=ATOL)
     for site in ("q", "v", "o", "down", "block"):
-        layers = [dict(pools) for pools in bank.layers]
-        for pools in layers:
-            pools[site] = jax.tree.map(jnp.zeros_like, pools[site])
-        assert np.abs(edited - run(bank._replace(layers=layers)))[[0, 2]].max() > 1e-3, site
+        without = bank.sites | {site: jax.tree.map(jnp.zeros_like, bank.sites[site])}
+        assert np.abs(edited - run(bank._replace(sites=without)))[[0, 2]].max() > 1e-3, site
 
 
 def test_biases_of_the_fused_projection(monkeypatch, lively, rng):

@@ -117,15 +117,14 @@ def test_a_request_that_fails_at_the_fetch_ends_alone(lively, adapters, rng):
 
 def cannot_write(engine, adapter):
     """Let the writing of an adapter to the bank fail."""
-    real = engine.runner.write_adapter
+    real = engine.runner.write_adapters
 
-    def write(*args):
-        known = engine.adapters._known.get(adapter.digest)
-        if known is not None and args[-2] is known.slabs:
+    def write(loads):
+        if any(load.digest == adapter.digest for load in loads):
             raise BrokenError("no room")
-        return real(*args)
+        return real(loads)
 
-    engine.runner.write_adapter = write
+    engine.runner.write_adapters = write
 
 
 def test_an_adapter_that_cannot_be_written_fails_only_its_requests(lively, adapters, rng):
@@ -160,7 +159,7 @@ def test_a_cancelled_prompt_with_an_adapter_fails_no_call(lively, adapters, rng)
         assert_as_alone(lively, one, [wholes[number, 0]])
 
 
-@pytest.mark.parametrize("call", ["prefill", "decode", "draw", "write_adapter", "copy_pages", "fetch"])
+@pytest.mark.parametrize("call", ["prefill", "decode", "draw", "write_adapters", "copy_pages", "fetch"])
 @pytest.mark.parametrize("nth", [1, 2, 3])
 def test_after_a_call_that_fails_once_everybody_finishes(call, nth, lively, adapters, rng):
     requests = mixed(rng, adapters)
@@ -169,7 +168,7 @@ def test_after_a_call_that_fails_once_everybody_finishes(call, nth, lively, adap
     real, calls = getattr(engine.runner, name), [0]
 
     def once(*args):
-        several = call in ("write_adapter", "copy_pages") or len(sequences_of(name, args)) > 1
+        several = call in ("write_adapters", "copy_pages") or len(sequences_of(name, args)) > 1
         calls[0] += several
         fails = several and calls[0] == nth
         if fails and call != "fetch":

@@ -56,7 +56,7 @@ def finish_shrink(s, c_ptr, page_ptr, own_ptr, out_ptr, row, live, tile, entry, 
     """Add c, mask, and store float32 ``s [len(row), 16 EB]``."""
     column = tl.arange(0, 16 * EB)
     page = load_pages(page_ptr, tile, entry, E, EB)
-    c = tl.load(c_ptr + page * 16 + column % 16).to(tl.float32)
+    c = tl.load(c_ptr + page * 16 + column % 16, mask=page > 0, other=0.0).to(tl.float32)
     own = tl.load(own_ptr + row[:, None] * E + entry + (column // 16)[None, :], mask=live[:, None], other=0)
     s = tl.where(own != 0, s + c[None, :], 0.0)
     tl.store(out_ptr + row[:, None] * (16 * E) + entry * 16 + column[None, :], s, mask=live[:, None])
