@@ -20,7 +20,7 @@ class EngineConfig:
         prefill_tokens: tokens of the largest prefill call.
         prefill_seqs: sequences in one prefill call.
         chunk_tokens: tokens of one sequence in one prefill call.
-        tile: tokens that share one list of rank pages (16 on a CPU, else 64).
+        tile: tokens that share one list of rank pages (64).
         tile_entries: rank pages that one list may hold (as many as ``max_rank`` takes); every tile pays for all.
         max_rank: largest rank of an adapter, over its position groups together.
         bank_pages: rank pages for each layer and site, the null page included; 1: no adapters.
@@ -38,7 +38,7 @@ class EngineConfig:
     prefill_tokens: int = 512
     prefill_seqs: int = 8
     chunk_tokens: int | None = None
-    tile: int | None = None
+    tile: int = 64
     tile_entries: int | None = None
     max_rank: int = 64
     bank_pages: int = 1
@@ -63,12 +63,10 @@ class EngineConfig:
 
     def resolve(self, backend: str) -> "EngineConfig":
         """Return the config with everything set that depends on the backend, but the number of KV pages."""
-        cpu = backend == "cpu"
-        tile = self.tile or (16 if cpu else 64)
         entries = self.tile_entries or -(-self.max_rank // RANK_PAGE)
         chunk = min(self.chunk_tokens or self.prefill_tokens, self.prefill_tokens)
-        if self.prefill_tokens % tile:
-            raise ConfigError(f"prefill_tokens {self.prefill_tokens} is not a multiple of tile {tile}")
+        if self.prefill_tokens % self.tile:
+            raise ConfigError(f"prefill_tokens {self.prefill_tokens} is not a multiple of tile {self.tile}")
         return dataclasses.replace(
-            self, page_size=self.page_size or (16 if cpu else 64), tile=tile, tile_entries=entries, chunk_tokens=chunk
+            self, page_size=self.page_size or (16 if backend == "cpu" else 64), tile_entries=entries, chunk_tokens=chunk
         )

@@ -119,7 +119,7 @@ class Engine:
             prefill_tokens=config.prefill_tokens,
             prefill_seqs=config.prefill_seqs,
             chunk_tokens=config.chunk_tokens or config.prefill_tokens,
-            tile=config.tile or 1,
+            tile=config.tile,
             tile_entries=config.tile_entries or 1,
             decode_steps=config.decode_steps,
         )

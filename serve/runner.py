@@ -69,7 +69,7 @@ class Runner:
         if config.all_token and self._adapters:
             # Ten programs at most: with scoring, one of them.
             self.adapted_row_counts = self.row_counts[-1:] if config.scoring else self.row_counts
-        self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile or 1) for part in (8, 2, 1)})
+        self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in (8, 2, 1)})
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         counts = {*self.row_counts, config.prefill_seqs}
@@ -140,7 +140,7 @@ class Runner:
         for tokens in self.token_counts:
             batch = self._pack([], tokens)
             # A gap between two sequences is a row of the batch, too.
-            query = min(max(config.chunk_tokens or tokens, config.tile or 1), tokens)
+            query = min(max(config.chunk_tokens or tokens, config.tile), tokens)
             function = functools.partial(device.prefill, shape, query)
             yield f"prefill-{tokens}", lower(function, self.params, self.bank, self.cache, batch, donate=2)
             if config.scoring and tokens == config.prefill_tokens:
@@ -236,7 +236,7 @@ class Runner:
             num_requests=self._prefill_rows,
             page_table_width=self.table_width,
             page_size=config.page_size or 1,
-            tile=config.tile or 1,
+            tile=config.tile,
             min_entries=config.tile_entries or 1,
             starts=starts,
         )
