@@ -1,10 +1,11 @@
 """``python -m bench.headline``: base, prefill-only and all-token adapters through the engine, beside computed floors.
 
 A closed workload: ``--num-prompts`` requests of ``--input-len`` tokens, each generating ``--output-len``, at most
-``--max-num-seqs`` at a time, request i with adapter i modulo the number of adapters (LoRA, rank ``--rank``, all seven
-linears, random). Each contender serves it whole, after a few unmeasured requests; contenders follow one another on one
-machine. Adapters lie folded in host memory; a bank of ``--bank-adapters`` holds those being prefilled (for
-all-token adapters, all that are in use), so adapters beyond that are copied to the device while it serves.
+``--max-num-seqs`` at a time, request i with adapter i modulo the number of adapters, or as ``--adapter-distribution``
+says. Adapters are random, of rank ``--rank``: LoRA on all seven linears, or DiReFT. Each contender serves it whole,
+after a few unmeasured requests; contenders follow one another on one machine. Adapters lie folded in host memory; a
+bank of ``--bank-adapters`` holds those being prefilled (for all-token adapters, all that are in use), so adapters
+beyond that are copied to the device while it serves.
 
 Beside each phase stands its floor: the larger of FLOPs over the measured matrix product rate and bytes over the
 measured copy bandwidth, summed over matmuls and attention, nothing overlapped.
@@ -17,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,14 @@ from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.sampling import SamplingParams
 from preft_jax.shapes import RANK_PAGE
-from serve.adapters import Columns, Known
+from serve.adapters import Known, pack, pin
 from serve.config import EngineConfig
 from serve.contest import MODES
 from serve.engine import Engine
 from serve.load import EngineTarget, LoadRequest
 from serve.metrics import environment, summarize
 from serve.request import Output, Request
+from serve.workload import DISTRIBUTIONS, draw_users
 
 SCHEMA = "preft-jax/headline/1"
 
@@ -49,12 +52,12 @@ SCHEMA = "preft-jax/headline/1"
 class Adapters:
     """Random adapters that cost no time to make: each is a window of one random buffer, and named by its number."""
 
-    def __init__(self, model: ModelConfig, rank: int, dtype: Any, count: int):
+    def __init__(self, model: ModelConfig, kind: str, rank: int, dtype: Any, count: int):
         if rank % RANK_PAGE:
             raise ConfigError(f"--rank is {rank}; give a multiple of {RANK_PAGE}")
         self._model = model
         self._pages = rank // RANK_PAGE
-        self._config = AdapterConfig(kind="lora", rank=rank)
+        self._config = AdapterConfig(kind=kind, rank=rank)
         longest = max(self._size(*model.site_shape(site)) for site in self._config.targets)
         noise = np.random.default_rng(0).standard_normal(longest + 64 * count, np.float32)
         self._noise = (noise * 0.02).astype(dtype)
@@ -73,8 +76,11 @@ class Adapters:
         adapter.__dict__["digest"] = f"{positions}-{number}"
         return adapter
 
-    def packed(self, number: int) -> dict[str, PackedSite]:
-        """Return an adapter's rank pages."""
+    def known(self, number: int) -> Known:
+        """Return an adapter as it lies in host memory."""
+        return pin(pack(self._packed(number), self._noise.dtype))
+
+    def _packed(self, number: int) -> dict[str, PackedSite]:
         layers, sites = self._model.num_hidden_layers, {}
         for site in self._config.targets:
             d, f = self._model.site_shape(site)
@@ -85,18 +91,24 @@ class Adapters:
 
 
 def make_requests(
-    vocab_size: int, num_adapters: int, num_prompts: int, lengths: tuple[int, int], seed: int
+    vocab_size: int,
+    num_adapters: int,
+    num_prompts: int,
+    lengths: tuple[int, int],
+    seed: int,
+    distribution: str = "round-robin",
 ) -> list[LoadRequest]:
     """Return the workload; prompts depend on the seed alone, so contenders serve the same ones."""
     rng = np.random.default_rng(seed)
+    users = draw_users(np.random.default_rng(seed + 1), num_prompts, num_adapters or 1, distribution)
     return [
         LoadRequest(
             arrival=0.0,
             prompt=rng.integers(0, vocab_size, lengths[0]).tolist(),
             max_tokens=lengths[1],
-            user=i % num_adapters if num_adapters else None,
+            user=user if num_adapters else None,
         )
-        for i in range(num_prompts)
+        for user in users
     ]
 
 
@@ -203,7 +215,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)
-    adapters = Adapters(model.config, args.rank, dtype, max(counts))
+    adapters = Adapters(model.config, args.adapter_kind, args.rank, dtype, max(counts))
     rows: list[dict[str, Any]] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
         engine = engine_for(model, mode, bank_adapters, args)
@@ -217,16 +229,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for count in wanted:
             positions = "all" if mode == "all-token" else "prompt"
             own = [adapters.make(i, positions) for i in range(count)]
-            for i, adapter in enumerate(own):
-                edits = adapters.packed(i)
-                columns = {site: Columns(edit.groups) for site, edit in edits.items()}
-                engine.adapters.put(adapter.digest, Known(columns, engine.runner.pack(edits)))
+            with ThreadPoolExecutor() as pool:
+                for adapter, known in zip(own, pool.map(adapters.known, range(count)), strict=True):
+                    engine.adapters.put(adapter.digest, known)
             few, vocab = min(64, args.max_num_seqs), model.config.vocab_size
             serve(engine, make_requests(vocab, count, few, (args.input_len, 4), 1), own, few)
             lengths = args.input_len, args.output_len
-            figures = serve(engine, make_requests(vocab, count, args.num_prompts, lengths, 0), own, args.max_num_seqs)
-            rows.append({"mode": mode, "num_adapters": count, "bank_adapters": bank_adapters, **figures})
-            console.print(f"{mode}, {count} adapters: {figures}", soft_wrap=True)
+            for distribution in args.adapter_distribution.split(",") if count else ("round-robin",):
+                requests = make_requests(vocab, count, args.num_prompts, lengths, 0, distribution)
+                figures = serve(engine, requests, own, args.max_num_seqs)
+                named = {"mode": mode, "num_adapters": count, "distribution": distribution}
+                rows.append({**named, "bank_adapters": bank_adapters, **figures})
+                console.print(f"{mode}, {count} adapters, {distribution}: {figures}", soft_wrap=True)
             for adapter in own:
                 engine.adapters.let_go(adapter.digest)
         del engine
@@ -291,7 +305,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--modes", default="all", help="base, prefill-only, all-token, separated by commas; default: all")
     add("--num-adapters", default="1,64,512", help="separated by commas (default: %(default)s)")
     add("--bank-adapters", type=int, default=64, help="adapters that the bank holds (default: %(default)s)")
+    add("--adapter-kind", default="lora", choices=("lora", "direft"), help="(default: %(default)s)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")
+    add(
+        "--adapter-distribution",
+        default="round-robin",
+        help=f"{', '.join(DISTRIBUTIONS)}, or several with commas (default: %(default)s)",
+    )
     add("--num-prompts", type=int, default=1024, help="(default: %(default)s)")
     add("--input-len", type=int, default=256, help="tokens (default: %(default)s)")
     add("--output-len", type=int, default=256, help="tokens (default: %(default)s)")

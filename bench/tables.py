@@ -45,6 +45,35 @@ def cpu_generation(figures: dict[str, Any]) -> str:
     return f"{table}\n{_machine(figures)}, {figures['threads']} threads; peer: {peer}.\n"
 
 
+def _interval(ratio: dict[str, float]) -> str:
+    spread = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if "low" in ratio else ""
+    return f"{ratio['mean']:.2f}{spread}"
+
+
+def cpu_adapters(figures: dict[str, Any]) -> str:
+    """Numbers of adapters beside the base in one run of ``serve.bench``."""
+    rows = [
+        [
+            f"{row['mode'].replace('_', '-')}, {row['num_adapters']} adapters" if row["num_adapters"] else row["mode"],
+            f"{row['figures']['mean_tpot_ms']:.0f}",
+            _interval(row["ratio"]["mean_tpot"]),
+            _interval(row["ratio"]["output_throughput"]),
+            f"{row['counters']['prefill_seconds']:.0f}",
+            f"{row['counters']['decode_seconds']:.0f}",
+        ]
+        for row in figures["contenders"]
+    ]
+    header = [
+        "256 in, 256 out",
+        "mean TPOT, ms",
+        "vs base (95% interval)",
+        "tokens/s vs base",
+        "prefill, s",
+        "decode, s",
+    ]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+
+
 def cpu_serve_bench(figures: dict[str, Any]) -> str:
     """The three modes of ``serve.bench``, of a file with its schema 1 or 2; one or two rounds have no interval."""
     rows = []
@@ -54,9 +83,7 @@ def cpu_serve_bench(figures: dict[str, Any]) -> str:
             [
                 name.replace("_", "-"),
                 f"{mode['output_throughput']:.1f}",
-                f"{ratio['mean']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-                if "low" in ratio
-                else f"{ratio['mean']:.2f}",
+                _interval(ratio),
                 f"{mode['mean_tpot_ms']:.0f}",
             ]
         )
@@ -173,6 +200,7 @@ def engine(figures: dict[str, Any]) -> str:
 
 TABLES = {
     "cpu-generation": cpu_generation,
+    "cpu-adapters": cpu_adapters,
     "cpu-serve-bench": cpu_serve_bench,
     "h100-engine": engine,
     "h100-kernels": kernels,

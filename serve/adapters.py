@@ -6,13 +6,16 @@ stay after that until their room is needed.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from preft_jax.adapter import Adapter, AdapterConfig
-from preft_jax.bank import AdapterPages, BankAllocator, adapter_page_counts
+from preft_jax.bank import AdapterPages, BankAllocator, PackedSite, adapter_page_counts
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError
+from serve.device import slab
 
 
 class Columns(NamedTuple):
@@ -24,11 +27,16 @@ class Columns(NamedTuple):
 class Known(NamedTuple):
     """An adapter on the host.
 
-    ``sites`` says how many rank pages it takes where; ``slabs`` is what ``Runner.pack`` made of it.
+    ``sites`` says how many rank pages it takes where; ``slabs`` holds them for each site (``device.slab``).
     """
 
     sites: dict[str, Columns]
-    slabs: Any
+    slabs: dict[str, list[Any]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its rank pages."""
+        return sum(array.nbytes for slabs in self.slabs.values() for array in slabs)
 
 
 class Load(NamedTuple):
@@ -37,6 +45,20 @@ class Load(NamedTuple):
     digest: str
     slabs: Any
     place: AdapterPages
+
+
+def pack(edits: Mapping[str, PackedSite], dtype: Any) -> Known:
+    """Return rank pages as the device takes them, in NumPy arrays."""
+    slabs = {site: [slab(edit, n, dtype) for n in range(len(edit.groups))] for site, edit in edits.items()}
+    return Known({site: Columns(edit.groups) for site, edit in edits.items()}, slabs)
+
+
+def pin(known: Known) -> Known:
+    """Return rank pages in memory that a GPU can read; other backends take them as they are."""
+    if jax.default_backend() != "gpu":
+        return known
+    pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    return known._replace(slabs=jax.device_put(known.slabs, pinned))
 
 
 class AdapterBank:

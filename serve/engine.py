@@ -13,20 +13,22 @@ from typing import Any
 
 import jax
 
-from preft_jax.adapter import FOLD_VERSION, Adapter
+from preft_jax.adapter import FOLD_VERSION, Adapter, AdapterConfig
 from preft_jax.bank import pack_adapter
 from preft_jax.edit_mask import extend_edit_mask
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.generator import check_base, prompt_edit_mask
 from preft_jax.loading import Model
 from preft_jax.programs import Drawn
-from serve.adapters import AdapterBank, Columns, Known
+from serve.adapter_store import AdapterStore, Lease
+from serve.adapters import AdapterBank, Known, pack, pin
 from serve.background import BackgroundWork
 from serve.config import EngineConfig
 from serve.metrics import CompileCounter
 from serve.outputs import Info, News, fetch, keep_scores, read, to_output
 from serve.pages import PageManager
 from serve.prefix import PageKeys, cache_salt
+from serve.registry import Registered
 from serve.request import Output, Request
 from serve.runner import Runner
 from serve.scheduler import Decode, Prefill, Scheduler
@@ -53,6 +55,9 @@ class Stats:
     finished: int = 0
     failed: int = 0
 
+
+_LOADING_SECONDS = 0.02
+"""How long a step without other work waits for adapters that are being loaded."""
 
 STRIKES = 2
 """Failures, of a sequence's call alone or of an adapter's write, after which it is given up."""
@@ -87,6 +92,7 @@ class Engine:
     Args:
         model: from ``load_model``.
         config: sizes.
+        store: of the adapters that requests name by a ``Registered``; None: requests bring their adapters.
         background: other device work, given ``background_seconds`` after each step, and ``idle_seconds`` when no
             request is there.
         clock: seconds.
@@ -97,6 +103,7 @@ class Engine:
         model: Model,
         config: EngineConfig = EngineConfig(),
         *,
+        store: AdapterStore | None = None,
         background: BackgroundWork | None = None,
         background_seconds: float = 0.0,
         idle_seconds: float = 0.1,
@@ -123,6 +130,9 @@ class Engine:
             tile_entries=config.tile_entries or 1,
             decode_steps=config.decode_steps,
         )
+        self._store = store
+        if store is not None:
+            store.check = self._check_config
         self._background = background
         self._background_seconds = background_seconds
         self._idle_seconds = idle_seconds
@@ -136,6 +146,8 @@ class Engine:
         self._next_id = 0
         self._cohorts = 0
         self._strikes: dict[str, int] = {}
+        self._leases: dict[int, Lease] = {}
+        self._loading: dict[Lease, int] = {}
 
     # Requests
 
@@ -173,16 +185,53 @@ class Engine:
             RequestError, AdapterError: if it can never be served; nothing else is affected.
         """
         sequences = self._sequences(request)
-        if request.adapter is not None:
-            digest = self.adapters.hold(request.adapter)
-            for sequence in sequences:
-                sequence.adapter = digest
+        request_id, lease = sequences[0].request_id, None
+        if isinstance(request.adapter, Registered):
+            lease = self._leases[request_id] = self._open_store().lease(request.adapter)
+        elif request.adapter is not None:
+            self.adapters.hold(request.adapter)
+        for sequence in sequences:
+            sequence.adapter = None if request.adapter is None else request.adapter.digest
         self._next_id += 1
-        self._live[sequences[0].request_id] = sequences
+        self._live[request_id] = sequences
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (self._clock() + request.deadline, sequences[0].request_id))
-        self.scheduler.add(sequences[0])
-        return sequences[0].request_id
+            heapq.heappush(self._deadlines, (self._clock() + request.deadline, request_id))
+        if lease is None:
+            self.scheduler.add(sequences[0])
+        elif lease.known is None:
+            self._loading[lease] = request_id
+        else:
+            self._start(request_id, lease)
+        return request_id
+
+    def _open_store(self) -> AdapterStore:
+        if self._store is None:
+            raise RequestError(
+                "the adapter is named, and this engine has no store; make it with Engine(..., store=...)"
+            )
+        return self._store
+
+    def _start(self, request_id: int, lease: Lease) -> None:
+        """Queue a request whose adapter is in host memory, unless it was cancelled a moment before."""
+        assert lease.known is not None
+        self.adapters.put(lease.digest, lease.known)
+        sequence = self._live[request_id][0]
+        if sequence.status is not Status.FINISHED:
+            self.scheduler.add(sequence)
+
+    def _take_loaded(self) -> None:
+        """Queue the requests whose adapters came, and end those whose adapters cannot be loaded."""
+        for lease, error in self._store.poll() if self._store is not None and self._loading else ():
+            request_id = self._loading.get(lease)
+            if request_id is None:
+                continue
+            if error is None:
+                del self._loading[lease]
+                self._start(request_id, lease)
+                continue
+            for sequence in self._live[request_id]:
+                if sequence.status is not Status.FINISHED:
+                    self._end(News(sequence=sequence, finish="error", error=error))
 
     def cancel(self, request_id: int, error: str | None = None) -> None:
         """Give a request up; its samples' last outputs say ``"abort"``. Unknown and finished ones are ignored."""
@@ -255,19 +304,22 @@ class Engine:
         sequences[0].followers = sequences[1:]
         return sequences
 
-    def _check_adapter(self, adapter: Adapter) -> int:
-        if not self.adapters.knows(adapter.digest):
+    def _check_adapter(self, adapter: Adapter | Registered) -> int:
+        if isinstance(adapter, Adapter) and not self.adapters.knows(adapter.digest):
             check_base(adapter, self.model)
-        if not adapter.config.prefill_only and not self.config.all_token:
+        return self._check_config(adapter.config)
+
+    def _check_config(self, config: AdapterConfig) -> int:
+        """Return how many rank pages an adapter puts on a tile's list; raise if it can never be served."""
+        if not config.prefill_only and not self.config.all_token:
             raise RequestError(
                 "the adapter edits every token (positions 'all') and this engine serves prompt-only adapters; make it "
                 "with EngineConfig(all_token=True)"
             )
-        return self.adapters.check(adapter.config)
+        return self.adapters.check(config)
 
     def _pack(self, adapter: Adapter) -> Known:
-        edits = pack_adapter(adapter, self.model.config, self.runner.dtype)
-        return Known({site: Columns(edit.groups) for site, edit in edits.items()}, self.runner.pack(edits))
+        return pin(pack(pack_adapter(adapter, self.model.config, self.runner.dtype), self.runner.dtype))
 
     # Steps
 
@@ -276,10 +328,13 @@ class Engine:
         self.warm_up()
         with self._compiles:
             news = self._collect()
+            self._take_loaded()
             plan = self._schedule()
             self._run(plan)
             if plan is None and not news:
                 self._run_background(self._idle_seconds)
+                if self._store is not None and self._loading and not self._early:
+                    self._store.wait(_LOADING_SECONDS)
             return self._outputs(news)
 
     def _schedule(self) -> Prefill | Decode | None:
@@ -495,5 +550,9 @@ class Engine:
         self._live[sequence.request_id] = rest
         if not rest:
             del self._live[sequence.request_id]
-            if sequence.adapter is not None:
+            lease = self._leases.pop(sequence.request_id, None)
+            waits = lease is not None and self._loading.pop(lease, None) is not None
+            if sequence.adapter is not None and not waits:
                 self.adapters.let_go(sequence.adapter)
+            if lease is not None and self._store is not None:
+                self._store.release(lease)

@@ -8,6 +8,7 @@ from preft_jax.adapter import Adapter
 from preft_jax.chat import EncodedPrompt
 from preft_jax.errors import RequestError
 from preft_jax.sampling import MAX_LOGPROBS, SamplingParams
+from serve.registry import Registered
 
 MAX_SAMPLES = 128
 """Samples of one prompt (``n``)."""
@@ -19,7 +20,8 @@ class Request:
 
     Attributes:
         prompt: encoded by ``preft_jax.chat.encode_prompt``.
-        adapter: edits the prompt (or every token, if its config says so); None for the base model.
+        adapter: edits the prompt (or every token, if its config says so), given itself or by what an
+            ``AdapterStore`` has registered; None for the base model.
         sampling: how tokens are drawn.
         max_tokens: generate at most this many tokens for each sample.
         n: samples of the prompt, which is prefilled once; sample i draws with seed + i.
@@ -32,7 +34,7 @@ class Request:
     """
 
     prompt: EncodedPrompt
-    adapter: Adapter | None = None
+    adapter: Adapter | Registered | None = None
     sampling: SamplingParams = SamplingParams()
     max_tokens: int = 64
     n: int = 1
@@ -54,8 +56,11 @@ class Request:
         strange = [t for t in self.prompt.token_ids if isinstance(t, bool) or not isinstance(t, numbers.Integral)]
         if strange:
             raise RequestError(f"the prompt holds {strange[0]!r}; token ids are integers")
-        if self.adapter is not None and not isinstance(self.adapter, Adapter):
-            raise RequestError(f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), or None")
+        if self.adapter is not None and not isinstance(self.adapter, Adapter | Registered):
+            raise RequestError(
+                f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), what an AdapterStore has "
+                "registered, or None"
+            )
         if not isinstance(self.sampling, SamplingParams):
             raise RequestError(f"sampling is {self.sampling!r}; give SamplingParams(...)")
         whole("max_tokens", 1, 2**31 - 1)

@@ -6,7 +6,6 @@ the runner is made ready; nothing is traced or compiled after that.
 
 import functools
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from preft_jax.bank import AdapterPages, PackedSite, init_bank
+from preft_jax.bank import AdapterPages, init_bank
 from preft_jax.batch import Span, bucket, pack_prefill, pack_rows, round_up, rows_of
 from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.errors import ConfigError
@@ -39,8 +38,6 @@ COPIES = 8
 WRITES = 8
 """Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
 
-Slabs = dict[str, list[Any]]
-"""An adapter as the device takes it: for each site its rank pages, an array for each (``device.slab``)."""
 
 _shared: dict[Any, dict[str, tuple[Any, float]]] = {}
 """Compiled programs and the seconds that each took, by everything that their shapes depend on."""
@@ -325,15 +322,6 @@ class Runner:
         return History(tokens, lengths[0], lengths[1]), want_tops
 
     # Bank
-
-    def pack(self, edits: Mapping[str, PackedSite]) -> Slabs:
-        """Cut an adapter to slabs as they are copied to the device; on a GPU, in memory that it can read."""
-        slabs: Slabs = {
-            site: [device.slab(edit, n, self.dtype) for n in range(len(edit.groups))] for site, edit in edits.items()
-        }
-        if jax.default_backend() != "gpu":
-            return slabs
-        return jax.device_put(slabs, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
 
     def write_adapters(self, loads: Many[Load]) -> None:
         """Write the rank pages of adapters to the bank, ``writes`` of them in a call."""
