@@ -9,13 +9,13 @@ import dataclasses
 import numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from preft_jax.adapter import Adapter, check_fits
+from preft_jax.adapter import Adapter, AdapterConfig, check_fits
 from preft_jax.bank import (
     AdapterPages,
     BankAllocator,
@@ -140,7 +140,16 @@ class _Sequence:
         )
 
 
-def prompt_edit_mask(prompt: EncodedPrompt, adapter: Adapter | None) -> np.ndarray:
+class HasConfig(Protocol):
+    """What an edit mask needs to know of an adapter."""
+
+    @property
+    def config(self) -> AdapterConfig:
+        """Its configuration."""
+        ...
+
+
+def prompt_edit_mask(prompt: EncodedPrompt, adapter: HasConfig | None) -> np.ndarray:
     """Return the edit mask of a prompt under an adapter, bool ``[P, NUM_GROUPS]``; all false for the base model.
 
     Raises:

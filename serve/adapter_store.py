@@ -103,8 +103,7 @@ class AdapterStore:
         self._registry = registry
         self._pin = pin
         self._changed = threading.Condition()
-        named = {"thread_name_prefix": "adapter-loader"}
-        self._pool = ThreadPoolExecutor(loaders, **named) if isinstance(loaders, int) else loaders
+        self._pool = ThreadPoolExecutor(loaders, "adapter-loader") if isinstance(loaders, int) else loaders
         self._copies: collections.OrderedDict[str, _Copy] = collections.OrderedDict()
         self._wanted: collections.deque[_Copy] = collections.deque()
         self._done: Told = []

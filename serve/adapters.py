@@ -167,4 +167,5 @@ class AdapterBank:
             if not short():
                 break
             self._allocator.release(self._places.pop(digest))
+            self.pending = [load for load in self.pending if load.digest != digest]
         return True

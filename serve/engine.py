@@ -537,13 +537,23 @@ class Engine:
         for new in (*news, *self._take_early()):
             if new.sequence not in self._live.get(new.sequence.request_id, ()):
                 continue  # Its text ended it a moment before something else did.
-            outputs.append(to_output(new))
+            outputs.append(self._output(new))
             if new.finish is not None:
                 self.scheduler.finish(new.sequence)
                 self._forget(new.sequence)
                 self._stats.finished += 1
                 self._stats.failed += new.finish == "error"
         return outputs
+
+    def _output(self, new: News) -> Output:
+        """Turn news into an output; what cannot be turned into text ends its own sample only."""
+        try:
+            return to_output(new)
+        except Exception as error:
+            new.finish, new.error = "error", f"its text could not be made: {type(error).__name__}: {error}"
+            return Output(
+                request_id=new.sequence.request_id, index=new.sequence.index, finish_reason="error", error=new.error
+            )
 
     def _forget(self, sequence: Sequence) -> None:
         rest = [s for s in self._live[sequence.request_id] if s is not sequence]

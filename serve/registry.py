@@ -7,7 +7,9 @@ import dataclasses
 import json
 import sqlite3
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from preft_jax.adapter import AdapterConfig
 from preft_jax.errors import AdapterError, ConfigError
@@ -107,7 +109,7 @@ class Registry:
         with self._lock:
             self._file.close()
 
-    def _write(self, statement: str, row: dict[str, object]) -> None:
+    def _write(self, statement: str, row: Mapping[str, object]) -> None:
         try:
             with self._file:
                 self._file.execute(statement, row)
@@ -117,7 +119,8 @@ class Registry:
 
 def _from_row(row: tuple) -> Registered:
     name, path, digest, config, num_bytes, owner, pinned, created = row
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(config).items()}
+    fields: dict[str, Any] = json.loads(config)
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return Registered(
         name=name, path=path, digest=digest, config=AdapterConfig(**fields), num_bytes=num_bytes, owner=owner,
         pinned=bool(pinned), created=created,

@@ -106,7 +106,9 @@ class Runner:
         return min(room, wanted)
 
     def reset(self) -> None:
-        """Make cache and bank anew: a call that failed may have consumed them."""
+        """Make cache and bank anew: a call that failed may have consumed them. The old ones are let go first."""
+        for array in jax.tree.leaves((self.cache, self.bank)):
+            array.delete()
         self.cache = self._new_cache()
         if self._adapters:
             self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)

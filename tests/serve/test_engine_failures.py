@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from engine_outputs import TIGHT, Whole, advance, alone, assert_as_alone, drain, lettered, request, some
 
-from preft_jax import Adapter, SamplingParams
+from preft_jax import Adapter, SamplingParams, load_model, random_adapter
+from preft_jax.adapter import AdapterConfig
+from preft_jax.bank import BankAllocator, init_bank, pack_adapter, write_adapter
 from preft_jax.sampling import INVALID
+from serve.adapters import Load, pack
 from serve.engine import Engine
+from serve.runner import Runner
 
 
 class BrokenError(RuntimeError):
@@ -347,3 +351,66 @@ def test_a_sample_has_one_last_output_even_after_failures(lively, adapters, rng)
         other = alone(lively, requests[number], i).token_ids
         assert whole.token_ids == other[: len(whole.token_ids)]
         assert whole.finish_reason == "error" or whole.token_ids == other
+
+
+def test_a_text_that_cannot_be_made_ends_its_own_sample_only(lively, rng):
+    requests = [request(some(rng, 7 + i), max_tokens=8) for i in range(3)]
+    engine = Engine(lively, TIGHT)
+    numbers = [engine.add(one) for one in requests]
+    (sequence,) = engine._live[numbers[1]]
+
+    def broken(token_ids):
+        raise BrokenError("no such character")
+
+    sequence.info.text.push = broken
+    wholes = drain(engine)
+    assert wholes[numbers[1], 0].finish_reason == "error"
+    assert "no such character" in wholes[numbers[1], 0].error
+    for i in (0, 2):
+        assert_as_alone(lively, requests[i], [wholes[numbers[i], 0]])
+
+
+def test_after_a_failure_the_old_cache_and_bank_are_gone_before_new_ones_are_made(lively, monkeypatch):
+    runner = Engine(lively, TIGHT).runner
+    old = jax.tree.leaves((runner.cache, runner.bank))
+    make = runner._new_cache
+
+    def look():
+        assert all(array.is_deleted() for array in old)
+        return make()
+
+    monkeypatch.setattr(runner, "_new_cache", look)
+    runner.reset()
+    assert not any(array.is_deleted() for array in jax.tree.leaves((runner.cache, runner.bank)))
+
+
+def test_a_load_of_an_adapter_that_had_to_go_again_is_not_carried_out(lively, tiny):
+    """Its page belongs to another by then, and a call must not write a page twice."""
+    engine = Engine(lively, dataclasses.replace(TIGHT, bank_pages=2))
+    adapters = [random_adapter(AdapterConfig(rank=8), tiny.config, jax.random.key(i)) for i in range(2)]
+    first, second = map(engine.adapters.hold, adapters)
+    assert engine.adapters.acquire(first)
+    engine.adapters.release(first)
+    assert engine.adapters.acquire(second)
+    assert [load.digest for load in engine.adapters.take_pending()] == [second]
+
+
+@pytest.mark.parametrize("writes", [1, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_written_together_are_those_written_one_by_one(writes, dtype, tiny, adapters):
+    """Five adapters of many kinds at once, as on an accelerator; c keeps its float32 bits in a bfloat16 bank."""
+    model = tiny if dtype == "float32" else load_model("tiny", dtype=dtype)
+    runner = Runner(model, dataclasses.replace(TIGHT, bank_pages=12).resolve("cpu"))
+    runner._writes = writes
+    name, lowered = next((name, low) for name, low in runner._lower() if name == "write-pages")
+    runner.programs = {name: lowered.compile()}
+    allocator, loads = BankAllocator(12), []
+    expected = init_bank(model.config, 12, runner.dtype)
+    for kind in ("lora", "direft", "loreft", "loreft_f3l2", "lora_r24"):
+        edits = pack_adapter(adapters[kind], model.config, runner.dtype)
+        place = allocator.allocate(edits)
+        loads.append(Load(kind, pack(edits, runner.dtype).slabs, place))
+        expected = write_adapter(expected, edits, place)
+    runner.write_adapters(loads)
+    for ours, theirs in zip(jax.tree.leaves(runner.bank), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
