@@ -122,6 +122,8 @@ class Scheduler:
         self._running: dict[Sequence, None] = {}
         self._pushed = 0
         self._decode_is_next = False
+        # Whether those that wait found no room, of pages or in the bank, when they were last looked at.
+        self._refused = False
         self.preemptions = 0
         self.prefix_hit_tokens = 0
 
@@ -251,6 +253,7 @@ class Scheduler:
                 self._release_adapter(sequence)
                 skipped.append(item)
                 break
+        self._refused = bool(skipped) and not chunks
         for item in skipped:
             heapq.heappush(self._waiting, item)
         return Prefill(chunks) if chunks else None
@@ -315,6 +318,8 @@ class Scheduler:
         """Whether a prompt waits that could go on at the next call."""
         if self._prefilling:
             return True
+        if self._refused:
+            return False
         return self.num_running < self._max_num_seqs and self.num_waiting > 0
 
     def _missing_pages(self, sequence: Sequence, steps: int) -> int:
