@@ -152,6 +152,17 @@ class AdapterBank:
         pending, self.pending = self.pending, []
         return pending
 
+    def figures(self) -> dict[str, int]:
+        """Return how many adapters and rank pages (of the fullest site) are in the bank, and how many pages it has."""
+        used: collections.Counter[str] = collections.Counter()
+        for place in tuple(self._places.values()):
+            used.update({site: len(own.pages) for site, own in place.items()})
+        return {
+            "adapters": len(self._places),
+            "pages_used": max(used.values(), default=0),
+            "pages": self._bank_pages - 1,
+        }
+
     def _make_room(self, counts: dict[str, int]) -> bool:
         def short() -> bool:
             return any(self._allocator.free_pages(site) < count for site, count in counts.items())

@@ -1,0 +1,273 @@
+"""``python -m serve.api``: a server with OpenAI's API for one base model and any number of adapters.
+
+A request's ``model`` is the base model's name, or an adapter's, which then edits its prompt. Adapters come from
+``--lora-modules``, from the subdirectories of ``--adapter-dir``, and, if the admin may do that, from requests. The log
+is JSON, one line each, on standard error.
+"""
+
+import argparse
+import asyncio
+import datetime
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from preft_jax.cli import hyphenated
+from preft_jax.errors import ConfigError, PreftError
+from preft_jax.loading import Model, load_model, serving_model
+from serve.adapter_directory import AdapterDirectory
+from serve.adapter_files import AdapterFiles
+from serve.adapter_store import AdapterStore
+from serve.adapters import pin
+from serve.app import make_app
+from serve.async_engine import AsyncEngine
+from serve.auth import Keys, RuntimeLoading, parse_keys
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.registry import Registry
+from serve.serving import Serving
+from serve.slow_clients import timed_protocol
+
+_log = logging.getLogger("preft.server")
+
+_MODEL_LEN = 2048
+"""``--max-model-len`` unless the model has fewer positions or another number is given."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line; names are vLLM's where it has one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.api", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="smollm2-135m", help="name or path (default: %(default)s)")
+    add("--served-model-name", nargs="+", default=None, metavar="NAME", help="its names here (default: --model's)")
+    add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
+    add("--max-model-len", type=int, default=None, help=f"prompt plus output tokens (default: at most {_MODEL_LEN})")
+    add("--memory-utilization", type=float, default=0.9, help="part of an accelerator's memory (default: %(default)s)")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="on by default")
+
+    add = parser.add_argument_group("adapters").add_argument
+    add("--adapter-dir", type=Path, default=None, help="each subdirectory is an adapter, named by it; it is watched")
+    add("--lora-modules", nargs="+", default=[], metavar="NAME=PATH", help="adapters, each with its name")
+    add("--state-dir", type=Path, default=None, help="remembers adapters over restarts (default: nothing is kept)")
+    add("--max-lora-rank", type=int, default=64, help="largest rank of an adapter (default: %(default)s)")
+    add("--bank-pages", type=int, default=33, help="rank pages of 16 on the device (default: %(default)s)")
+    add("--adapter-memory-gib", type=float, default=4.0, help="host memory for adapters (default: %(default)s)")
+    add("--all-token", action="store_true", help="also serve adapters that edit every token")
+    add("--allow-runtime-lora-updating", action="store_true", help="let the admin load and unload adapters")
+    add("--adapter-root", type=Path, action="append", default=[], metavar="DIR", help="they may be loaded from here")
+
+    add = parser.add_argument_group("server").add_argument
+    add("--host", default="127.0.0.1", help="default: %(default)s")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--api-key", action="append", default=[], metavar="[USER=]KEY", help="let in; also PREFT_API_KEY, with spaces")
+    add("--admin-key", default=None, metavar="KEY", help="of who may load adapters and sees all; also PREFT_ADMIN_KEY")
+    add("--max-waiting", type=int, default=256, help="requests without a first token (default: %(default)s)")
+    add("--max-body-mib", type=float, default=4.0, help="largest body (default: %(default)s)")
+    add("--request-timeout", type=float, default=30.0, help="seconds a request may take to arrive (%(default)s)")
+    add("--read-timeout", type=float, default=60.0, help="seconds an answer may lie unread (default: %(default)s)")
+    add("--drain-seconds", type=float, default=30.0, help="to finish requests after SIGTERM (default: %(default)s)")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ``ConfigError`` for options that are out of range or do not go together."""
+    for name, least in (("max_waiting", 1), ("drain_seconds", 0), ("port", 0)):
+        if not getattr(args, name) >= least:
+            raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least {least}")
+    for name in ("adapter_memory_gib", "max_body_mib", "request_timeout", "read_timeout"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give a number above 0")
+    if args.port > 65535:
+        raise ConfigError(f"--port is {args.port}; give 0 to 65535")
+    if args.allow_runtime_lora_updating and args.admin_key is None:
+        raise ConfigError("--allow-runtime-lora-updating needs --admin-key: only the admin may load adapters")
+    if args.allow_runtime_lora_updating != bool(args.adapter_root):
+        raise ConfigError("--allow-runtime-lora-updating and --adapter-root need each other; give both, or neither")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _add_environment(args: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Take keys from the environment, where other users of the machine do not see them."""
+    args.api_key = [*args.api_key, *environment.get("PREFT_API_KEY", "").split()]
+    args.admin_key = args.admin_key or environment.get("PREFT_ADMIN_KEY") or None
+
+
+def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
+    longest = model.config.max_position_embeddings
+    return EngineConfig(
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=min(_MODEL_LEN, longest) if args.max_model_len is None else args.max_model_len,
+        memory_utilization=args.memory_utilization,
+        max_rank=args.max_lora_rank,
+        bank_pages=args.bank_pages,
+        all_token=args.all_token,
+        prefix_caching=args.enable_prefix_caching,
+    )
+
+
+def _make_store(args: argparse.Namespace, model: Model) -> AdapterStore:
+    """Return the store, with what the state directory remembers."""
+    state = args.state_dir
+    if state is not None:
+        state.mkdir(parents=True, exist_ok=True)
+    files = AdapterFiles(model, None if state is None else state / "pages")
+    registry = Registry(None if state is None else state / "adapters.sqlite")
+    files.drop_others({adapter.digest for adapter in registry.list()})
+    return AdapterStore(files, registry, host_bytes=int(args.adapter_memory_gib * 2**30), pin=pin)
+
+
+def _register(store: AdapterStore, args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Register ``--lora-modules``.
+
+    Raises:
+        AdapterError, ConfigError: for one that cannot be served.
+    """
+    for item in args.lora_modules:
+        name, equals, path = item.partition("=")
+        if not (name and equals and path) or name in names:
+            raise ConfigError(f"--lora-modules has {item!r}; give NAME=PATH, with a name that the model has not")
+        store.register(name, str(Path(path).resolve()), replace=True)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, and the record's ``facts``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's line."""
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        line = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
+        line |= getattr(record, "facts", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _start_log(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for noisy in ("jax", "httpx", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which lets the engine finish when it is told to end, and ends when the engine fails."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float):
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end."""
+        return await super().on_tick(counter) or not self._engine.alive
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and finish or give up the requests there are."""
+        await asyncio.gather(self._engine.stop(self._drain_seconds), super().shutdown(sockets))
+
+
+def make_server(
+    serving: Serving, *, request_seconds: float, read_seconds: float, drain_seconds: float
+) -> DrainingServer:
+    """Return the server of an app, with limits for slow clients and for its end."""
+    config = uvicorn.Config(
+        make_app(serving),
+        http=timed_protocol(request_seconds, read_seconds),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=64 * 2**10,
+        timeout_graceful_shutdown=int(drain_seconds) + 15,
+    )
+    return DrainingServer(config, serving.engine, drain_seconds)
+
+
+def make_serving(args: argparse.Namespace) -> Serving:
+    """Load what the command line names."""
+    keys = Keys(parse_keys(args.api_key), args.admin_key)
+    loading = RuntimeLoading(args.adapter_root)
+    model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
+    names = tuple(args.served_model_name or (args.model,))
+    config = _engine_config(args, model)
+    store = _make_store(args, model)
+    engine = Engine(model, config, store=store)
+    _register(store, args, names)
+    directory = None if args.adapter_dir is None else AdapterDirectory(store, args.adapter_dir)
+    serving = Serving(
+        model=model,
+        names=names,
+        engine=AsyncEngine(engine, max_waiting=args.max_waiting),
+        adapters=store,
+        keys=keys,
+        loading=loading,
+        max_model_len=config.max_model_len,
+        max_body_bytes=int(args.max_body_mib * 2**20),
+        body_seconds=args.request_timeout,
+        directory=directory,
+    )
+    serving.scan()
+    return serving
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to end; returns the exit status."""
+    _check(args)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
+        serving = make_serving(args)
+        server = make_server(
+            serving,
+            request_seconds=args.request_timeout,
+            read_seconds=args.read_timeout,
+            drain_seconds=args.drain_seconds,
+        )
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        facts = {"url": url, "model": serving.names[0], "adapters": len(serving.adapters.list())}
+        _log.info("listening", extra={"facts": facts})
+        # uvicorn takes the signal while it runs, and raises it again when it has ended.
+        signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+        server.run([listener])
+        status = 0 if serving.engine.alive else 1
+        _log.info("ended", extra={"facts": {"status": status}})
+        if serving.engine.busy:
+            os._exit(status)  # The thread is inside a compilation, which nothing ends.
+        serving.adapters.close()
+        return status
+
+
+def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """Run the program; returns its exit status."""
+    args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
+    _add_environment(args, environment)
+    _start_log(args.log_level)
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        return run(args)
+    except (PreftError, OSError) as error:
+        print(f"serve.api: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

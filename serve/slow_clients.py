@@ -1,0 +1,62 @@
+"""Connections that may not dawdle: a request must arrive whole, and an answer be read, within some seconds."""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+def timed_protocol(request_seconds: float, read_seconds: float) -> type[H11Protocol]:
+    """Return uvicorn's HTTP/1.1 protocol with two limits, at which it drops the connection.
+
+    Args:
+        request_seconds: from a connection's or a request's first byte until the request is there, body included.
+        read_seconds: that a client may leave an answer unread while the buffers are full.
+    """
+
+    class TimedProtocol(H11Protocol):
+        """uvicorn's protocol with two more timers."""
+
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            self._arriving: asyncio.TimerHandle | None = None
+            self._unread: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._arriving = self.loop.call_later(request_seconds, self._drop)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            _cancel(self._arriving)
+            _cancel(self._unread)
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+                if self._arriving is None:
+                    self._arriving = self.loop.call_later(request_seconds, self._drop)
+            else:
+                _cancel(self._arriving)
+                self._arriving = None
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(read_seconds, self._drop)
+
+        def resume_writing(self) -> None:
+            _cancel(self._unread)
+            super().resume_writing()
+
+        def _drop(self) -> None:
+            if not self.transport.is_closing():
+                self.logger.warning("dropped a connection that took too long")
+            self.transport.abort()
+
+    return TimedProtocol
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -1,0 +1,159 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import api_server
+import httpx
+import pytest
+
+from serve import api
+
+KEYS = ("--api-key", f"alice={api_server.ALICE}", "--admin-key", api_server.ADMIN)
+SIZES = (
+    "--model",
+    "tiny",
+    "--max-model-len",
+    "1024",
+    "--max-num-seqs",
+    "2",
+    "--max-lora-rank",
+    "16",
+    "--bank-pages",
+    "3",
+)
+
+
+class Program:
+    """The program in a process of its own."""
+
+    def __init__(self, *arguments, cache):
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        command = [sys.executable, "-m", "serve.api", "--port", "0", *SIZES, *KEYS, *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.lines = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+        while not (found := self.events("listening")):
+            assert self.process.poll() is None, self.lines
+            time.sleep(0.05)
+        self.url = found[0]["url"]
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(json.loads(line))
+
+    def events(self, name):
+        return [line for line in self.lines if line["event"] == name]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()
+        self.process.stderr.close()
+
+    def client(self, key):
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False)
+
+    def until_ready(self):
+        with self.client(api_server.ALICE) as client:
+            while client.get("/ready").status_code != 200:
+                assert self.process.poll() is None
+                time.sleep(0.2)
+
+    def end(self):
+        """Wait for it; returns its exit status."""
+        status = self.process.wait(60)
+        self.reader.join()
+        return status
+
+
+def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
+    adapters, cache = tmp_path / "adapters", tmp_path / "cache"
+    api_server.adapter_directory(adapters, "watched", tiny, 0)
+    api_server.adapter_directory(adapters / "more", "loaded", tiny, 1)
+    (adapters / "bad").mkdir()
+    (adapters / "bad" / "adapter_config.json").write_text("{}")
+    options = ("--adapter-dir", str(adapters), "--state-dir", str(tmp_path / "state"), "--allow-runtime-lora-updating",
+               "--adapter-root", str(adapters), "--drain-seconds", "60")  # fmt: skip
+    with Program(*options, cache=cache) as program:
+        assert [line["adapter"] for line in program.events("adapter refused")] == ["bad"]
+        program.until_ready()
+        with program.client(api_server.ADMIN) as admin:
+            body = {"lora_name": "kept", "lora_path": "more/loaded", "owner": "alice"}
+            assert admin.post("/v1/load_lora_adapter", json=body).status_code == 200
+        body = {"model": "kept", "prompt": "a", "max_tokens": 1000, "stream": True}
+        with program.client(api_server.ALICE) as alice, alice.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            program.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert json.loads(first.removeprefix("data: "))["model"] == "kept"
+        assert program.end() == 0
+        assert [line["route"] for line in program.events("request")][-1] == "/v1/completions"
+    with Program(*options[2:], cache=cache) as program:
+        with program.client(api_server.ALICE) as alice:
+            names = [model["id"] for model in alice.get("/v1/models").json()["data"]]
+            assert names == ["tiny", "kept", "watched"]
+        program.process.send_signal(signal.SIGTERM)
+        assert program.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--port", "99999"), "--port is 99999"),
+        (("--max-waiting", "0"), "--max-waiting is 0"),
+        (("--drain-seconds", "-1"), "--drain-seconds is -1"),
+        (("--max-body-mib", "nan"), "--max-body-mib is nan"),
+        (("--allow-runtime-lora-updating", "--adapter-root", "."), "needs --admin-key"),
+        (("--adapter-root", "."), "need each other"),
+        (("--api-key", "short"), "at least 8"),
+        (("--model", "no-such-model"), "no-such-model"),
+        (("--model", "tiny", "--lora-modules", "nameless"), "NAME=PATH"),
+        (("--model", "tiny", "--lora-modules", "tiny=x"), "NAME=PATH"),
+        (("--model", "tiny", "--lora-modules", "a=/nowhere"), "/nowhere"),
+        (("--model", "tiny", "--adapter-dir", "/nowhere"), "/nowhere"),
+        (("--model", "tiny", "--max-model-len", "5000"), "max_model_len 5000"),
+    ],
+)
+def test_what_cannot_work_ends_with_one_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(api, "_start_log", lambda level: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert api.main(["--port", "0", *arguments], environment={}) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_usage_errors_have_their_status():
+    with pytest.raises(SystemExit) as caught:
+        api.main(["--no-such-option"], environment={})
+    assert caught.value.code == 2
+
+
+def test_keys_come_from_the_environment_too():
+    args = api.make_parser().parse_args(["--api-key", "from-the-line"])
+    api._add_environment(args, {"PREFT_API_KEY": "a=one-key-1 two-key-2", "PREFT_ADMIN_KEY": "three-key-3"})
+    assert args.api_key == ["from-the-line", "a=one-key-1", "two-key-2"]
+    assert args.admin_key == "three-key-3"
+
+
+def test_the_log_is_json_whatever_happens():
+    try:
+        raise ValueError("broken\n")
+    except ValueError:
+        record = logging.LogRecord("preft.server", logging.ERROR, "x", 1, "failure of %s", ("it",), sys.exc_info())
+    record.facts = {"id": "1", "path": object}
+    line = api.JsonLines().format(record)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert (found["event"], found["level"], found["id"]) == ("failure of it", "error", "1")
+    assert "ValueError: broken" in found["traceback"]
