@@ -43,6 +43,8 @@ ERRORS: dict[int | str, Any] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
 }
 
+_TEXT: dict[int | str, Any] = {200: {"content": {"text/plain": {}}}}
+
 
 def make_app(serving: Serving) -> FastAPI:
     """Return the app; it starts the engine when it starts, and stops it when it ends."""
@@ -183,8 +185,8 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
         """Describe one of them."""
         return card(serving.adapter(name, request.state.identity), name)
 
-    @app.post("/v1/load_lora_adapter", responses=ERRORS, response_class=PlainTextResponse)
-    async def load(request: Request, body: LoadBody) -> str:
+    @app.post("/v1/load_lora_adapter", responses={**_TEXT, **ERRORS}, response_class=Response)
+    async def load(request: Request, body: LoadBody) -> Response:
         """Load an adapter from a directory on the server."""
         serving.loading.check(request.state.identity)
         if body.lora_name in serving.names:
@@ -204,17 +206,17 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
                 pinned=body.pinned,
                 replace=body.load_inplace,
             )
-        return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter", responses=ERRORS, response_class=PlainTextResponse)
-    async def unload(request: Request, body: UnloadBody) -> str:
+    @app.post("/v1/unload_lora_adapter", responses={**_TEXT, **ERRORS}, response_class=Response)
+    async def unload(request: Request, body: UnloadBody) -> Response:
         """Forget an adapter; requests that run end as they would have."""
         serving.loading.check(request.state.identity)
         try:
             await asyncio.to_thread(serving.adapters.unregister, body.lora_name)
         except AdapterError as error:
             raise ApiError(404, str(error), code="model_not_found", param="lora_name") from error
-        return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _add_tokens(app: FastAPI, serving: Serving) -> None:

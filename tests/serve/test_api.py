@@ -518,6 +518,18 @@ def test_requests_have_ids_and_one_line_of_the_log_without_prompts(raw, caplog):
     assert "secret" not in caplog.text + json.dumps([whole, streamed])
 
 
+def test_figures_of_the_page(raw):
+    raw.post("/v1/completions", json={"model": "public", "prompt": "a", "max_tokens": 2})
+    found = raw.get("/stats").json()
+    assert (found["model"], found["ready"], found["recompiles"]) == ("tiny", True, 0)
+    assert found["kv_pages"] > 0
+    assert found["generated_tokens"] >= 2
+    tiers = found["adapters"]
+    assert 1 <= tiers["device_pages_used"] <= tiers["device_pages"] == 8
+    assert tiers["device_adapters"] >= 1
+    assert tiers["registered"] == 2
+
+
 def test_the_schema_says_what_is_served(raw):
     schema = raw.get("/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/metrics"} <= set(schema["paths"])
