@@ -14,6 +14,8 @@ from engine_runs import ATOL, chances, request
 from prometheus_client.parser import text_string_to_metric_families
 
 from preft_jax.chat import encode_prompt
+from serve.client import ENDPOINTS, HttpTarget, list_models
+from serve.load import LoadRequest
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 
@@ -271,6 +273,16 @@ def test_tokens_there_and_back(raw, lively):
     assert chat["tokens"] == encode_prompt(lively.tokenizer, CHAT, vocab_size=256).token_ids
     assert raw.post("/detokenize", json={"tokens": [256]}).status_code == 400
     assert raw.post("/tokenize", json={"model": "none", "prompt": "a"}).status_code == 404
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_the_benchmark_can_load_it(url, lively, endpoint):
+    assert ("public", "tiny") in list_models(url, ALICE)
+    requests = [LoadRequest(arrival=0.0, prompt=[65, 66, 67], max_tokens=5, user=user) for user in (None, 0, None)]
+    names = {None: "tiny", 0: "public"}
+    target = HttpTarget(url, names.__getitem__, endpoint=endpoint, api_key=ALICE, decode=lively.tokenizer.decode)
+    records = target.run(requests).records
+    assert [(record.status, record.output_len, record.estimated) for record in records] == [("completed", 5, False)] * 3
 
 
 # What is refused

@@ -33,6 +33,7 @@ class Program:
 
     def __init__(self, *arguments, cache):
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         command = [sys.executable, "-m", "serve.api", "--port", "0", *SIZES, *KEYS, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines = []
