@@ -157,13 +157,20 @@ def tpu_programs(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{note}.\n"
 
 
+def _contender(row: dict[str, Any]) -> str:
+    if row["mode"] == "base":
+        return "base"
+    drawn = row.get("distribution", "round-robin")
+    return f"{row['mode']}, {row['num_adapters']:,} adapters{'' if drawn == 'round-robin' else f', {drawn}'}"
+
+
 def engine(figures: dict[str, Any]) -> str:
     """Contenders of ``bench.headline``, one row each, and the computed floors."""
     floor = figures["floors"]
     base = next(row for row in figures["rows"] if row["mode"] == "base")
     rows = [
         [
-            row["mode"] if row["mode"] == "base" else f"{row['mode']}, {row['num_adapters']} adapters",
+            _contender(row),
             f"{row['output_throughput']:,.0f}",
             f"{row['output_throughput'] / base['output_throughput']:.2f}",
             f"{row['prefill_tokens_per_s']:,.0f}",
@@ -202,6 +209,7 @@ TABLES = {
     "cpu-generation": cpu_generation,
     "cpu-adapters": cpu_adapters,
     "cpu-serve-bench": cpu_serve_bench,
+    "h100-direft": engine,
     "h100-engine": engine,
     "h100-kernels": kernels,
     "h100-prefill": prefill,
