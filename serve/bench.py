@@ -114,8 +114,10 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{_option(name)} is {value}; give at least 1")
     for name in ("seed", "num_warmups"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least 0")
+        if not 0 <= getattr(args, name) < 2**32:
+            raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give 0 to {2**32 - 1}")
+    if args.output_json is not None and args.output_json.is_dir():
+        raise ConfigError(f"--output-json is {args.output_json}, a directory; give a file")
     if not 0 <= args.zipf_alpha < 100:
         raise ConfigError(f"--zipf-alpha is {args.zipf_alpha}; give a number from 0 to 100")
     if (args.dataset_path is None) != (args.dataset_name == "random"):
@@ -200,6 +202,7 @@ def main(
         if args.base_url is not None and args.api_key is None:
             args.api_key = os.environ.get("OPENAI_API_KEY")
         line = json.dumps(run(args, make_engine, clock, sleep), allow_nan=False)
+        print(line)
         if args.output_json is not None:
             args.output_json.write_text(line + "\n")
     except (PreftError, OSError) as error:
@@ -208,7 +211,6 @@ def main(
     except KeyboardInterrupt:
         print("serve.bench: interrupted", file=sys.stderr)
         return 130
-    print(line)
     return 0
 
 

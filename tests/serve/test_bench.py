@@ -195,6 +195,8 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_runs(made, monkeyp
         (["--max-model-len", "8"], "max_model_len 8"),
         (["--dtype", "int8"], "int8"),
         (["--seed", "-1"], "--seed is -1"),
+        (["--seed", "9" * 20], "give 0 to 4294967295"),
+        (["--output-json", "/"], "--output-json is /, a directory"),
         (["--zipf-alpha", "nan"], "--zipf-alpha is nan"),
         (["--max-model-len", "0"], "max_model_len is 0"),
         (["--request-rate", "0"], "--request-rate is 0"),
