@@ -1,4 +1,4 @@
-"""The static-batch generator: host loop, KV pages and adapter bank behind ``preft_jax.generate`` and ``serve.bench``.
+"""The static-batch generator: host loop, KV pages and adapter bank behind ``preft_jax.generate``.
 
 A batch is prefilled in packed chunks, with every request's edits, then decoded together to its end. Prompt-only
 adapters leave decoding to the plain base model; a batch that holds an all-token adapter is decoded by the program that

@@ -46,7 +46,8 @@ class AdapterDirectory:
             if known is not None and (known.path != path or changed < known.created * 1e9):
                 continue
             try:
-                self._store.register(name, path, replace=True, pinned=known is not None and known.pinned)
+                kept = {} if known is None else {"owner": known.owner, "pinned": known.pinned}
+                self._store.register(name, path, replace=True, **kept)
                 self._refused.pop(name, None)
                 changes.registered.append(name)
             except AdapterError as error:

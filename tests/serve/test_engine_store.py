@@ -2,10 +2,11 @@
 
 import dataclasses
 import shutil
+import threading
 
 import jax
 import pytest
-from engine_outputs import TIGHT, alone, assert_as_alone, drain, request, run_all, some
+from engine_outputs import TIGHT, Whole, alone, assert_as_alone, drain, request, run_all, some
 
 from preft_jax import random_adapter, save_adapter
 from preft_jax.adapter import AdapterConfig
@@ -80,7 +81,7 @@ class Slow(AdapterFiles):
 
     def __init__(self, model):
         super().__init__(model)
-        self.gate = __import__("threading").Event()
+        self.gate = threading.Event()
 
     def load(self, path, digest):
         self.gate.wait(60)
@@ -127,8 +128,6 @@ def run_some(engine, requests):
 
 
 def whole(outputs):
-    from engine_outputs import Whole
-
     made = Whole()
     for output in outputs:
         made.add(output)
@@ -244,10 +243,12 @@ def test_a_directory_is_followed(lively, saved, store, tmp_path):
     assert watched.scan() == ([], [], {}), "it is not read again before it changes"
     shutil.copyfile(saved / "direft" / BROKEN, root / "bob" / BROKEN)
     assert watched.scan().registered == ["bob"]
-    before = store.get("ann")
+    before = store.register("ann", root / "ann", owner="ann", pinned=True, replace=True)
     save_adapter(root / "ann", load_adapter(saved / "direft", lively))
     assert watched.scan().registered == ["ann"]
-    assert store.get("ann").digest != before.digest
+    now = store.get("ann")
+    assert now.digest != before.digest
+    assert (now.owner, now.pinned) == ("ann", True), "another's adapter does not become everybody's when it changes"
     shutil.rmtree(root / "bob")
     assert watched.scan() == ([], ["bob"], {})
     assert [one.name for one in store.list()] == ["ann"]

@@ -9,7 +9,7 @@ import sys
 import pytest
 from scheduler_world import PAGE, World, shape
 
-from serve.scheduler import Prefill, _Packing
+from serve.scheduler import Decode, Prefill, _Packing
 from serve.sequence import Status
 
 
@@ -411,6 +411,16 @@ def test_nobody_starves_beside_a_stream_of_others():
         if all(s.status is Status.FINISHED for s in slow):
             break
     assert step < 60
+
+
+def test_decoding_takes_several_steps_while_those_that_wait_find_no_room():
+    world = World(room=1)
+    world.add(6, max_tokens=20)
+    world.step()
+    world.slots.broken.add("x")
+    world.add(6, adapter="x")
+    plans = [world.step() for _ in range(3)]
+    assert any(isinstance(plan, Decode) and plan.steps > 1 for plan in plans), plans
 
 
 @pytest.mark.parametrize("module", ["scheduler", "pages", "prefix", "sequence"])
