@@ -64,7 +64,7 @@ def cpu_adapters(figures: dict[str, Any]) -> str:
         for row in figures["contenders"]
     ]
     header = [
-        "256 in, 256 out",
+        "{input_len} in, {output_len} out, {rounds} rounds".format(**figures["options"]),
         "mean TPOT, ms",
         "vs base (95% interval)",
         "tokens/s vs base",
