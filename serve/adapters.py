@@ -40,11 +40,16 @@ class Known(NamedTuple):
 
 
 class Load(NamedTuple):
-    """An adapter that must be written to the bank."""
+    """An adapter that must be written to the bank: its slabs, of ``Known`` or copies on the device, and where to."""
 
     digest: str
-    slabs: Any
+    slabs: dict[str, list[Any]]
     place: AdapterPages
+
+    @property
+    def num_pages(self) -> int:
+        """Rank pages of the site with most."""
+        return max(map(len, self.slabs.values()), default=0)
 
 
 def pack(edits: Mapping[str, PackedSite], dtype: Any) -> Known:
@@ -146,6 +151,10 @@ class AdapterBank:
     def place(self, digest: str) -> AdapterPages:
         """Return an acquired adapter's pages."""
         return self._places[digest]
+
+    def is_at(self, digest: str, place: AdapterPages) -> bool:
+        """Whether an adapter still has the place that it was given."""
+        return self._places.get(digest) is place
 
     def take_pending(self) -> list[Load]:
         """Return what must be written to the device before the next prefill."""

@@ -33,6 +33,7 @@ from serve.request import Output, Request
 from serve.runner import Runner
 from serve.scheduler import Decode, Prefill, Scheduler
 from serve.sequence import Sequence, Status
+from serve.staging import STRIKES, Staging, WriteError
 from serve.text import TextStream
 
 
@@ -58,17 +59,6 @@ class Stats:
 
 _LOADING_SECONDS = 0.02
 """How long a step without other work waits for adapters that are being loaded."""
-
-STRIKES = 2
-"""Failures, of a sequence's call alone or of an adapter's write, after which it is given up."""
-
-
-class _WriteError(Exception):
-    """Adapters, at least one of them, could not be written to the bank."""
-
-    def __init__(self, digests: list[str]):
-        super().__init__(*digests)
-        self.digests = digests
 
 
 def _told(error: BaseException | None) -> str:
@@ -119,6 +109,7 @@ class Engine:
         self.runner = Runner(model, config)
         self.pages = PageManager(self.runner.num_kv_pages, config.page_size or 1)
         self.adapters = AdapterBank(model.config, config.bank_pages, config.tile_entries or 1, self._pack)
+        self._staging = Staging(self.adapters, self.runner, self.runner.staged_pages)
         self.scheduler = Scheduler(
             self.pages,
             self.adapters,
@@ -145,7 +136,6 @@ class Engine:
         self._call: _Call | None = None
         self._next_id = 0
         self._cohorts = 0
-        self._strikes: dict[str, int] = {}
         self._leases: dict[int, Lease] = {}
         self._loading: dict[Lease, int] = {}
 
@@ -298,7 +288,7 @@ class Engine:
                 keys=keys,
                 score=request.prompt_logprobs is not None and index == 0,
                 info=info,
-                status=Status.FORKING if index else Status.WAITING,
+                status=Status.FORKING if index else Status.NEW,
             )
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
@@ -351,38 +341,15 @@ class Engine:
             started = self._clock()
             self._call = self._start_prefill(plan) if isinstance(plan, Prefill) else self._start_decode(plan)
             self._call.started = started
-            self._stage_ahead()
-        except _WriteError as error:
+            self._staging.ahead(self.scheduler.next_adapters())
+        except WriteError as error:
             self._recover_from_write(error)
         except Exception as error:
             self._recover(plan, error)
 
-    def _stage_ahead(self) -> None:
-        """Write the adapters of the next prompts to the bank while the device works on others."""
-        taken = []
-        for digest in self.scheduler.next_adapters():
-            if not self.adapters.acquire(digest):
-                break
-            taken.append(digest)
-        for digest in taken:
-            self.adapters.release(digest)
-        self._write_adapters()
-
-    def _write_adapters(self) -> None:
-        loads = self.adapters.take_pending()
-        together = [load for load in loads if load.digest not in self._strikes]
-        apart = [[load] for load in loads if load.digest in self._strikes]
-        for some in (*([together] if together else []), *apart):
-            try:
-                self.runner.write_adapters(some)
-            except Exception as error:
-                raise _WriteError([load.digest for load in some]) from error
-            for load in some:
-                self._strikes.pop(load.digest, None)
-
     def _start_prefill(self, plan: Prefill) -> _Call:
         self._stats.prefill_calls += 1
-        self._write_adapters()
+        self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
         places = [{} if s.adapter is None else self.adapters.place(s.adapter) for s in plan.sequences]
         scores = None
         if any(sequence.score for sequence in plan.sequences):
@@ -498,6 +465,7 @@ class Engine:
         self._call = None
         self.runner.reset()
         self.adapters.reset()
+        self._staging.reset()
         self.scheduler.reset()
 
     def _recover(self, plan: Prefill | Decode, error: Exception) -> None:
@@ -517,19 +485,13 @@ class Engine:
             for sequence in part:
                 sequence.cohort = (type(plan).__name__, self._cohorts)
 
-    def _recover_from_write(self, error: "_WriteError") -> None:
+    def _recover_from_write(self, error: WriteError) -> None:
         """After adapters could not be written: try each alone, then give the requests of one that fails again up."""
         self._reset_device()
-        if len(error.digests) > 1:
-            self._strikes |= dict.fromkeys(error.digests, 0)
-            return
-        (digest,) = error.digests
-        self._strikes[digest] = self._strikes.get(digest, 0) + 1
-        if self._strikes[digest] == STRIKES:
-            del self._strikes[digest]
-            for sequence in [s for sequences in self._live.values() for s in sequences if s.adapter == digest]:
-                if sequence.status is not Status.FINISHED:
-                    self._end(News(sequence=sequence, finish="error", error=_told(error.__cause__)))
+        digest = self._staging.blame(error.digests)
+        for sequence in [s for group in self._live.values() for s in group if digest and s.adapter == digest]:
+            if sequence.status is not Status.FINISHED:
+                self._end(News(sequence=sequence, finish="error", error=_told(error.__cause__)))
 
     def _outputs(self, news: Many[News]) -> list[Output]:
         """Turn news into outputs; a sample whose text ends it takes nothing more from the call in flight."""

@@ -92,8 +92,8 @@ class Runner:
         working = 2 * layer + 6 * 4 * config.max_num_seqs * shape.vocab_size
         if self._adapters:
             widths = sum(map(sum, map(shape.site_shape, SITES)))
-            # Copies of adapters that wait to be written, and those being written, stacked.
-            slabs = max(config.prefill_seqs, self._writes) + self._writes
+            # Copies that wait to be written, and those being written.
+            slabs = self.staged_pages + (config.tile_entries or 1) + self._writes
             working += slabs * RANK_PAGE * widths * shape.num_hidden_layers * size
         page = 2 * shape.num_hidden_layers * shape.kv_size * size * (config.page_size or 1)
         room = int(stats["bytes_limit"] * config.memory_utilization - used - working) // page
@@ -325,31 +325,39 @@ class Runner:
 
     # Bank
 
-    def write_adapters(self, loads: Many[Load]) -> None:
-        """Write the rank pages of adapters to the bank, ``writes`` of them in a call."""
+    @property
+    def staged_pages(self) -> int:
+        """Rank pages that may be copied ahead: about those of a prefill call."""
+        return max(self.config.prefill_seqs, self._writes)
+
+    def copy_adapter(self, load: Load) -> Load:
+        """Begin to copy an adapter's rank pages to the device; returns the load with the copies."""
         on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+        return load._replace(slabs=jax.device_put(load.slabs, on_device))
+
+    def write_adapters(self, loads: Many[Load]) -> None:
+        """Write the copied rank pages of adapters to the bank, ``writes`` of them in a call."""
         columns = [
             {site: (slabs[n], load.place[site].pages[n]) for site, slabs in load.slabs.items() if n < len(slabs)}
             for load in loads
-            for n in range(max(map(len, load.slabs.values()), default=0))
+            for n in range(load.num_pages)
         ]
         for at in range(0, len(columns), self._writes):
             some = columns[at : at + self._writes]
-            copied = jax.device_put([{site: slab for site, (slab, _) in column.items()} for column in some], on_device)
             slabs, page = self._no_writes()
             for n, column in enumerate(some):
                 for site in column:
-                    slabs[site][n], page[site][n] = copied[n][site], column[site][1]
+                    slabs[site][n], page[site][n] = column[site]
             self.bank = self.programs["write-pages"](self.bank, {s: tuple(x) for s, x in slabs.items()}, page)
 
     def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
-        """Return arguments of a call that writes nothing: empty slabs, and pages past the bank's."""
+        """Return arguments of a call that writes nothing but zeros to the null page."""
         if not self._empty_slabs:
             layers = self.model.config.num_hidden_layers
             for site in SITES:
                 width = device.slab_width(*self.model.config.site_shape(site), RANK_PAGE, self.dtype)
                 self._empty_slabs[site] = jnp.zeros((layers, width), self.dtype)
-        nowhere = {site: np.full(self._writes, self.config.bank_pages, np.int32) for site in SITES}
+        nowhere = {site: np.zeros(self._writes, np.int32) for site in SITES}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
 
 

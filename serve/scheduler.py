@@ -5,8 +5,11 @@ step, so that running sequences go on; else decoding takes several steps a call.
 next KV page preempts the one that would be served last, which is computed again later.
 """
 
+import bisect
 import dataclasses
-import heapq
+import itertools
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from typing import Protocol
 
 from serve.pages import PageManager
@@ -91,6 +94,35 @@ class _Packing:
         return at, count
 
 
+class _Waiting:
+    """Sequences in the order in which they are served; those of one rank as they came."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[tuple[int, int], int, Sequence]] = []
+        self._pushed = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for _, _, sequence in self._items)
+
+    def add(self, sequence: Sequence) -> None:
+        self._pushed += 1
+        sequence.ticket = self._pushed
+        bisect.insort(self._items, (sequence.rank, self._pushed, sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._items[bisect.bisect_left(self._items, (sequence.rank, sequence.ticket))]
+
+
+PATIENCE = 8
+"""Calls in which others with adapters may overtake a sequence whose adapter finds no room on the device."""
+
+_LOOK_PAST = 64
+"""Sequences whose adapters find no room, behind which a call still looks for others."""
+
+
 class Scheduler:
     """Owns the queues and every sequence's KV pages and claim on its adapter."""
 
@@ -116,11 +148,12 @@ class Scheduler:
         self._tile = tile
         self._tile_entries = tile_entries
         self._decode_steps = decode_steps
-        self._waiting: list[tuple[tuple[int, int], int, Sequence]] = []
+        self._waiting = _Waiting()
         # Ordered sets.
         self._prefilling: dict[Sequence, None] = {}
         self._running: dict[Sequence, None] = {}
-        self._pushed = 0
+        # Sequences that keep an adapter on the device.
+        self._holders = 0
         self._decode_is_next = False
         # Whether those that wait found no room, of pages or in the bank, when they were last looked at.
         self._refused = False
@@ -130,7 +163,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences without KV pages."""
-        return sum(sequence.status is Status.WAITING for _, _, sequence in self._waiting)
+        return len(self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -140,8 +173,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue."""
         sequence.status = Status.WAITING
-        self._pushed += 1
-        heapq.heappush(self._waiting, (sequence.rank, self._pushed, sequence))
+        self._waiting.add(sequence)
 
     def schedule(self) -> Prefill | Decode | None:
         """Return the next call, with KV pages allotted for it, or None if there is nothing to do."""
@@ -208,6 +240,8 @@ class Scheduler:
         """Take a sequence out, wherever it is, and free what it holds; its KV may serve later requests if ``keep``."""
         if not keep:
             self.pages.unregister(sequence.pages)
+        if sequence.status is Status.WAITING:
+            self._waiting.remove(sequence)
         self._prefilling.pop(sequence, None)
         self._running.pop(sequence, None)
         sequence.status = Status.FINISHED
@@ -221,16 +255,18 @@ class Scheduler:
         """Note that the KV cache and the adapters on the device are lost: everything is computed again."""
         self.pages.forget()
         lost = [*self._prefilling, *self._running]
-        self._prefilling, self._running = {}, {}
+        self._prefilling, self._running, self._holders = {}, {}, 0
         for sequence in lost:
             sequence.pages, sequence.computed, sequence.registered, sequence.holds_adapter = [], 0, 0, False
             self.add(sequence)
 
     def next_adapters(self) -> list[str]:
-        """Return the adapters of the sequences that would be prefilled next, as many as one call takes."""
-        waiting = (item for item in self._waiting if item[2].status is Status.WAITING)
-        upcoming = heapq.nsmallest(self._prefill_seqs, waiting)
-        return list(dict.fromkeys(s.adapter for _, _, s in upcoming if s.adapter is not None))
+        """Return the adapters of the sequences that would be prefilled next, as many as two calls take.
+
+        Those of the next call should be on the device already; those of the one after can be copied beside it.
+        """
+        upcoming = itertools.islice(self._waiting, 2 * self._prefill_seqs)
+        return list(dict.fromkeys(s.adapter for s in upcoming if s.adapter is not None))
 
     # Prefill
 
@@ -238,25 +274,37 @@ class Scheduler:
         chunks: list[Chunk] = []
         packing = _Packing(self._prefill_tokens, self._tile, self._tile_entries)
         room = all(self._take_chunk(sequence, chunks, packing) for sequence in self._prefilling)
-        skipped = []
-        while room and self._waiting:
-            item = heapq.heappop(self._waiting)
-            sequence = item[2]
-            if sequence.status is not Status.WAITING:
+        admitted: list[Sequence] = []
+        refused: list[Sequence] = []
+        looked = False
+        for sequence in self._waiting if room else ():
+            looked = True
+            if chunks and chunks[0].sequence.cohort != sequence.cohort:
                 continue
-            apart = bool(chunks) and chunks[0].sequence.cohort != sequence.cohort
-            if apart or (sequence.adapter is not None and not self._take_adapter(sequence)):
-                skipped.append(item)
-            elif self._admit(sequence):
-                room = self._take_chunk(sequence, chunks, packing)
-            else:
+            if sequence.adapter is not None and (self._is_reserved(refused) or not self._take_adapter(sequence)):
+                refused.append(sequence)
+                if len(refused) == _LOOK_PAST:
+                    break
+                continue
+            if not self._admit(sequence):
                 self._release_adapter(sequence)
-                skipped.append(item)
                 break
-        self._refused = bool(skipped) and not chunks
-        for item in skipped:
-            heapq.heappush(self._waiting, item)
+            admitted.append(sequence)
+            if not self._take_chunk(sequence, chunks, packing):
+                break
+        for sequence in admitted:
+            self._waiting.remove(sequence)
+        if refused and any(s.adapter is not None and s.rank > refused[0].rank for s in admitted):
+            refused[0].overtaken += 1
+        self._refused = looked and not chunks
         return Prefill(chunks) if chunks else None
+
+    def _is_reserved(self, refused: Many[Sequence]) -> bool:
+        """Whether what others give back is kept for the first one that was refused: it was overtaken often enough.
+
+        Once nobody keeps an adapter on the device, there is nothing to wait for.
+        """
+        return bool(refused) and refused[0].overtaken >= PATIENCE and self._holders > 0
 
     def _take_chunk(self, sequence: Sequence, chunks: list[Chunk], packing: _Packing) -> bool:
         """Add a sequence's next chunk, if it may be computed with the others; False if the batch is full."""
@@ -291,11 +339,13 @@ class Scheduler:
     def _take_adapter(self, sequence: Sequence) -> bool:
         if not sequence.holds_adapter and sequence.adapter is not None:
             sequence.holds_adapter = self._adapters.acquire(sequence.adapter)
+            self._holders += sequence.holds_adapter
         return sequence.holds_adapter
 
     def _release_adapter(self, sequence: Sequence) -> None:
         if sequence.holds_adapter and sequence.adapter is not None:
             sequence.holds_adapter = False
+            self._holders -= 1
             self._adapters.release(sequence.adapter)
 
     # Decode

@@ -12,6 +12,8 @@ from serve.prefix import PageKeys
 class Status(enum.Enum):
     """Where a sequence is."""
 
+    NEW = "new"
+    """Not in the queue yet: its adapter may be on its way to the host."""
     WAITING = "waiting"
     FORKING = "forking"
     """Waits for the prefill of the first sample of its request."""
@@ -42,6 +44,8 @@ class Sequence:
         pages: KV pages in order.
         computed: tokens whose KV is in the cache.
         registered: pages that others can find.
+        ticket: its place in the queue among sequences of one rank.
+        overtaken: calls that took others with adapters before it, since its own found no room.
         holds_adapter: whether it keeps its adapter on the device.
         cohort: sequences whose device call failed together are run apart from others until a call succeeds.
         strikes: how often a call of it alone failed.
@@ -63,10 +67,12 @@ class Sequence:
     score: bool = False
     followers: list["Sequence"] = dataclasses.field(default_factory=list)
     info: Any = None
-    status: Status = Status.WAITING
+    status: Status = Status.NEW
     pages: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
     registered: int = 0
+    ticket: int = 0
+    overtaken: int = 0
     holds_adapter: bool = False
     cohort: tuple[str, int] | None = None
     strikes: int = 0

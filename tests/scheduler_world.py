@@ -62,7 +62,7 @@ class World:
                 request_id=self.order, index=i, order=self.order, priority=priority, tokens=list(tokens),
                 prompt_len=length, mask=mask, max_tokens=max_tokens, adapter=adapter, entries=ENTRIES.get(adapter, 0),
                 all_token=adapter == "everywhere", keys=PageKeys(salt, PAGE), score=score and not i,
-                status=Status.FORKING if i else Status.WAITING,
+                status=Status.FORKING if i else Status.NEW,
             )
             for i in range(n)
         ]  # fmt: skip

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from scheduler_world import PAGE, World, shape
+from scheduler_world import PAGE, Slots, World, shape
 
-from serve.scheduler import Decode, Prefill, _Packing
+from serve.scheduler import PATIENCE, Decode, Prefill, _Packing
 from serve.sequence import Status
 
 
@@ -48,11 +48,14 @@ def test_a_prompt_may_fill_the_cache_but_leaves_room_to_those_who_run():
 
 
 def test_adapters_of_the_next_prompts_are_known_beforehand():
-    world = World(prefill_seqs=3, max_num_seqs=1)
-    for adapter in ("b", None, "a", "b"):
+    """Those of two calls: the next one's should be there, the one's after it can be copied meanwhile."""
+    world = World(prefill_seqs=2, max_num_seqs=1)
+    for adapter in ("b", None, "b", "a"):
         world.add(8, adapter=adapter, max_tokens=2)
     world.add(8, adapter="c", priority=-1)
     assert world.scheduler.next_adapters() == ["c", "b"]
+    world.step()
+    assert world.scheduler.next_adapters() == ["b", "a"]
     world.run()
     assert world.scheduler.next_adapters() == []
 
@@ -289,7 +292,7 @@ def test_sequences_of_a_failed_call_run_apart_until_one_succeeds():
     world.run()
 
 
-@pytest.mark.parametrize("status", [*Status])
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.NEW])
 def test_a_sequence_can_be_finished_in_every_status(status):
     world = World()
     leader, follower = world.add(30, adapter="a", n=2)
@@ -411,6 +414,75 @@ def test_nobody_starves_beside_a_stream_of_others():
         if all(s.status is Status.FINISHED for s in slow):
             break
     assert step < 60
+
+
+class Pages(Slots):
+    """Room for ``room`` rank pages; adapter "b" takes two."""
+
+    def acquire(self, digest):
+        used = sum(1 + (name == "b") for name in +self.held)
+        if not self.held[digest] and used + 1 + (digest == "b") > self.room:
+            return False
+        self.held[digest] += 1
+        return True
+
+
+def test_an_adapter_of_many_rank_pages_does_not_starve_behind_small_ones():
+    """Two rank pages: whenever one is given back, a small adapter is there that fits and the large one does not."""
+    world = World(prefill_seqs=2, max_num_seqs=4, prefill_tokens=24)
+    world.slots = world.scheduler._adapters = Pages(2)
+    large = None
+    for i in range(60):
+        # Of three chunks each, one begun in every call: one of the two pages is in use at any time.
+        world.add(36, adapter=("a", "c")[i % 2], max_tokens=1)
+        if i == 3:
+            large = world.add(8, adapter="b", max_tokens=1)
+        world.step()
+        if large is not None and large.status is Status.FINISHED:
+            break
+    assert large is not None
+    assert large.status is Status.FINISHED
+    assert 0 < large.overtaken <= PATIENCE
+    world.run()
+
+
+def test_while_room_is_kept_for_one_those_without_adapters_go_on():
+    world = World(room=1, prefill_seqs=2)
+    world.add(60, adapter="a", max_tokens=1)
+    world.step()
+    waits = world.add(8, adapter="b", max_tokens=1)
+    waits.overtaken = PATIENCE
+    same, plain = world.add(8, adapter="a", max_tokens=1), world.add(8, max_tokens=1)
+    world.step()
+    assert (waits.status, same.status) == (Status.WAITING, Status.WAITING)
+    assert plain.status is not Status.WAITING
+    world.run()
+
+
+def test_an_adapter_that_never_comes_holds_up_nobody_however_often_it_was_overtaken():
+    world = World()
+    world.slots.broken.add("a")
+    stuck = world.add(8, adapter="a")
+    stuck.overtaken = PATIENCE
+    others = [world.add(8, adapter="b", max_tokens=1) for _ in range(6)]
+    for _ in range(30):
+        world.step()
+    assert all(s.status is Status.FINISHED for s in others)
+    world.finish(stuck)
+
+
+def test_a_call_looks_at_few_of_very_many_that_find_no_room():
+    world = World(room=1)
+    world.add(60, adapter="a", max_tokens=1)
+    world.step()
+    for _ in range(1000):
+        world.add(8, adapter="b", max_tokens=1)
+    asked, acquire = [], world.slots.acquire
+    world.slots.acquire = lambda digest: asked.append(digest) or acquire(digest)
+    world.step()
+    assert 0 < len(asked) <= 100
+    world.slots.acquire = acquire
+    world.run(most=6000)
 
 
 def test_decoding_takes_several_steps_while_those_that_wait_find_no_room():
