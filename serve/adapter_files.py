@@ -20,9 +20,10 @@ from preft_jax.generator import check_base
 from preft_jax.io.adapter_files import load_adapter
 from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model
-from serve.adapters import Columns, Known, pack
+from preft_jax.shapes import SITES
+from serve.adapters import ALL_SITES, Columns, Known, pack
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Version of what a file of rank pages holds."""
 
 
@@ -73,7 +74,7 @@ class AdapterFiles:
         if self._kept is None or self._file(digest).exists():
             return
         tensors = {
-            f"{site}.{n}.{known.sites[site].groups[n]}": array
+            f"{site}.{n}.{known.sites[SITES[0] if site == ALL_SITES else site].groups[n]}": array
             for site, slabs in known.slabs.items()
             for n, array in enumerate(slabs)
         }
@@ -108,7 +109,9 @@ class AdapterFiles:
                 groups.setdefault(site, []).append(int(group))
         except ValueError as error:
             raise AdapterError(f"{file} is damaged; delete it, and register the adapter again") from error
-        return Known({site: Columns(tuple(columns)) for site, columns in groups.items()}, slabs)
+        for site in SITES if ALL_SITES in groups else ():
+            groups[site] = groups[ALL_SITES]
+        return Known({site: Columns(tuple(columns)) for site, columns in groups.items() if site != ALL_SITES}, slabs)
 
 
 def told(error: BaseException) -> str:

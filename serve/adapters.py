@@ -10,12 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from preft_jax.adapter import Adapter, AdapterConfig
 from preft_jax.bank import AdapterPages, BankAllocator, PackedSite, adapter_page_counts
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError
+from preft_jax.shapes import SITES
 from serve.device import slab
+
+ALL_SITES = "all"
+"""Key of slabs that span all sites."""
 
 
 class Columns(NamedTuple):
@@ -27,7 +32,8 @@ class Columns(NamedTuple):
 class Known(NamedTuple):
     """An adapter on the host.
 
-    ``sites`` says how many rank pages it takes where; ``slabs`` holds them for each site (``device.slab``).
+    ``sites`` says how many rank pages it takes where. ``slabs`` holds them, for each site (``device.slab``); if it has
+    equally many at every site, in slabs that span them all, as ``ALL_SITES``: a copy costs the host by the array.
     """
 
     sites: dict[str, Columns]
@@ -54,8 +60,12 @@ class Load(NamedTuple):
 
 def pack(edits: Mapping[str, PackedSite], dtype: Any) -> Known:
     """Return rank pages as the device takes them, in NumPy arrays."""
-    slabs = {site: [slab(edit, n, dtype) for n in range(len(edit.groups))] for site, edit in edits.items()}
-    return Known({site: Columns(edit.groups) for site, edit in edits.items()}, slabs)
+    sites = {site: Columns(edit.groups) for site, edit in edits.items()}
+    if set(sites) == set(SITES) and len({columns.groups for columns in sites.values()}) == 1:
+        count = len(sites[SITES[0]].groups)
+        whole = [np.concatenate([slab(edits[site], n, dtype) for site in SITES], axis=1) for n in range(count)]
+        return Known(sites, {ALL_SITES: whole})
+    return Known(sites, {site: [slab(edits[site], n, dtype) for n in range(len(sites[site].groups))] for site in sites})
 
 
 def pin(known: Known) -> Known:

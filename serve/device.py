@@ -1,11 +1,13 @@
 """The engine's device programs: pure functions, jitted and compiled by ``serve.runner``.
 
 At most ten, each compiled for one shape: prefill for up to three token counts, decode for one or two row counts, decode
-for all-token adapters, drawing of first tokens, copying of forked KV pages, writing of rank pages, and prefill that
-scores its tokens.
+for all-token adapters, drawing of first tokens, copying of forked KV pages, writing of rank pages in two forms, and
+prefill that scores its tokens.
 """
 
 import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from preft_jax.config import ModelConfig
 from preft_jax.model import Params
 from preft_jax.programs import DecodeState, Drawn, decode_loop, tops_if
 from preft_jax.sampling import MAX_LOGPROBS, History, SamplingArrays, sample
+from preft_jax.shapes import SITES
 
 
 def prefill(
@@ -111,13 +114,13 @@ def slab_width(d: int, f: int, rank: int, dtype: Any) -> int:
     return rank * (d + f) + rank * 4 // np.dtype(dtype).itemsize
 
 
-def write_slabs(bank: Bank, slabs: dict[str, tuple[jax.Array, ...]], page: dict[str, jax.Array]) -> Bank:
+def write_slabs(bank: Bank, slabs: Mapping[str, Sequence[jax.Array]], page: dict[str, jax.Array]) -> Bank:
     """Write rank pages in all layers: at each site K slabs, each to its page of ``page[site]``, int32 ``[K]``.
 
     A slab of zeros for page 0 writes nothing: that page is null.
     """
 
-    def write(pools: Pools, slabs: tuple[jax.Array, ...], page_K: jax.Array) -> Pools:
+    def write(pools: Pools, slabs: Sequence[jax.Array], page_K: jax.Array) -> Pools:
         layers, _, d, r = pools.a_LPDR.shape
         f = pools.b_LPRF.shape[3]
         for k, slab_LW in enumerate(slabs):
@@ -131,3 +134,14 @@ def write_slabs(bank: Bank, slabs: dict[str, tuple[jax.Array, ...]], page: dict[
         return pools
 
     return Bank({site: write(pools, slabs[site], page[site]) for site, pools in bank.sites.items()})
+
+
+def write_whole_slabs(bank: Bank, slabs: Sequence[jax.Array], page: dict[str, jax.Array]) -> Bank:
+    """Write rank pages as ``write_slabs`` does, from K slabs that each hold all sites, in the order of ``SITES``."""
+    widths = []
+    for site in SITES:
+        pools = bank.sites[site]
+        _, _, d, r = pools.a_LPDR.shape
+        widths.append(slab_width(d, pools.b_LPRF.shape[3], r, pools.a_LPDR.dtype))
+    parts = [jnp.split(slab_LW, list(itertools.accumulate(widths))[:-1], axis=1) for slab_LW in slabs]
+    return write_slabs(bank, {site: [part[i] for part in parts] for i, site in enumerate(SITES)}, page)

@@ -341,7 +341,7 @@ class Engine:
             started = self._clock()
             self._call = self._start_prefill(plan) if isinstance(plan, Prefill) else self._start_decode(plan)
             self._call.started = started
-            self._staging.ahead(self.scheduler.next_adapters())
+            self._staging.settle()
         except WriteError as error:
             self._recover_from_write(error)
         except Exception as error:
@@ -355,7 +355,8 @@ class Engine:
         if any(sequence.score for sequence in plan.sequences):
             logits, rows, scores = self.runner.score(plan.chunks, places)
         else:
-            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens)
+            begin = self._staging.ahead(self.scheduler.next_adapters())
+            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens, begin)
         drawing: list[tuple[int, Sequence]] = []
         for row, chunk in zip(rows, plan.chunks, strict=True):
             if chunk.last:
@@ -379,13 +380,16 @@ class Engine:
         if adapted and plain and self._merging_is_cheaper(len(plain), len(adapted)):
             adapted, plain = plan.sequences, []
         call = _Call(plan=plan, rows=[], drawn=[])
+        # A single step would be over before the copies are, and the next prompt's arguments would wait for them.
+        begin = self._staging.ahead(self.scheduler.next_adapters()) if plan.steps > 1 else None
         if plain:
             call.rows.append(plain)
-            call.drawn.append(self.runner.decode(plain, plan.steps))
+            call.drawn.append(self.runner.decode(plain, plan.steps, begin))
+            begin = None
         if adapted:
             places = [self.adapters.place(s.adapter) if s.all_token and s.adapter else {} for s in adapted]
             call.rows.append(adapted)
-            call.drawn.append(self.runner.decode_adapted(adapted, places, plan.steps))
+            call.drawn.append(self.runner.decode_adapted(adapted, places, plan.steps, begin))
         return call
 
     def _merging_is_cheaper(self, plain: int, adapted: int) -> bool:

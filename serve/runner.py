@@ -6,9 +6,10 @@ the runner is made ready; nothing is traced or compiled after that.
 
 import functools
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from preft_jax.programs import DecodeState, Drawn
 from preft_jax.sampling import SamplingParams, sampling_arrays
 from preft_jax.shapes import RANK_PAGE, SITES
 from serve import device
-from serve.adapters import Load
+from serve.adapters import ALL_SITES, Load
 from serve.config import EngineConfig
 from serve.scheduler import Chunk
 from serve.sequence import Sequence
@@ -37,6 +38,18 @@ COPIES = 8
 
 WRITES = 8
 """Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
+
+
+Begin = Callable[[], None] | None
+"""Begins copies to the device that are to run beside a call: it is called once the call's arguments are on their way,
+which would wait for the copies otherwise, and before the call itself, for which the copies would wait."""
+
+
+class _Write(NamedTuple):
+    """A rank page of each site of an adapter, or of all of them, and where they go."""
+
+    slabs: dict[str, Any]
+    page: dict[str, int]
 
 
 _shared: dict[Any, dict[str, tuple[Any, float]]] = {}
@@ -64,9 +77,10 @@ class Runner:
         self.row_counts = sorted({max(bucket(config.max_num_seqs) // 4, 1), config.max_num_seqs})
         self.adapted_row_counts: list[int] = []
         if config.all_token and self._adapters:
-            # Ten programs at most: with scoring, one of them.
             self.adapted_row_counts = self.row_counts[-1:] if config.scoring else self.row_counts
-        self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in (8, 2, 1)})
+        # Ten programs at most, so that all-token adapters cost a prefill size, and with scoring a row count.
+        parts = (4, 1) if self.adapted_row_counts else (8, 2, 1)
+        self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in parts})
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         counts = {*self.row_counts, config.prefill_seqs}
@@ -161,7 +175,7 @@ class Runner:
         yield "copy-pages", lower(device.copy_pages, self.cache, none, none, donate=0)
         if self._adapters:
             slabs, page = self._no_writes()
-            slabs = {site: tuple(some) for site, some in slabs.items()}
+            yield "write-whole-pages", lower(device.write_whole_slabs, self.bank, slabs.pop(ALL_SITES), page, donate=0)
             yield "write-pages", lower(device.write_slabs, self.bank, slabs, page, donate=0)
 
     def _time_decode(self) -> None:
@@ -176,10 +190,16 @@ class Runner:
 
     # Prefill
 
-    def prefill(self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int) -> tuple[jax.Array, list[int]]:
-        """Compute chunks; return the logits of their last tokens, and the row of each."""
+    def prefill(
+        self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int, begin: Begin = None
+    ) -> tuple[jax.Array, list[int]]:
+        """Compute chunks; return the logits of their last tokens, and the row of each.
+
+        ``begin``: see ``Begin``.
+        """
         tokens = next(count for count in self.token_counts if count >= num_tokens)
         batch = self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks])
+        batch = _ahead_of(begin, batch)
         logits_BV, self.cache = self.programs[f"prefill-{tokens}"](self.params, self.bank, self.cache, batch)
         return logits_BV, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks])
 
@@ -250,21 +270,31 @@ class Runner:
         """Return the name of the decode program that serves ``count`` sequences, some with all-token adapters."""
         return f"decode-adapted-{next(rows for rows in self.adapted_row_counts if rows >= count)}"
 
-    def decode(self, sequences: Many[Sequence], steps: int) -> Drawn:
-        """Run decode steps of the plain base model."""
-        return self._call_decode(self.plain_program(len(sequences)), sequences, [], steps)
+    def decode(self, sequences: Many[Sequence], steps: int, begin: Begin = None) -> Drawn:
+        """Run decode steps of the plain base model. ``begin``: see ``Begin``."""
+        return self._call_decode(self.plain_program(len(sequences)), sequences, [], steps, begin)
 
-    def decode_adapted(self, sequences: Many[Sequence], places: Many[AdapterPages], steps: int) -> Drawn:
-        """Run decode steps with the adapters at ``places``; an empty place is the base model."""
-        return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps)
+    def decode_adapted(
+        self, sequences: Many[Sequence], places: Many[AdapterPages], steps: int, begin: Begin = None
+    ) -> Drawn:
+        """Run decode steps with the adapters at ``places``, an empty one being the base model; see ``Begin``."""
+        return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps, begin)
 
     def _call_decode(
-        self, name: str, sequences: Many[Sequence], places: Many[AdapterPages], steps: int, *, pretend: bool = False
+        self,
+        name: str,
+        sequences: Many[Sequence],
+        places: Many[AdapterPages],
+        steps: int,
+        begin: Begin = None,
+        *,
+        pretend: bool = False,
     ) -> Drawn:
         rows = int(name.rpartition("-")[2])
         state, *rest = self._decode_args(sequences, rows, steps)
         if pretend:
             state = state._replace(remaining_B=np.ones(rows, np.int32))
+        state, rest = _ahead_of(begin, (state, rest))
         if name.startswith("decode-adapted"):
             pages = self._row_pages(places, rows)
             self.cache, drawn = self.programs[name](self.params, self.bank, pages, self.cache, state, *rest)
@@ -337,28 +367,45 @@ class Runner:
 
     def write_adapters(self, loads: Many[Load]) -> None:
         """Write the copied rank pages of adapters to the bank, ``writes`` of them in a call."""
-        columns = [
-            {site: (slabs[n], load.place[site].pages[n]) for site, slabs in load.slabs.items() if n < len(slabs)}
-            for load in loads
-            for n in range(load.num_pages)
-        ]
-        for at in range(0, len(columns), self._writes):
-            some = columns[at : at + self._writes]
-            slabs, page = self._no_writes()
-            for n, column in enumerate(some):
-                for site in column:
-                    slabs[site][n], page[site][n] = column[site]
-            self.bank = self.programs["write-pages"](self.bank, {s: tuple(x) for s, x in slabs.items()}, page)
+        whole: list[_Write] = []
+        apart: list[_Write] = []
+        for load in loads:
+            for n in range(load.num_pages):
+                slabs = {site: own[n] for site, own in load.slabs.items() if n < len(own)}
+                page = {site: place.pages[n] for site, place in load.place.items() if n < len(place.pages)}
+                (whole if ALL_SITES in slabs else apart).append(_Write(slabs, page))
+        for name, writes in (("write-whole-pages", whole), ("write-pages", apart)):
+            for at in range(0, len(writes), self._writes):
+                slabs, page = self._no_writes()
+                for n, write in enumerate(writes[at : at + self._writes]):
+                    for site, slab in write.slabs.items():
+                        slabs[site][n] = slab
+                    for site, number in write.page.items():
+                        page[site][n] = number
+                given = slabs[ALL_SITES] if name == "write-whole-pages" else {site: slabs[site] for site in SITES}
+                self.bank = self.programs[name](self.bank, given, page)
 
     def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
-        """Return arguments of a call that writes nothing but zeros to the null page."""
+        """Return arguments of calls that write nothing but zeros to the null page."""
         if not self._empty_slabs:
             layers = self.model.config.num_hidden_layers
+            widths = {}
             for site in SITES:
-                width = device.slab_width(*self.model.config.site_shape(site), RANK_PAGE, self.dtype)
-                self._empty_slabs[site] = jnp.zeros((layers, width), self.dtype)
+                d, f = self.model.config.site_shape(site)
+                widths[site] = device.slab_width(d, f, RANK_PAGE, self.dtype)
+            widths[ALL_SITES] = sum(widths.values())
+            self._empty_slabs = {s: jnp.zeros((layers, width), self.dtype) for s, width in widths.items()}
         nowhere = {site: np.zeros(self._writes, np.int32) for site in SITES}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
+
+
+def _ahead_of(begin: Begin, arguments: Any) -> Any:
+    """Return a call's arguments, on their way to the device if copies begin behind them."""
+    if begin is None:
+        return arguments
+    arguments = jax.device_put(arguments)
+    begin()
+    return arguments
 
 
 def _penalised(params: SamplingParams) -> bool:

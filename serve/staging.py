@@ -1,10 +1,10 @@
-"""Brings adapters' rank pages to the device: copied while calls run, written to the bank between two of them.
+"""Brings adapters' rank pages to the device: copied while a call runs, written to the bank behind it.
 
-A copy to a GPU waits for the calls dispatched before it and runs beside those that come after. So the copies for a
-later prompt begin when a call was dispatched, run beside the next one, and are written to the bank behind that.
+On a GPU a copy waits for all calls dispatched before it, and the arguments of a call wait for all copies begun before
+them. So a later prompt's adapters are copied where they run beside a call: behind its arguments, before itself.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from serve.adapters import AdapterBank, Load
@@ -62,13 +62,12 @@ class Staging:
         self._copy()
         self._write([digest for digest in self._copied if digest in digests])
 
-    def ahead(self, digests: Iterable[str]) -> None:
-        """Write what was copied beside the last call, and begin to copy adapters of later prompts, the next one first.
+    def ahead(self, digests: Iterable[str]) -> Callable[[], None] | None:
+        """Give adapters of later prompts places in the bank, the next one first.
 
-        Raises:
-            WriteError: if that is impossible.
+        Returns:
+            What begins their copies, and raises ``WriteError`` if it cannot; None if nothing is to be copied.
         """
-        self._write(list(self._copied))
         taken = []
         for digest in digests:
             if sum(load.num_pages for load in self._bank.pending) >= self._room or not self._bank.acquire(digest):
@@ -76,7 +75,15 @@ class Staging:
             taken.append(digest)
         for digest in taken:
             self._bank.release(digest)
-        self._copy()
+        return self._copy if self._bank.pending else None
+
+    def settle(self) -> None:
+        """Write everything that was copied, behind the call that runs.
+
+        Raises:
+            WriteError: if that is impossible.
+        """
+        self._write(list(self._copied))
 
     def blame(self, digests: list[str]) -> str | None:
         """Note that adapters could not be written together; return the one that is to be given up, if it is known.

@@ -112,10 +112,18 @@ def test_at_most_ten_programs_and_each_has_a_name_and_its_seconds(lively):
     engine.warm_up()
     assert sorted(engine.runner.programs) == [
         "copy-pages", "decode-2", "decode-6", "decode-adapted-6", "draw", "prefill-16", "prefill-32", "score",
-        "write-pages",
+        "write-pages", "write-whole-pages",
     ]  # fmt: skip
     assert engine.runner.compile_seconds.keys() == engine.runner.programs.keys()
     assert sum(engine.runner.compile_seconds.values()) > 0
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+@pytest.mark.parametrize("all_token", [False, True])
+def test_larger_engines_have_at_most_ten_programs_too(scoring, all_token, lively):
+    config = dataclasses.replace(TIGHT, max_num_seqs=16, prefill_tokens=512, scoring=scoring, all_token=all_token)
+    names = [name for name, _ in Engine(lively, config).runner._lower()]
+    assert 8 < len(set(names)) == len(names) <= 10
 
 
 @pytest.mark.parametrize("config", [TIGHT, SCORING])

@@ -238,8 +238,8 @@ def test_base_requests_go_on_beside_an_adapter_that_cannot_load(lively, lora, rn
     real = Scheduler._plan_prefill
 
     def in_order(self):
-        first = min(self._waiting, default=None)
-        if first is not None and first[2].adapter is not None and not self._take_adapter(first[2]):
+        first = next(iter(self._waiting), None)
+        if first is not None and first.adapter is not None and not self._take_adapter(first):
             return None
         return real(self)
 
