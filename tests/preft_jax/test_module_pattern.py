@@ -85,6 +85,11 @@ def test_hostile_expressions_end(expression):
     assert "takes more than 100000 steps to match" in (refusal or "takes more than 100000 steps to match")
 
 
+@pytest.mark.parametrize("expression", ["(((.*)*)*)*x", "(?:(?:.*.*)*.*.*)*x"])
+def test_no_part_is_matched_twice_at_one_place(expression):
+    assert not Matcher(20_000).selects(expression, PATHS[-1])
+
+
 def test_steps_are_counted_over_all_matches_of_one_matcher():
     matcher = Matcher(1000)
     with pytest.raises(ConfigError, match=r"'\.\*x' takes more than 1000 steps"):
