@@ -33,6 +33,7 @@ from preft_jax.generator import Limits as Limits
 from preft_jax.generator import Request as Request
 from preft_jax.io.adapter_files import load_adapter as load_adapter
 from preft_jax.io.adapter_files import save_adapter as save_adapter
+from preft_jax.io.adapter_limits import AdapterLimits as AdapterLimits
 from preft_jax.loading import Model as Model
 from preft_jax.loading import load_model as load_model
 from preft_jax.model import Llama as Llama

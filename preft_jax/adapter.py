@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,7 +33,8 @@ import numpy as np
 
 from preft_jax.config import ModelConfig
 from preft_jax.edit_mask import parse_positions
-from preft_jax.errors import AdapterError, ConfigError, did_you_mean
+from preft_jax.errors import AdapterError, ConfigError, did_you_mean, shown
+from preft_jax.module_pattern import Matcher, parse
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
 
 FOLD_VERSION = 1
@@ -42,6 +42,11 @@ FOLD_VERSION = 1
 
 KINDS = ("lora", "direft", "loreft")
 MAX_RANK = 1024
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+MAX_PATTERNS = 2048
+"""Names of one ``rank_pattern`` or ``alpha_pattern``; a model of a hundred layers has 700 linears."""
 
 
 class LowRankEdit(NamedTuple):
@@ -69,8 +74,8 @@ class AdapterConfig:
         targets: sites edited in each layer; ReFT has ``("block",)``.
         layers: layers edited; ``None`` means all.
         rank_pattern: rank by name, as in PEFT: a key matches a module whose path ends with it
-            (``"layers.3.self_attn.q_proj"``, ``"q_proj"``) or that it matches as a regular expression; first match
-            wins. Sites' own names (``"q"``) work too.
+            (``"layers.3.self_attn.q_proj"``, ``"q_proj"``) or that it matches as a regular expression (see
+            ``module_pattern``); first match wins. Sites' own names (``"q"``) work too.
         alpha_pattern: the same for alpha.
         positions: ``prompt`` (prefill-only), ``f{n}+l{m}`` (first and last prompt positions) or ``all`` (every token).
         share_weights: with ``f{n}+l{m}``: one set of weights for first and last positions (true), or one each.
@@ -100,7 +105,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             near = did_you_mean(str(self.kind), KINDS)
-            raise ConfigError(f"unknown adapter kind {self.kind!r}{near}; allowed: {', '.join(KINDS)}")
+            raise ConfigError(f"unknown adapter kind {shown(self.kind)}{near}; allowed: {', '.join(KINDS)}")
         if isinstance(self.targets, str):
             raise ConfigError(f"targets is {self.targets!r}; give a tuple of sites, such as ({self.targets[:1]!r},)")
         if not self.targets:
@@ -109,18 +114,26 @@ class AdapterConfig:
         self._check_patterns()
         for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
             if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-                raise ConfigError(f"rank {rank!r} of {name!r} is not allowed; give an integer from 1 to {MAX_RANK}")
+                raise ConfigError(
+                    f"rank {shown(rank)} of {shown(name)} is not allowed; give an integer from 1 to {MAX_RANK}"
+                )
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
-                raise ConfigError(f"alpha {alpha!r} of {name!r} is not allowed; give a finite number")
+            if alpha is not None and not (isinstance(alpha, int | float) and abs(alpha) <= _LARGEST):
+                raise ConfigError(
+                    f"alpha {shown(alpha)} of {shown(name)} is not allowed; give a finite number, in float32 too"
+                )
         if self.assistant_turns not in ("edit", "skip"):
-            raise ConfigError(f"assistant_turns {self.assistant_turns!r} is not allowed; give 'edit' or 'skip'")
+            raise ConfigError(f"assistant_turns {shown(self.assistant_turns)} is not allowed; give 'edit' or 'skip'")
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout {self.dropout!r} is not allowed; give a number from 0 up to, not including, 1")
+            raise ConfigError(
+                f"dropout {shown(self.dropout)} is not allowed; give a number from 0 up to, not including, 1"
+            )
         if self.layers is not None and not isinstance(self.layers, tuple | list):
-            raise ConfigError(f"layers is {self.layers!r}; give a tuple of layers, or None for all")
+            raise ConfigError(f"layers is {shown(self.layers)}; give a tuple of layers, or None for all")
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers, default=-1) < 0):
-            raise ConfigError(f"layers {self.layers} is empty, or holds a negative or repeated layer; None means all")
+            raise ConfigError(
+                f"layers {shown(self.layers)} is empty, or holds a negative or repeated layer; None means all"
+            )
         if not self.orthonormal and self.kind == "loreft":
             raise ConfigError("orthonormal false is for DiReFT; LoReFT's rows are orthonormal by its definition")
         rule = parse_positions(self.positions)
@@ -131,11 +144,12 @@ class AdapterConfig:
             )
 
     def _check_patterns(self) -> None:
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(rf"(?:.*\.)?(?:{key})")
-            except (re.error, TypeError) as error:
-                raise ConfigError(f"the pattern {key!r} is no regular expression: {error}") from None
+        for field in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, field)
+            if len(pattern) > MAX_PATTERNS:
+                raise ConfigError(f"{field} has {len(pattern)} names; allowed: up to {MAX_PATTERNS}")
+            for key in pattern:
+                parse(key)
 
     def _check_targets(self) -> None:
         allowed = LINEAR_SITES if self.kind == "lora" else ("block",)
@@ -169,15 +183,39 @@ class AdapterConfig:
         return self.layers is None or layer in self.layers
 
     def rank_at(self, layer: int, site: str) -> int:
-        """Return the rank of the edit at one site, after ``rank_pattern``."""
-        return int(_match_pattern(self.rank_pattern, layer, site, self.rank))
+        """Return the rank of the edit at one site, after ``rank_pattern``.
+
+        Raises:
+            ConfigError: if the pattern takes too much work to match.
+        """
+        return int(self._looked_up("rank_pattern", layer, site, self.rank))
 
     def scale_at(self, layer: int, site: str) -> float:
-        """Return LoRA's scale at one site: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        """Return LoRA's scale at one site: alpha / rank, or alpha / sqrt(rank) with rsLoRA; raises as ``rank_at``."""
         rank = self.rank_at(layer, site)
         default = self.rank if self.alpha is None else self.alpha
-        alpha = _match_pattern(self.alpha_pattern, layer, site, default)
+        alpha = self._looked_up("alpha_pattern", layer, site, default)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @functools.cached_property
+    def _found(self) -> dict[tuple[str, int, str], Any]:
+        """What was looked up already: each answer takes a match of every pattern."""
+        return {}
+
+    @functools.cached_property
+    def _matchers(self) -> dict[str, Matcher]:
+        return {"rank_pattern": Matcher(), "alpha_pattern": Matcher()}
+
+    def _looked_up(self, field: str, layer: int, site: str, default: Any) -> Any:
+        """Look a site up in a rank or alpha pattern as PEFT does: keys match the end of the module path."""
+        pattern, key = getattr(self, field), (field, layer, site)
+        if not pattern:
+            return default
+        if key not in self._found:
+            path, matcher = f"model.layers.{layer}.{PEFT_MODULES[site]}", self._matchers[field]
+            matching = (value for name, value in pattern.items() if name == site or matcher.selects_end(name, path))
+            self._found[key] = next(matching, default)
+        return self._found[key]
 
 
 PEFT_MODULES: Mapping[str, str] = {
@@ -190,17 +228,6 @@ PEFT_MODULES: Mapping[str, str] = {
     "down": "mlp.down_proj",
 }
 """Each linear site's module path inside a Hugging Face layer."""
-
-
-def _match_pattern(pattern: Mapping[str, Any], layer: int, site: str, default: Any) -> Any:
-    """Look a site up in a rank or alpha pattern as PEFT does: keys match the end of the module path."""
-    if not pattern:
-        return default
-    path = f"model.layers.{layer}.{PEFT_MODULES[site]}"
-    for key, value in pattern.items():
-        if key == site or re.fullmatch(rf"(?:.*\.)?(?:{key})", path):
-            return value
-    return default
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

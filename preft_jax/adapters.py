@@ -24,10 +24,12 @@ from preft_jax.cli import hyphenated
 from preft_jax.config import PRESETS
 from preft_jax.errors import AdapterError, PreftError
 from preft_jax.io.adapter_files import FORMATS, load_adapter, read_adapter, save_adapter
-from preft_jax.io.file_pair import CONFIG_FILE, current_tensors
+from preft_jax.io.adapter_limits import AdapterLimits
+from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, current_tensors
 from preft_jax.io.hf import save_hf_model
 from preft_jax.io.hub import hub_snapshot
 from preft_jax.io.pyreft import convert_pyreft
+from preft_jax.io.safetensors_io import read_bytes
 from preft_jax.loading import DTYPES, HUB_ID, Model, load_model
 from preft_jax.merge import check_mergeable, merge_lora
 
@@ -119,8 +121,9 @@ def _guess_source(path: Path) -> str:
     """Tell the three kinds of directory apart by their config files."""
     if (path / CONFIG_FILE).is_file():
         try:
-            contents = json.loads((path / CONFIG_FILE).read_bytes())
-        except (OSError, ValueError) as cause:
+            most = AdapterLimits().max_config_bytes
+            contents = json.loads(read_bytes(path / CONFIG_FILE, error=AdapterError, advice=ADVICE, max_bytes=most))
+        except (ValueError, RecursionError) as cause:
             raise AdapterError(f"{path / CONFIG_FILE} cannot be read as JSON ({cause}); restore the file") from None
         return "preft" if isinstance(contents, dict) and "preft" in contents else "peft"
     if any(path.glob("intkey_*.bin")):

@@ -54,7 +54,7 @@ def encode_prompt(
         RequestError: for an empty prompt, one of another kind, or a token id outside the vocabulary.
     """
     if isinstance(prompt, str):
-        encoded = EncodedPrompt(_encode_text(_require(tokenizer), prompt, add_special_tokens=True), ())
+        encoded = EncodedPrompt(encode_text(_require(tokenizer), prompt, add_special_tokens=True), ())
     elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
         raise RequestError(f"a prompt of type {type(prompt).__name__} is not allowed; give text, token ids or messages")
     elif len(prompt) and all(isinstance(item, Mapping) for item in prompt):
@@ -83,7 +83,12 @@ def _token_id(item: Any) -> int:
     return int(item)
 
 
-def _encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Return a text's tokens, with or without those that the tokenizer adds to every text.
+
+    Raises:
+        RequestError: if the text is no valid Unicode.
+    """
     try:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except (TypeError, UnicodeError) as error:
@@ -143,7 +148,7 @@ def render_chat(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = 
         raise RequestError(f"the model's chat template refuses these messages: {error}") from error
     answers = _answer_extents(tokenizer, messages, text)
     if answers is None:
-        return EncodedPrompt(_encode_text(tokenizer, text, add_special_tokens=False), None)
+        return EncodedPrompt(encode_text(tokenizer, text, add_special_tokens=False), None)
     return _encode_pieces(tokenizer, text, answers)
 
 
@@ -197,13 +202,13 @@ def _encode_pieces(tokenizer: Any, text: str, answers: list[Span]) -> EncodedPro
     spans: list[Span] = []
     done = 0
     for start, end in answers:
-        token_ids += _encode_text(tokenizer, text[done:start], add_special_tokens=False)
+        token_ids += encode_text(tokenizer, text[done:start], add_special_tokens=False)
         first = len(token_ids)
-        token_ids += _encode_text(tokenizer, text[start:end], add_special_tokens=False)
+        token_ids += encode_text(tokenizer, text[start:end], add_special_tokens=False)
         spans.append((first, len(token_ids)))
         done = end
-    token_ids += _encode_text(tokenizer, text[done:], add_special_tokens=False)
-    whole = _encode_text(tokenizer, text, add_special_tokens=False)
+    token_ids += encode_text(tokenizer, text[done:], add_special_tokens=False)
+    whole = encode_text(tokenizer, text, add_special_tokens=False)
     if token_ids != whole and _decode(tokenizer, token_ids) != _decode(tokenizer, whole):
         # A tokenizer that marks the beginning of a text (SentencePiece's space) would mark the beginning of each piece.
         return EncodedPrompt(whole, None)

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from preft_jax.errors import ConfigError, RequestError
+from preft_jax.errors import ConfigError, RequestError, shown
 from preft_jax.shapes import NUM_GROUPS
 
 _FIRST_LAST = re.compile(r"f([0-9]{1,9})(?:\+l([0-9]{1,9}))?|l([0-9]{1,9})")
@@ -57,7 +57,7 @@ def parse_positions(positions: str) -> PositionRule:
     match = _FIRST_LAST.fullmatch(positions) if isinstance(positions, str) and positions else None
     if match is None:
         raise ConfigError(
-            f"positions {positions!r} is not a rule; allowed: 'prompt', 'all', or 'f7+l7' with any numbers"
+            f"positions {shown(positions)} is not a rule; allowed: 'prompt', 'all', or 'f7+l7' with any numbers"
         )
     first, last = int(match.group(1) or 0), int(match.group(2) or match.group(3) or 0)
     if first + last == 0:

@@ -1,7 +1,12 @@
 """The errors a user of preft-jax can meet. Every message says what was given, what is allowed and what to do."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+_LONGEST_NAME = 256
+"""Characters from which on nothing is compared with the names that are allowed, which would take long."""
 
 
 class PreftError(Exception):
@@ -26,7 +31,7 @@ class RequestError(PreftError, ValueError):
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest allowed name, or an empty string."""
-    close = difflib.get_close_matches(given, list(allowed), n=1)
+    close = difflib.get_close_matches(given, list(allowed), n=1) if len(given) <= _LONGEST_NAME else []
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -35,4 +40,21 @@ def reject_unknown(given: Iterable[str], allowed: Iterable[str], *, what: str, e
     allowed = list(allowed)
     for name in given:
         if name not in allowed:
-            raise error(f"unknown {what} {name!r}{did_you_mean(name, allowed)}; allowed: {', '.join(sorted(allowed))}")
+            raise error(
+                f"unknown {what} {shown(name)}{did_you_mean(name, allowed)}; allowed: {', '.join(sorted(allowed))}"
+            )
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 8, 8, 8
+_short.maxstring = _short.maxlong = _short.maxother = 160
+
+
+def shown(value: Any) -> str:
+    """Return a value that a stranger chose as a message repeats it: ``repr``, cut where it is long or deep."""
+    return _short.repr(value)
+
+
+def plain(text: str) -> str:
+    """Return a text that a stranger chose without quotes: cut where it is long, its control characters escaped."""
+    return shown(text)[1:-1]

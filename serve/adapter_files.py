@@ -18,6 +18,7 @@ from preft_jax.bank import pack_adapter
 from preft_jax.errors import AdapterError, PreftError
 from preft_jax.generator import check_base
 from preft_jax.io.adapter_files import load_adapter
+from preft_jax.io.adapter_limits import AdapterLimits
 from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model
 from preft_jax.shapes import SITES
@@ -36,10 +37,17 @@ class Read(NamedTuple):
 
 
 class AdapterFiles:
-    """Reads adapters for one base model; ``kept`` is the directory for rank pages, or None."""
+    """Reads adapters for one base model.
 
-    def __init__(self, model: Model, kept: Path | None = None):
+    Args:
+        model: the base model.
+        kept: the directory for rank pages, or None.
+        limits: how much is read of an adapter; None: what one of the largest rank takes.
+    """
+
+    def __init__(self, model: Model, kept: Path | None = None, *, limits: AdapterLimits | None = None):
         self._model = model
+        self._limits = limits
         self._dtype = np.dtype(model.params["embed"].dtype)
         self._kept = kept
         if kept is not None:
@@ -49,9 +57,9 @@ class AdapterFiles:
         """Read, check and fold an adapter.
 
         Raises:
-            AdapterError: if it cannot be read or is not for this base model.
+            AdapterError: if it cannot be read, is larger than the limits allow, or is not for this base model.
         """
-        adapter = load_adapter(path, self._model)
+        adapter = load_adapter(path, self._model, limits=self._limits)
         check_base(adapter, self._model)
         known = pack(pack_adapter(adapter, self._model.config, self._dtype), self._dtype)
         return Read(adapter.config, adapter.digest, known)

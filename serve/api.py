@@ -19,9 +19,13 @@ from pathlib import Path
 
 import uvicorn
 
+from preft_jax.adapter import MAX_RANK
+from preft_jax.bank import num_rank_pages
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
+from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
+from preft_jax.shapes import RANK_PAGE
 from serve.adapter_directory import AdapterDirectory
 from serve.adapter_files import AdapterFiles
 from serve.adapter_store import AdapterStore
@@ -60,6 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora-modules", nargs="+", default=[], metavar="NAME=PATH", help="adapters, each with its name")
     add("--state-dir", type=Path, default=None, help="remembers adapters over restarts (default: nothing is kept)")
     add("--max-lora-rank", type=int, default=64, help="largest rank of an adapter (default: %(default)s)")
+    add(
+        "--max-adapter-bytes",
+        type=int,
+        default=None,
+        help="largest file of an adapter's tensors (default: what --max-lora-rank takes on all linears in float32)",
+    )
     add("--bank-pages", type=int, default=33, help="rank pages of 16 on the device (default: %(default)s)")
     add("--adapter-memory-gib", type=float, default=4.0, help="host memory for adapters (default: %(default)s)")
     add("--all-token", action="store_true", help="also serve adapters that edit every token")
@@ -85,6 +95,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("max_waiting", 1), ("drain_seconds", 0), ("port", 0)):
         if not getattr(args, name) >= least:
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least {least}")
+    if args.max_adapter_bytes is not None and args.max_adapter_bytes < 1:
+        raise ConfigError(f"--max-adapter-bytes is {args.max_adapter_bytes}; give at least 1")
     for name in ("adapter_memory_gib", "max_body_mib", "request_timeout", "read_timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give a number above 0")
@@ -124,10 +136,16 @@ def _make_store(args: argparse.Namespace, model: Model) -> AdapterStore:
     state = args.state_dir
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
-    files = AdapterFiles(model, None if state is None else state / "pages")
+    files = AdapterFiles(model, None if state is None else state / "pages", limits=_adapter_limits(args, model))
     registry = Registry(None if state is None else state / "adapters.sqlite")
     files.drop_others({adapter.digest for adapter in registry.list()})
     return AdapterStore(files, registry, host_bytes=int(args.adapter_memory_gib * 2**30), pin=pin)
+
+
+def _adapter_limits(args: argparse.Namespace, model: Model) -> AdapterLimits:
+    """Return how much is read of an adapter: what the engine could serve, unless told otherwise."""
+    rank = min(num_rank_pages(args.max_lora_rank) * RANK_PAGE, MAX_RANK)
+    return limits_for(model.config, max_rank=rank, max_bytes=args.max_adapter_bytes)
 
 
 def _register(store: AdapterStore, args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -20,6 +20,11 @@ _LONGEST = 80
 """Characters of a wrong value that a message repeats."""
 
 
+_UNREADABLE = (
+    "the body cannot be read as JSON: it is not UTF-8, nested too deeply, or holds a number of thousands of digits"
+)
+
+
 class ApiError(Exception):
     """What a client is told instead of an answer."""
 
@@ -115,6 +120,8 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # All that FastAPI says of a body that Python's JSON refuses without a place.
+            return ApiError(400, _UNREADABLE, code="bad_json").response()
         message = f"{request.method} {ascii(request.url.path)[1:-1][:_LONGEST]}: {error.detail}"
         code = _CODES.get(error.status_code, "bad_request")
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from preft_jax.chat import EncodedPrompt, encode_prompt
+from preft_jax.chat import EncodedPrompt, encode_prompt, encode_text
 from preft_jax.errors import RequestError, did_you_mean
 from preft_jax.loading import Model
 from serve.adapter_directory import AdapterDirectory
@@ -154,7 +154,7 @@ class Serving:
     def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Turn a text into tokens, with or without those that the tokenizer adds to every text; it may be empty."""
         self._check_length([text])
-        return self.require_tokenizer().encode(text, add_special_tokens=add_special_tokens)
+        return encode_text(self.require_tokenizer(), text, add_special_tokens=add_special_tokens)
 
     def _check_length(self, texts: Sequence[str]) -> None:
         """Refuse texts that cannot fit before they are tokenised, which would take long."""

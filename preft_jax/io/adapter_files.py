@@ -5,7 +5,8 @@ holds what PEFT has no keys for: ``version``, ``kind``, ``positions``, ``assista
 PEFT adapter without it edits every token. ReFT kinds use the same two files with tensors named
 ``layers.{i}.block.{w,b,r}`` and no ``peft_type``.
 
-A save is atomic, see ``file_pair``.
+A save is atomic, see ``file_pair``. A directory may be anybody's: ``adapter_limits`` says how much of it is read, and
+its tensors are read once the file's header names exactly those of the config, in the shapes that fit.
 """
 
 import dataclasses
@@ -13,16 +14,17 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from preft_jax.adapter import PEFT_MODULES, Adapter, AdapterConfig, adapter_shapes
 from preft_jax.config import ModelConfig
-from preft_jax.errors import AdapterError, ConfigError, did_you_mean, reject_unknown
-from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, read_pair, write_pair
+from preft_jax.errors import AdapterError, ConfigError, did_you_mean, plain, reject_unknown, shown
+from preft_jax.io.adapter_limits import AdapterLimits, limits_for
+from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, open_pair, write_pair
 from preft_jax.io.peft_config import BASE_MODEL_KEY, config_from_peft, peft_from_config, peft_pattern
 from preft_jax.io.safetensors_io import serialize_safetensors
 
@@ -32,7 +34,6 @@ FORMAT_VERSION = 1
 FORMATS = ("preft", "peft")
 
 _MAX_DIFFERENCES = 8
-_MAX_DEPTH = 10_000
 _FLOATS = ("float32", "float16", "bfloat16")
 
 _COMMON_KEYS = ("version", "kind", "positions", "assistant_turns", "base_model_digest", "share_weights", "orthonormal")
@@ -44,7 +45,13 @@ _KEYS = {
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdapterConfig)}
 
 
-def load_adapter(path: str | os.PathLike[str], model: Any, *, allow_base_mismatch: bool = False) -> Adapter:
+def load_adapter(
+    path: str | os.PathLike[str],
+    model: Any,
+    *,
+    allow_base_mismatch: bool = False,
+    limits: AdapterLimits | None = None,
+) -> Adapter:
     """Load an adapter for a base model.
 
     Args:
@@ -52,16 +59,18 @@ def load_adapter(path: str | os.PathLike[str], model: Any, *, allow_base_mismatc
         model: a ``Model``, or a ``ModelConfig`` to check shapes only.
         allow_base_mismatch: load an adapter that was trained on another base model of the same shape; its config then
             names this one.
+        limits: how much is read; None: what an adapter of the largest rank takes, see ``limits_for``.
 
     Returns:
         The adapter; parameters are float32 NumPy arrays, cast exactly from float32, float16 or bfloat16.
 
     Raises:
-        AdapterError: if a file is missing or damaged, the config asks for what is not supported, tensors are missing,
-            extra, of a wrong shape or dtype or not finite, or the base model is another one.
+        AdapterError: if a file is missing, damaged or larger than ``limits`` allow, the config asks for what is not
+            supported, tensors are missing, extra, of a wrong shape or dtype or not finite, or the base model is another
+            one.
     """
     config = model if isinstance(model, ModelConfig) else model.config
-    adapter = _read(Path(path), config)
+    adapter = _read(Path(path), config, limits_for(config) if limits is None else limits)
     _check_base(Path(path), adapter.config, model, allow_base_mismatch)
     digest = getattr(model, "digest", None)
     if allow_base_mismatch and adapter.config.base_model_digest is not None and digest is not None:
@@ -69,7 +78,7 @@ def load_adapter(path: str | os.PathLike[str], model: Any, *, allow_base_mismatc
     return adapter
 
 
-def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+def read_adapter(path: str | os.PathLike[str], *, limits: AdapterLimits | None = None) -> Adapter:
     """Load an adapter without its base model, to look at it or convert it.
 
     The adapter's layers end with the last one that it edits. Widths are not checked against a model.
@@ -77,7 +86,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     Raises:
         AdapterError: as ``load_adapter`` does.
     """
-    return _read(Path(path), None)
+    return _read(Path(path), None, limits or AdapterLimits())
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> AdapterConfig:
@@ -189,21 +198,26 @@ def _tensors(config: AdapterConfig, params: Any) -> dict[str, np.ndarray]:
     }
     names = _tensor_names(config, max(len(params["layers"]), 1 + max(config.layers or (), default=0)))
     _check_tensors("the adapter", _ranked_shapes(config, names), given)
+    _check_finite("the adapter", given)
     return given
 
 
 # File -> adapter.
 
 
-def _read(path: Path, model: ModelConfig | None) -> Adapter:
+def _read(path: Path, model: ModelConfig | None, limits: AdapterLimits) -> Adapter:
     where = path / CONFIG_FILE
-    raw, tensors = read_pair(path)
-    contents = _parse_json(raw, where)
-    depth = _depth(contents, tensors) if model is None else model.num_hidden_layers
-    config = _config(contents, num_layers=depth, depth_known=model is not None, where=str(where))
-    names = _tensor_names(config, depth)
-    expected = _ranked_shapes(config, names) if model is None else _model_shapes(config, model, names, str(where))
-    _check_tensors(str(path / TENSORS_FILE), expected, tensors)
+    with open_pair(path, limits) as (raw, file):
+        contents = _parse_json(raw, where)
+        _check_lengths(contents, limits, str(where))
+        depth = _depth(contents, file.entries, limits, where) if model is None else model.num_hidden_layers
+        config = _config(contents, num_layers=depth, depth_known=model is not None, where=str(where))
+        names = _tensor_names(config, depth)
+        _check_ranks(config, names, limits, str(where))
+        expected = _ranked_shapes(config, names) if model is None else _model_shapes(config, model, names, str(where))
+        _check_tensors(str(path / TENSORS_FILE), expected, file.entries)
+        tensors = file.read()
+    _check_finite(str(path / TENSORS_FILE), tensors)
     layers: list[dict[str, Any]] = [{} for _ in range(depth)]
     for name, (layer, site, leaf) in names.items():
         layers[layer].setdefault(site, {})[leaf] = tensors[name].astype(np.float32)
@@ -218,6 +232,39 @@ def _parse_json(raw: bytes, where: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise AdapterError(f"{where} holds a JSON {type(contents).__name__}, not an object; {ADVICE}")
     return contents
+
+
+_LISTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layers")
+
+
+def _check_lengths(contents: Mapping[str, Any], limits: AdapterLimits, where: str) -> None:
+    preft = contents.get("preft")
+    for part in (contents, preft if isinstance(preft, dict) else {}):
+        for key in _LISTS:
+            value = part.get(key)
+            if isinstance(value, list) and len(value) > limits.max_modules:
+                raise AdapterError(
+                    f"{where}: {key} has {len(value)} entries; allowed: up to {limits.max_modules}; name each "
+                    "module once"
+                )
+
+
+def _check_ranks(
+    config: AdapterConfig, names: Mapping[str, tuple[int, str, str]], limits: AdapterLimits, where: str
+) -> None:
+    """Look up every rank and scale, so that no later look-up fails, and refuse ranks that are too large."""
+    try:
+        for layer, site, _ in names.values():
+            if config.kind == "lora":
+                config.scale_at(layer, site)
+            rank = config.rank_at(layer, site) if config.kind == "lora" else config.rank * config.groups
+            if rank > limits.max_rank:
+                raise AdapterError(
+                    f"{where}: rank {rank} at {site!r} of layer {layer} is too large; allowed: up to "
+                    f"{limits.max_rank}; give an adapter of lower rank, or raise the limit"
+                )
+    except ConfigError as error:
+        raise AdapterError(f"{where}: {error}") from None
 
 
 def _config(contents: Mapping[str, Any], *, num_layers: int, depth_known: bool, where: str) -> AdapterConfig:
@@ -236,7 +283,7 @@ def _config(contents: Mapping[str, Any], *, num_layers: int, depth_known: bool, 
     )
     base_model = peft.get(BASE_MODEL_KEY)
     if base_model is not None and not isinstance(base_model, str):
-        raise AdapterError(f"{where}: {BASE_MODEL_KEY} is {base_model!r}; give a name")
+        raise AdapterError(f"{where}: {BASE_MODEL_KEY} is {shown(base_model)}; give a name")
     try:
         return AdapterConfig(base_model=base_model, **fields)
     except ConfigError as error:
@@ -246,16 +293,16 @@ def _config(contents: Mapping[str, Any], *, num_layers: int, depth_known: bool, 
 def _preft_fields(preft: Any, where: str) -> dict[str, Any]:
     """Check the ``preft`` object and return its ``AdapterConfig`` fields, ``kind`` included."""
     if not isinstance(preft, dict):
-        raise AdapterError(f"{where}: 'preft' is {preft!r}, not an object; save the adapter again")
+        raise AdapterError(f"{where}: 'preft' is {shown(preft)}, not an object; save the adapter again")
     if preft.get("version") != FORMAT_VERSION:
         raise AdapterError(
-            f"{where}: the 'preft' object has version {preft.get('version')!r}; this release reads version "
+            f"{where}: the 'preft' object has version {shown(preft.get('version'))}; this release reads version "
             f"{FORMAT_VERSION}: upgrade preft-jax, or save the adapter with this release"
         )
     kind = preft.get("kind")
     if not isinstance(kind, str) or kind not in _KEYS:
         raise AdapterError(
-            f"{where}: unknown kind {kind!r}{did_you_mean(str(kind), _KEYS)}; allowed: {', '.join(_KEYS)}"
+            f"{where}: unknown kind {shown(kind)}{did_you_mean(shown(kind), _KEYS)}; allowed: {', '.join(_KEYS)}"
         )
     reject_unknown(preft, _KEYS[kind], what=f"key of the 'preft' object in {where}:", error=AdapterError)
     for key in ("positions",) if kind == "lora" else ("positions", "rank"):
@@ -264,7 +311,7 @@ def _preft_fields(preft: Any, where: str) -> dict[str, Any]:
     for key, value in preft.items():
         allowed, what = _VALUES[key]
         if not allowed(value):
-            raise AdapterError(f"{where}: {key} of the 'preft' object is {value!r}; give {what}")
+            raise AdapterError(f"{where}: {key} of the 'preft' object is {shown(value)}; give {what}")
     fields = {key: value for key, value in preft.items() if key != "version"}
     if isinstance(fields.get("layers"), list):
         fields["layers"] = tuple(fields["layers"])
@@ -304,15 +351,21 @@ _VALUES = {
 # Tensors.
 
 
-def _depth(contents: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> int:
+def _depth(contents: Mapping[str, Any], names: Iterable[str], limits: AdapterLimits, where: Path) -> int:
     """Return the number of layers that the tensors' names and our own config show, at least 1."""
-    found = (re.search(r"(?:^|\.)layers\.(\d{1,4})\.", name) for name in tensors)
+    found = (re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name, re.ASCII) for name in names)
     layers = [int(match[1]) for match in found if match]
     preft = contents.get("preft")
     if isinstance(preft, dict):
         named = [contents.get("layers_to_transform"), preft.get("layers")]
-        layers += [layer for part in named if _is_layers(part) for layer in part or () if layer < _MAX_DEPTH]
-    return 1 + max(layers, default=0)
+        layers += [layer for part in named if _is_layers(part) for layer in part or ()]
+    depth = 1 + max(layers, default=0)
+    if depth > limits.max_layers:
+        raise AdapterError(
+            f"{where} and its tensors name layer {shown(depth - 1)}; allowed without a base model: up to "
+            f"{limits.max_layers - 1}; load the adapter for its base model"
+        )
+    return depth
 
 
 def _tensor_names(config: AdapterConfig, num_layers: int) -> dict[str, tuple[int, str, str]]:
@@ -352,26 +405,42 @@ def _ranked_shapes(config: AdapterConfig, names: Mapping[str, tuple[int, str, st
     return {name: shape(*key) for name, key in names.items()}
 
 
-def _check_tensors(where: str, expected: Mapping[str, Shape], given: Mapping[str, np.ndarray]) -> None:
-    """Raise ``AdapterError`` with the differences between the tensors expected and given, or what is wrong in them."""
+class _Described(Protocol):
+    """An array, or what a header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+def _check_tensors(where: str, expected: Mapping[str, Shape], given: Mapping[str, _Described]) -> None:
+    """Raise ``AdapterError`` with the differences between the tensors expected and given."""
     problems = [f"missing {name} {_show(shape)}" for name, shape in expected.items() if name not in given]
-    problems += [f"extra {name} {_show(x.shape)}{_why(name)}" for name, x in given.items() if name not in expected]
+    problems += [
+        f"extra {plain(name)} {_show(x.shape)}{_why(name)}" for name, x in given.items() if name not in expected
+    ]
     problems += [
         f"{name} has shape {_show(given[name].shape)}, expected {_show(shape)}"
         for name, shape in expected.items()
         if name in given and not _same_shape(given[name].shape, shape)
     ]
     problems += [
-        f"{name} has dtype {x.dtype}, allowed: {', '.join(_FLOATS)}"
+        f"{plain(name)} has dtype {x.dtype}, allowed: {', '.join(_FLOATS)}"
         for name, x in given.items()
         if x.dtype.name not in _FLOATS
     ]
-    if not problems:
-        problems = [
-            f"{name} has {count} values that are not finite"
-            for name, x in given.items()
-            if (count := int(np.sum(~np.isfinite(x.astype(np.float32)))))
-        ]
+    _refuse(where, problems)
+
+
+def _check_finite(where: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ``AdapterError`` if an array of one of ``_FLOATS`` holds NaN or infinity."""
+    counts = {name: int(np.sum(~np.isfinite(x.astype(np.float32)))) for name, x in arrays.items()}
+    _refuse(where, [f"{name} has {count} values that are not finite" for name, count in counts.items() if count])
+
+
+def _refuse(where: str, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - _MAX_DIFFERENCES} more" if len(problems) > _MAX_DIFFERENCES else ""
         raise AdapterError(
@@ -405,19 +474,19 @@ def _why(name: str) -> str:
 def _check_base(path: Path, config: AdapterConfig, model: Any, allow_mismatch: bool) -> None:
     """Compare the base model that the adapter was trained on with the one it is loaded for."""
     digest, name = getattr(model, "digest", None), getattr(model, "name", None)
-    trained_on = f" ({config.base_model})" if config.base_model else ""
+    trained_on = f" ({plain(config.base_model)})" if config.base_model else ""
     if config.base_model_digest is not None:
         if digest is not None and digest != config.base_model_digest and not allow_mismatch:
             raise AdapterError(
-                f"{path} was trained on a base model with digest {config.base_model_digest}{trained_on}; this one has "
-                f"{digest}. Load that model, or pass allow_base_mismatch=True (--allow-base-mismatch) to use the "
-                "adapter anyway"
+                f"{path} was trained on a base model with digest {plain(config.base_model_digest)}{trained_on}; "
+                f"this one has {digest}. Load that model, or pass allow_base_mismatch=True (--allow-base-mismatch) "
+                "to use the adapter anyway"
             )
     elif config.base_model and isinstance(name, str) and name and not allow_mismatch:
         ends = [Path(text.rstrip("/")).name.lower() for text in (config.base_model, name)]
         if ends[0] != ends[1]:
             warnings.warn(
-                f"{path} was trained on {config.base_model!r} and is loaded for {name!r}; it has no base model digest, "
-                "so only its shapes were checked",
+                f"{path} was trained on {shown(config.base_model)} and is loaded for {name!r}; it has no base "
+                "model digest, so only its shapes were checked",
                 stacklevel=3,
             )

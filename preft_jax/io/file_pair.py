@@ -8,12 +8,12 @@ adapter or the new one. One writer at a time.
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from preft_jax.errors import AdapterError
-from preft_jax.io.safetensors_io import read_bytes, read_safetensors, sync_directory, write_file
+from preft_jax.io.adapter_limits import AdapterLimits
+from preft_jax.io.safetensors_io import TensorFile, open_safetensors, read_bytes, sync_directory, write_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -23,27 +23,48 @@ _PENDING_CONFIG = f".{CONFIG_FILE}.next"
 _PENDING_TENSORS = f".{TENSORS_FILE}.next"
 
 
-def read_pair(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Read config and tensors of one and the same save, also while another is under way."""
-    if not path.is_dir():
+@contextlib.contextmanager
+def open_pair(path: Path, limits: AdapterLimits) -> Iterator[tuple[bytes, TensorFile]]:
+    """Yield config and tensors of one and the same save, also while another is under way; the tensors not yet read.
+
+    Raises:
+        AdapterError: if a file is missing, damaged or larger than ``limits`` allow.
+    """
+    if not os.path.isdir(path):
         raise AdapterError(f"{path} is not a directory; {ADVICE}")
-    for last in (False, False, True):
-        try:
-            config = read_bytes(path / CONFIG_FILE, error=AdapterError, advice=ADVICE)
-            tensors = read_safetensors(current_tensors(path), error=AdapterError, advice=ADVICE)
-            if config == read_bytes(path / CONFIG_FILE, error=AdapterError, advice=ADVICE):
-                return config, tensors
-        except AdapterError:
-            if last:
-                raise
-    raise AdapterError(f"{path} changes while it is read; load it when it is no longer being written")
+    with contextlib.ExitStack() as stack:
+        for last in (False, False, True):
+            try:
+                config = _read_config(path, limits)
+                tensors = stack.enter_context(
+                    open_safetensors(
+                        current_tensors(path),
+                        error=AdapterError,
+                        advice=ADVICE,
+                        max_bytes=limits.max_bytes,
+                        max_header_bytes=limits.max_header_bytes,
+                        max_tensors=limits.max_tensors,
+                    )
+                )
+                if config == _read_config(path, limits):
+                    break
+            except AdapterError:
+                if last:
+                    raise
+        else:
+            raise AdapterError(f"{path} changes while it is read; load it when it is no longer being written")
+        yield config, tensors
+
+
+def _read_config(path: Path, limits: AdapterLimits) -> bytes:
+    return read_bytes(path / CONFIG_FILE, error=AdapterError, advice=ADVICE, max_bytes=limits.max_config_bytes)
 
 
 def current_tensors(path: Path) -> Path:
     """Return the file with the tensors of the directory's config: the pending one if only its rename is missing."""
-    if (path / _PENDING_TENSORS).exists() and not (path / _PENDING_CONFIG).exists():
+    if os.path.exists(path / _PENDING_TENSORS) and not os.path.exists(path / _PENDING_CONFIG):
         return path / _PENDING_TENSORS
-    if not (path / TENSORS_FILE).exists() and (path / "adapter_model.bin").exists():
+    if not os.path.exists(path / TENSORS_FILE) and os.path.exists(path / "adapter_model.bin"):
         raise AdapterError(
             f"{path} holds adapter_model.bin, a pickle, which can run code and is never read; load it with PEFT where "
             "you trust it and save it with save_pretrained(safe_serialization=True)"

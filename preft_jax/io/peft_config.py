@@ -2,22 +2,26 @@
 
 PEFT says what it edits with module names, a regular expression and layer numbers; ``AdapterConfig`` with sites and
 layers. The rules here are PEFT's own, checked against PEFT 0.21: what they select in a model of this family is worked
-out by matching the path of every linear, ``model.layers.{i}.self_attn.q_proj`` and so on. Whatever would change the
+out by matching the path of every linear, ``model.layers.{i}.self_attn.q_proj`` and so on (``module_pattern`` says which
+expressions are read). Whatever would change the
 computation and cannot be said in an ``AdapterConfig`` is refused by name.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from preft_jax.adapter import PEFT_MODULES, AdapterConfig
-from preft_jax.errors import AdapterError, ConfigError, did_you_mean
+from preft_jax.errors import AdapterError, ConfigError, did_you_mean, shown
+from preft_jax.module_pattern import Matcher, parse
 from preft_jax.shapes import LINEAR_SITES
 
 PEFT_TYPE = "LORA"
 BASE_MODEL_KEY = "base_model_name_or_path"
 
 _ALL_LINEAR = "all-linear"
+_LAYERS_NAME = re.compile(r"[\w.]{1,128}", re.ASCII)
 _SITE_OF_NAME = {path.rpartition(".")[2]: site for site, path in PEFT_MODULES.items()}
 _NAME_OF_SITE = {site: name for name, site in _SITE_OF_NAME.items()}
 _OTHER_MODULES = ("model.embed_tokens", "lm_head")
@@ -81,17 +85,17 @@ def check_peft_keys(peft: Mapping[str, Any], where: str) -> None:
     """
     peft_type = peft.get("peft_type")
     if peft_type != PEFT_TYPE:
-        raise AdapterError(f"{where}: peft_type {peft_type!r} is not supported; allowed: {PEFT_TYPE!r}")
+        raise AdapterError(f"{where}: peft_type {shown(peft_type)} is not supported; allowed: {PEFT_TYPE!r}")
     for key, value in peft.items():
         if key in _REFUSED:
             harmless, reason = _REFUSED[key]
             if not harmless(value):
-                raise AdapterError(f"{where}: {key} {value!r} is not supported: {reason}")
+                raise AdapterError(f"{where}: {key} {shown(value)} is not supported: {reason}")
         elif value and key not in _READ and key not in _WITHOUT_EFFECT:
             near = did_you_mean(key, (*_READ, *_REFUSED, *_WITHOUT_EFFECT))
             raise AdapterError(
-                f"{where}: unknown key {key!r} with value {value!r}{near}; it may change what the adapter computes, "
-                "so the adapter is not loaded: remove the key if it does not"
+                f"{where}: unknown key {shown(key)} with value {shown(value)}{near}; it may change what the "
+                "adapter computes, so the adapter is not loaded: remove the key if it does not"
             )
     for key in ("r", "lora_alpha", "target_modules"):
         if peft.get(key) is None:
@@ -118,7 +122,7 @@ def config_from_peft(
     for key, kinds, what in _FIELD_KINDS:
         value = peft.get(key)
         if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)):
-            raise AdapterError(f"{where}: {key} is {value!r}; give {what}")
+            raise AdapterError(f"{where}: {key} is {shown(value)}; give {what}")
     targets, layers = _targets_and_layers(peft, num_layers, depth_known, keep_order=bool(extra), where=where)
     fields = {
         "rank": peft["r"],
@@ -196,9 +200,9 @@ def _pattern(peft: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """Read a rank or alpha pattern, without keys that are sites' own names: in PEFT they match nothing."""
     pattern = peft.get(key) or {}
     for name, value in pattern.items():
-        _compile(name, key, where)
+        _check_expression(name, key, where)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise AdapterError(f"{where}: {key} gives {value!r} for {name!r}; give a number")
+            raise AdapterError(f"{where}: {key} gives {shown(value)} for {shown(name)}; give a number")
     return {name: value for name, value in pattern.items() if name not in LINEAR_SITES}
 
 
@@ -206,21 +210,22 @@ def _check_agreement(fields: Mapping[str, Any], extra: Mapping[str, Any], where:
     """Raise if what the ``preft`` object says about alpha and patterns is not what PEFT's keys say to other tools."""
     if "alpha" in extra and fields["alpha"] != fields["rank"]:
         raise AdapterError(
-            f"{where}: lora_alpha is {fields['alpha']} but the 'preft' object says alpha null, that is r "
-            f"{fields['rank']}; correct one of them"
+            f"{where}: lora_alpha is {shown(fields['alpha'])} but the 'preft' object says alpha null, that is r "
+            f"{shown(fields['rank'])}; correct one of them"
         )
     for key in ("rank_pattern", "alpha_pattern"):
         if key in extra and list(peft_pattern(extra[key]).items()) != list(fields[key].items()):
             raise AdapterError(
-                f"{where}: {key} is {fields[key]} but the 'preft' object says {extra[key]}; correct one of them"
+                f"{where}: {key} is {shown(fields[key])} but the 'preft' object says {shown(extra[key])}; "
+                "correct one of them"
             )
 
 
-def _compile(expression: Any, key: str, where: str) -> re.Pattern[str]:
+def _check_expression(expression: Any, key: str, where: str) -> None:
     try:
-        return re.compile(expression)
-    except (re.error, TypeError, RecursionError, OverflowError) as cause:
-        raise AdapterError(f"{where}: {key} holds {expression!r}, not a valid regular expression: {cause}") from None
+        parse(expression)
+    except ConfigError as cause:
+        raise AdapterError(f"{where}: {key}: {cause}") from None
 
 
 def _targets_and_layers(
@@ -228,6 +233,7 @@ def _targets_and_layers(
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Work out which sites of which layers PEFT would edit, as ``AdapterConfig`` says it: targets times layers."""
     selects = _selector(peft, where)
+    names = peft["target_modules"]
     others = [path for path in _OTHER_MODULES if selects(path, None)]
     if others:
         raise AdapterError(f"{where}: target_modules selects {others[0]!r}; embeddings and lm_head cannot be edited")
@@ -238,8 +244,8 @@ def _targets_and_layers(
     edited = {layer: sites for layer, sites in edited.items() if sites}
     if not edited:
         raise AdapterError(
-            f"{where}: target_modules {peft['target_modules']!r} with layers_to_transform "
-            f"{peft.get('layers_to_transform')!r} selects no linear of {num_layers} layers; "
+            f"{where}: target_modules {shown(names)} with layers_to_transform "
+            f"{shown(peft.get('layers_to_transform'))} selects no linear of {num_layers} layers; "
             f"the linears are {', '.join(_SITE_OF_NAME)}"
         )
     first_layer, targets = next(iter(edited.items()))
@@ -249,7 +255,6 @@ def _targets_and_layers(
                 f"{where}: target_modules selects {', '.join(targets)} in layer {first_layer} but {', '.join(sites)} "
                 f"in layer {layer}; only the same targets in every edited layer can be loaded: split the adapter"
             )
-    names = peft["target_modules"]
     if keep_order and isinstance(names, list) and set(names) <= set(_SITE_OF_NAME) and len(names) == len(targets):
         targets = tuple(_SITE_OF_NAME[name] for name in names)
     return targets, _layers(peft, tuple(edited), num_layers, depth_known)
@@ -274,42 +279,57 @@ def _selector(peft: Mapping[str, Any], where: str) -> Callable[[str, int | None]
     layers, patterns = peft.get("layers_to_transform"), peft.get("layers_pattern") or []
     if isinstance(targets, str) and (layers is not None or patterns):
         raise AdapterError(
-            f"{where}: layers_to_transform and layers_pattern need a list of target_modules, not the string {targets!r}"
+            f"{where}: layers_to_transform and layers_pattern need a list of target_modules, not the string "
+            f"{shown(targets)}"
         )
     if patterns and layers is None:
-        raise AdapterError(f"{where}: layers_pattern {patterns!r} is given without layers_to_transform; give both")
+        raise AdapterError(f"{where}: layers_pattern {shown(patterns)} is given without layers_to_transform; give both")
     layers = [layers] if isinstance(layers, int) else layers or []
     _check_entries(layers, int, "layers_to_transform", "layer numbers", where)
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    prefixes = [_compile(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern", where) for pattern in patterns]
+    _check_entries(patterns, str, "layers_pattern", "names", where)
+    for pattern in patterns:
+        if not _LAYERS_NAME.fullmatch(pattern):
+            raise AdapterError(f"{where}: layers_pattern holds {shown(pattern)}; give the name of a list of layers")
+    chosen = frozenset(layers)
+    numbered = not patterns or any(Matcher().selects_end(pattern, "model.layers") for pattern in patterns)
 
-    def in_layers(path: str, layer: int | None) -> bool:
-        if not layers:
-            return True
-        if prefixes:
-            match = next((found for prefix in prefixes if (found := prefix.match(path))), None)
-            layer = int(match["idx"]) if match else None
-        return layer in layers
+    def in_layers(layer: int | None) -> bool:
+        return not chosen or (numbered and layer in chosen)
 
     is_target = _name_test(targets, "target_modules", in_layers, where)
-    is_excluded = _name_test(excluded, "exclude_modules", lambda path, layer: True, where)
+    is_excluded = _name_test(excluded, "exclude_modules", lambda layer: True, where)
     return lambda path, layer: is_target(path, layer) and not is_excluded(path, layer)
 
 
 def _name_test(
-    names: str | list[str], key: str, also: Callable[[str, int | None], bool], where: str
+    names: str | list[str], key: str, also: Callable[[int | None], bool], where: str
 ) -> Callable[[str, int | None], bool]:
-    """Return PEFT's test of a path: an expression, or names that are it, or end it where it passes ``also`` too."""
+    """Return PEFT's test of a path: an expression, or names that are it, or end it where its layer passes ``also``."""
     if isinstance(names, str):
         if key == "target_modules" and names.lower() == _ALL_LINEAR:
             return lambda path, layer: layer is not None
-        expression = _compile(names, key, where)
-        return lambda path, layer: expression.fullmatch(path) is not None
+        _check_expression(names, key, where)
+        return functools.partial(_selects, Matcher(), names, f"{where}: {key}")
     _check_entries(names, str, key, "module names", where)
-    return lambda path, layer: path in names or (any(path.endswith(f".{n}") for n in names) and also(path, layer))
+    known = frozenset(names)
+    return lambda path, layer: path in known or (not known.isdisjoint(_ends(path)) and also(layer))
+
+
+def _selects(matcher: Matcher, expression: str, what: str, path: str, layer: int | None) -> bool:
+    try:
+        return matcher.selects(expression, path)
+    except ConfigError as cause:
+        raise AdapterError(f"{what}: {cause}") from None
+
+
+def _ends(path: str) -> list[str]:
+    """Return what follows each dot of a path."""
+    names = path.split(".")
+    return [".".join(names[first:]) for first in range(1, len(names))]
 
 
 def _check_entries(values: list[Any], kind: type, key: str, what: str, where: str) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, kind):
-            raise AdapterError(f"{where}: {key} holds {value!r}; give a list of {what}")
+            raise AdapterError(f"{where}: {key} holds {shown(value)}; give a list of {what}")

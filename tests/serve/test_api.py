@@ -313,6 +313,22 @@ def test_what_cannot_be_served_is_refused(url, options, kind, code, param):
     assert caught.value.request_id
 
 
+@pytest.mark.parametrize(
+    "value", ["[" * 5000 + "]" * 5000, "9" * 5000, '"\xff"'], ids=["deep", "long number", "no UTF-8"]
+)
+def test_json_that_python_refuses_is_bad_json(raw, value):
+    body = f'{{"model": "tiny", "prompt": {value}}}'.encode("latin-1")
+    answer = raw.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_json")
+
+
+@pytest.mark.parametrize("options", [{}, {"add_special_tokens": False}])
+def test_text_that_is_no_unicode_is_refused(raw, options):
+    content = json.dumps({"prompt": "\ud800", **options})
+    answer = raw.post("/tokenize", content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+
+
 def test_another_tenants_adapter_is_not_there(url):
     found = []
     for key, name in ((BOB, "alices"), (NOBODY, "alices"), (BOB, "no-such")):

@@ -9,8 +9,10 @@ import time
 
 import api_server
 import httpx
+import jax
 import pytest
 
+import preft_jax
 from serve import api
 
 KEYS = ("--api-key", f"alice={api_server.ALICE}", "--admin-key", api_server.ADMIN)
@@ -118,6 +120,7 @@ def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
         (("--max-body-mib", "nan"), "--max-body-mib is nan"),
         (("--allow-runtime-lora-updating", "--adapter-root", "."), "needs --admin-key"),
         (("--adapter-root", "."), "need each other"),
+        (("--max-adapter-bytes", "0"), "--max-adapter-bytes is 0"),
         (("--api-key", "short"), "at least 8"),
         (("--model", "no-such-model"), "no-such-model"),
         (("--model", "tiny", "--lora-modules", "nameless"), "NAME=PATH"),
@@ -132,6 +135,27 @@ def test_what_cannot_work_ends_with_one_line(capsys, monkeypatch, arguments, mes
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert api.main(["--port", "0", *arguments], environment={}) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-adapter-bytes", "1000"), "allowed: up to 1000"),
+        (("--max-lora-rank", "7"), "rank 17 at 'q' of layer 0 is too large; allowed: up to 16"),
+        (("--max-lora-rank", "17"), None),
+    ],
+)
+def test_an_adapter_beyond_the_limits_is_refused_before_it_is_read(tmp_path, tiny, options, message):
+    config = preft_jax.AdapterConfig(rank=17, targets=("q",))
+    preft_jax.save_adapter(tmp_path / "a", preft_jax.init_adapter(config, tiny.config, jax.random.key(0)))
+    args = api.make_parser().parse_args([*SIZES, *options])
+    store = api._make_store(args, tiny)
+    if message is None:
+        store.register("a", tmp_path / "a")
+    else:
+        with pytest.raises(preft_jax.AdapterError, match=message):
+            store.register("a", tmp_path / "a")
+    store.close()
 
 
 def test_usage_errors_have_their_status():

@@ -12,6 +12,7 @@ from adapter_dirs import CONFIG, MODEL, assert_same, make
 
 from preft_jax.adapter import Adapter, AdapterConfig
 from preft_jax.errors import AdapterError
+from preft_jax.io import file_pair
 from preft_jax.io.adapter_files import load_adapter, save_adapter
 
 OLD = AdapterConfig(rank=4)
@@ -108,13 +109,13 @@ def test_a_reader_beside_a_writer_sees_whole_adapters(
     """Replace the adapter between a reader's look at the config and at the tensors."""
     old, new = make(OLD, rng), make(THIRD, rng)
     save_adapter(tmp_path, old)
-    read_bytes, saves = Path.read_bytes, [new]
+    read_bytes, saves = file_pair.read_bytes, [new]
 
-    def read_then_replace(path: Path) -> bytes:
-        data = read_bytes(path)
+    def read_then_replace(path: Path, **options: Any) -> bytes:
+        data = read_bytes(path, **options)
         if path.name == CONFIG and saves:
             save_adapter(tmp_path, saves.pop())
         return data
 
-    monkeypatch.setattr(Path, "read_bytes", read_then_replace)
+    monkeypatch.setattr(file_pair, "read_bytes", read_then_replace)
     assert_same(load_adapter(tmp_path, MODEL), new)
