@@ -122,6 +122,8 @@ def test_models_are_those_that_the_key_may_see(url):
     }
     with client(url, BOB) as bob:
         assert bob.models.retrieve("public").id == "public"
+        assert bob.models.retrieve("public").positions == "prompt"
+        assert bob.models.retrieve("tiny").positions is None
         with pytest.raises(openai.NotFoundError):
             bob.models.retrieve("alices")
 
@@ -279,7 +281,7 @@ def test_tokens_there_and_back(raw, lively):
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_the_benchmark_can_load_it(url, lively, endpoint):
-    assert ("public", "tiny") in list_models(url, ALICE)
+    assert ("public", "tiny", "prompt") in list_models(url, ALICE)
     requests = [LoadRequest(arrival=0.0, prompt=[65, 66, 67], max_tokens=5, user=user) for user in (None, 0, None)]
     names = {None: "tiny", 0: "public"}
     target = HttpTarget(url, names.__getitem__, endpoint=endpoint, api_key=ALICE, decode=lively.tokenizer.decode)
