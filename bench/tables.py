@@ -78,12 +78,12 @@ def cpu_serve_bench(figures: dict[str, Any]) -> str:
     """The three modes of ``serve.bench``, of a file with its schema 1 or 2; one or two rounds have no interval."""
     rows = []
     for name, mode in figures["modes"].items():
-        ratio = figures["ratio_to_base"][name]
+        ratio = figures["ratio_to_base"].get(name)
         rows.append(
             [
                 name.replace("_", "-"),
                 f"{mode['output_throughput']:.1f}",
-                _interval(ratio),
+                _interval(ratio) if ratio else "",
                 f"{mode['mean_tpot_ms']:.0f}",
             ]
         )

@@ -171,6 +171,7 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
             "root": serving.names[0] if adapter is None else name,
             "parent": None if adapter is None else serving.names[0],
             "max_model_len": serving.max_model_len,
+            "positions": None if adapter is None else adapter.config.positions,
         }
 
     @app.get("/v1/models", responses=ERRORS)

@@ -18,7 +18,10 @@ from serve.request import Output, Request
 
 _SHORTEST_RETRY, _LONGEST_RETRY = 1.0, 60.0
 _ABORT_SECONDS = 10.0
-"""How long clients may take to read that their requests were given up, and the thread to end."""
+"""How long clients may take to read that their requests were given up, and the thread to end its step."""
+
+_COMPILING_SECONDS = 1.0
+"""How long the thread may take to end while it compiles, which nothing can end."""
 
 
 class Overloaded(PreftError):  # noqa: N818 (a reason to wait, no fault)
@@ -216,7 +219,7 @@ class AsyncEngine:
             await self._drained(_ABORT_SECONDS)
         self._inbox.put(self._halt)
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, _ABORT_SECONDS)
+            await asyncio.to_thread(self._thread.join, _ABORT_SECONDS if self.ready else _COMPILING_SECONDS)
 
     async def _drained(self, seconds: float) -> bool:
         """Wait until no stream is open; return whether that came in time."""

@@ -34,7 +34,15 @@ from serve.workload import DISTRIBUTIONS
 _UNWRITTEN = ("output_json", "plot", "api_key")
 """Options that the JSON line leaves out."""
 
-_ENGINE_ONLY = ("dtype", "adapter_kind", "rank", "max_num_seqs", "bank_pages", "enable_prefix_caching")
+_ENGINE_ONLY = (
+    "dtype",
+    "adapter_kind",
+    "rank",
+    "max_num_seqs",
+    "memory_utilization",
+    "bank_pages",
+    "enable_prefix_caching",
+)
 _SERVER_ONLY = ("endpoint", "api_key", "served_model_name", "lora_modules")
 _DRAWN = ("request_rate", "burstiness", "input_len", "output_len")
 
@@ -55,10 +63,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("what is loaded").add_argument
     add("--model", default="smollm2-135m", help="name or path; of a server, whose tokenizer (default: %(default)s)")
-    add("--mode", type=_modes, default=MODES, help=f"{', '.join(MODES)}, several with commas, or all (default)")
+    add(
+        "--mode",
+        type=_modes,
+        default=MODES,
+        help=f"{', '.join(MODES)}, several with commas, or all (default); a server's adapters are what it says of "
+        "them, and where it says nothing what is named here: base,all-token, else prefill-only",
+    )
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help="prompt plus output tokens (default: what the lengths need)")
+    add(
+        "--memory-utilization",
+        type=float,
+        default=0.9,
+        help="part of an accelerator's memory, for the engines of all modes together (default: %(default)s)",
+    )
     add("--bank-pages", type=int, default=None, help="rank pages on the device (default: all adapters', within bounds)")
     add("--enable-prefix-caching", action="store_true", help="keep the KV of finished requests (default: off)")
     add("--base-url", default=None, help="load this server instead, such as http://127.0.0.1:8000")
@@ -116,6 +136,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("seed", "num_warmups"):
         if not 0 <= getattr(args, name) < 2**32:
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give 0 to {2**32 - 1}")
+    if not 0 < args.memory_utilization <= 1:
+        raise ConfigError(f"--memory-utilization is {args.memory_utilization}; give a number above 0, at most 1")
     if args.output_json is not None and args.output_json.is_dir():
         raise ConfigError(f"--output-json is {args.output_json}, a directory; give a file")
     if not 0 <= args.zipf_alpha < 100:

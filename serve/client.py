@@ -18,6 +18,9 @@ ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
 _TIMEOUT = httpx.Timeout(3600.0, connect=30.0)
 """Answers may wait long in a server's queue; a connection must come at once."""
 
+_STATUS = {"abort": "aborted", "error": "failed"}
+"""What became of a request whose stream ended so; any other reason completes it."""
+
 _FAILURES = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError)
 
 
@@ -26,10 +29,14 @@ class ServerError(PreftError):
 
 
 class ServedModel(NamedTuple):
-    """A model that a server offers; ``parent`` is the base model's id if it is an adapter."""
+    """A model that a server offers; ``parent`` is the base model's id if it is an adapter.
+
+    ``positions`` are those that the adapter edits (``"all"``: generated ones too), where the server tells: ours does.
+    """
 
     id: str
     parent: str | None
+    positions: str | None = None
 
 
 def list_models(
@@ -46,7 +53,7 @@ def list_models(
             response = client.get(url)
         if response.status_code != 200:
             raise ServerError(f"{url} answered {response.status_code}: {_message(response.content)}; check --base-url")
-        return [ServedModel(card["id"], card.get("parent")) for card in response.json()["data"]]
+        return [ServedModel(card["id"], card.get("parent"), card.get("positions")) for card in response.json()["data"]]
     except _FAILURES as error:
         raise ServerError(f"cannot reach {url}: {_name(error)}; check --base-url and that the server runs") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -241,7 +248,9 @@ class HttpTarget:
                 code = response.status_code
                 if code == 200:
                     await answer.read(response, lambda: self._clock() - sent)
-                    status = "aborted" if answer.finish_reason == "abort" else "completed"
+                    status = _STATUS.get(answer.finish_reason or "", "completed")
+                    if status == "failed":
+                        error = "the server ended the answer with finish_reason 'error'"
                 else:
                     status = "rejected" if 400 <= code < 500 or code == 503 else "failed"
                     error = f"HTTP {code}: {_message(await response.aread())}"

@@ -156,5 +156,9 @@ def collect(entries: Sequence[Entry], options: MetricOptions) -> dict[str, Any]:
         "contenders": contenders,
     }
     if base is not None:
-        collected["ratio_to_base"] = {mode: figures["ratio"]["output_throughput"] for mode, figures in first.items()}
+        collected["ratio_to_base"] = {
+            mode: figures["ratio"]["output_throughput"]
+            for mode, figures in first.items()
+            if "output_throughput" in figures["ratio"]  # A round without any token has no ratio.
+        }
     return collected

@@ -90,6 +90,11 @@ class ServerMetrics:
         if tokens > 1:
             self._per_token.observe(since_first / (tokens - 1))
 
+    def gave_up(self, reason: str, samples: int) -> None:
+        """Count samples whose end nobody saw; they have no times, as it was the client's choice or the engine's end."""
+        if samples:
+            self._success.labels(self._model, reason).inc(samples)
+
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -57,7 +57,7 @@ async def _answer(
     stream = await unless_gone(request.receive, asyncio.create_task(serving.engine.open(requests)))
     job = Job(serving, shape, requests, stream, started, facts)
     if body.stream:
-        return EventStream(job.events(body.include_usage))
+        return EventStream(job.events(body.include_usage), job.close)
     return _json(await unless_gone(request.receive, asyncio.create_task(job.whole())))
 
 
@@ -129,7 +129,8 @@ class Job:
         self._started = started
         self._facts = facts
         self._n = requests[0].n
-        self._samples = len(requests) * self._n
+        self._samples = self._unended = len(requests) * self._n
+        self._closed = False
         self._tokens = [0] * self._samples
         self._first: dict[int, float] = {}
         self._seen: set[int] = set()
@@ -157,7 +158,7 @@ class Job:
                     )
                 samples[index].add(output)
         finally:
-            self._close()
+            self.close()
         choices = [self._shape.whole(index, sample) for index, sample in enumerate(samples)]
         return {**self._shape.head(stream=False), "choices": choices, "usage": self.usage}
 
@@ -179,7 +180,7 @@ class Job:
         except PreftError as error:
             yield _event(to_api_error(error).body)
         finally:
-            self._close()
+            self.close()
         yield b"data: [DONE]\n\n"
 
     async def _outputs(self) -> AsyncIterator[tuple[int, Any]]:
@@ -196,13 +197,19 @@ class Job:
             first = self._first.setdefault(index, now)
             self._tokens[index] += len(output.token_ids)
             if output.finish_reason is not None:
+                self._unended -= 1
                 self._serving.metrics.ended(output.finish_reason, self._tokens[index], now - self._started, now - first)
                 self._facts.setdefault("finish", []).append(output.finish_reason)
             if output.finish_reason == "error":
                 raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
             yield index, output
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Give up what has not ended, and note what there was; once is enough, more often does no harm."""
+        if self._closed:
+            return
+        self._closed = True
+        self._serving.metrics.gave_up("error" if self._stream.ended else "abort", self._unended)
         if not self._stream.ended:
             self._facts.setdefault("finish", []).append("cancelled")
         self._facts["prompt_tokens"], self._facts["completion_tokens"] = self._prompt_tokens, sum(self._tokens)
@@ -210,13 +217,17 @@ class Job:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events that ends its generator however it ends itself, a client that went away included."""
+    """A stream of events that ends its generator however it ends itself, a client that went away included.
+
+    Where the client is gone before the generator began, ending that does nothing: so ``close`` is called as well.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes]):
+    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]):
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events = events
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -224,6 +235,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
+            self._close()
 
 
 def _dump(content: dict[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ Calls return at once with arrays that the device is still computing. Every progr
 the runner is made ready; nothing is traced or compiled after that.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -135,7 +136,8 @@ class Runner:
         Programs are traced one by one and compiled side by side; runners of the same shapes share them.
         """
         abstract = jax.tree.map(lambda x: (x.shape, x.dtype), (self.params, self.cache, self.bank))
-        key = self.model.config, self.config, str(abstract)
+        # What memory it was sized for does not matter: the shapes are known.
+        key = self.model.config, dataclasses.replace(self.config, memory_utilization=1.0), str(abstract)
         if key not in _shared:
             lowered = dict(self._lower())
             with ThreadPoolExecutor() as pool:

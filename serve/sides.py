@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from preft_jax.io.hf import read_config
 from preft_jax.io.tokenizer import load_tokenizer
 from preft_jax.loading import Model, load_model
 from preft_jax.sampling import SamplingParams
-from serve.client import HttpTarget, list_models
+from serve.client import HttpTarget, ServedModel, list_models
 from serve.config import EngineConfig
 from serve.contest import Contender
 from serve.load import EngineTarget, LoadRequest, Target
@@ -26,6 +27,14 @@ from serve.workload import adapter_configs
 
 _LEAST_BANK = 64
 """Rank pages that a bank may always have, besides those that the running requests need."""
+
+
+def memory_in_use() -> float | None:
+    """Return which part of an accelerator's memory is in use; None where that means nothing, as on a CPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_in_use"] / stats["bytes_limit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +85,9 @@ class Side(Protocol):
 class EngineSide:
     """One engine for each mode, made when it is first needed; numbers of adapters share it, and its programs.
 
-    Modes with adapters have engines of one config, so that their programs are compiled once. Every number of adapters
+    Modes take turns in every round, so all engines live at once and divide an accelerator's memory: each takes at most
+    an equal share of what is left for those that are still to be made. Modes with adapters have engines of one config
+    otherwise, so that their programs are compiled once where they have as many KV pages. Every number of adapters
     has adapters of its own, so that none finds another's KV or pages.
     """
 
@@ -133,6 +144,7 @@ class EngineSide:
     def _engine(self, mode: str, longest: int) -> Any:
         """Return a mode's engine, with every program compiled."""
         if mode not in self._engines:
+            gc.collect()  # Whatever an engine or a model was made from and nothing holds any more.
             engine = self._engines[mode] = self._make_engine(self._model, self._config(mode, longest))
             engine.warm_up()
         return self._engines[mode]
@@ -144,6 +156,7 @@ class EngineSide:
             max_num_seqs=args.max_num_seqs,
             max_model_len=length if args.max_model_len is None else args.max_model_len,
             prefix_caching=args.enable_prefix_caching,
+            memory_utilization=self._share(),
         )
         if mode == "base":
             return config
@@ -154,6 +167,12 @@ class EngineSide:
             max_rank=max(ranks),
             all_token="all-token" in self.modes,
         )
+
+    def _share(self) -> float:
+        """Return up to which part of the memory the next engine may fill it."""
+        most, used = self._args.memory_utilization, memory_in_use()
+        left = len(self.modes) - len(self._engines)
+        return most if used is None or used >= most else used + (most - used) / left
 
     def _bank_pages(self) -> int:
         """Return room for the largest number of adapters, but not for more than twice what can run at once."""
@@ -166,22 +185,28 @@ class EngineSide:
 
 
 class ServerSide:
-    """A server that speaks OpenAI's API, and has adapters of one sort or none."""
+    """A server that speaks OpenAI's API.
+
+    Its adapters are prefill-only or all-token as its list of models says (``positions``). Those of which it says
+    nothing are what ``--mode`` names, and prefill-only if that names both.
+    """
 
     in_process = False
 
     def __init__(self, args: argparse.Namespace, clock: Callable[[], float]):
         self._args, self._clock = args, clock
-        self._base, self._names = self._served()
+        self._base, adapters = self._served()
+        self._names = self._by_mode(adapters)
         self.modes = self._known_modes()
-        self.counts = parse_counts(args.num_adapters or str(max(len(self._names), 1)))
-        if self.modes != ("base",) and max(self.counts) > len(self._names):
-            raise ConfigError(f"--num-adapters is {max(self.counts)}, but the server has {len(self._names)} adapters")
+        fewest = min((len(self._names[mode]) for mode in self.modes if mode != "base"), default=0)
+        self.counts = parse_counts(args.num_adapters or str(max(fewest, 1)))
+        if self.modes != ("base",) and max(self.counts) > fewest:
+            raise ConfigError(f"--num-adapters is {max(self.counts)}, but the server has {fewest} adapters of a mode")
         self.vocabulary = self._make_vocabulary()
         self.facts = {"model": self._base, "server": {"base_url": args.base_url, "endpoint": args.endpoint}}
 
-    def _served(self) -> tuple[str, list[str]]:
-        """Return the names of the base model and of the adapters."""
+    def _served(self) -> tuple[str, list[ServedModel]]:
+        """Return the base model's name, and the adapters."""
         base, adapters = self._args.served_model_name, self._args.lora_modules
         if base is None or (adapters is None and self._args.mode != ("base",)):
             models = list_models(self._args.base_url.rstrip("/"), self._args.api_key)
@@ -189,20 +214,34 @@ class ServerSide:
             if base is None and not bases:
                 raise ConfigError(f"{self._args.base_url} lists no base model; name it with --served-model-name")
             base = base or bases[0]
-            adapters = [model.id for model in models if model.parent is not None] if adapters is None else adapters
-        return base, adapters or []
+            listed = {model.id: model for model in models if model.parent is not None}
+            return base, list(listed.values()) if adapters is None else [
+                listed.get(name, ServedModel(name, base)) for name in adapters
+            ]
+        return base, [ServedModel(name, base) for name in adapters or []]
+
+    def _by_mode(self, adapters: Sequence[ServedModel]) -> dict[str, list[str]]:
+        """Return the adapters' names by the mode that they take part in."""
+        wanted = [mode for mode in self._args.mode if mode != "base"]
+        unsaid = wanted[0] if len(wanted) == 1 else "prefill-only"
+        names: dict[str, list[str]] = {"prefill-only": [], "all-token": []}
+        for model in adapters:
+            said = "all-token" if model.positions == "all" else "prefill-only"
+            names[unsaid if model.positions is None else said].append(model.id)
+        return names
 
     def _known_modes(self) -> tuple[str, ...]:
         """Return the modes to run.
 
-        All of them means base and, if there are adapters, prefill-only; ``--mode base,all-token`` says otherwise.
+        All of them means base and those that there are adapters of.
         """
         modes = self._args.mode
         if {"prefill-only", "all-token"} <= set(modes):
-            modes = ("base", "prefill-only") if self._names else ("base",)
-        if modes != ("base",) and not self._names:
-            where = self._args.base_url
-            raise ConfigError(f"--mode {','.join(modes)}: {where} lists no adapters; name them with --lora-modules")
+            return ("base", *(mode for mode in modes if self._names.get(mode)))
+        for mode in modes:
+            if mode != "base" and not self._names[mode]:
+                where = self._args.base_url
+                raise ConfigError(f"--mode {mode}: {where} lists no such adapters; name them with --lora-modules")
         return modes
 
     def _make_vocabulary(self) -> Vocabulary:
@@ -218,7 +257,7 @@ class ServerSide:
         tokenizer = self.vocabulary.tokenizer
         return HttpTarget(
             self._args.base_url,
-            lambda user: self._base if user is None else self._names[user],
+            lambda user: self._base if user is None else self._names[contender.mode][user],
             endpoint=self._args.endpoint,
             api_key=self._args.api_key,
             decode=None if tokenizer is None else tokenizer.decode,

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import json
 import logging
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from preft_jax.chat import encode_prompt
 from serve.client import ENDPOINTS, HttpTarget, list_models
+from serve.generation import EventStream
 from serve.load import LoadRequest
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
@@ -120,6 +122,8 @@ def test_models_are_those_that_the_key_may_see(url):
     }
     with client(url, BOB) as bob:
         assert bob.models.retrieve("public").id == "public"
+        assert bob.models.retrieve("public").positions == "prompt"
+        assert bob.models.retrieve("tiny").positions is None
         with pytest.raises(openai.NotFoundError):
             bob.models.retrieve("alices")
 
@@ -277,7 +281,7 @@ def test_tokens_there_and_back(raw, lively):
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_the_benchmark_can_load_it(url, lively, endpoint):
-    assert ("public", "tiny") in list_models(url, ALICE)
+    assert ("public", "tiny", "prompt") in list_models(url, ALICE)
     requests = [LoadRequest(arrival=0.0, prompt=[65, 66, 67], max_tokens=5, user=user) for user in (None, 0, None)]
     names = {None: "tiny", 0: "public"}
     target = HttpTarget(url, names.__getitem__, endpoint=endpoint, api_key=ALICE, decode=lively.tokenizer.decode)
@@ -446,6 +450,46 @@ def test_a_client_that_goes_away_frees_its_kv(serving, gate, url, raw):
     until(lambda: engine.pages.num_used == 0)
     assert engine.stats.decode_calls <= before + 2
     assert engine.stats.generated_tokens > 0
+
+
+def test_samples_that_nobody_waited_for_are_counted(serving, gate, raw):
+    def ended():
+        families = text_string_to_metric_families(raw.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        reasons = {s.labels["finished_reason"]: s.value for s in samples if s.name == "vllm:request_success_total"}
+        return reasons, sum(s.value for s in samples if s.name == "vllm:e2e_request_latency_seconds_count")
+
+    before, timed = ended()
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 100, "n": 3, "stream": True}
+    gate.shut()
+    gate.let(1)
+    with raw.stream("POST", "/v1/completions", json=body) as answer:
+        gate.let(2)
+        next(answer.iter_lines())
+    until(lambda: serving.engine.num_open == 0)
+    gate.open()
+    reasons, now = ended()
+    assert reasons.get("abort", 0) == before.get("abort", 0) + 3
+    assert now == timed
+    assert {**reasons, "abort": 0} == {**before, "abort": 0}
+
+
+def test_a_stream_whose_client_left_before_it_began_is_closed_too():
+    """The generator's own end is not enough: one that never began has none."""
+    closed = []
+
+    async def events():
+        yield b""
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.Event().wait()  # What was sent before has not been read.
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(EventStream(events(), lambda: closed.append(True))(scope, gone, send))
+    assert closed == [True]
 
 
 def test_a_client_that_does_not_wait_for_a_whole_answer_frees_its_kv(serving, gate, raw):

@@ -1,12 +1,9 @@
 import json
 import logging
-import os
 import signal
-import subprocess
 import sys
-import threading
-import time
 
+import api_program
 import api_server
 import httpx
 import jax
@@ -14,68 +11,6 @@ import pytest
 
 import preft_jax
 from serve import api
-
-KEYS = ("--api-key", f"alice={api_server.ALICE}", "--admin-key", api_server.ADMIN)
-SIZES = (
-    "--model",
-    "tiny",
-    "--max-model-len",
-    "1024",
-    "--max-num-seqs",
-    "2",
-    "--max-lora-rank",
-    "16",
-    "--bank-pages",
-    "3",
-)
-
-
-class Program:
-    """The program in a process of its own."""
-
-    def __init__(self, *arguments, cache):
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        command = [sys.executable, "-m", "serve.api", "--port", "0", *SIZES, *KEYS, *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.lines = []
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-        while not (found := self.events("listening")):
-            assert self.process.poll() is None, self.lines
-            time.sleep(0.05)
-        self.url = found[0]["url"]
-
-    def _read(self):
-        for line in self.process.stderr:
-            self.lines.append(json.loads(line))
-
-    def events(self, name):
-        return [line for line in self.lines if line["event"] == name]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-        self.reader.join()
-        self.process.stderr.close()
-
-    def client(self, key):
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False)
-
-    def until_ready(self):
-        with self.client(api_server.ALICE) as client:
-            while client.get("/ready").status_code != 200:
-                assert self.process.poll() is None
-                time.sleep(0.2)
-
-    def end(self):
-        """Wait for it; returns its exit status."""
-        status = self.process.wait(60)
-        self.reader.join()
-        return status
 
 
 def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
@@ -86,7 +21,7 @@ def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
     (adapters / "bad" / "adapter_config.json").write_text("{}")
     options = ("--adapter-dir", str(adapters), "--state-dir", str(tmp_path / "state"), "--allow-runtime-lora-updating",
                "--adapter-root", str(adapters), "--drain-seconds", "60")  # fmt: skip
-    with Program(*options, cache=cache) as program:
+    with api_program.Program(*options, cache=cache) as program:
         assert [line["adapter"] for line in program.events("adapter refused")] == ["bad"]
         program.until_ready()
         with program.client(api_server.ADMIN) as admin:
@@ -103,7 +38,7 @@ def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
         assert json.loads(first.removeprefix("data: "))["model"] == "kept"
         assert program.end() == 0
         assert [line["route"] for line in program.events("request")][-1] == "/v1/completions"
-    with Program(*options[2:], cache=cache) as program:
+    with api_program.Program(*options[2:], cache=cache) as program:
         with program.client(api_server.ALICE) as alice:
             names = [model["id"] for model in alice.get("/v1/models").json()["data"]]
             assert names == ["tiny", "kept", "watched"]

@@ -5,7 +5,7 @@ import sys
 import pytest
 from fake_engine import FakeClock, FakeEngine
 
-from serve import bench
+from serve import bench, sides
 
 SMALL = [
     *("--model", "tiny", "--num-prompts", "7", "--input-len", "5:40", "--output-len", "2:9"),
@@ -51,6 +51,21 @@ def test_all_modes_serve_every_request_with_the_same_work(real):
     work = {(m["completed"], m["total_input_tokens"], m["total_output_tokens"]) for m in real["modes"].values()}
     assert len(work) == 1
     assert work.pop()[0] == 7
+
+
+def test_the_engines_of_all_modes_divide_the_memory(made, capsys, monkeypatch):
+    in_use = iter([0.2, 0.4, 0.7])
+    monkeypatch.setattr(sides, "memory_in_use", lambda: next(in_use))
+    assert made.main("--memory-utilization", "0.8") == 0
+    shares = [config.memory_utilization for config, _ in made.engines]
+    assert shares == pytest.approx([0.2 + 0.6 / 3, 0.4 + 0.4 / 2, 0.8])
+
+
+def test_without_an_accelerator_there_is_no_memory_to_divide(made, capsys):
+    assert made.main("--memory-utilization", "0.7") == 0
+    assert [config.memory_utilization for config, _ in made.engines] == [0.7] * 3
+    assert made.main("--memory-utilization", "1.5") == 1
+    assert "--memory-utilization is 1.5" in capsys.readouterr().err
 
 
 def test_nothing_is_compiled_after_warm_up(real):

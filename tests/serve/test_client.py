@@ -34,6 +34,7 @@ STREAMS = {
     "one": [text("", "stop"), {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}, DONE],
     "uncounted": [text("a"), text("b"), text("c", "stop"), DONE],
     "aborted": [text("a"), text("", "abort"), DONE],
+    "ended": [text("a"), text("", "error"), DONE],
     "malformed": [text("a"), b'{"choices": ['],
     "shapeless": [b'{"choices": [1]}'],
     "usageless": [text("a", "stop"), {"choices": [], "usage": {"prompt_tokens": "3"}}],
@@ -154,6 +155,7 @@ def test_a_chat_sends_text_and_its_role_is_no_output(server):
         ("one", "completed", 1, 1, None),
         ("uncounted", "completed", 3, 3, None),
         ("aborted", "aborted", 1, 1, None),
+        ("ended", "failed", 1, 1, "finish_reason 'error'"),
         ("malformed", "failed", 1, 1, "malformed chunk"),
         ("shapeless", "failed", 0, 0, "malformed chunk"),
         ("usageless", "failed", 1, 1, "malformed usage"),
@@ -210,7 +212,7 @@ def test_a_server_that_is_not_there(nowhere):
 
 
 def test_models_are_listed_with_their_base(server, monkeypatch):
-    assert list_models(url(server)) == [("b", None), ("a0", "b")]
+    assert list_models(url(server)) == [("b", None, None), ("a0", "b", None)]
     for wrong in ("<html>", "[]", '{"data": [{}]}', '{"data": 5}'):
         monkeypatch.setattr(Handler, "models", wrong)
         with pytest.raises(ServerError, match="list of models"):
@@ -269,6 +271,35 @@ def test_models_can_be_named(server, capsys, monkeypatch):
 def test_what_cannot_be_compared_ends_with_one_line(server, capsys, arguments, message):
     assert run(server, *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def cards(**positions):
+    adapters = [{"id": name, "parent": "b", "positions": said} for name, said in positions.items()]
+    return json.dumps({"data": [{"id": "b", "positions": None}, *adapters]})
+
+
+def contenders(server, capsys, *arguments):
+    """Return what each contender asked the server for, warm-ups included."""
+    server.seen.clear()
+    assert run(server, *arguments) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["contenders"]
+    asked = [body["model"] for _, _, body in server.seen]
+    return [(c["mode"], c["num_adapters"]) for c in found], set(asked)
+
+
+def test_a_server_says_which_adapters_edit_every_token(server, capsys, monkeypatch):
+    monkeypatch.setattr(Handler, "models", cards(one="all", late="all"))
+    assert contenders(server, capsys) == ([("base", 0), ("all_token", 2)], {"b", "one", "late"})
+    assert run(server, "--mode", "prefill-only") == 1
+    assert "--mode prefill-only" in capsys.readouterr().err
+    monkeypatch.setattr(Handler, "models", cards(one="all", late="f2+l1", a0=None))
+    both = ([("base", 0), ("prefill_only", 1), ("all_token", 1)], {"b", "one", "late"})
+    assert contenders(server, capsys) == both
+    assert contenders(server, capsys, "--mode", "base,all-token") == (
+        [("base", 0), ("all_token", 2)], {"b", "one", "a0"}
+    )  # fmt: skip
+    named = ("--mode", "base,prefill-only", "--lora-modules", "late", "separator")
+    assert contenders(server, capsys, *named) == ([("base", 0), ("prefill_only", 2)], {"b", "late", "separator"})
 
 
 def test_a_server_without_adapters_runs_base_alone(server, capsys, monkeypatch):

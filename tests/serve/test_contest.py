@@ -15,17 +15,19 @@ QUIET = Console(file=io.StringIO())
 class Scripted:
     """A target whose every request takes the next of the given times, one token after it and another one later."""
 
-    def __init__(self, log, name, seconds, status="completed"):
+    def __init__(self, log, name, seconds, status="completed", tokens=()):
         self.log, self.name, self.seconds, self.status = log, name, list(seconds), status
+        self.tokens = list(tokens)
         self.count = 0
 
     def run(self, requests, on_done=lambda: None):
         if not requests:
             return LoadResult([], 0.0)
         took = self.seconds.pop(0)
+        tokens = self.tokens.pop(0) if self.tokens else 2
         self.log.append(self.name)
         self.count += 5
-        one = {"prompt_len": 1, "output_len": 2, "times": (took, 2 * took), "status": self.status, "error": "why"}
+        one = {"prompt_len": 1, "output_len": tokens, "times": (took, 2 * took), "status": self.status, "error": "why"}
         for _ in requests:
             on_done()
         return LoadResult([RequestRecord(**one, adapter=r.user) for r in requests], 2 * took)
@@ -102,6 +104,18 @@ def test_a_contender_without_any_answer_ends_the_run_with_the_reason():
     made[0].warmups, made[0]._target = made[0].rounds[0], None
     with pytest.raises(PreftError, match="none of the 1 warm-ups of base"):
         compete(made, QUIET)
+
+
+def test_a_round_without_a_token_has_no_ratio():
+    made, log = entries(base=[1, 1, 1], one=[2, 2, 2])
+    made[1].make_target = lambda: Scripted(log, "one", [2, 2, 2], tokens=(2, 0, 2))
+    compete(made, QUIET)
+    found = collect(made, MetricOptions())
+    assert list(found["ratio_to_base"]) == ["base"]
+    assert found["modes"]["prefill_only"]["total_output_tokens"] == 4
+    console = Console(file=io.StringIO(), width=150)
+    print_report(found, MetricOptions(), console)
+    assert "prefill-only, 1" in console.file.getvalue()
 
 
 def test_the_report_says_what_the_figures_mean_and_what_went_wrong():
