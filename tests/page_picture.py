@@ -9,7 +9,7 @@ in bursts for a while, and takes the picture with Chromium. It needs the extras 
 import argparse
 import asyncio
 import contextlib
-import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,20 +46,20 @@ def make_adapters(root: Path) -> None:
 def server(adapters: Path):
     """Run the server on a free port; yields its address when it is ready."""
     command = [sys.executable, "-m", "serve.api", "--port", "0", "--adapter-dir", str(adapters), "--max-num-seqs", "8"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    log = adapters.with_name("log")  # A file: a pipe that nobody reads fills, and the server would wait for its reader.
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stderr=stream, cwd=ROOT)
     try:
-        for line in process.stderr:
-            if line.startswith("{") and "url" in (event := json.loads(line)):
-                break
-        else:
-            raise SystemExit("the server did not start")
-        with httpx.Client(base_url=event["url"], trust_env=False) as client:
+        while not (found := re.search(r'"url": "([^"]+)"', log.read_text())):
+            if process.poll() is not None:
+                raise SystemExit(f"the server did not start: {log.read_text()}")
+            time.sleep(0.2)
+        with httpx.Client(base_url=found[1], trust_env=False) as client:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.5)
-        yield event["url"]
+        yield found[1]
     finally:
         process.terminate()
-        process.stderr.close()
         process.wait()
 
 
@@ -112,8 +112,9 @@ def main() -> None:
     parser.add_argument("--load-seconds", type=float, default=120, help="default: %(default)s")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        make_adapters(Path(directory))
-        with server(Path(directory)) as url:
+        adapters = Path(directory) / "adapters"
+        make_adapters(adapters)
+        with server(adapters) as url:
             picture(url, args.output, args.scheme, args.load_seconds)
 
 

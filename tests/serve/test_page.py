@@ -267,6 +267,8 @@ def test_nothing_is_wider_than_the_window(open_server, tab, width):
         serving.mouth.text = None
     tab.get_by_role("button", name="API key").click()
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    scrolling = "[...document.querySelectorAll('.talk')].filter((e) => e.scrollWidth > e.clientWidth).length"
+    assert tab.evaluate(scrolling) == 0
     wide = "[...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1)"
     assert tab.evaluate(f"{wide}.map((e) => e.id || e.className || e.tagName)") == []
 
