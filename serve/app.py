@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import inspect
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,6 +18,7 @@ from serve.exposition import bank_figures, engine_figures
 from serve.failures import ApiError, add_handlers, retry_after
 from serve.generation import add_generation
 from serve.middleware import Front
+from serve.page import make_page
 from serve.protocol import DetokenizeBody, LoadBody, TokenizeBody, UnloadBody, as_dicts
 from serve.registry import Registered
 from serve.serving import Serving
@@ -84,13 +84,6 @@ def make_app(serving: Serving) -> FastAPI:
     return app
 
 
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
 def _without_telemetry() -> dict[str, Any]:
     """Return what keeps FastAPI from telling a collector of every request, where it can do so."""
     if "telemetry" not in inspect.signature(FastAPI.__init__).parameters:
@@ -142,14 +135,12 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_page(app: FastAPI, serving: Serving) -> None:
-    page = Path(__file__).with_name("static") / "index.html"
-    if page.is_file():
-        content = page.read_bytes()
+    content, headers = make_page()
 
-        @app.get("/", response_class=HTMLResponse)
-        async def index() -> HTMLResponse:
-            """Return the built-in page."""
-            return HTMLResponse(content, headers=_PAGE_HEADERS)
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> HTMLResponse:
+        """Return the built-in page."""
+        return HTMLResponse(content, headers=headers)
 
     @app.get("/stats", responses=ERRORS)
     async def stats() -> dict[str, Any]:

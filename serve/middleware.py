@@ -73,7 +73,9 @@ class Front:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 facts["status"] = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                own = MutableHeaders(scope=message)
+                own["X-Request-Id"] = request_id
+                own["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         try:
