@@ -341,7 +341,7 @@ class Engine:
             started = self._clock()
             self._call = self._start_prefill(plan) if isinstance(plan, Prefill) else self._start_decode(plan)
             self._call.started = started
-            self._staging.settle()
+            self._staging.settle(self.scheduler.next_adapters())
         except WriteError as error:
             self._recover_from_write(error)
         except Exception as error:
@@ -355,8 +355,7 @@ class Engine:
         if any(sequence.score for sequence in plan.sequences):
             logits, rows, scores = self.runner.score(plan.chunks, places)
         else:
-            begin = self._staging.ahead(self.scheduler.next_adapters())
-            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens, begin)
+            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens, self._staging.copies())
         drawing: list[tuple[int, Sequence]] = []
         for row, chunk in zip(rows, plan.chunks, strict=True):
             if chunk.last:
@@ -381,7 +380,7 @@ class Engine:
             adapted, plain = plan.sequences, []
         call = _Call(plan=plan, rows=[], drawn=[])
         # A single step would be over before the copies are, and the next prompt's arguments would wait for them.
-        begin = self._staging.ahead(self.scheduler.next_adapters()) if plan.steps > 1 else None
+        begin = self._staging.copies() if plan.steps > 1 else None
         if plain:
             call.rows.append(plain)
             call.drawn.append(self.runner.decode(plain, plan.steps, begin))

@@ -362,10 +362,11 @@ class Runner:
         """Rank pages that may be copied ahead: about those of a prefill call."""
         return max(self.config.prefill_seqs, self._writes)
 
-    def copy_adapter(self, load: Load) -> Load:
-        """Begin to copy an adapter's rank pages to the device; returns the load with the copies."""
+    def copy_adapters(self, loads: Many[Load]) -> list[Load]:
+        """Begin to copy adapters' rank pages to the device; returns the loads with the copies."""
         on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
-        return load._replace(slabs=jax.device_put(load.slabs, on_device))
+        copied = jax.device_put([load.slabs for load in loads], on_device)
+        return [load._replace(slabs=slabs) for load, slabs in zip(loads, copied, strict=True)]
 
     def write_adapters(self, loads: Many[Load]) -> None:
         """Write the copied rank pages of adapters to the bank, ``writes`` of them in a call."""

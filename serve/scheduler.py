@@ -261,8 +261,11 @@ class Scheduler:
             self.add(sequence)
 
     def next_adapters(self) -> list[str]:
-        """Return the adapters of the sequences that would be prefilled next, as many as one call takes."""
-        upcoming = itertools.islice(self._waiting, self._prefill_seqs)
+        """Return the adapters of the sequences that would be prefilled next, as many as two calls take.
+
+        Those of the next call should be on the device by then, and those of the one after it be copied beside it.
+        """
+        upcoming = itertools.islice(self._waiting, 2 * self._prefill_seqs)
         return list(dict.fromkeys(s.adapter for s in upcoming if s.adapter is not None))
 
     # Prefill

@@ -4,7 +4,8 @@ On a GPU a copy waits for all calls dispatched before it, and the arguments of a
 them. So a later prompt's adapters are copied where they run beside a call: behind its arguments, before itself.
 """
 
-from collections.abc import Callable, Collection, Iterable
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
 from serve.adapters import AdapterBank, Load
@@ -16,8 +17,8 @@ STRIKES = 2
 class Writer(Protocol):
     """What runs on the device."""
 
-    def copy_adapter(self, load: Load) -> Load:
-        """Begin to copy rank pages to the device; returns the load with the copies."""
+    def copy_adapters(self, loads: list[Load]) -> list[Load]:
+        """Begin to copy rank pages to the device; returns the loads with the copies."""
         ...
 
     def write_adapters(self, loads: list[Load]) -> None:
@@ -46,12 +47,13 @@ class Staging:
         self._bank = bank
         self._writer = writer
         self._room = room
+        self._placed: dict[str, Load] = {}
         self._copied: dict[str, Load] = {}
         self._strikes: dict[str, int] = {}
 
     def reset(self) -> None:
         """Forget what was on its way: the device's state is made anew."""
-        self._copied = {}
+        self._placed, self._copied = {}, {}
 
     def bring(self, digests: Collection[str]) -> None:
         """Have these adapters, for which the bank has places, written before the next call.
@@ -59,31 +61,36 @@ class Staging:
         Raises:
             WriteError: if that is impossible.
         """
-        self._copy()
+        self._take_placed()
+        self._copy([digest for digest in self._placed if digest in digests])
         self._write([digest for digest in self._copied if digest in digests])
 
-    def ahead(self, digests: Iterable[str]) -> Callable[[], None] | None:
-        """Give adapters of later prompts places in the bank, the next one first.
+    def copies(self) -> Callable[[], None] | None:
+        """Return what begins the copies of adapters that have places, or None if there are none.
 
-        Returns:
-            What begins their copies, and raises ``WriteError`` if it cannot; None if nothing is to be copied.
+        It raises ``WriteError`` if it cannot.
         """
+        return (lambda: self._copy(list(self._placed))) if self._placed else None
+
+    def settle(self, digests: Iterable[str]) -> None:
+        """Behind a call that runs: write what was copied beside it, and give places to later prompts' adapters.
+
+        Args:
+            digests: those of the next prompts, in their order.
+
+        Raises:
+            WriteError: if something cannot be written.
+        """
+        self._write(list(self._copied))
         taken = []
         for digest in digests:
-            if sum(load.num_pages for load in self._bank.pending) >= self._room or not self._bank.acquire(digest):
+            waiting = [*self._placed.values(), *self._bank.pending]
+            if sum(load.num_pages for load in waiting) >= self._room or not self._bank.acquire(digest):
                 break
             taken.append(digest)
         for digest in taken:
             self._bank.release(digest)
-        return self._copy if self._bank.pending else None
-
-    def settle(self) -> None:
-        """Write everything that was copied, behind the call that runs.
-
-        Raises:
-            WriteError: if that is impossible.
-        """
-        self._write(list(self._copied))
+        self._take_placed()
 
     def blame(self, digests: list[str]) -> str | None:
         """Note that adapters could not be written together; return the one that is to be given up, if it is known.
@@ -100,23 +107,35 @@ class Staging:
         del self._strikes[digest]
         return digest
 
-    def _copy(self) -> None:
-        for load in self._bank.take_pending():
-            try:
-                self._copied[load.digest] = self._writer.copy_adapter(load)
-            except Exception as error:
-                raise WriteError([load.digest]) from error
+    def _take_placed(self) -> None:
+        self._placed |= {load.digest: load for load in self._bank.take_pending()}
+
+    def _copy(self, digests: list[str]) -> None:
+        for some in self._groups([self._placed.pop(digest) for digest in digests]):
+            with _blaming(some):
+                self._copied |= {load.digest: load for load in self._writer.copy_adapters(some)}
 
     def _write(self, digests: list[str]) -> None:
-        copied = [self._copied.pop(digest) for digest in digests]
-        # The place of one that had to go again meanwhile belongs to another.
-        loads = [load for load in copied if self._bank.is_at(load.digest, load.place)]
-        together = [load for load in loads if load.digest not in self._strikes]
-        apart = [[load] for load in loads if load.digest in self._strikes]
-        for some in (*([together] if together else []), *apart):
-            try:
+        for some in self._groups([self._copied.pop(digest) for digest in digests]):
+            with _blaming(some):
                 self._writer.write_adapters(some)
-            except Exception as error:
-                raise WriteError([load.digest for load in some]) from error
             for load in some:
                 self._strikes.pop(load.digest, None)
+
+    def _groups(self, loads: list[Load]) -> list[list[Load]]:
+        """Return what is brought together: all, but each alone that was among some that failed.
+
+        What had to go again meanwhile is left out: its place belongs to another.
+        """
+        loads = [load for load in loads if self._bank.is_at(load.digest, load.place)]
+        together = [load for load in loads if load.digest not in self._strikes]
+        apart = [[load] for load in loads if load.digest in self._strikes]
+        return [together, *apart] if together else apart
+
+
+@contextlib.contextmanager
+def _blaming(loads: list[Load]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise WriteError([load.digest for load in loads]) from error

@@ -5,7 +5,6 @@ import sys
 
 import api_program
 import api_server
-import httpx
 import jax
 import pytest
 
@@ -83,7 +82,7 @@ def test_what_cannot_work_ends_with_one_line(capsys, monkeypatch, arguments, mes
 def test_an_adapter_beyond_the_limits_is_refused_before_it_is_read(tmp_path, tiny, options, message):
     config = preft_jax.AdapterConfig(rank=17, targets=("q",))
     preft_jax.save_adapter(tmp_path / "a", preft_jax.init_adapter(config, tiny.config, jax.random.key(0)))
-    args = api.make_parser().parse_args([*SIZES, *options])
+    args = api.make_parser().parse_args([*api_program.SIZES, *options])
     store = api._make_store(args, tiny)
     if message is None:
         store.register("a", tmp_path / "a")

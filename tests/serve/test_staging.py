@@ -16,11 +16,15 @@ class Diary:
         self.broken = set()
         self.holds = {}
 
-    def copy_adapter(self, load):
-        self.lines.append(f"copy {load.digest}")
-        if f"copy {load.digest}" in self.broken:
+    def copy_adapters(self, loads):
+        line = "copy " + " ".join(load.digest for load in loads)
+        self.lines.append(line)
+        if line in self.broken:
             raise OSError("the link is down")
-        return load._replace(slabs={site: [f"device {slab}" for slab in slabs] for site, slabs in load.slabs.items()})
+        return [
+            load._replace(slabs={site: [f"device {slab}" for slab in slabs] for site, slabs in load.slabs.items()})
+            for load in loads
+        ]
 
     def write_adapters(self, loads):
         self.lines.append("write " + " ".join(load.digest for load in loads))
@@ -47,66 +51,73 @@ def make(names="abcdef", *, bank_pages=5, room=2, pages=1):
     return bank, diary, Staging(bank, diary, room)
 
 
-def begin(staging, names):
-    """Copy ahead what may be, as a call does."""
-    copies = staging.ahead(names)
+def copy_beside(staging):
+    """What a call does between its arguments and itself."""
+    copies = staging.copies()
     if copies is not None:
         copies()
 
 
-def test_copies_begin_when_the_call_says_so_and_are_written_behind_it():
+def test_places_are_given_behind_one_call_copies_run_beside_the_next_and_are_written_behind_it():
     _, diary, staging = make()
-    copies = staging.ahead(["a", "b"])
+    staging.settle(["a", "b"])
+    assert diary.take() == []
+    copies = staging.copies()
     assert diary.take() == []
     copies()
-    assert diary.take() == ["copy a", "copy b"]
-    staging.settle()
+    assert diary.take() == ["copy a b"]
+    staging.settle(["a", "b"])
     assert diary.take() == ["write a b"]
-    assert staging.ahead(["a", "b"]) is None
+    assert staging.copies() is None
 
 
 def test_a_call_waits_only_for_the_adapters_that_it_needs():
     bank, diary, staging = make()
-    begin(staging, ["a", "b"])
+    staging.settle(["a", "b"])
     for name in "bc":
         assert bank.acquire(name)
-    diary.take()
     staging.bring({"b", "c"})
-    assert diary.take() == ["copy c", "write b c"]
+    assert diary.take() == ["copy b c", "write b c"]
     staging.bring({"b", "c"})
     assert diary.take() == []
-    staging.settle()
+    copy_beside(staging)
+    assert diary.take() == ["copy a"]
+    assert bank.acquire("a")
+    staging.bring({"a"})
     assert diary.take() == ["write a"]
 
 
 def test_what_is_copied_ahead_is_bounded_and_the_next_prompts_come_first():
     bank, diary, staging = make(room=2)
-    for expected in (["copy a", "copy b", "write a b"], ["copy c", "copy d", "write c d"], []):
-        begin(staging, "abcdef")
-        staging.settle()
+    for expected in ([], ["copy a b", "write a b"], ["copy c d", "write c d"], []):
+        copy_beside(staging)
+        staging.settle("abcdef")
         assert diary.take() == expected, "the bank has four pages, and no nearer adapter goes for a later one"
     assert all(bank.acquire(name) for name in "abcd")
 
 
-def test_what_is_copied_ahead_can_be_given_up_again():
+def test_what_has_a_place_ahead_can_lose_it_before_and_after_its_copy():
     bank, diary, staging = make(bank_pages=2)
-    begin(staging, ["a"])
-    assert bank.acquire("b"), "copying ahead keeps nothing"
+    staging.settle(["a"])
+    assert bank.acquire("b"), "a place ahead keeps nothing"
     staging.bring({"b"})
-    assert staging.ahead(["a"]) is None
-    staging.settle()
-    assert diary.take() == ["copy a", "copy b", "write b"], "a's page is b's now"
-    assert diary.holds == {("q", bank.place("b")["q"].pages[0]): "device b0"}
+    copy_beside(staging)
+    staging.settle(["a"])
+    assert diary.take() == ["copy b", "write b"], "a's page is b's now"
     bank.release("b")
-    begin(staging, ["a"])
-    staging.settle()
-    assert diary.take() == ["copy a", "write a"]
-    assert list(diary.holds.values()) == ["device a0"]
+    staging.settle(["a"])
+    copy_beside(staging)
+    assert bank.acquire("c")
+    staging.bring({"c"})
+    staging.settle([])
+    assert diary.take() == ["copy a", "copy c", "write c"]
+    assert diary.holds == {("q", bank.place("c")["q"].pages[0]): "device c0"}
 
 
 def test_a_place_taken_lost_and_taken_again_is_written_where_it_is_now():
     bank, diary, staging = make(bank_pages=3, pages=1)
-    begin(staging, ["a"])
+    staging.settle(["a"])
+    copy_beside(staging)
     for name in "bc":
         assert bank.acquire(name)
     bank.release("c")
@@ -118,11 +129,14 @@ def test_a_place_taken_lost_and_taken_again_is_written_where_it_is_now():
 
 def test_after_a_reset_nothing_is_on_its_way():
     bank, diary, staging = make()
-    begin(staging, ["a"])
+    staging.settle(["a", "b"])
+    copy_beside(staging)
+    staging.settle(["a", "b", "c"])
     bank.reset()
     staging.reset()
-    staging.settle()
-    assert diary.take() == ["copy a"]
+    copy_beside(staging)
+    staging.settle([])
+    assert diary.take() == ["copy a b", "write a b"]
 
 
 def test_of_several_that_cannot_be_written_the_one_that_fails_alone_twice_is_given_up():
@@ -144,14 +158,21 @@ def test_of_several_that_cannot_be_written_the_one_that_fails_alone_twice_is_giv
     assert diary.take() == ["copy a", "write a"]
 
 
-def test_a_copy_that_fails_is_that_adapters_fault():
-    _, diary, staging = make()
-    diary.broken.add("copy b")
-    with pytest.raises(WriteError) as error:
-        begin(staging, ["a", "b"])
-    assert error.value.digests == ["b"]
-    assert staging.blame(error.value.digests) is None
-    assert staging.blame(error.value.digests) == "b"
+def test_of_copies_that_fail_each_is_tried_alone():
+    bank, diary, staging = make()
+    diary.broken = {"copy b", "copy a b"}
+    given_up = []
+    for failed in (["a", "b"], ["b"], ["b"]):
+        staging.settle(["a", "b"])
+        with pytest.raises(WriteError) as error:
+            copy_beside(staging)
+        assert error.value.digests == failed
+        assert isinstance(error.value.__cause__, OSError)
+        given_up.append(staging.blame(error.value.digests))
+        bank.reset()
+        staging.reset()
+    assert given_up == [None, None, "b"]
+    assert diary.take() == ["copy a b", "copy a", "copy b", "copy a", "copy b"]
 
 
 def test_the_books_refuse_what_can_never_be_served():
