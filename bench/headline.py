@@ -156,7 +156,7 @@ def serve(engine: _Watched, requests: Sequence[LoadRequest], adapters: Sequence[
         "mean_tpot_ms": figures["mean_tpot_ms"],
         "mean_ttft_ms": figures["mean_ttft_ms"],
         "most_running": engine.most_running,
-        **{name: spent[name] for name in ("preemptions", "adapter_loads", "recompiles")},
+        **{name: spent[name] for name in ("preemptions", "adapter_loads", "adapter_waits", "recompiles")},
     }
 
 

@@ -51,6 +51,7 @@ class Stats:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     adapter_loads: int = 0
+    adapter_waits: int = 0
     device_failures: int = 0
     recompiles: int = 0
     finished: int = 0
@@ -159,6 +160,7 @@ class Engine:
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             preemptions=self.scheduler.preemptions,
             adapter_loads=self.adapters.loads,
+            adapter_waits=self._staging.waits,
             recompiles=self._compiles.count,
         )
 
@@ -341,7 +343,7 @@ class Engine:
             started = self._clock()
             self._call = self._start_prefill(plan) if isinstance(plan, Prefill) else self._start_decode(plan)
             self._call.started = started
-            self._staging.settle(self.scheduler.next_adapters())
+            self._staging.settle(self.scheduler.next_adapters(2))
         except WriteError as error:
             self._recover_from_write(error)
         except Exception as error:
@@ -379,8 +381,8 @@ class Engine:
         if adapted and plain and self._merging_is_cheaper(len(plain), len(adapted)):
             adapted, plain = plan.sequences, []
         call = _Call(plan=plan, rows=[], drawn=[])
-        # A single step would be over before the copies are, and the next prompt's arguments would wait for them.
-        begin = self._staging.copies() if plan.steps > 1 else None
+        # A single step is soon over, and the next call's arguments wait for the copies: only for those it needs anyway.
+        begin = self._staging.copies(self.scheduler.next_adapters(1) if plan.steps == 1 else None)
         if plain:
             call.rows.append(plain)
             call.drawn.append(self.runner.decode(plain, plan.steps, begin))

@@ -260,12 +260,9 @@ class Scheduler:
             sequence.pages, sequence.computed, sequence.registered, sequence.holds_adapter = [], 0, 0, False
             self.add(sequence)
 
-    def next_adapters(self) -> list[str]:
-        """Return the adapters of the sequences that would be prefilled next, as many as two calls take.
-
-        Those of the next call should be on the device by then, and those of the one after it be copied beside it.
-        """
-        upcoming = itertools.islice(self._waiting, 2 * self._prefill_seqs)
+    def next_adapters(self, calls: int = 1) -> list[str]:
+        """Return the adapters of the sequences that would be prefilled next, as many as so many calls take."""
+        upcoming = itertools.islice(self._waiting, calls * self._prefill_seqs)
         return list(dict.fromkeys(s.adapter for s in upcoming if s.adapter is not None))
 
     # Prefill

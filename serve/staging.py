@@ -41,6 +41,9 @@ class Staging:
         bank: the books.
         writer: the device.
         room: rank pages that may lie beside the bank, copied ahead.
+
+    Attributes:
+        waits: adapters whose copies began only when a call needed them.
     """
 
     def __init__(self, bank: AdapterBank, writer: Writer, room: int):
@@ -50,6 +53,7 @@ class Staging:
         self._placed: dict[str, Load] = {}
         self._copied: dict[str, Load] = {}
         self._strikes: dict[str, int] = {}
+        self.waits = 0
 
     def reset(self) -> None:
         """Forget what was on its way: the device's state is made anew."""
@@ -62,15 +66,21 @@ class Staging:
             WriteError: if that is impossible.
         """
         self._take_placed()
-        self._copy([digest for digest in self._placed if digest in digests])
+        late = [digest for digest in self._placed if digest in digests]
+        self.waits += len(late)
+        self._copy(late)
         self._write([digest for digest in self._copied if digest in digests])
 
-    def copies(self) -> Callable[[], None] | None:
+    def copies(self, only: Collection[str] | None = None) -> Callable[[], None] | None:
         """Return what begins the copies of adapters that have places, or None if there are none.
 
         It raises ``WriteError`` if it cannot.
+
+        Args:
+            only: copy none but these.
         """
-        return (lambda: self._copy(list(self._placed))) if self._placed else None
+        digests = [digest for digest in self._placed if only is None or digest in only]
+        return (lambda: self._copy(digests)) if digests else None
 
     def settle(self, digests: Iterable[str]) -> None:
         """Behind a call that runs: write what was copied beside it, and give places to later prompts' adapters.

@@ -7,6 +7,7 @@ import pytest
 from engine_outputs import SCORING, TIGHT, alone, assert_as_alone, drain, lettered, request, run_all, run_one, some
 
 from preft_jax import AdapterConfig, SamplingParams, random_adapter
+from serve.config import EngineConfig
 from serve.engine import Engine
 
 
@@ -116,6 +117,19 @@ def test_at_most_ten_programs_and_each_has_a_name_and_its_seconds(lively):
     ]  # fmt: skip
     assert engine.runner.compile_seconds.keys() == engine.runner.programs.keys()
     assert sum(engine.runner.compile_seconds.values()) > 0
+
+
+def test_a_stream_of_prompts_seldom_waits_for_its_adapters(lively, many, rng):
+    """Each call brings two adapters and the bank holds four: those of the next call are copied beside this one."""
+    config = EngineConfig(
+        max_num_seqs=16, max_model_len=64, prefill_tokens=64, prefill_seqs=2, tile=32, max_rank=16, bank_pages=5,
+        page_size=8, prefix_caching=False,
+    )  # fmt: skip
+    engine = Engine(lively, config)
+    requests = [request(some(rng, 20), many[i % len(many)], max_tokens=12) for i in range(40)]
+    run_all(engine, requests)
+    assert engine.stats.adapter_loads > 30
+    assert engine.stats.adapter_waits <= 6
 
 
 @pytest.mark.parametrize("scoring", [False, True])

@@ -48,14 +48,14 @@ def test_a_prompt_may_fill_the_cache_but_leaves_room_to_those_who_run():
 
 
 def test_adapters_of_the_next_prompts_are_known_beforehand():
-    """Those of two calls: the next one's should be there, the one's after it are copied beside it."""
     world = World(prefill_seqs=2, max_num_seqs=1)
     for adapter in ("b", None, "b", "a"):
         world.add(8, adapter=adapter, max_tokens=2)
     world.add(8, adapter="c", priority=-1)
     assert world.scheduler.next_adapters() == ["c", "b"]
     world.step()
-    assert world.scheduler.next_adapters() == ["b", "a"]
+    assert world.scheduler.next_adapters() == ["b"]
+    assert world.scheduler.next_adapters(2) == ["b", "a"]
     world.run()
     assert world.scheduler.next_adapters() == []
 

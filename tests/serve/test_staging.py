@@ -127,6 +127,16 @@ def test_a_place_taken_lost_and_taken_again_is_written_where_it_is_now():
     assert diary.holds[("q", bank.place("b")["q"].pages[0])] == "device b0"
 
 
+def test_a_short_call_has_only_what_the_next_one_needs_copied_beside_it():
+    _, diary, staging = make()
+    staging.settle(["a", "b"])
+    assert staging.copies({"c"}) is None
+    copies = staging.copies({"b", "c"})
+    copies()
+    copy_beside(staging)
+    assert diary.take() == ["copy b", "copy a"]
+
+
 def test_after_a_reset_nothing_is_on_its_way():
     bank, diary, staging = make()
     staging.settle(["a", "b"])
