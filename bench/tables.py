@@ -205,13 +205,81 @@ def engine(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
 
 
+def tiers(figures: dict[str, Any]) -> str:
+    """TTFT by where an adapter is, and staged prompts beside others."""
+    options = figures["options"]
+    first = [
+        [
+            row["tier"],
+            f"{row['median_ttft_ms']:.1f}",
+            f"{row['max_ttft_ms']:.1f}",
+            f"{row['gb_per_s']:.2f}" if "gb_per_s" in row else "",
+        ]
+        for row in figures["tiers"]
+    ]
+    title = "{model}, {adapter_kind} r{rank}, {input_len} prompt tokens".format(**options)
+    second = [
+        [
+            f"{row['input_len']:,}",
+            f"{row['staged_prompt_tokens_per_s']:,.0f}",
+            f"{row['resident_prompt_tokens_per_s']:,.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
+        ]
+        for row in figures["staging"]
+    ]
+    header = [
+        "prompt tokens",
+        "tokens/s, each adapter copied",
+        "tokens/s, adapters in the bank",
+        "time ratio (min to max)",
+    ]
+    size = f"{figures['adapter_bytes'] / 1e6:.1f} MB of rank pages an adapter"
+    return (
+        f"{_markdown([title, 'median TTFT, ms', 'longest', 'GB/s from there'], first)}\n{_markdown(header, second)}\n"
+        f"{size}; {_machine(figures)}.\n"
+    )
+
+
+def overload(figures: dict[str, Any]) -> str:
+    """What a server did at many times its capacity."""
+    rows = []
+    for name, value in figures["figures"].items():
+        shown = ", ".join(f"{n} x {status}" for status, n in value.items()) if isinstance(value, dict) else str(value)
+        rows.append([name.replace("_", " "), shown])
+    title = f"{figures['model']}, {figures['options']['factor']:g} times its capacity"
+    return f"{_markdown([title, ''], rows)}\n{_machine(figures)}.\n"
+
+
+def server(figures: dict[str, Any]) -> str:
+    """Base and adapters through a server."""
+    options = figures["options"]
+    rows = [
+        [
+            f"{row['num_adapters']} adapters, {options['adapter_distribution']}" if row["num_adapters"] else "base",
+            f"{row['figures']['output_throughput']:.1f}",
+            _interval(row["ratio"]["output_throughput"]),
+            f"{row['figures']['mean_tpot_ms']:.0f}",
+            f"{row['figures']['mean_ttft_ms']:.0f}",
+        ]
+        for row in figures["contenders"]
+    ]
+    title = "through HTTP, {input_len} in, {output_len} out, {rounds} rounds".format(**options)
+    header = [title, "output tokens/s", "vs base (95% interval)", "mean TPOT, ms", "mean TTFT, ms"]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+
+
 TABLES = {
     "cpu-generation": cpu_generation,
     "cpu-adapters": cpu_adapters,
+    "cpu-overload": overload,
     "cpu-serve-bench": cpu_serve_bench,
+    "cpu-server-uniform": server,
+    "cpu-server-zipf": server,
+    "cpu-tiers": tiers,
     "h100-direft": engine,
     "h100-engine": engine,
     "h100-kernels": kernels,
+    "h100-lora": engine,
     "h100-prefill": prefill,
     "tpu-programs": tpu_programs,
 }

@@ -21,8 +21,8 @@ from preft_jax.io.adapter_files import load_adapter
 from preft_jax.io.adapter_limits import AdapterLimits
 from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model
-from preft_jax.shapes import SITES
-from serve.adapters import ALL_SITES, Columns, Known, pack
+from preft_jax.shapes import LINEAR_SITES
+from serve.adapters import ALL_LINEARS, Columns, Known, pack
 
 _LAYOUT = 2
 """Version of what a file of rank pages holds."""
@@ -82,7 +82,7 @@ class AdapterFiles:
         if self._kept is None or self._file(digest).exists():
             return
         tensors = {
-            f"{site}.{n}.{known.sites[SITES[0] if site == ALL_SITES else site].groups[n]}": array
+            f"{site}.{n}.{known.sites[LINEAR_SITES[0] if site == ALL_LINEARS else site].groups[n]}": array
             for site, slabs in known.slabs.items()
             for n, array in enumerate(slabs)
         }
@@ -117,9 +117,9 @@ class AdapterFiles:
                 groups.setdefault(site, []).append(int(group))
         except ValueError as error:
             raise AdapterError(f"{file} is damaged; delete it, and register the adapter again") from error
-        for site in SITES if ALL_SITES in groups else ():
-            groups[site] = groups[ALL_SITES]
-        return Known({site: Columns(tuple(columns)) for site, columns in groups.items() if site != ALL_SITES}, slabs)
+        for site in LINEAR_SITES if ALL_LINEARS in groups else ():
+            groups[site] = groups[ALL_LINEARS]
+        return Known({site: Columns(tuple(columns)) for site, columns in groups.items() if site != ALL_LINEARS}, slabs)
 
 
 def told(error: BaseException) -> str:

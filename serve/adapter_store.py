@@ -297,6 +297,14 @@ class AdapterStore:
         if old is not None:
             self._give_back(old)
 
+    def _pin_again(self, copy: _Copy) -> None:
+        """Let a copy stay for names whose own load of it failed before."""
+        for name, lease in list(self._pins.items()):
+            if lease.digest == copy.digest and lease._copy is not copy:
+                lease._copy.leases.discard(lease)
+                self._pins[name] = Lease(copy)
+                copy.leases.add(self._pins[name])
+
     def _lease(self, adapter: Registered) -> Lease:
         copy = self._copies.get(adapter.digest)
         if copy is None:
@@ -381,6 +389,7 @@ class AdapterStore:
             else:
                 self._counts["loads"] += 1
                 self._counts["loaded_bytes"] += copy.num_bytes
+                self._pin_again(copy)
                 self._drop_if_unused(copy.digest)
             self._start_loads()
             self._changed.notify_all()

@@ -16,11 +16,11 @@ from preft_jax.adapter import Adapter, AdapterConfig
 from preft_jax.bank import AdapterPages, BankAllocator, PackedSite, adapter_page_counts
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError
-from preft_jax.shapes import SITES
+from preft_jax.shapes import LINEAR_SITES
 from serve.device import slab
 
-ALL_SITES = "all"
-"""Key of slabs that span all sites."""
+ALL_LINEARS = "linears"
+"""Key of slabs that span all linears."""
 
 
 class Columns(NamedTuple):
@@ -33,7 +33,7 @@ class Known(NamedTuple):
     """An adapter on the host.
 
     ``sites`` says how many rank pages it takes where. ``slabs`` holds them, for each site (``device.slab``); if it has
-    equally many at every site, in slabs that span them all, as ``ALL_SITES``: a copy costs the host by the array.
+    equally many at all linears, in slabs that span these, as ``ALL_LINEARS``: a copy costs the host by the array.
     """
 
     sites: dict[str, Columns]
@@ -61,10 +61,10 @@ class Load(NamedTuple):
 def pack(edits: Mapping[str, PackedSite], dtype: Any) -> Known:
     """Return rank pages as the device takes them, in NumPy arrays."""
     sites = {site: Columns(edit.groups) for site, edit in edits.items()}
-    if set(sites) == set(SITES) and len({columns.groups for columns in sites.values()}) == 1:
-        count = len(sites[SITES[0]].groups)
-        whole = [np.concatenate([slab(edits[site], n, dtype) for site in SITES], axis=1) for n in range(count)]
-        return Known(sites, {ALL_SITES: whole})
+    if set(sites) == set(LINEAR_SITES) and len({columns.groups for columns in sites.values()}) == 1:
+        count = len(sites[LINEAR_SITES[0]].groups)
+        whole = [np.concatenate([slab(edits[site], n, dtype) for site in LINEAR_SITES], axis=1) for n in range(count)]
+        return Known(sites, {ALL_LINEARS: whole})
     return Known(sites, {site: [slab(edits[site], n, dtype) for n in range(len(sites[site].groups))] for site in sites})
 
 
@@ -157,6 +157,8 @@ class AdapterBank:
     def release(self, digest: str) -> None:
         """Give up one ``acquire``; the pages may then be taken by others."""
         self._pins[digest] -= 1
+        if not self._pins[digest]:
+            del self._pins[digest]
 
     def place(self, digest: str) -> AdapterPages:
         """Return an acquired adapter's pages."""

@@ -158,7 +158,9 @@ def _register(store: AdapterStore, args: argparse.Namespace, names: Sequence[str
         name, equals, path = item.partition("=")
         if not (name and equals and path) or name in names:
             raise ConfigError(f"--lora-modules has {item!r}; give NAME=PATH, with a name that the model has not")
-        store.register(name, str(Path(path).resolve()), replace=True)
+        old = store.get(name)
+        kept = {} if old is None else {"owner": old.owner, "pinned": old.pinned}
+        store.register(name, str(Path(path).resolve()), replace=True, **kept)
 
 
 class JsonLines(logging.Formatter):

@@ -22,7 +22,7 @@ from preft_jax.config import ModelConfig
 from preft_jax.model import Params
 from preft_jax.programs import DecodeState, Drawn, decode_loop, tops_if
 from preft_jax.sampling import MAX_LOGPROBS, History, SamplingArrays, sample
-from preft_jax.shapes import SITES
+from preft_jax.shapes import LINEAR_SITES
 
 
 def prefill(
@@ -133,15 +133,16 @@ def write_slabs(bank: Bank, slabs: Mapping[str, Sequence[jax.Array]], page: dict
             )
         return pools
 
-    return Bank({site: write(pools, slabs[site], page[site]) for site, pools in bank.sites.items()})
+    written = {site: write(bank.sites[site], some, page[site]) for site, some in slabs.items()}
+    return Bank(bank.sites | written)
 
 
 def write_whole_slabs(bank: Bank, slabs: Sequence[jax.Array], page: dict[str, jax.Array]) -> Bank:
-    """Write rank pages as ``write_slabs`` does, from K slabs that each hold all sites, in the order of ``SITES``."""
+    """Write rank pages as ``write_slabs`` does, from K slabs that each hold all linears, one after the other."""
     widths = []
-    for site in SITES:
+    for site in LINEAR_SITES:
         pools = bank.sites[site]
         _, _, d, r = pools.a_LPDR.shape
         widths.append(slab_width(d, pools.b_LPRF.shape[3], r, pools.a_LPDR.dtype))
     parts = [jnp.split(slab_LW, list(itertools.accumulate(widths))[:-1], axis=1) for slab_LW in slabs]
-    return write_slabs(bank, {site: [part[i] for part in parts] for i, site in enumerate(SITES)}, page)
+    return write_slabs(bank, {site: [part[i] for part in parts] for i, site in enumerate(LINEAR_SITES)}, page)

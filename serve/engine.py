@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 import jax
+import numpy as np
 
 from preft_jax.adapter import FOLD_VERSION, Adapter, AdapterConfig
 from preft_jax.bank import pack_adapter
@@ -86,6 +87,7 @@ class Engine:
         store: of the adapters that requests name by a ``Registered``; None: requests bring their adapters.
         background: other device work, given ``background_seconds`` after each step, and ``idle_seconds`` when no
             request is there.
+        seed: of the seeds that requests without one get, in the order of their arrival.
         clock: seconds.
     """
 
@@ -98,6 +100,7 @@ class Engine:
         background: BackgroundWork | None = None,
         background_seconds: float = 0.0,
         idle_seconds: float = 0.1,
+        seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         if config.max_model_len > model.config.max_position_embeddings:
@@ -128,6 +131,7 @@ class Engine:
         self._background = background
         self._background_seconds = background_seconds
         self._idle_seconds = idle_seconds
+        self._seeds = np.random.default_rng(seed)
         self._clock = clock
         self._stats = Stats()
         self._compiles = CompileCounter()
@@ -264,7 +268,10 @@ class Engine:
             adapter=None if request.adapter is None else request.adapter.digest,
             fold_version=FOLD_VERSION,
         )
-        first_seed = request.seed if sampling.seed is None else sampling.seed
+        given = (seed for seed in (sampling.seed, request.seed) if seed is not None)
+        first_seed = next(given, None)
+        if first_seed is None:
+            first_seed = int(self._seeds.integers(2**32))
         sequences = []
         for index in range(request.n):
             keys = PageKeys(salt, self.pages.page_size) if self.config.prefix_caching else None

@@ -30,7 +30,7 @@ class Request:
         prompt_logprobs: the same for each prompt token but the first, or None.
         priority: lower numbers are served first.
         deadline: seconds after its arrival at which the request is given up, or None.
-        seed: used where ``sampling.seed`` is None.
+        seed: used where ``sampling.seed`` is None; if both are, the engine draws one.
     """
 
     prompt: EncodedPrompt
@@ -43,7 +43,7 @@ class Request:
     prompt_logprobs: int | None = None
     priority: int = 0
     deadline: float | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         def whole(name: str, low: int, high: int) -> None:
@@ -65,7 +65,8 @@ class Request:
             raise RequestError(f"sampling is {self.sampling!r}; give SamplingParams(...)")
         whole("max_tokens", 1, 2**31 - 1)
         whole("n", 1, MAX_SAMPLES)
-        whole("seed", 0, 2**32 - 1)
+        if self.seed is not None:
+            whole("seed", 0, 2**32 - 1)
         whole("priority", -(2**31), 2**31 - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:

@@ -24,9 +24,9 @@ from preft_jax.loading import Model, serving_params
 from preft_jax.logits import History
 from preft_jax.programs import DecodeState, Drawn
 from preft_jax.sampling import SamplingParams, sampling_arrays
-from preft_jax.shapes import RANK_PAGE, SITES
+from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
 from serve import device
-from serve.adapters import ALL_SITES, Load
+from serve.adapters import ALL_LINEARS, Load
 from serve.config import EngineConfig
 from serve.scheduler import Chunk
 from serve.sequence import Sequence
@@ -47,7 +47,7 @@ which would wait for the copies otherwise, and before the call itself, for which
 
 
 class _Write(NamedTuple):
-    """A rank page of each site of an adapter, or of all of them, and where they go."""
+    """A rank page of each site of an adapter, or of all linears, and where they go."""
 
     slabs: dict[str, Any]
     page: dict[str, int]
@@ -177,7 +177,10 @@ class Runner:
         yield "copy-pages", lower(device.copy_pages, self.cache, none, none, donate=0)
         if self._adapters:
             slabs, page = self._no_writes()
-            yield "write-whole-pages", lower(device.write_whole_slabs, self.bank, slabs.pop(ALL_SITES), page, donate=0)
+            yield (
+                "write-whole-pages",
+                lower(device.write_whole_slabs, self.bank, slabs.pop(ALL_LINEARS), page, donate=0),
+            )
             yield "write-pages", lower(device.write_slabs, self.bank, slabs, page, donate=0)
 
     def _time_decode(self) -> None:
@@ -376,7 +379,7 @@ class Runner:
             for n in range(load.num_pages):
                 slabs = {site: own[n] for site, own in load.slabs.items() if n < len(own)}
                 page = {site: place.pages[n] for site, place in load.place.items() if n < len(place.pages)}
-                (whole if ALL_SITES in slabs else apart).append(_Write(slabs, page))
+                (whole if ALL_LINEARS in slabs else apart).append(_Write(slabs, page))
         for name, writes in (("write-whole-pages", whole), ("write-pages", apart)):
             for at in range(0, len(writes), self._writes):
                 slabs, page = self._no_writes()
@@ -385,7 +388,7 @@ class Runner:
                         slabs[site][n] = slab
                     for site, number in write.page.items():
                         page[site][n] = number
-                given = slabs[ALL_SITES] if name == "write-whole-pages" else {site: slabs[site] for site in SITES}
+                given = slabs[ALL_LINEARS] if name == "write-whole-pages" else {site: slabs[site] for site in SITES}
                 self.bank = self.programs[name](self.bank, given, page)
 
     def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
@@ -396,7 +399,7 @@ class Runner:
             for site in SITES:
                 d, f = self.model.config.site_shape(site)
                 widths[site] = device.slab_width(d, f, RANK_PAGE, self.dtype)
-            widths[ALL_SITES] = sum(widths.values())
+            widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
             self._empty_slabs = {s: jnp.zeros((layers, width), self.dtype) for s, width in widths.items()}
         nowhere = {site: np.zeros(self._writes, np.int32) for site in SITES}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere

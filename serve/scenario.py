@@ -77,11 +77,6 @@ def _requests(arrivals: Sequence[float], texts: Texts, users: Sequence[int | Non
     ]
 
 
-def _contenders(modes: Sequence[str], counts: Sequence[int]) -> list[Contender]:
-    """Return base once, and every other mode with each number of adapters."""
-    return [Contender(mode, count) for mode in modes for count in ((0,) if mode == "base" else counts)]
-
-
 def make_entries(args: argparse.Namespace, side: Side) -> list[Entry]:
     """Return base once, and every other mode with each number of adapters.
 

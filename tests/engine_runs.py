@@ -67,9 +67,9 @@ def collect(samples, outputs):
         assert len(sample.token_ids) == len(sample.logprobs) == len(sample.sampling_logprobs)
 
 
-def request(tokens, adapter=None, *, spans=(), sampling=GREEDY, max_tokens=6, **fields):
+def request(tokens, adapter=None, *, spans=(), sampling=GREEDY, max_tokens=6, seed=0, **fields):
     prompt = EncodedPrompt([int(token) for token in tokens], tuple(spans))
-    return Request(prompt=prompt, adapter=adapter, sampling=sampling, max_tokens=max_tokens, **fields)
+    return Request(prompt=prompt, adapter=adapter, sampling=sampling, max_tokens=max_tokens, seed=seed, **fields)
 
 
 def serve(engine, requests, every=0):

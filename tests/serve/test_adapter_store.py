@@ -154,6 +154,27 @@ def test_a_failed_load_is_told_and_may_be_tried_again():
     assert again.known is not None
 
 
+def test_a_pinned_adapter_whose_load_failed_is_pinned_once_it_can_be_loaded():
+    store, files, later = make()
+    fill(store, files, later)
+    registered(store, files, "cold")
+    files.broken.add("/cold")
+    pinned = store.set_pinned("cold", True)
+    later.run()
+    files.broken.clear()
+    lease = store.lease(pinned)
+    later.run()
+    assert store.poll() == [(lease, None)]
+    store.release(lease)
+    for i in range(10):
+        other = store.lease(store.get(f"a{i}"))
+        while later.waiting:
+            later.run()
+        assert other.known is not None
+        store.release(other)
+    assert store.lease(pinned).known is not None, "others did not take its room"
+
+
 def test_a_lease_given_back_is_not_told_of():
     store, files, later = make()
     fill(store, files, later)

@@ -351,3 +351,15 @@ def test_counters(engine, rng):
     assert stats.prefill_calls == 1
     stats.finished = 99
     assert engine.stats.finished == 3
+
+
+def test_requests_without_a_seed_differ_and_another_engine_draws_the_same(lively, rng):
+    one = request(some(rng, 8), sampling=SamplingParams(temperature=1.0), seed=None, max_tokens=12)
+
+    def drawn(**options):
+        return [samples[0].token_ids for samples in run_all(Engine(lively, TIGHT, **options), [one, one])]
+
+    first, second = drawn()
+    assert first != second
+    assert drawn() == [first, second]
+    assert drawn(seed=1) != [first, second]
