@@ -21,9 +21,10 @@ from preft_jax.errors import ConfigError, RequestError
 from preft_jax.generator import check_base, prompt_edit_mask
 from preft_jax.loading import Model
 from preft_jax.programs import Drawn
-from serve.adapter_store import AdapterStore, Lease
+from serve.adapter_store import AdapterStore
 from serve.adapters import AdapterBank, Known, pack, pin
 from serve.background import BackgroundWork
+from serve.claims import Claims
 from serve.config import EngineConfig
 from serve.metrics import CompileCounter
 from serve.outputs import Info, News, fetch, keep_scores, read, to_output
@@ -125,7 +126,7 @@ class Engine:
             tile_entries=config.tile_entries or 1,
             decode_steps=config.decode_steps,
         )
-        self._store = store
+        self._claims = Claims(self.adapters, store)
         if store is not None:
             store.check = self._check_config
         self._background = background
@@ -141,8 +142,6 @@ class Engine:
         self._call: _Call | None = None
         self._next_id = 0
         self._cohorts = 0
-        self._leases: dict[int, Lease] = {}
-        self._loading: dict[Lease, int] = {}
 
     # Requests
 
@@ -181,53 +180,27 @@ class Engine:
             RequestError, AdapterError: if it can never be served; nothing else is affected.
         """
         sequences = self._sequences(request)
-        request_id, lease = sequences[0].request_id, None
-        if isinstance(request.adapter, Registered):
-            lease = self._leases[request_id] = self._open_store().lease(request.adapter)
-        elif request.adapter is not None:
-            self.adapters.hold(request.adapter)
+        request_id = sequences[0].request_id
+        is_here = self._claims.claim(request_id, request.adapter)
         for sequence in sequences:
             sequence.adapter = None if request.adapter is None else request.adapter.digest
         self._next_id += 1
         self._live[request_id] = sequences
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (self._clock() + request.deadline, request_id))
-        if lease is None:
+        if is_here:
             self.scheduler.add(sequences[0])
-        elif lease.known is None:
-            self._loading[lease] = request_id
-        else:
-            self._start(request_id, lease)
         return request_id
-
-    def _open_store(self) -> AdapterStore:
-        if self._store is None:
-            raise RequestError(
-                "the adapter is named, and this engine has no store; make it with Engine(..., store=...)"
-            )
-        return self._store
-
-    def _start(self, request_id: int, lease: Lease) -> None:
-        """Queue a request whose adapter is in host memory, unless it was cancelled a moment before."""
-        assert lease.known is not None
-        self.adapters.put(lease.digest, lease.known)
-        sequence = self._live[request_id][0]
-        if sequence.status is not Status.FINISHED:
-            self.scheduler.add(sequence)
 
     def _take_loaded(self) -> None:
         """Queue the requests whose adapters came, and end those whose adapters cannot be loaded."""
-        for lease, error in self._store.poll() if self._store is not None and self._loading else ():
-            request_id = self._loading.get(lease)
-            if request_id is None:
-                continue
-            if error is None:
-                del self._loading[lease]
-                self._start(request_id, lease)
-                continue
-            for sequence in self._live[request_id]:
+        for request_id, error in self._claims.poll():
+            for sequence in self._live[request_id] if error is not None else ():
                 if sequence.status is not Status.FINISHED:
                     self._end(News(sequence=sequence, finish="error", error=error))
+            leader = self._live[request_id][0]
+            if leader.status is not Status.FINISHED:  # It may have been cancelled a moment before.
+                self.scheduler.add(leader)
 
     def cancel(self, request_id: int, error: str | None = None) -> None:
         """Give a request up; its samples' last outputs say ``"abort"``. Unknown and finished ones are ignored."""
@@ -332,8 +305,8 @@ class Engine:
             self._run(plan)
             if plan is None and not news:
                 self._run_background(self._idle_seconds)
-                if self._store is not None and self._loading and not self._early:
-                    self._store.wait(_LOADING_SECONDS)
+                if self._claims.loading and not self._early:
+                    self._claims.wait(_LOADING_SECONDS)
             return self._outputs(news)
 
     def _schedule(self) -> Prefill | Decode | None:
@@ -534,9 +507,4 @@ class Engine:
         self._live[sequence.request_id] = rest
         if not rest:
             del self._live[sequence.request_id]
-            lease = self._leases.pop(sequence.request_id, None)
-            waits = lease is not None and self._loading.pop(lease, None) is not None
-            if sequence.adapter is not None and not waits:
-                self.adapters.let_go(sequence.adapter)
-            if lease is not None and self._store is not None:
-                self._store.release(lease)
+            self._claims.give_back(sequence.request_id)

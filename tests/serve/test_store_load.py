@@ -77,7 +77,7 @@ def test_every_request_is_accounted_for_while_adapters_come_go_and_change(tiny, 
     assert ended["error"] == 0
     assert ended["abort"] > REQUESTS // 20
     assert_released(engine)
-    assert (engine._leases, engine._loading, engine._live) == ({}, {}, {})
+    assert (len(engine._claims), engine._claims.loading, engine._live) == (0, False, {})
     assert not engine.adapters._known
     assert engine.stats.recompiles == 0
     tiers = store.tiers()
