@@ -1,10 +1,11 @@
 """A watched directory: each of its subdirectories is an adapter, registered under the subdirectory's name."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from preft_jax.errors import AdapterError, ConfigError
+from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.file_pair import CONFIG_FILE
 from serve.adapter_store import AdapterStore
 
@@ -20,16 +21,22 @@ class Changes(NamedTuple):
 class AdapterDirectory:
     """Keeps a store in step with a directory.
 
+    Args:
+        store: to be kept in step.
+        path: the directory.
+        taken: names that no adapter may have.
+
     Raises:
         ConfigError: if it is not a directory.
     """
 
-    def __init__(self, store: AdapterStore, path: Path):
+    def __init__(self, store: AdapterStore, path: Path, *, taken: Collection[str] = ()):
         if not path.is_dir():
             raise ConfigError(f"{path} is not a directory; give one whose subdirectories are adapters")
         self._store = store
         self._path = path.resolve()
-        self._refused: dict[str, int] = {}
+        self._taken = taken
+        self._seen: dict[str, _State] = {}
 
     def scan(self) -> Changes:
         """Register what is new or has changed, and forget what is gone; takes as long as reading the new ones does.
@@ -39,20 +46,22 @@ class AdapterDirectory:
         found = {entry.name: entry.path for entry in os.scandir(self._path) if entry.is_dir(follow_symlinks=False)}
         changes = Changes([], [], {})
         for name, path in sorted(found.items()):
-            changed = _changed(path)
+            state = _state(path)
             known = self._store.get(name)
-            if changed is None or self._refused.get(name) == changed:
+            if not state or self._seen.get(name) == state or (known is not None and known.path != path):
                 continue
-            if known is not None and (known.path != path or changed < known.created * 1e9):
+            is_first_look, self._seen[name] = name not in self._seen, state
+            # What was registered before the program started.
+            if is_first_look and known is not None and max(when for *_, when in state) < known.created * 1e9:
                 continue
             try:
-                kept = {} if known is None else {"owner": known.owner, "pinned": known.pinned}
-                self._store.register(name, path, replace=True, **kept)
-                self._refused.pop(name, None)
+                if name in self._taken:
+                    raise AdapterError(f"{name!r} is the base model's name; rename the directory")
+                self._store.register(name, path, replace=True)
                 changes.registered.append(name)
-            except AdapterError as error:
-                self._refused[name] = changed
+            except (PreftError, OSError) as error:
                 changes.refused[name] = str(error)
+        self._seen = {name: state for name, state in self._seen.items() if name in found}
         for adapter in self._store.list():
             if Path(adapter.path).parent == self._path and adapter.name == Path(adapter.path).name not in found:
                 self._store.unregister(adapter.name)
@@ -60,11 +69,16 @@ class AdapterDirectory:
         return changes
 
 
-def _changed(path: str) -> int | None:
-    """Return when an adapter's directory changed last, in nanoseconds; None if it holds none."""
+_State = tuple[tuple[int, int, int, int], ...]
+"""Of a directory and its files: inode, bytes, and when status and content changed last, in nanoseconds."""
+
+
+def _state(path: str) -> _State:
+    """Return what differs once an adapter's directory has changed, however it did; nothing if it holds none."""
     try:
         if not os.path.exists(os.path.join(path, CONFIG_FILE)):
-            return None
-        return max(os.stat(path).st_mtime_ns, *(entry.stat().st_mtime_ns for entry in os.scandir(path)))
+            return ()
+        found = [os.stat(path), *(entry.stat() for entry in sorted(os.scandir(path), key=lambda entry: entry.name))]
     except OSError:
-        return None
+        return ()
+    return tuple((one.st_ino, one.st_size, one.st_ctime_ns, one.st_mtime_ns) for one in found)

@@ -70,11 +70,20 @@ class AdapterFiles:
         Raises:
             AdapterError: if they are not kept, and the directory does not hold that adapter any more.
         """
+        damage: AdapterError | None = None
         if self._kept is not None and self._file(digest).exists():
-            return self._unpack(self._file(digest))
+            try:
+                return self._unpack(self._file(digest))
+            except AdapterError as error:
+                damage = error
         read = self.read(path)
         if read.digest != digest:
-            raise AdapterError(f"{path} holds another adapter than the one that was registered; register it again")
+            raise AdapterError(
+                f"{path} holds another adapter than the one that was registered; register it again"
+            ) from damage
+        if damage is not None:
+            self.drop(digest)
+            self.keep(digest, read.known)
         return read.known
 
     def keep(self, digest: str, known: Known) -> None:

@@ -9,6 +9,7 @@ happens to the name.
 import collections
 import contextlib
 import dataclasses
+import enum
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,15 @@ from serve.adapters import Known
 from serve.registry import Registered, Registry
 
 _LONGEST_NAME = 256
+
+
+class Unchanged(enum.Enum):
+    """Says that a name keeps what it has."""
+
+    UNCHANGED = enum.auto()
+
+
+UNCHANGED = Unchanged.UNCHANGED
 
 
 class Files(Protocol):
@@ -123,11 +133,18 @@ class AdapterStore:
     # Names
 
     def register(
-        self, name: str, path: str | Path, *, owner: str | None = None, pinned: bool = False, replace: bool = False
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        owner: str | Unchanged | None = UNCHANGED,
+        pinned: bool | Unchanged = UNCHANGED,
+        replace: bool = False,
     ) -> Registered:
         """Read an adapter and let a name stand for it; takes as long as reading does.
 
-        Requests that run keep what the name stood for before.
+        Requests that run keep what the name stood for before. A name keeps its owner and pin where none is given; a
+        new one has no owner and is not pinned.
 
         Raises:
             AdapterError: if the adapter is bad or larger than host memory may hold, or the name is taken and
@@ -142,10 +159,10 @@ class AdapterStore:
         self.check(read.config)
         adapter = Registered(
             name=name, path=str(path), digest=read.digest, config=read.config, num_bytes=read.known.num_bytes,
-            owner=owner, pinned=pinned, created=created,
+            created=created,
         )  # fmt: skip
         with self._changed:
-            self._check_size(adapter)
+            self._check_size(self._with_rights(adapter, owner, pinned))
             self._names[adapter.digest] += 1  # Until it has its name, so that what is kept of it stays.
             room = self._used + adapter.num_bytes <= self.host_bytes
         try:
@@ -154,6 +171,7 @@ class AdapterStore:
             with self._changed:
                 if not replace:
                     self._check_free(name)
+                adapter = self._with_rights(adapter, owner, pinned)
                 self._check_size(adapter)
                 self._put(adapter)
                 self._offer(adapter, known)
@@ -252,6 +270,14 @@ class AdapterStore:
         self._registry.close()
 
     # With the lock held
+
+    def _with_rights(self, adapter: Registered, owner: str | Unchanged | None, pinned: bool | Unchanged) -> Registered:
+        old = self._registry.get(adapter.name) or adapter
+        return dataclasses.replace(
+            adapter,
+            owner=old.owner if isinstance(owner, Unchanged) else owner,
+            pinned=old.pinned if isinstance(pinned, Unchanged) else pinned,
+        )
 
     def _check_free(self, name: str) -> None:
         if self._registry.get(name) is not None:

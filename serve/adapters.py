@@ -107,11 +107,12 @@ class AdapterBank:
         if most > self._max_pages:
             raise AdapterError(
                 f"the adapter takes {most} rank pages of 16 and the engine serves up to {self._max_pages}; raise "
-                "max_rank, or use an adapter of lower rank"
+                "max_rank (a server's --max-lora-rank), or use an adapter of lower rank"
             )
         if most > self._bank_pages - 1:
             raise AdapterError(
-                f"the adapter takes {most} rank pages and the bank has {self._bank_pages - 1}; raise bank_pages"
+                f"the adapter takes {most} rank pages and the bank has {self._bank_pages - 1}; raise bank_pages (a "
+                "server's --bank-pages)"
             )
         return most
 

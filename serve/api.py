@@ -97,6 +97,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least {least}")
     if args.max_adapter_bytes is not None and args.max_adapter_bytes < 1:
         raise ConfigError(f"--max-adapter-bytes is {args.max_adapter_bytes}; give at least 1")
+    if args.drain_seconds == float("inf"):
+        raise ConfigError("--drain-seconds is inf; give a number of seconds")
     for name in ("adapter_memory_gib", "max_body_mib", "request_timeout", "read_timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give a number above 0")
@@ -158,9 +160,7 @@ def _register(store: AdapterStore, args: argparse.Namespace, names: Sequence[str
         name, equals, path = item.partition("=")
         if not (name and equals and path) or name in names:
             raise ConfigError(f"--lora-modules has {item!r}; give NAME=PATH, with a name that the model has not")
-        old = store.get(name)
-        kept = {} if old is None else {"owner": old.owner, "pinned": old.pinned}
-        store.register(name, str(Path(path).resolve()), replace=True, **kept)
+        store.register(name, str(Path(path).resolve()), replace=True)
 
 
 class JsonLines(logging.Formatter):
@@ -230,7 +230,7 @@ def make_serving(args: argparse.Namespace) -> Serving:
     store = _make_store(args, model)
     engine = Engine(model, config, store=store)
     _register(store, args, names)
-    directory = None if args.adapter_dir is None else AdapterDirectory(store, args.adapter_dir)
+    directory = None if args.adapter_dir is None else AdapterDirectory(store, args.adapter_dir, taken=names)
     serving = Serving(
         model=model,
         names=names,

@@ -194,9 +194,8 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
                 serving.adapters.register,
                 body.lora_name,
                 str(path),
-                owner=body.owner,
-                pinned=body.pinned,
                 replace=body.load_inplace,
+                **body.model_dump(include={"owner", "pinned"}, exclude_unset=True),
             )
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

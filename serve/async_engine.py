@@ -7,14 +7,17 @@ loop in one piece.
 import asyncio
 import dataclasses
 import functools
+import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from preft_jax.errors import PreftError
+from preft_jax.errors import PreftError, RequestError
 from serve.request import Output, Request
+
+_log = logging.getLogger("preft.server")
 
 _SHORTEST_RETRY, _LONGEST_RETRY = 1.0, 60.0
 _ABORT_SECONDS = 10.0
@@ -242,6 +245,10 @@ class AsyncEngine:
             raise EngineStopped("the server is shutting down and takes no requests; send them to another one")
         if not self.ready:
             raise EngineStopped("the engine is starting and takes no requests yet; try again in some seconds")
+        if count > self.max_waiting:
+            raise RequestError(
+                f"there are {count} prompts, and at most {self.max_waiting} may wait; send fewer at a time"
+            )
         if self._waiting + count > self.max_waiting:
             raise Overloaded(
                 f"{self._waiting} requests wait for their first token and at most {self.max_waiting} may; try again "
@@ -291,6 +298,7 @@ class AsyncEngine:
                 if self.engine.has_work and not self._halted:
                     self._send(self.engine.step())
         except Exception as error:
+            _log.exception("the engine failed")
             self._tell(self._fail, f"{type(error).__name__}: {error}")
 
     def _take(self, wait: bool) -> None:

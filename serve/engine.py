@@ -17,7 +17,7 @@ import numpy as np
 from preft_jax.adapter import FOLD_VERSION, Adapter, AdapterConfig
 from preft_jax.bank import pack_adapter
 from preft_jax.edit_mask import extend_edit_mask
-from preft_jax.errors import ConfigError, RequestError
+from preft_jax.errors import AdapterError, ConfigError, RequestError
 from preft_jax.generator import check_base, prompt_edit_mask
 from preft_jax.loading import Model
 from preft_jax.programs import Drawn
@@ -284,9 +284,10 @@ class Engine:
     def _check_config(self, config: AdapterConfig) -> int:
         """Return how many rank pages an adapter puts on a tile's list; raise if it can never be served."""
         if not config.prefill_only and not self.config.all_token:
-            raise RequestError(
-                "the adapter edits every token (positions 'all') and this engine serves prompt-only adapters; make it "
-                "with EngineConfig(all_token=True)"
+            raise AdapterError(
+                "the adapter edits every token (positions 'all', as an adapter of PEFT does unless it says otherwise) "
+                "and this engine serves prompt-only adapters; make it with EngineConfig(all_token=True), a server "
+                "with --all-token"
             )
         return self.adapters.check(config)
 

@@ -138,6 +138,7 @@ class _EngineCollector:
         yield counter("preft_device_failures", "Device calls that failed", now["device_failures"])
         yield counter("preft_prefill_seconds", "Seconds of prefill calls", now["prefill_seconds"])
         yield counter("preft_decode_seconds", "Seconds of decode calls", now["decode_seconds"])
+        yield counter("preft_adapter_waits", "Adapters that a prefill had to wait for", now["adapter_waits"])
         for name, value in bank_figures(self._engine).items():
             kind = counter if name == "device_loads" else gauge
             yield kind(f"preft_adapter_{name}", "Of the bank of rank pages", value)

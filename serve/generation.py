@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
@@ -20,6 +21,10 @@ from serve.protocol import ChatBody, CompletionBody, as_dicts
 from serve.registry import Registered
 from serve.request import Request
 from serve.serving import Serving
+
+_log = logging.getLogger("preft.server")
+
+_FAILED = "the request failed in the server, whose log says why; it can be sent again"
 
 _LONG_TEXT = 20_000
 """Characters from which on a text is tokenised in another thread."""
@@ -201,7 +206,9 @@ class Job:
                 self._serving.metrics.ended(output.finish_reason, self._tokens[index], now - self._started, now - first)
                 self._facts.setdefault("finish", []).append(output.finish_reason)
             if output.finish_reason == "error":
-                raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
+                # It may tell of paths and of the device.
+                _log.error("a request failed", extra={"facts": {"id": self._facts.get("id"), "reason": output.error}})
+                raise ApiError(500, _FAILED, code="generation_failed")
             yield index, output
 
     def close(self) -> None:

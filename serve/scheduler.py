@@ -120,7 +120,7 @@ PATIENCE = 8
 """Calls in which others with adapters may overtake a sequence whose adapter finds no room on the device."""
 
 _LOOK_PAST = 64
-"""Sequences whose adapters find no room, behind which a call still looks for others."""
+"""Sequences whose adapters find no room, behind which a call looks for those without adapters only."""
 
 
 class Scheduler:
@@ -278,10 +278,10 @@ class Scheduler:
             looked = True
             if chunks and chunks[0].sequence.cohort != sequence.cohort:
                 continue
+            if sequence.adapter is not None and len(refused) == _LOOK_PAST:
+                continue
             if sequence.adapter is not None and (self._is_reserved(refused) or not self._take_adapter(sequence)):
                 refused.append(sequence)
-                if len(refused) == _LOOK_PAST:
-                    break
                 continue
             if not self._admit(sequence):
                 self._release_adapter(sequence)
@@ -291,6 +291,7 @@ class Scheduler:
                 break
         for sequence in admitted:
             self._waiting.remove(sequence)
+            sequence.overtaken = 0
         if refused and any(s.adapter is not None and s.rank > refused[0].rank for s in admitted):
             refused[0].overtaken += 1
         self._refused = looked and not chunks

@@ -68,7 +68,14 @@ class Staging:
         self._take_placed()
         late = [digest for digest in self._placed if digest in digests]
         self.waits += len(late)
-        self._copy(late)
+        while late:
+            # What is copied takes memory until it is written.
+            room, some = self._room, []
+            while late and (not some or self._placed[late[0]].num_pages <= room):
+                room -= self._placed[late[0]].num_pages
+                some.append(late.pop(0))
+            self._copy(some)
+            self._write(some)
         self._write([digest for digest in self._copied if digest in digests])
 
     def copies(self, only: Collection[str] | None = None) -> Callable[[], None] | None:
@@ -118,7 +125,9 @@ class Staging:
         return digest
 
     def _take_placed(self) -> None:
+        """Take new loads, and drop those that had to go again."""
         self._placed |= {load.digest: load for load in self._bank.take_pending()}
+        self._placed = {name: load for name, load in self._placed.items() if self._bank.is_at(name, load.place)}
 
     def _copy(self, digests: list[str]) -> None:
         for some in self._groups([self._placed.pop(digest) for digest in digests]):

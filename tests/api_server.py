@@ -3,8 +3,11 @@
 import contextlib
 import socket
 import threading
+import time
 
+import httpx
 import jax
+import openai
 import uvicorn
 
 import preft_jax
@@ -88,3 +91,27 @@ def running(serving, **limits):
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
+
+
+def client(url, key):
+    return openai.OpenAI(
+        base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60, http_client=httpx.Client(trust_env=False)
+    )
+
+
+def until(holds):
+    """Wait for what comes soon, or never."""
+    for _ in range(6000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about")
+
+
+def is_idle(serving):
+    engine = serving.engine.engine
+    return not engine.has_work and engine.pages.num_used == 0 and serving.engine.num_open == 0
+
+
+def admin(url):
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=60, trust_env=False)

@@ -1,6 +1,5 @@
 """Mutated adapter directories: each one loads whole, or is an ``AdapterError``. ``python -m tests.fuzz.adapters``."""
 
-import argparse
 import collections
 import contextlib
 import json
@@ -9,7 +8,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -21,6 +19,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 from adapter_dirs import CONFIG, FIXTURES, MODEL, TENSORS
+from fuzz import program
 from fuzz.mutate import change_bytes, change_tree, dump
 
 from preft_jax.adapter import AdapterConfig, check_fits, random_adapter
@@ -194,18 +193,7 @@ def run(root, *, seed, until):
     return fuzzer.ends
 
 
-def main():
-    """Run the program."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.adapters", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=None, help="default: a new one, which is printed")
-    args = parser.parse_args()
-    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-    print(f"seed {seed}", flush=True)
-    end = time.monotonic() + args.seconds
-    ends = run(Path(tempfile.mkdtemp()), seed=seed, until=lambda number: time.monotonic() > end)
-    print(json.dumps({"seed": seed, "seconds": args.seconds, "directories": ends.total(), **ends}))
-
-
 if __name__ == "__main__":
-    main()
+    program.main(
+        "adapters", __doc__, "directories", lambda seed, until: run(Path(tempfile.mkdtemp()), seed=seed, until=until)
+    )

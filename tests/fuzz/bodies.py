@@ -3,14 +3,12 @@
 ``python -m tests.fuzz.bodies`` runs the whole app and a tiny engine in this process, without a socket.
 """
 
-import argparse
 import asyncio
 import collections
 import json
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -20,6 +18,7 @@ if __name__ == "__main__":
 
 import api_server
 from engine_outputs import assert_released
+from fuzz import program
 from fuzz.mutate import change_bytes, change_tree, dump
 
 import preft_jax
@@ -155,19 +154,10 @@ async def run(root, model, *, seed, until):
     return fuzzer.ends
 
 
-def main():
-    """Run the program."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.bodies", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=None, help="default: a new one, which is printed")
-    args = parser.parse_args()
-    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-    print(f"seed {seed}", flush=True)
-    end = time.monotonic() + args.seconds
+def _run_here(seed, until):
     root, model = Path(tempfile.mkdtemp()), preft_jax.load_model("tiny")
-    ends = asyncio.run(run(root, model, seed=seed, until=lambda number: time.monotonic() > end))
-    print(json.dumps({"seed": seed, "seconds": args.seconds, "bodies": ends.total(), **ends}))
+    return asyncio.run(run(root, model, seed=seed, until=until))
 
 
 if __name__ == "__main__":
-    main()
+    program.main("bodies", __doc__, "bodies", _run_here)

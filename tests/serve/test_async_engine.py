@@ -136,7 +136,7 @@ def test_too_many_that_wait_are_refused_until_there_is_room():
     serve(engine, test, max_waiting=3)
 
 
-def test_a_step_that_raises_fails_what_is_open_and_what_comes():
+def test_a_step_that_raises_fails_what_is_open_and_what_comes(caplog):
     engine = ScriptedEngine(faults={9: "broken"})
 
     async def test(server):
@@ -151,6 +151,8 @@ def test_a_step_that_raises_fails_what_is_open_and_what_comes():
             await server.open([request()])
 
     serve(engine, test)
+    (told,) = [record for record in caplog.records if record.message == "the engine failed"]
+    assert "the device is gone" in str(told.exc_info)
 
 
 def test_nothing_is_taken_before_it_is_warm():

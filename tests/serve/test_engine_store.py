@@ -1,6 +1,7 @@
 """Named adapters: the engine serves what the store has registered, whichever tier it comes from."""
 
 import dataclasses
+import os
 import shutil
 import threading
 
@@ -216,7 +217,7 @@ def test_kept_rank_pages_serve_without_the_directory(lively, saved, tmp_path, rn
 
 def test_adapters_that_the_engine_can_never_serve_are_refused_at_registration(lively, saved, store):
     Engine(lively, dataclasses.replace(TIGHT, all_token=False), store=store)
-    with pytest.raises((AdapterError, RequestError), match="edits every token"):
+    with pytest.raises(AdapterError, match="edits every token"):
         store.register("lora_all", saved / "lora_all")
     assert store.get("lora_all") is None
 
@@ -252,6 +253,58 @@ def test_a_directory_is_followed(lively, saved, store, tmp_path):
     shutil.rmtree(root / "bob")
     assert watched.scan() == ([], ["bob"], {})
     assert [one.name for one in store.list()] == ["ann"]
+
+
+def test_one_bad_adapter_in_a_directory_holds_up_no_other(lively, saved, store, tmp_path):
+    Engine(lively, dataclasses.replace(TIGHT, all_token=False), store=store)
+    for name, kind in (("ann", "lora"), ("base", "lora"), ("every", "lora_all"), ("zoe", "direft")):
+        shutil.copytree(saved / kind, tmp_path / "watched" / name)
+    watched = AdapterDirectory(store, tmp_path / "watched", taken=("base",))
+    changes = watched.scan()
+    assert changes.registered == ["ann", "zoe"]
+    assert "base model's name" in changes.refused["base"]
+    assert "--all-token" in changes.refused["every"]
+    assert watched.scan() == ([], [], {})
+
+
+def test_a_directory_swapped_for_an_older_one_is_noticed(lively, saved, store, tmp_path):
+    root = tmp_path / "watched"
+    shutil.copytree(saved / "direft", tmp_path / "new")
+    for path in (tmp_path / "new", *(tmp_path / "new").iterdir()):
+        os.utime(path, (1e9, 1e9))
+    shutil.copytree(saved / "lora", root / "ann")
+    watched = AdapterDirectory(store, root)
+    watched.scan()
+    before = store.get("ann")
+    (root / "ann").rename(tmp_path / "old")
+    (tmp_path / "new").rename(root / "ann")
+    assert watched.scan().registered == ["ann"]
+    assert store.get("ann").digest != before.digest
+    for path in (root / "ann", *(root / "ann").iterdir()):
+        os.utime(path, (4e9, 4e9))
+    watched.scan()
+    assert watched.scan() == ([], [], {}), "a clock that is ahead does not make it new at every look"
+
+
+def test_after_a_restart_a_directory_is_not_read_again(lively, saved, store, tmp_path):
+    shutil.copytree(saved / "lora", tmp_path / "watched" / "ann")
+    AdapterDirectory(store, tmp_path / "watched").scan()
+    assert AdapterDirectory(store, tmp_path / "watched").scan() == ([], [], {})
+
+
+def test_a_damaged_file_of_rank_pages_is_made_again(lively, saved, tmp_path):
+    files = AdapterFiles(lively, tmp_path / "kept")
+    read = files.read(str(saved / "lora"))
+    files.keep(read.digest, read.known)
+    (file,) = (tmp_path / "kept").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    known = files.load(str(saved / "lora"), read.digest)
+    assert known.sites == read.known.sites
+    assert file.read_bytes() == whole
+    file.write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="another adapter"):
+        files.load(str(saved / "direft"), read.digest)
 
 
 def test_alone_is_the_right_oracle(lively, saved, rng):

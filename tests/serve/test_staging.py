@@ -2,7 +2,6 @@
 
 import pytest
 
-from preft_jax.adapter import AdapterConfig
 from preft_jax.config import PRESETS
 from serve.adapters import AdapterBank, Columns, Known
 from serve.staging import STRIKES, Staging, WriteError
@@ -185,7 +184,23 @@ def test_of_copies_that_fail_each_is_tried_alone():
     assert diary.take() == ["copy a b", "copy a", "copy b", "copy a", "copy b"]
 
 
-def test_the_books_refuse_what_can_never_be_served():
-    bank, *_ = make(bank_pages=2)
-    with pytest.raises(Exception, match="raise bank_pages"):
-        bank.check(AdapterConfig(rank=32))
+def test_many_adapters_that_a_call_waits_for_are_brought_a_few_at_a_time():
+    """A cold bank must not need more memory for copies than was set aside."""
+    bank, diary, staging = make("abcde", bank_pages=7, room=2)
+    for name in "abcde":
+        assert bank.acquire(name)
+    staging.bring(set("abcde"))
+    assert diary.take() == ["copy a b", "write a b", "copy c d", "write c d", "copy e", "write e"]
+    assert staging.waits == 5
+
+
+def test_what_had_to_go_again_takes_no_room_ahead():
+    bank, diary, staging = make(bank_pages=2, room=1)
+    staging.settle(["a"])
+    assert bank.acquire("b")
+    staging.bring({"b"})
+    bank.release("b")
+    staging.settle(["c"])
+    assert diary.take() == ["copy b", "write b"]
+    copy_beside(staging)
+    assert diary.take() == ["copy c"]
