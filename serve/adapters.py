@@ -46,7 +46,7 @@ class Known(NamedTuple):
 
 
 class Load(NamedTuple):
-    """An adapter that must be written to the bank: its slabs, of ``Known`` or copies on the device, and where to."""
+    """An adapter on its way to the bank: its slabs, of ``Known`` or copies on the device, and its place."""
 
     digest: str
     slabs: dict[str, list[Any]]
@@ -147,9 +147,8 @@ class AdapterBank:
             known = self._known[digest]
             if not self._make_room({site: len(edit.groups) for site, edit in known.sites.items()}):
                 return False
-            place = self._allocator.allocate(known.sites)
-            self._places[digest] = place
-            self.pending.append(Load(digest, known.slabs, place))
+            self._places[digest] = self._allocator.allocate(known.sites)
+            self.pending.append(self.load(digest))
             self.loads += 1
         self._places.move_to_end(digest)
         self._pins[digest] += 1
@@ -164,6 +163,14 @@ class AdapterBank:
     def place(self, digest: str) -> AdapterPages:
         """Return an acquired adapter's pages."""
         return self._places[digest]
+
+    def holds(self, digest: str) -> bool:
+        """Whether an adapter has a place."""
+        return digest in self._places
+
+    def load(self, digest: str) -> Load:
+        """Return what is to be written of an adapter that is on the host, and where to if it has a place."""
+        return Load(digest, self._known[digest].slabs, self._places.get(digest, {}))
 
     def is_at(self, digest: str, place: AdapterPages) -> bool:
         """Whether an adapter still has the place that it was given."""

@@ -338,7 +338,8 @@ class Engine:
         if any(sequence.score for sequence in plan.sequences):
             logits, rows, scores = self.runner.score(plan.chunks, places)
         else:
-            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens, self._staging.copies())
+            begin = self._staging.copies(self.scheduler.next_adapters(2))
+            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens, begin)
         drawing: list[tuple[int, Sequence]] = []
         for row, chunk in zip(rows, plan.chunks, strict=True):
             if chunk.last:
@@ -363,7 +364,7 @@ class Engine:
             adapted, plain = plan.sequences, []
         call = _Call(plan=plan, rows=[], drawn=[])
         # A single step is soon over, and the next call's arguments wait for the copies: only for those it needs anyway.
-        begin = self._staging.copies(self.scheduler.next_adapters(1) if plan.steps == 1 else None)
+        begin = self._staging.copies(self.scheduler.next_adapters(1 if plan.steps == 1 else 2))
         if plain:
             call.rows.append(plain)
             call.drawn.append(self.runner.decode(plain, plan.steps, begin))

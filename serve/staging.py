@@ -1,10 +1,12 @@
-"""Brings adapters' rank pages to the device: copied while a call runs, written to the bank behind it.
+"""Brings adapters' rank pages to the device: copied beside the bank while a call runs, written to it behind the call.
 
 On a GPU a copy waits for all calls dispatched before it, and the arguments of a call wait for all copies begun before
-them. So a later prompt's adapters are copied where they run beside a call: behind its arguments, before itself.
+them. So a later prompt's adapters are copied where they run beside a call: behind its arguments, before itself. A copy
+needs no place in the bank, so that a bank with room for one call keeps up.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
@@ -35,7 +37,7 @@ class WriteError(Exception):
 
 
 class Staging:
-    """Copies and writes what the bank has given a place to.
+    """Copies what the next prompts need, and writes it once the bank has given it a place.
 
     Args:
         bank: the books.
@@ -66,48 +68,51 @@ class Staging:
             WriteError: if that is impossible.
         """
         self._take_placed()
-        late = [digest for digest in self._placed if digest in digests]
+        self._write([digest for digest in self._placed if digest in digests and digest in self._copied])
+        late = [load for digest, load in self._placed.items() if digest in digests]
         self.waits += len(late)
+        if len(self._that_fit(late)) < len(late):
+            self._copied = {}  # Later prompts' copies make room.
         while late:
-            # What is copied takes memory until it is written.
-            room, some = self._room, []
-            while late and (not some or self._placed[late[0]].num_pages <= room):
-                room -= self._placed[late[0]].num_pages
-                some.append(late.pop(0))
+            some = self._that_fit(late) or late[:1]
+            del late[: len(some)]
             self._copy(some)
-            self._write(some)
-        self._write([digest for digest in self._copied if digest in digests])
+            self._write([load.digest for load in some])
 
-    def copies(self, only: Collection[str] | None = None) -> Callable[[], None] | None:
-        """Return what begins the copies of adapters that have places, or None if there are none.
+    def copies(self, digests: Iterable[str]) -> Callable[[], None] | None:
+        """Return what begins copies of adapters that are not in the bank, or None if there is nothing to copy.
 
         It raises ``WriteError`` if it cannot.
 
         Args:
-            only: copy none but these.
+            digests: those of the next prompts, in their order.
         """
-        digests = [digest for digest in self._placed if only is None or digest in only]
-        return (lambda: self._copy(digests)) if digests else None
+        self._take_placed()
+        missing = [digest for digest in digests if not self._bank.holds(digest)]
+        wanted = [self._bank.load(digest) for digest in dict.fromkeys([*self._placed, *missing])]
+        some = self._that_fit([load for load in wanted if load.digest not in self._copied])
+        return (lambda: self._copy(some)) if some else None
 
-    def settle(self, digests: Iterable[str]) -> None:
-        """Behind a call that runs: write what was copied beside it, and give places to later prompts' adapters.
+    def settle(self, digests: Collection[str]) -> None:
+        """Behind a call that runs: give places to later prompts' adapters that are copied, and write them.
 
         Args:
-            digests: those of the next prompts, in their order.
+            digests: those of the next prompts, in their order. No place of one of them is given to a later one.
 
         Raises:
             WriteError: if something cannot be written.
         """
-        self._write(list(self._copied))
         taken = []
         for digest in digests:
-            waiting = [*self._placed.values(), *self._bank.pending]
-            if sum(load.num_pages for load in waiting) >= self._room or not self._bank.acquire(digest):
-                break
-            taken.append(digest)
+            if self._bank.holds(digest) or digest in self._copied:
+                if not self._bank.acquire(digest):
+                    break
+                taken.append(digest)
         for digest in taken:
             self._bank.release(digest)
         self._take_placed()
+        self._write([digest for digest in self._placed if digest in self._copied])
+        self._copied = {digest: load for digest, load in self._copied.items() if digest in digests}
 
     def blame(self, digests: list[str]) -> str | None:
         """Note that adapters could not be written together; return the one that is to be given up, if it is known.
@@ -125,28 +130,31 @@ class Staging:
         return digest
 
     def _take_placed(self) -> None:
-        """Take new loads, and drop those that had to go again."""
+        """Take new places, and drop those that had to go again."""
         self._placed |= {load.digest: load for load in self._bank.take_pending()}
         self._placed = {name: load for name, load in self._placed.items() if self._bank.is_at(name, load.place)}
 
-    def _copy(self, digests: list[str]) -> None:
-        for some in self._groups([self._placed.pop(digest) for digest in digests]):
+    def _that_fit(self, loads: list[Load]) -> list[Load]:
+        """Return the first ones for whose copies there is room."""
+        room = self._room - sum(load.num_pages for load in self._copied.values())
+        pages = itertools.accumulate(load.num_pages for load in loads)
+        return loads[: sum(up_to <= room for up_to in pages)]
+
+    def _copy(self, loads: list[Load]) -> None:
+        for some in self._groups(loads):
             with _blaming(some):
                 self._copied |= {load.digest: load for load in self._writer.copy_adapters(some)}
 
     def _write(self, digests: list[str]) -> None:
-        for some in self._groups([self._copied.pop(digest) for digest in digests]):
+        loads = [self._copied.pop(digest)._replace(place=self._placed.pop(digest).place) for digest in digests]
+        for some in self._groups(loads):
             with _blaming(some):
                 self._writer.write_adapters(some)
             for load in some:
                 self._strikes.pop(load.digest, None)
 
     def _groups(self, loads: list[Load]) -> list[list[Load]]:
-        """Return what is brought together: all, but each alone that was among some that failed.
-
-        What had to go again meanwhile is left out: its place belongs to another.
-        """
-        loads = [load for load in loads if self._bank.is_at(load.digest, load.place)]
+        """Return what is brought together: all, but each alone that was among some that failed."""
         together = [load for load in loads if load.digest not in self._strikes]
         apart = [[load] for load in loads if load.digest in self._strikes]
         return [together, *apart] if together else apart

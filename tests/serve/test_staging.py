@@ -50,102 +50,129 @@ def make(names="abcdef", *, bank_pages=5, room=2, pages=1):
     return bank, diary, Staging(bank, diary, room)
 
 
-def copy_beside(staging):
+def copy_beside(staging, digests):
     """What a call does between its arguments and itself."""
-    copies = staging.copies()
+    copies = staging.copies(digests)
     if copies is not None:
         copies()
 
 
-def test_places_are_given_behind_one_call_copies_run_beside_the_next_and_are_written_behind_it():
+def test_copies_run_beside_a_call_and_are_written_behind_it():
     _, diary, staging = make()
-    staging.settle(["a", "b"])
-    assert diary.take() == []
-    copies = staging.copies()
+    copies = staging.copies(["a", "b"])
     assert diary.take() == []
     copies()
     assert diary.take() == ["copy a b"]
     staging.settle(["a", "b"])
     assert diary.take() == ["write a b"]
-    assert staging.copies() is None
+    assert staging.copies(["a", "b"]) is None
 
 
 def test_a_call_waits_only_for_the_adapters_that_it_needs():
-    bank, diary, staging = make()
-    staging.settle(["a", "b"])
+    bank, diary, staging = make(room=3)
+    copy_beside(staging, ["a", "b"])
     for name in "bc":
         assert bank.acquire(name)
+    assert diary.take() == ["copy a b"]
     staging.bring({"b", "c"})
-    assert diary.take() == ["copy b c", "write b c"]
+    assert diary.take() == ["write b", "copy c", "write c"]
+    assert staging.waits == 1
     staging.bring({"b", "c"})
     assert diary.take() == []
-    copy_beside(staging)
-    assert diary.take() == ["copy a"]
     assert bank.acquire("a")
     staging.bring({"a"})
     assert diary.take() == ["write a"]
+    assert staging.waits == 1
 
 
 def test_what_is_copied_ahead_is_bounded_and_the_next_prompts_come_first():
     bank, diary, staging = make(room=2)
-    for expected in ([], ["copy a b", "write a b"], ["copy c d", "write c d"], []):
-        copy_beside(staging)
+    for expected in (["copy a b", "write a b"], ["copy c d", "write c d"], ["copy e f"], []):
+        copy_beside(staging, "abcdef")
         staging.settle("abcdef")
         assert diary.take() == expected, "the bank has four pages, and no nearer adapter goes for a later one"
     assert all(bank.acquire(name) for name in "abcd")
 
 
-def test_what_has_a_place_ahead_can_lose_it_before_and_after_its_copy():
+def test_a_bank_that_one_call_fills_is_no_reason_to_wait():
+    bank, diary, staging = make(bank_pages=3, room=2)
+    calls = ["ab", "cd", "ef", "ab"]
+    for now, then in zip(calls, [*calls[1:], ""], strict=True):
+        assert all(bank.acquire(name) for name in now)
+        staging.bring(set(now))
+        copy_beside(staging, then)
+        staging.settle(then)
+        assert [diary.holds["q", bank.place(name)["q"].pages[0]] for name in now] == [f"device {n}0" for n in now]
+        for name in now:
+            bank.release(name)
+    assert diary.take()[:6] == ["copy a b", "write a b", "copy c d", "write c d", "copy e f", "write e f"]
+    assert staging.waits == 2, "nothing ran beside which the first ones could be copied"
+
+
+def test_what_is_copied_ahead_is_dropped_once_no_prompt_wants_it():
+    _, diary, staging = make(bank_pages=2, room=2)
+    copy_beside(staging, "ab")
+    staging.settle("a")
+    copy_beside(staging, "acd")
+    assert diary.take() == ["copy a b", "write a", "copy c d"]
+
+
+def test_copies_ahead_make_room_for_those_that_a_call_needs():
+    bank, diary, staging = make(bank_pages=5, room=2)
+    copy_beside(staging, "ab")
+    for name in "cd":
+        assert bank.acquire(name)
+    staging.bring(set("cd"))
+    assert diary.take() == ["copy a b", "copy c d", "write c d"]
+
+
+def test_a_place_can_be_lost_before_it_is_written():
     bank, diary, staging = make(bank_pages=2)
-    staging.settle(["a"])
+    assert bank.acquire("a")
+    bank.release("a")
+    copy_beside(staging, "a")
     assert bank.acquire("b"), "a place ahead keeps nothing"
     staging.bring({"b"})
-    copy_beside(staging)
-    staging.settle(["a"])
-    assert diary.take() == ["copy b", "write b"], "a's page is b's now"
     bank.release("b")
-    staging.settle(["a"])
-    copy_beside(staging)
-    assert bank.acquire("c")
-    staging.bring({"c"})
-    staging.settle([])
-    assert diary.take() == ["copy a", "copy c", "write c"]
-    assert diary.holds == {("q", bank.place("c")["q"].pages[0]): "device c0"}
+    assert diary.take() == ["copy a", "copy b", "write b"]
+    staging.settle("a")
+    assert diary.take() == ["write a"]
+    assert diary.holds == {("q", bank.place("a")["q"].pages[0]): "device a0"}
 
 
 def test_a_place_taken_lost_and_taken_again_is_written_where_it_is_now():
     bank, diary, staging = make(bank_pages=3, pages=1)
-    staging.settle(["a"])
-    copy_beside(staging)
+    assert bank.acquire("a")
+    bank.release("a")
+    copy_beside(staging, "a")
     for name in "bc":
         assert bank.acquire(name)
     bank.release("c")
     assert bank.acquire("a")
     staging.bring({"a", "b"})
-    assert diary.holds[("q", bank.place("a")["q"].pages[0])] == "device a0"
-    assert diary.holds[("q", bank.place("b")["q"].pages[0])] == "device b0"
+    assert diary.holds["q", bank.place("a")["q"].pages[0]] == "device a0"
+    assert diary.holds["q", bank.place("b")["q"].pages[0]] == "device b0"
 
 
-def test_a_short_call_has_only_what_the_next_one_needs_copied_beside_it():
-    _, diary, staging = make()
-    staging.settle(["a", "b"])
-    assert staging.copies({"c"}) is None
-    copies = staging.copies({"b", "c"})
-    copies()
-    copy_beside(staging)
-    assert diary.take() == ["copy b", "copy a"]
+def test_what_is_admitted_but_not_in_the_next_call_is_copied_beside_it():
+    bank, diary, staging = make()
+    assert bank.acquire("a")
+    assert bank.acquire("b")
+    staging.bring({"a"})
+    copy_beside(staging, "c")
+    staging.settle("c")
+    assert diary.take() == ["copy a", "write a", "copy b c", "write b c"]
 
 
 def test_after_a_reset_nothing_is_on_its_way():
     bank, diary, staging = make()
-    staging.settle(["a", "b"])
-    copy_beside(staging)
-    staging.settle(["a", "b", "c"])
+    bank.acquire("a")
+    copy_beside(staging, ["a", "b"])
     bank.reset()
     staging.reset()
-    copy_beside(staging)
-    staging.settle([])
-    assert diary.take() == ["copy a b", "write a b"]
+    copy_beside(staging, [])
+    staging.settle(["a", "b"])
+    assert diary.take() == ["copy a b"]
 
 
 def test_of_several_that_cannot_be_written_the_one_that_fails_alone_twice_is_given_up():
@@ -172,9 +199,8 @@ def test_of_copies_that_fail_each_is_tried_alone():
     diary.broken = {"copy b", "copy a b"}
     given_up = []
     for failed in (["a", "b"], ["b"], ["b"]):
-        staging.settle(["a", "b"])
         with pytest.raises(WriteError) as error:
-            copy_beside(staging)
+            copy_beside(staging, ["a", "b"])
         assert error.value.digests == failed
         assert isinstance(error.value.__cause__, OSError)
         given_up.append(staging.blame(error.value.digests))
@@ -192,15 +218,3 @@ def test_many_adapters_that_a_call_waits_for_are_brought_a_few_at_a_time():
     staging.bring(set("abcde"))
     assert diary.take() == ["copy a b", "write a b", "copy c d", "write c d", "copy e", "write e"]
     assert staging.waits == 5
-
-
-def test_what_had_to_go_again_takes_no_room_ahead():
-    bank, diary, staging = make(bank_pages=2, room=1)
-    staging.settle(["a"])
-    assert bank.acquire("b")
-    staging.bring({"b"})
-    bank.release("b")
-    staging.settle(["c"])
-    assert diary.take() == ["copy b", "write b"]
-    copy_beside(staging)
-    assert diary.take() == ["copy c"]
