@@ -280,7 +280,9 @@ TABLES = {
     "h100-engine": engine,
     "h100-kernels": kernels,
     "h100-lora": engine,
+    "h100-lora-before": engine,
     "h100-prefill": prefill,
+    "h100-tiers": tiers,
     "tpu-programs": tpu_programs,
 }
 

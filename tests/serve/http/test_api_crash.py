@@ -65,10 +65,16 @@ class Registering:
             for number in range(10_000):
                 # Names of one client only, so that the last answer says what a name stands for.
                 name = f"life{self._life}-{client}-{number // 2 if number % 2 else self._draw(number // 2 + 1)}"
-                wanted = f"d{self._draw(6)}", self._draw_owner()
+                body = {
+                    "lora_name": name,
+                    "lora_path": f"d{self._draw(6)}",
+                    "owner": self._draw_owner(),
+                    "load_inplace": True,
+                }
                 with self._lock:
+                    # Without an owner, a name keeps the one that it has.
+                    wanted = body["lora_path"], body["owner"] or self.answered.get(name, (None, None))[1]
                     self.open[name] = wanted
-                body = {"lora_name": name, "lora_path": wanted[0], "owner": wanted[1], "load_inplace": True}
                 try:
                     answer = admin.post("/v1/load_lora_adapter", json=body)
                 except httpx.HTTPError:
