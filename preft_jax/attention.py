@@ -2,13 +2,16 @@
 training.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from kernels import api
 from preft_jax.cache import KVCache, write_kv
+
+DenseKernel = Literal["xla", "cudnn"]
+"""Implementations of ``jax.nn.dot_product_attention`` that training runs over."""
 
 
 class Attention(Protocol):
@@ -46,18 +49,30 @@ class PagedAttention:
 
 
 class DenseAttention(NamedTuple):
-    """Causal attention within each segment of padded sequences; differentiable. ``mask_BSS`` is bool, query by key."""
+    """Causal attention within each segment of padded sequences; differentiable.
 
-    mask_BSS: jax.Array
+    ``mask_BSS`` is bool, query by key; None where causality says it all.
+    """
+
+    mask_BSS: jax.Array | None
+    implementation: DenseKernel = "xla"
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attend ``q [B, S, H, C]`` to ``k, v [B, S, K, C]``."""
-        return jax.nn.dot_product_attention(q, k, v, mask=self.mask_BSS[:, None], implementation="xla")
+        mask = None if self.mask_BSS is None else self.mask_BSS[:, None]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=mask is None, implementation=self.implementation
+        )
 
 
-def dense_attention(segments_BS: jax.Array) -> DenseAttention:
-    """Return causal attention within equal segment ids; padding (0) sees earlier padding only."""
+def dense_attention(segments_BS: jax.Array | None, implementation: DenseKernel = "xla") -> DenseAttention:
+    """Return causal attention within equal segment ids; padding (0) sees earlier padding only.
+
+    Without segments each row is one document, with or without padding behind it, and no mask is made.
+    """
+    if segments_BS is None:
+        return DenseAttention(None, implementation)
     size = segments_BS.shape[1]
     same = segments_BS[:, :, None] == segments_BS[:, None, :]
     causal = jnp.tril(jnp.ones((size, size), bool))
-    return DenseAttention(same & causal)
+    return DenseAttention(same & causal, implementation)

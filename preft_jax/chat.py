@@ -152,6 +152,28 @@ def render_chat(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = 
     return _encode_pieces(tokenizer, text, answers)
 
 
+def encode_answer(tokenizer: Any, messages: Any) -> tuple[EncodedPrompt, list[int]]:
+    """Tokenise a chat that ends with an answer: the prompt as serving does, and the answer through its end of turn.
+
+    Raises:
+        RequestError: as ``render_chat``; if the last message is no answer, or nothing precedes it, or the template
+            renders a prompt differently once the answer follows it.
+    """
+    messages = check_messages(messages)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RequestError("the last message must be the assistant's, and others must precede it")
+    prompt = render_chat(tokenizer, messages[:-1])
+    header = _render(tokenizer, messages[:-1], True)
+    through = _render(tokenizer, messages, False)
+    end = _end_of_turn(tokenizer, through, len(header))
+    if not through.startswith(header) or end is None:
+        raise RequestError(
+            "the chat template renders the prompt differently once its answer follows it, or ends the answer without a "
+            "special token, so the answer's tokens cannot be told; give 'prompt' and 'completion' as text"
+        )
+    return prompt, encode_text(tokenizer, through[len(header) : end], add_special_tokens=False)
+
+
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels import api
-from kernels.types import TilePages
+from kernels.types import PagePool, Site, TilePages
 from preft_jax.adapter import LowRankEdit
 from preft_jax.bank import Bank
+from preft_jax.shapes import SITES
 
 
 class Edits(Protocol):
@@ -66,16 +67,44 @@ class RowEdits(NamedTuple):
         )
 
 
+class Dropout(NamedTuple):
+    """LoRA's dropout: of each row of a batch, with its own key and rate, on what an edit reads.
+
+    ``key_B`` and ``rate_B`` (float32); the edits of one row draw the same whatever rows lie beside it and however far
+    it is padded.
+    """
+
+    key_B: jax.Array
+    rate_B: jax.Array
+
+    def drop(self, layer: int, site: str, x_BSD: jax.Array) -> jax.Array:
+        """Return ``x`` with some channels of some tokens zero, and the others scaled up (inverted dropout)."""
+        number = layer * len(SITES) + SITES.index(site)
+
+        def one(key: jax.Array, rate: jax.Array, x_SD: jax.Array) -> jax.Array:
+            keep = jax.random.uniform(jax.random.fold_in(key, number), x_SD.shape) >= rate
+            return jnp.where(keep, x_SD.astype(jnp.float32) / (1 - rate), 0.0).astype(x_SD.dtype)
+
+        return jax.vmap(one)(self.key_B, self.rate_B, x_BSD)
+
+
 class FoldedEdits(NamedTuple):
     """One adapter on every sequence of a training batch, applied directly from its fold; differentiable."""
 
     folded: Any
     mask_BSG: jax.Array
+    dropout: Dropout | None = None
 
     def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Edit ``ys [B, S, F]``."""
         edits: Mapping[str, LowRankEdit] = self.folded["layers"][layer]
-        return tuple(self._edit(edits[site], x, y) if site in edits else y for site, y in zip(sites, ys, strict=True))
+
+        def one(site: str, y: jax.Array) -> jax.Array:
+            if site not in edits:
+                return y
+            return self._edit(edits[site], x if self.dropout is None else self.dropout.drop(layer, site, x), y)
+
+        return tuple(one(site, y) for site, y in zip(sites, ys, strict=True))
 
     def _edit(self, edit: LowRankEdit, x: jax.Array, y: jax.Array) -> jax.Array:
         s = jnp.einsum("bsd,dr->bsr", x, edit.a_DR.astype(x.dtype), preferred_element_type=jnp.float32) + edit.c_R
@@ -84,3 +113,38 @@ class FoldedEdits(NamedTuple):
             "bsr,rf->bsf", s.astype(y.dtype), edit.b_RF.astype(y.dtype), preferred_element_type=jnp.float32
         )
         return (y.astype(jnp.float32) + delta).astype(y.dtype)
+
+
+class RowsEdits(NamedTuple):
+    """Many adapters in one training batch, each row of tokens with one of them; differentiable in the pages.
+
+    ``pools`` has for each layer the rank pages of each site that is edited, ``tiles`` the page lists of runs of each
+    row's tokens: as in prefill, the kernels know rank pages only.
+    """
+
+    pools: Sequence[Mapping[str, PagePool]]
+    tiles: Mapping[str, TilePages]
+    mask_BSG: jax.Array
+    dropout: Dropout | None = None
+
+    def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Edit ``ys [B, S, F]``."""
+        held = [site for site in sites if site in self.pools[layer]]
+        if not held:
+            return ys
+        mask_TG = self.mask_BSG.reshape(-1, self.mask_BSG.shape[2])
+        at = {site: Site(self.pools[layer][site], self.tiles[site]) for site in held}
+
+        def shrink(x: jax.Array, some: Sequence[str]) -> tuple[jax.Array, ...]:
+            pools, tiles = zip(*(at[site] for site in some), strict=True)
+            return api.shrink(x.reshape(-1, x.shape[2]), pools, tiles, mask_TG)
+
+        if self.dropout is None:
+            shrunk = shrink(x, held)
+        else:
+            shrunk = [shrink(self.dropout.drop(layer, site, x), [site])[0] for site in held]
+        out = dict(zip(sites, ys, strict=True))
+        for site, s_TER in zip(held, shrunk, strict=True):
+            y = out[site]
+            out[site] = api.expand(s_TER, y.reshape(-1, y.shape[2]), *at[site]).reshape(y.shape)
+        return tuple(out[site] for site in sites)

@@ -16,7 +16,7 @@ import numpy as np
 from kernels.types import TilePages
 from kernels.xla.fused import rms_norm, rotate
 from preft_jax import fused
-from preft_jax.attention import Attention, PagedAttention, dense_attention
+from preft_jax.attention import Attention, DenseKernel, PagedAttention, dense_attention
 from preft_jax.bank import Bank
 from preft_jax.batch import DecodeBatch, PrefillBatch
 from preft_jax.cache import NO_SLOT, KVCache
@@ -102,22 +102,33 @@ def decoder_layer(
 
 
 def _hidden(
-    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, attention: Attention, edits: Edits
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attention: Attention,
+    edits: Edits,
+    remat: bool = False,
 ) -> jax.Array:
-    """Return the residual stream after the last layer, before the final norm."""
+    """Return the residual stream after the last layer, before the final norm; ``remat`` keeps only layers' inputs."""
     x = params["embed"][tokens]
     rope = rope_table(config, positions)
     for i, w in enumerate(params["layers"]):
-        x = decoder_layer(config, i, w, x, rope, attention, edits)
+
+        def layer(x: jax.Array, w: Params = w, i: int = i) -> jax.Array:
+            return decoder_layer(config, i, w, x, rope, attention, edits)
+
+        x = jax.checkpoint(layer)(x) if remat else layer(x)
     return x
 
 
 def lm_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """Final norm and output head: float32 logits ``[..., V]`` of ``x [..., D]``."""
-    return _head(params, rms_norm(x, params["norm"], config.rms_norm_eps))
+    return lm_head(params, rms_norm(x, params["norm"], config.rms_norm_eps))
 
 
-def _head(params: Params, h: jax.Array) -> jax.Array:
+def lm_head(params: Params, h: jax.Array) -> jax.Array:
+    """Float32 logits ``[..., V]`` of the normed stream ``h [..., D]``."""
     head = params["lm_head"] if "lm_head" in params else Transposed(params["embed"])
     return linear(h, head, jnp.float32)
 
@@ -194,7 +205,7 @@ def prefill(
         ``logits_BV`` (float32) of each request's last token in the batch, and the cache.
     """
     h_TD, cache = _prefill_hidden(config, params, bank, cache, batch, max_query_len)
-    return _head(params, h_TD[batch.last_token_B]), cache
+    return lm_head(params, h_TD[batch.last_token_B]), cache
 
 
 def prefill_scored(
@@ -219,7 +230,7 @@ def prefill_scored(
 
     def score(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h_ID, next_I = block
-        logits_IV = _head(params, h_ID)
+        logits_IV = lm_head(params, h_ID)
         chosen_I = jnp.take_along_axis(logits_IV, next_I[:, None], axis=1)[:, 0]
         return chosen_I - jax.nn.logsumexp(logits_IV, axis=1), top_logprobs(logits_IV, count)
 
@@ -227,7 +238,7 @@ def prefill_scored(
     blocks = (h_TD.reshape(-1, size, h_TD.shape[1]), next_T.reshape(-1, size))
     logprob_NI, tops_NIE = jax.lax.map(score, blocks)
     tops = jax.tree.map(lambda x: x.reshape(-1, count), tops_NIE)
-    return _head(params, h_TD[batch.last_token_B]), cache, logprob_NI.reshape(-1), tops
+    return lm_head(params, h_TD[batch.last_token_B]), cache, logprob_NI.reshape(-1), tops
 
 
 def _decode(
@@ -244,7 +255,7 @@ def _decode(
             config, params, None, cache, batch.tokens_B, position_B, slots_B, ragged,
             mask_TG=fused.no_mask(size), tiles={}, max_query_len=1,
         )  # fmt: skip
-        return _head(params, h_BD), cache
+        return lm_head(params, h_BD), cache
     page_table_BP, query_start_B1, kv_len_B = ragged
     attention = PagedAttention(
         cache,
@@ -274,6 +285,39 @@ def decode_adapted(
     return _decode(config, params, cache, batch, RowEdits(bank, pages))
 
 
+def train_hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens_BS: jax.Array,
+    edits: Edits,
+    *,
+    segments_BS: jax.Array | None = None,
+    positions_BS: jax.Array | None = None,
+    attention: DenseKernel = "xla",
+    remat: bool = False,
+) -> jax.Array:
+    """Full-sequence forward without a cache up to the output head, differentiable in ``params`` and ``edits``.
+
+    Args:
+        config: static.
+        params: canonical or serving layout.
+        tokens_BS: int32.
+        edits: how adapters act on the batch.
+        segments_BS: int32 document ids of packed rows, 0 for padding; None means one document a row, from its start.
+        positions_BS: int32; None counts from 0 in each row. Packed documents restart theirs.
+        attention: implementation of ``jax.nn.dot_product_attention``: ``xla`` or ``cudnn``.
+        remat: compute each layer again in the backward pass instead of keeping what it computed.
+
+    Returns:
+        The normed stream after the last layer, ``[B, S, D]``, which ``lm_head`` multiplies.
+    """
+    if positions_BS is None:
+        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+    attend = dense_attention(segments_BS, attention)
+    x_BSD = _hidden(config, params, tokens_BS, positions_BS, attend, edits, remat)
+    return rms_norm(x_BSD, params["norm"], config.rms_norm_eps)
+
+
 def train_forward(
     config: ModelConfig,
     params: Params,
@@ -300,10 +344,6 @@ def train_forward(
     """
     if (folded is None) != (edit_mask_BSG is None):
         raise ValueError("folded and edit_mask_BSG go together: give both, or neither for the base model")
-    if segments_BS is None:
-        segments_BS = jnp.ones_like(tokens_BS)
-    if positions_BS is None:
-        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
     edits = NoEdits() if folded is None or edit_mask_BSG is None else FoldedEdits(folded, edit_mask_BSG)
-    x_BSD = _hidden(config, params, tokens_BS, positions_BS, dense_attention(segments_BS), edits)
-    return lm_logits(config, params, x_BSD)
+    h_BSD = train_hidden(config, params, tokens_BS, edits, segments_BS=segments_BS, positions_BS=positions_BS)
+    return lm_head(params, h_BSD)

@@ -1,0 +1,243 @@
+"""From lines of a JSONL file to training examples: tokens, which of them are edited, and which are learned.
+
+A line is ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``. Prompts are tokenised exactly as serving
+does, alone, and the answer behind them; so a model that was trained on an example meets the same tokens when it serves
+the example's prompt. The edit mask comes from ``preft_jax.edit_mask``, as serving's does.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preft_jax.adapter import AdapterConfig
+from preft_jax.chat import EncodedPrompt, check_messages, encode_answer, encode_prompt, encode_text, render_chat
+from preft_jax.edit_mask import extend_edit_mask, parse_positions
+from preft_jax.errors import PreftError, RequestError, reject_unknown
+from preft_jax.generator import prompt_edit_mask
+from preft_jax.loading import Model
+
+_ALLOWED = ("messages", "prompt", "completion")
+
+
+class DataError(PreftError, ValueError):
+    """A dataset that cannot be trained on; the message names the file and the line."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One row to train on.
+
+    Attributes:
+        token_ids: int32 ``[S]``.
+        edit_mask: bool ``[S, NUM_GROUPS]``, which tokens the adapter edits.
+        loss_mask: bool ``[S]``, which tokens are learned; the first never is.
+        prompt: what precedes the last answer, for evaluation by generation.
+        answer: the last answer's tokens.
+        line: where it came from, counted from 1.
+    """
+
+    token_ids: np.ndarray
+    edit_mask: np.ndarray
+    loss_mask: np.ndarray
+    prompt: EncodedPrompt
+    answer: list[int]
+    line: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How lines become examples.
+
+    Attributes:
+        max_length: most tokens of an example.
+        completion_only_loss: learn answers only; otherwise every token but the first.
+        truncate: cut longer examples at the end; otherwise they are errors.
+    """
+
+    max_length: int = 1024
+    completion_only_loss: bool = True
+    truncate: bool = False
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and content of each line that is not blank.
+
+    Raises:
+        DataError: for a file that cannot be read, or a line that is no JSON object of the allowed form.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _parse(path, number, line)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; give a JSONL file in UTF-8") from error
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    where = f"{path}:{number}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: this is not JSON ({error}); each line is one object") from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where}: a {type(row).__name__}; each line is an object with 'messages', or 'prompt' and 'completion'"
+        )
+    if "text" in row:
+        raise DataError(
+            f"{where}: 'text' does not say where the prompt ends, and a prefill-only adapter acts on the prompt alone; "
+            "give 'prompt' and 'completion', or 'messages'"
+        )
+    try:
+        reject_unknown(row, _ALLOWED, what="field", error=RequestError)
+    except RequestError as error:
+        raise DataError(f"{where}: {error}") from error
+    if set(row) not in ({"messages"}, {"prompt", "completion"}):
+        raise DataError(
+            f"{where}: has {', '.join(row) or 'nothing'}; give 'messages' alone, or 'prompt' and 'completion'"
+        )
+    return row
+
+
+def load_examples(path: Path, model: Model, adapter: AdapterConfig, options: DataOptions) -> list[Example]:
+    """Read a dataset.
+
+    Raises:
+        DataError: naming the first line that is wrong, has nothing to learn, or is too long; or an empty file.
+    """
+    examples = []
+    for number, row in read_lines(path):
+        try:
+            examples += make_examples(row, model, adapter, options, line=number)
+        except PreftError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+    if not examples:
+        raise DataError(f"{path} has no lines; give at least one example")
+    return examples
+
+
+def make_examples(
+    row: dict[str, Any], model: Model, adapter: AdapterConfig, options: DataOptions, *, line: int = 1
+) -> list[Example]:
+    """Return the examples of one row: one a supervised turn, or one a conversation where earlier answers are not
+    edited, or every token is.
+
+    Raises:
+        PreftError: if the row is malformed or there is nothing to learn in it.
+    """
+    if "messages" in row:
+        examples = _of_chat(check_messages(row["messages"]), model, adapter, line)
+    else:
+        examples = [_of_pair(row["prompt"], row["completion"], model, adapter, line)]
+    return [_finish(example, options) for example in examples]
+
+
+def _of_pair(prompt: Any, completion: Any, model: Model, adapter: AdapterConfig, line: int) -> Example:
+    if not isinstance(prompt, str):
+        messages = [*check_messages(prompt), *_answer_messages(completion)]
+        return _of_turn(messages, model, adapter, line)
+    if not isinstance(completion, str):
+        raise RequestError(f"completion is a {type(completion).__name__}; a prompt that is text has one that is text")
+    if not completion:
+        raise RequestError("the completion is empty, so there is nothing to learn; give the text that is to follow")
+    encoded = encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size)
+    answer = encode_text(model.tokenizer, completion, add_special_tokens=False)
+    return _example(encoded, _with_end(answer, model), adapter, line)
+
+
+def _answer_messages(completion: Any) -> list[dict[str, str]]:
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    messages = check_messages(completion)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise RequestError("the completion of a chat is one message of the assistant; give longer chats as 'messages'")
+    return messages
+
+
+def _with_end(answer: list[int], model: Model) -> list[int]:
+    ends = model.config.eos_token_ids
+    return answer if not ends or (answer and answer[-1] in ends) else [*answer, ends[0]]
+
+
+def _of_chat(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> list[Example]:
+    # Without a prompt there is nothing that a prefill-only adapter could act on.
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+    if not turns:
+        raise RequestError("no message of the assistant follows another one, so there is nothing to learn")
+    whole = adapter.assistant_turns == "skip" or not adapter.prefill_only
+    if whole and len(turns) > 1:
+        return [_of_conversation(messages[: turns[-1] + 1], model, adapter, line)]
+    return [_of_turn(messages[: i + 1], model, adapter, line) for i in turns]
+
+
+def _of_turn(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> Example:
+    prompt, answer = encode_answer(model.tokenizer, messages)
+    return _example(prompt, answer, adapter, line)
+
+
+def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> Example:
+    """Return a whole conversation, all of its answers learned, as one row."""
+    rule = parse_positions(adapter.positions)
+    if rule.first is not None:
+        raise RequestError(
+            f"positions {adapter.positions!r} are counted in each request's prompt, so a conversation of several "
+            "answers is not one row; use assistant_turns 'edit'"
+        )
+    encoded = render_chat(model.tokenizer, messages, add_generation_prompt=False)
+    if encoded.unedited_spans is None:
+        raise RequestError(
+            "the chat template renders earlier answers differently in later turns, so their tokens cannot be told; use "
+            "assistant_turns 'edit', or give one answer a line"
+        )
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [span for i, span in zip(answers, encoded.unedited_spans, strict=True) if i > 0]
+    cut = spans[-1][1]
+    token_ids = encoded.token_ids[:cut]
+    mask = prompt_edit_mask(EncodedPrompt(token_ids, encoded.unedited_spans), _HasConfig(adapter))
+    loss_mask = np.zeros(cut, bool)
+    for start, end in spans:
+        loss_mask[start:end] = True
+    start = spans[-1][0]
+    return Example(
+        np.asarray(token_ids, np.int32), mask, loss_mask,
+        EncodedPrompt(token_ids[:start], tuple(span for span in encoded.unedited_spans if span[1] <= start)),
+        token_ids[start:], line,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _HasConfig:
+    config: AdapterConfig
+
+
+def _example(prompt: EncodedPrompt, answer: Sequence[int], adapter: AdapterConfig, line: int) -> Example:
+    mask = extend_edit_mask(prompt_edit_mask(prompt, _HasConfig(adapter)), len(answer), adapter.positions)
+    loss_mask = np.zeros(len(mask), bool)
+    loss_mask[len(prompt.token_ids) :] = True
+    token_ids = np.asarray([*prompt.token_ids, *answer], np.int32)
+    return Example(token_ids, mask, loss_mask, prompt, list(answer), line)
+
+
+def _finish(example: Example, options: DataOptions) -> Example:
+    loss_mask = example.loss_mask.copy() if options.completion_only_loss else np.ones(len(example), bool)
+    loss_mask[0] = False
+    if len(example) > options.max_length and not options.truncate:
+        raise RequestError(
+            f"the example has {len(example)} tokens and max_length is {options.max_length}; raise --max-length, "
+            "shorten it, or give --truncate"
+        )
+    cut = slice(options.max_length)
+    if not loss_mask[cut].any():
+        reason = f" within the first {options.max_length} tokens" if len(example) > options.max_length else ""
+        raise RequestError(f"no token of the example is learned{reason}; give an answer, or raise --max-length")
+    return dataclasses.replace(
+        example, token_ids=example.token_ids[cut], edit_mask=example.edit_mask[cut], loss_mask=loss_mask[cut]
+    )

@@ -1,0 +1,191 @@
+"""What a run tells: a status line a step, ``metrics.jsonl``, TensorBoard or wandb, and a picture of the losses."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from preft_jax.errors import ConfigError
+
+REPORTERS = ("tensorboard", "wandb")
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5p": 459e12, "v5 lite": 197e12, "v6 lite": 918e12}
+"""Dense bf16 FLOP/s of a device by what its kind contains, from its data sheet."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return a device's dense bf16 FLOP/s, or None if they are not known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+class Meter:
+    """Tokens per second since it was last read."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._since = clock()
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """Count tokens."""
+        self._tokens += tokens
+
+    def read(self) -> float:
+        """Return tokens per second, and begin anew."""
+        now = self._clock()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, 0
+        return rate
+
+
+class Metrics:
+    """``metrics.jsonl``: one object a line; a resumed run drops what came after its checkpoint."""
+
+    def __init__(self, path: Path, *, keep_until: int | None = None):
+        kept = [] if keep_until is None else [row for row in read_metrics(path) if row["step"] <= keep_until]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+        for row in kept:
+            self.write(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; numbers that are not finite become null."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics file; none if it is not there. A last line that is cut is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def make_reporters(
+    names: Sequence[str], directory: Path, run_name: str
+) -> list[Callable[[int, dict[str, float]], None]]:
+    """Return what sends scalars on, each called with a step and values by name.
+
+    Raises:
+        ConfigError: for a name that is not known, or a package that is not installed.
+    """
+    made = []
+    for name in names:
+        if name not in REPORTERS:
+            raise ConfigError(f"--report-to has {name!r}; allowed: {', '.join(REPORTERS)}")
+        made.append(_tensorboard(directory) if name == "tensorboard" else _wandb(directory, run_name))
+    return made
+
+
+def _tensorboard(directory: Path) -> Callable[[int, dict[str, float]], None]:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"--report-to tensorboard needs tensorboardX ({error}); pip install 'preft-jax[train]'"
+        ) from error
+    writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def report(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return report
+
+
+def _wandb(directory: Path, run_name: str) -> Callable[[int, dict[str, float]], None]:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(f"--report-to wandb needs wandb ({error}); pip install wandb") from error
+    run = wandb.init(project="preft-jax", name=run_name, dir=str(directory))
+    return lambda step, values: run.log(values, step=step)
+
+
+class Status:
+    """Status lines and a progress bar on a terminal; the lines alone elsewhere."""
+
+    def __init__(self, console: Console, total: int, done: int = 0):
+        self._console = console
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+            disable=not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("training", total=total, completed=done)
+        self._progress.start()
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def advance(self, count: int) -> None:
+        """Move the bar."""
+        self._progress.advance(self._task, count)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+def draw_losses(rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw training and evaluation losses by step to a PNG; False if matplotlib is not there."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    names = list(dict.fromkeys(row["job"] for row in rows))
+    colors = pyplot.get_cmap("tab10")
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row["job"] == name]
+        train = [(row["step"], row["loss"]) for row in mine if row.get("loss") is not None]
+        held_out = [(row["step"], row["eval_loss"]) for row in mine if row.get("eval_loss") is not None]
+        label = "" if len(names) == 1 else f"{name}: "
+        if train:
+            axes.plot(
+                *zip(*train, strict=True), color=colors(i % 10), alpha=0.45, linewidth=1, label=f"{label}training"
+            )
+            axes.plot(*zip(*_smooth(train), strict=True), color=colors(i % 10), linewidth=2)
+        if held_out:
+            axes.plot(
+                *zip(*held_out, strict=True), color=colors(i % 10), linestyle="--", marker="o", markersize=4,
+                label=f"{label}held out",
+            )  # fmt: skip
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss of answers' tokens, nats")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def _smooth(points: Sequence[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
+    """Return an exponential moving average, without the bias of its beginning."""
+    out, mean, total = [], 0.0, 0.0
+    for step, value in points:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        out.append((step, mean / total))
+    return out

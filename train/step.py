@@ -1,0 +1,321 @@
+"""The training step of adapters on a frozen base model: one adapter, or many side by side.
+
+Adapters of one shape (kind, rank, sites, fold) and optimizer form a *group*; their parameters and optimizer states lie
+stacked in its *slots*. Rows of a batch name their slot. ``accumulate`` adds a micro-batch's gradients, losses and token
+counts; ``update`` divides by the counts and lets each slot's optimizer take its own step, by its own numbers. So a
+slot's update does not depend on what lies in others, and a slot may become free and be taken again without a new
+program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kernels.types import PagePool, TilePages
+from preft_jax.adapter import AdapterConfig, fold_params
+from preft_jax.attention import DenseKernel
+from preft_jax.bank import adapter_page_counts
+from preft_jax.config import ModelConfig
+from preft_jax.edits import Dropout, Edits, FoldedEdits, RowsEdits
+from preft_jax.forward import train_hidden
+from preft_jax.model import Params
+from preft_jax.shapes import RANK_PAGE, SITES
+from train.batches import Batch
+from train.loss import token_losses
+from train.optimizer import Numbers, init_state, transformation
+
+_TILE = 128
+"""Most tokens of a row that share a list of rank pages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Adapters that are trained by one stacked program.
+
+    Attributes:
+        config: of the fold: positions, turn rule, dropout and base model are the default, whatever the adapters have.
+        optim: the optimizer.
+        size: slots.
+    """
+
+    config: AdapterConfig
+    optim: str
+    size: int
+
+    def __hash__(self) -> int:
+        return hash((repr(self.config), self.optim, self.size))
+
+
+def fold_config(config: AdapterConfig) -> AdapterConfig:
+    """Return what the fold depends on: two adapters with the same one are trained in one group."""
+    positions = "prompt" if config.share_weights else config.positions
+    return dataclasses.replace(
+        config, positions=positions, assistant_turns="edit", dropout=0.0, base_model=None, base_model_digest=None
+    )
+
+
+class Slots(NamedTuple):
+    """A group's adapters: float32 parameters and optimizer states, every leaf with a leading axis of slots."""
+
+    params: Any
+    opt_state: Any
+
+
+State = tuple[Slots, ...]
+"""One ``Slots`` for each group."""
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to: gradients (of the sum of losses), and by slot the losses and learned tokens."""
+
+    grads: Any
+    loss_J: jax.Array
+    count_J: jax.Array
+
+
+class Report(NamedTuple):
+    """What an update tells of each slot: mean loss, global norm of the mean gradient, and whether both were finite."""
+
+    loss_J: jax.Array
+    grad_norm_J: jax.Array
+    finite_J: jax.Array
+
+
+def empty_slots(group: Group, params: Any) -> Slots:
+    """Return a group's slots, all with one adapter's parameters (``params``, unstacked) and new optimizer states."""
+    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf, jnp.float32)] * group.size), params)
+    return Slots(stacked, jax.vmap(functools.partial(init_state, group.optim))(stacked))
+
+
+def _folds(groups: Sequence[Group], params: Sequence[Any]) -> list[Any]:
+    """Return each group's folds; every leaf has a leading axis of slots."""
+    return [jax.vmap(functools.partial(fold_params, g.config))(p) for g, p in zip(groups, params, strict=True)]
+
+
+class PagePlan(NamedTuple):
+    """Static: rank pages of each slot at each site, ``[J, E]`` (0 where there is none), and their mask columns."""
+
+    page_JE: dict[str, np.ndarray]
+    group_JE: dict[str, np.ndarray]
+
+
+def plan_pages(config: ModelConfig, groups: Sequence[Group]) -> PagePlan:
+    """Number the rank pages of all slots, from 1; a slot's pages at a site follow one another, in every layer."""
+    pages, columns = {}, {}
+    for site in SITES:
+        counts = [adapter_page_counts(group.config, config).get(site, 0) for group in groups]
+        own = [
+            (count, group.config.groups) for count, group in zip(counts, groups, strict=True) for _ in range(group.size)
+        ]
+        pages[site] = np.zeros((len(own), max(1, *counts)), np.int32)
+        columns[site] = np.zeros_like(pages[site])
+        first = 1
+        for j, (count, parts) in enumerate(own):
+            pages[site][j, :count] = np.arange(first, first + count)
+            columns[site][j, :count] = np.arange(count) // max(1, count // parts)
+            first += count
+    return PagePlan(pages, columns)
+
+
+def _pools(config: ModelConfig, groups: Sequence[Group], folds: Sequence[Any], dtype: Any) -> list[dict[str, PagePool]]:
+    """Cut all slots' folds to rank pages, in the order of ``plan_pages``: for each layer the pool of each site."""
+    counts = [adapter_page_counts(group.config, config) for group in groups]
+
+    def pool(layer: int, site: str) -> PagePool:
+        d, f = config.site_shape(site)
+        a, c, b = (
+            [jnp.zeros((1, d, RANK_PAGE), dtype)],
+            [jnp.zeros((1, RANK_PAGE))],
+            [jnp.zeros((1, RANK_PAGE, f), dtype)],
+        )
+        for group, fold, count in zip(groups, folds, counts, strict=True):
+            if not count.get(site):
+                continue
+            parts = group.config.groups
+            ranks = count[site] // parts * RANK_PAGE
+            pages, n = count[site] * group.size, group.size
+            edit = fold["layers"][layer].get(site)
+            if edit is None:  # Another layer's adapter edits the site.
+                a.append(jnp.zeros((pages, d, RANK_PAGE), dtype))
+                c.append(jnp.zeros((pages, RANK_PAGE)))
+                b.append(jnp.zeros((pages, RANK_PAGE, f), dtype))
+                continue
+            own = edit.a_DR.shape[2] // parts
+            room = ((0, 0), (0, 0), (0, ranks - own))
+            a_JDGR = jnp.pad(edit.a_DR.reshape(n * d, parts, own), room).reshape(
+                n, d, parts * ranks // RANK_PAGE, RANK_PAGE
+            )
+            a.append(a_JDGR.transpose(0, 2, 1, 3).reshape(pages, d, RANK_PAGE).astype(dtype))
+            c.append(jnp.pad(edit.c_R.reshape(n, parts, own), room).reshape(pages, RANK_PAGE))
+            b_JGRF = jnp.pad(edit.b_RF.reshape(n, parts, own, f), (*room, (0, 0)))
+            b.append(b_JGRF.reshape(pages, RANK_PAGE, f).astype(dtype))
+        return PagePool(jnp.concatenate(a), jnp.concatenate(c), jnp.concatenate(b))
+
+    edited = [site for site in SITES if any(count.get(site) for count in counts)]
+    return [{site: pool(layer, site) for site in edited} for layer in range(config.num_hidden_layers)]
+
+
+def _tiles(plan: PagePlan, batch: Batch) -> dict[str, TilePages]:
+    """Return each tile's page list: that of its row's slot."""
+    rows, size = batch.tokens_BS.shape
+    tile = min(_TILE, size)
+    slot_N = jnp.repeat(batch.slot_B, size // tile, total_repeat_length=rows * size // tile)
+
+    def one(site: str) -> TilePages:
+        page_NE = jnp.asarray(plan.page_JE[site])[slot_N]
+        end_NE = jnp.where(page_NE == 0, 0, tile)
+        return TilePages(page_NE, jnp.zeros_like(page_NE), end_NE, jnp.asarray(plan.group_JE[site])[slot_N])
+
+    return {site: one(site) for site in SITES}
+
+
+def make_edits(
+    config: ModelConfig,
+    groups: Sequence[Group],
+    params: Sequence[Any],
+    batch: Batch,
+    dropout_J: jax.Array | None,
+    dtype: Any,
+) -> Edits:
+    """Return how the adapters act on a batch; differentiable in ``params``.
+
+    Args:
+        config: of the base model.
+        groups: static.
+        params: stacked parameters of each group.
+        batch: whose rows name slots.
+        dropout_J: float32 rate of each slot; None if there is none at all.
+        dtype: of the base model.
+    """
+    dropout = None
+    if dropout_J is not None:
+        key_B = jax.vmap(_row_key)(batch.draw_BU)
+        dropout = Dropout(key_B, dropout_J[batch.slot_B])
+    folds = _folds(groups, params)
+    if sum(group.size for group in groups) == 1:
+        return FoldedEdits(jax.tree.map(lambda leaf: leaf[0], folds[0]), batch.edit_mask_BSG, dropout)
+    pools = _pools(config, groups, folds, dtype)
+    return RowsEdits(pools, _tiles(plan_pages(config, groups), batch), batch.edit_mask_BSG, dropout)
+
+
+def _row_key(draw_U: jax.Array) -> jax.Array:
+    key = jax.random.key(draw_U[0])
+    return jax.random.fold_in(jax.random.fold_in(key, draw_U[1]), draw_U[2])
+
+
+def _by_slot(row_B: jax.Array, slot_B: jax.Array, num_slots: int) -> jax.Array:
+    """Sum rows' float32 values by slot, in a fixed order."""
+    return jnp.where(slot_B[:, None] == jnp.arange(num_slots), row_B[:, None], 0.0).sum(axis=0)
+
+
+def losses(
+    config: ModelConfig,
+    base: Params,
+    batch: Batch,
+    edits: Edits,
+    num_slots: int,
+    *,
+    attention: DenseKernel,
+    remat: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the summed loss of learned tokens and their number, float32 ``[J]`` each: ``(sum, count)``."""
+    h_BSD = train_hidden(
+        config, base, batch.tokens_BS, edits, segments_BS=batch.segments_BS, positions_BS=batch.positions_BS,
+        attention=attention, remat=remat,
+    )  # fmt: skip
+    h_TD = h_BSD.reshape(-1, h_BSD.shape[2])
+    loss_T = token_losses(base, h_TD, batch.targets_BS.reshape(-1), batch.weights_BS.reshape(-1))
+    loss_B = loss_T.reshape(batch.tokens_BS.shape).sum(axis=1)
+    count_B = batch.weights_BS.sum(axis=1)
+    return _by_slot(loss_B, batch.slot_B, num_slots), _by_slot(count_B, batch.slot_B, num_slots)
+
+
+def accumulate(
+    config: ModelConfig,
+    groups: tuple[Group, ...],
+    attention: DenseKernel,
+    remat: bool,
+    base: Params,
+    params: tuple[Any, ...],
+    sums: Sums | None,
+    batch: Batch,
+    dropout_J: jax.Array | None,
+) -> Sums:
+    """Add a micro-batch's gradients, losses and counts to ``sums`` (donated; None at a step's first)."""
+    num_slots = sum(group.size for group in groups)
+
+    def objective(params: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        edits = make_edits(config, groups, params, batch, dropout_J, base["embed"].dtype)
+        loss_J, count_J = losses(config, base, batch, edits, num_slots, attention=attention, remat=remat)
+        return loss_J.sum(), (loss_J, count_J)
+
+    grads, (loss_J, count_J) = jax.grad(objective, has_aux=True)(params)
+    new = Sums(grads, loss_J, count_J)
+    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+
+def evaluate(
+    config: ModelConfig,
+    groups: tuple[Group, ...],
+    attention: DenseKernel,
+    base: Params,
+    params: tuple[Any, ...],
+    batch: Batch,
+) -> tuple[jax.Array, jax.Array]:
+    """Return ``(sum, count)`` of a batch's losses by slot, without dropout."""
+    edits = make_edits(config, groups, params, batch, None, base["embed"].dtype)
+    return losses(config, base, batch, edits, sum(g.size for g in groups), attention=attention, remat=False)
+
+
+def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> tuple[State, Report]:
+    """Let each slot that learned something take an optimizer step; ``state`` is donated.
+
+    A slot whose loss or gradient is not finite keeps what it had, and so does one without learned tokens.
+    """
+    new, norms, finite, first = [], [], [], 0
+    for group, slots, grads, own in zip(groups, state, sums.grads, numbers, strict=True):
+        here = slice(first, first + group.size)
+        first += group.size
+
+        def one(
+            params: Any,
+            opt_state: Any,
+            grads: Any,
+            n: Numbers,
+            loss: jax.Array,
+            count: jax.Array,
+            optim: str = group.optim,
+        ) -> tuple[Slots, jax.Array, jax.Array]:
+            mean = jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), grads)
+            norm = optax.global_norm(mean)
+            good = jnp.isfinite(norm) & jnp.isfinite(loss)
+            updates, after = transformation(optim, n).update(mean, opt_state, params)
+            taken = Slots(optax.apply_updates(params, updates), after)
+            keep = functools.partial(jnp.where, good & (count > 0))
+            return jax.tree.map(keep, taken, Slots(params, opt_state)), norm, good
+
+        slots, norm, good = jax.vmap(one)(
+            slots.params, slots.opt_state, grads, own, sums.loss_J[here], sums.count_J[here]
+        )
+        new.append(slots)
+        norms.append(norm)
+        finite.append(good)
+    loss_J = sums.loss_J / jnp.maximum(sums.count_J, 1)
+    return tuple(new), Report(loss_J, jnp.concatenate(norms), jnp.concatenate(finite))
+
+
+class Programs:
+    """The jitted functions for one base model and one tuple of groups; each compiles once for each bucketed length."""
+
+    def __init__(self, config: ModelConfig, groups: tuple[Group, ...], *, attention: DenseKernel, remat: bool):
+        self.accumulate = jax.jit(
+            functools.partial(accumulate, config, groups, attention, remat), donate_argnames=("sums",)
+        )
+        self.update = jax.jit(functools.partial(update, groups), donate_argnames=("state",))
+        self.evaluate = jax.jit(functools.partial(evaluate, config, groups, attention))
