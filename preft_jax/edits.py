@@ -109,10 +109,9 @@ class FoldedEdits(NamedTuple):
     def _edit(self, edit: LowRankEdit, x: jax.Array, y: jax.Array) -> jax.Array:
         s = jnp.einsum("bsd,dr->bsr", x, edit.a_DR.astype(x.dtype), preferred_element_type=jnp.float32) + edit.c_R
         s = jnp.where(self.mask_BSG[..., edit.group_R], s, 0.0)
-        delta = jnp.einsum(
-            "bsr,rf->bsf", s.astype(y.dtype), edit.b_RF.astype(y.dtype), preferred_element_type=jnp.float32
-        )
-        return (y.astype(jnp.float32) + delta).astype(y.dtype)
+        # Asked for in the dtype of y, the product is added to it by the matrix multiplication itself where there is one
+        # that can; in float32 it would be written and read again.
+        return y + jnp.einsum("bsr,rf->bsf", s.astype(y.dtype), edit.b_RF.astype(y.dtype))
 
 
 class RowsEdits(NamedTuple):

@@ -7,11 +7,12 @@ static.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.types import TilePages
 from kernels.xla.fused import rms_norm, rotate
@@ -27,6 +28,18 @@ from preft_jax.model import Params
 from preft_jax.sampling import top_logprobs
 
 QKV = ("q", "k", "v")
+
+SAVED = "matmul"
+"""Name of what is kept with ``remat="cheap"``."""
+
+Remat = Literal["none", "cheap", "full"]
+"""What a backward pass computes again: nothing; norms, rotations, attention and activations, but no matrix product with
+a weight; or whole layers."""
+
+_POLICIES: Mapping[str, Any] = {
+    "cheap": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -83,17 +96,19 @@ def decoder_layer(
     with jax.named_scope("attention"):
         h = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
         q, k, v = edits.apply(layer, QKV, h, _project_qkv(config, w, h))
+        q, k, v = (checkpoint_name(y, SAVED) for y in (q, k, v))
         q, k, v = (y.reshape(*y.shape[:-1], -1, config.head_dim) for y in (q, k, v))
         if config.qk_norm:
             q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
             k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
         mixed = attention.attend(layer, rotate(q, rope), rotate(k, rope), v)
-        mixed = mixed.reshape(*mixed.shape[:-2], -1)
+        mixed = checkpoint_name(mixed.reshape(*mixed.shape[:-2], -1), SAVED)
         (o,) = edits.apply(layer, ("o",), mixed, (linear(mixed, w["o"]),))
-        x = x + o
+        x = checkpoint_name(x + o, SAVED)
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
         gate, up = edits.apply(layer, ("gate", "up"), h, _project_gate_up(w, h))
+        gate, up = checkpoint_name(gate, SAVED), checkpoint_name(up, SAVED)
         h = jax.nn.silu(gate) * up
         (down,) = edits.apply(layer, ("down",), h, (linear(h, w["down"]),))
         x = x + down
@@ -108,9 +123,9 @@ def _hidden(
     positions: jax.Array,
     attention: Attention,
     edits: Edits,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> jax.Array:
-    """Return the residual stream after the last layer, before the final norm; ``remat`` keeps only layers' inputs."""
+    """Return the residual stream after the last layer, before the final norm."""
     x = params["embed"][tokens]
     rope = rope_table(config, positions)
     for i, w in enumerate(params["layers"]):
@@ -118,7 +133,7 @@ def _hidden(
         def layer(x: jax.Array, w: Params = w, i: int = i) -> jax.Array:
             return decoder_layer(config, i, w, x, rope, attention, edits)
 
-        x = jax.checkpoint(layer)(x) if remat else layer(x)
+        x = layer(x) if remat == "none" else jax.checkpoint(layer, policy=_POLICIES[remat])(x)
     return x
 
 
@@ -294,7 +309,7 @@ def train_hidden(
     segments_BS: jax.Array | None = None,
     positions_BS: jax.Array | None = None,
     attention: DenseKernel = "xla",
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> jax.Array:
     """Full-sequence forward without a cache up to the output head, differentiable in ``params`` and ``edits``.
 
@@ -306,7 +321,7 @@ def train_hidden(
         segments_BS: int32 document ids of packed rows, 0 for padding; None means one document a row, from its start.
         positions_BS: int32; None counts from 0 in each row. Packed documents restart theirs.
         attention: implementation of ``jax.nn.dot_product_attention``: ``xla`` or ``cudnn``.
-        remat: compute each layer again in the backward pass instead of keeping what it computed.
+        remat: what the backward pass computes again instead of finding it in memory, see ``Remat``.
 
     Returns:
         The normed stream after the last layer, ``[B, S, D]``, which ``lm_head`` multiplies.

@@ -173,6 +173,7 @@ def draw_losses(rows: Sequence[dict[str, Any]], path: Path) -> bool:
             )  # fmt: skip
     axes.set_xlabel("update")
     axes.set_ylabel("loss of answers' tokens, nats")
+    axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     for side in ("top", "right"):
@@ -182,8 +183,9 @@ def draw_losses(rows: Sequence[dict[str, Any]], path: Path) -> bool:
     return True
 
 
-def _smooth(points: Sequence[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
-    """Return an exponential moving average, without the bias of its beginning."""
+def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return an exponential moving average over a twentieth of the points, without the bias of its beginning."""
+    weight = 1 - 1 / (1 + len(points) / 20)
     out, mean, total = [], 0.0, 0.0
     for step, value in points:
         mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)

@@ -5,12 +5,13 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from preft_jax.adapter import KINDS, AdapterConfig
 from preft_jax.errors import ConfigError, reject_unknown
+from preft_jax.forward import Remat
 from preft_jax.loading import DTYPES
 from train.batches import BatchOptions
 from train.data import DataOptions
@@ -29,7 +30,10 @@ _RUN: dict[str, dict[str, Any]] = {
     "overwrite_output_dir": {**_FLAG, "default": False, "help": "begin anew where a run has been"},
     "resume": {**_FLAG, "default": False, "help": "go on from the newest checkpoint, with its options"},
     "max_jobs": {"type": int, "default": 0, "help": "of --jobs, trained at a time; others wait (default: all)"},
-    "gradient_checkpointing": {**_FLAG, "default": False, "help": "less memory, a third more time"},
+    "gradient_checkpointing": {
+        "choices": get_args(Remat), "default": "none",
+        "help": "what is computed again to save memory: none, cheap (all but matrix products) or full (whole layers)",
+    },
     "logging_steps": {"type": int, "default": 1, "help": "updates between status lines"},
     "eval_steps": {"type": int, "default": 50, "help": "updates between evaluations; there is one at the end, too"},
     "eval_generations": {"type": int, "default": 16, "help": "held-out prompts that are answered; 0: none"},

@@ -23,7 +23,7 @@ from preft_jax.attention import DenseKernel
 from preft_jax.bank import adapter_page_counts
 from preft_jax.config import ModelConfig
 from preft_jax.edits import Dropout, Edits, FoldedEdits, RowsEdits
-from preft_jax.forward import train_hidden
+from preft_jax.forward import Remat, train_hidden
 from preft_jax.model import Params
 from preft_jax.shapes import RANK_PAGE, SITES
 from train.batches import Batch
@@ -222,7 +222,7 @@ def losses(
     num_slots: int,
     *,
     attention: DenseKernel,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the summed loss of learned tokens and their number, float32 ``[J]`` each: ``(sum, count)``."""
     h_BSD = train_hidden(
@@ -240,7 +240,7 @@ def accumulate(
     config: ModelConfig,
     groups: tuple[Group, ...],
     attention: DenseKernel,
-    remat: bool,
+    remat: Remat,
     base: Params,
     params: tuple[Any, ...],
     sums: Sums | None,
@@ -270,7 +270,7 @@ def evaluate(
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``(sum, count)`` of a batch's losses by slot, without dropout."""
     edits = make_edits(config, groups, params, batch, None, base["embed"].dtype)
-    return losses(config, base, batch, edits, sum(g.size for g in groups), attention=attention, remat=False)
+    return losses(config, base, batch, edits, sum(g.size for g in groups), attention=attention, remat="none")
 
 
 def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> tuple[State, Report]:
@@ -313,7 +313,7 @@ def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[N
 class Programs:
     """The jitted functions for one base model and one tuple of groups; each compiles once for each bucketed length."""
 
-    def __init__(self, config: ModelConfig, groups: tuple[Group, ...], *, attention: DenseKernel, remat: bool):
+    def __init__(self, config: ModelConfig, groups: tuple[Group, ...], *, attention: DenseKernel, remat: Remat):
         self.accumulate = jax.jit(
             functools.partial(accumulate, config, groups, attention, remat), donate_argnames=("sums",)
         )

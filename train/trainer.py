@@ -13,6 +13,7 @@ from preft_jax.adapter import Adapter
 from preft_jax.attention import DenseKernel
 from preft_jax.batch import bucket
 from preft_jax.errors import ConfigError
+from preft_jax.forward import Remat
 from preft_jax.layout import fused_layout
 from preft_jax.loading import Model
 from preft_jax.sharding import Placement
@@ -28,12 +29,13 @@ class TrainOptions:
     """How the device is used.
 
     Attributes:
-        gradient_checkpointing: compute layers again in the backward pass: less memory, a third more time.
+        gradient_checkpointing: what the backward pass computes again (``preft_jax.forward.Remat``): ``none``, ``cheap``
+            (half the memory, a few per cent more time) or ``full`` (little memory, half more time).
         max_jobs: jobs that are trained at a time; others wait. 0: all.
         attention: ``xla``, ``cudnn``, or None for cuDNN's on a GPU in a 16-bit dtype.
     """
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Remat = "none"
     max_jobs: int = 0
     attention: DenseKernel | None = None
 
