@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -118,10 +119,12 @@ def _example(tokens: np.ndarray) -> Example:
 
 def peer(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
     """Measure transformers + peft + torch in a process of its own."""
-    command = [args.peer_python, str(Path(__file__).parent / "peer_peft.py"), "--shape", args.model]
+    # Not from this project's directory: transformers would take our package of kernels for another one.
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [args.peer_python, "-P", str(Path(__file__).parent / "peer_peft.py"), "--shape", args.model]
     command += ["--batch", str(variant.batch), "--seq", str(variant.seq), "--rank", str(args.rank)]
     command += ["--steps", str(args.steps)] + (["--checkpointing"] if variant.remat != "none" else [])
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone, cwd=Path(__file__).parent)
     if done.returncode:
         raise ConfigError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.strip().splitlines()[-1]) | dataclasses.asdict(variant)
