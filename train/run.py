@@ -61,8 +61,9 @@ class Run:
         self._failed: dict[str, str] = {}
         self._exported: set[str] = set()
         self._start(jobs)
-        keep = self._step if settings.resume else None
-        self._metrics = Metrics(self._directory / METRICS, keep_until=keep)
+        self._metrics = Metrics(self._directory / METRICS, keep_until=self._step if settings.resume else None)
+        kept = read_metrics(self._directory / METRICS)
+        self._evaluated = {(row["job"], row["step"]) for row in kept if "eval_loss" in row}
         self._reporters = make_reporters(settings.report_to, self._directory, self._directory.resolve().name)
         self._meter = Meter()
         self._status = Status(console, total=sum(job.total_steps for job in jobs), done=sum(job.step for job in jobs))
@@ -165,6 +166,9 @@ class Run:
 
     def _loop(self) -> None:
         settings = self._settings
+        if self._step and self._due(settings.eval_steps):
+            self._trainer.admit()
+            self._evaluate_running()
         while self._trainer.jobs:
             self._tell(self._trainer.step())
             self._step += 1
@@ -173,9 +177,7 @@ class Run:
                 self._tell(self._trainer.finish())
                 done = [job for job in self._trainer.running if job.done]
             if self._due(settings.eval_steps) and not self._interrupted:
-                for job in self._trainer.running:
-                    if not job.done:
-                        self._evaluate(job)
+                self._evaluate_running()
             for job in done:
                 self._evaluate(job)
                 self._export(job, self._trainer.release(job))
@@ -247,6 +249,12 @@ class Run:
         for report in self._reporters:
             report(row["step"], scalars)
 
+    def _evaluate_running(self) -> None:
+        """Evaluate the jobs that go on, unless that was done before the run was interrupted."""
+        for job in self._trainer.running:
+            if not job.done and (job.name, job.step) not in self._evaluated:
+                self._evaluate(job)
+
     def _evaluate(self, job: Job) -> None:
         if not job.held_out:
             return
@@ -277,9 +285,9 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint of all jobs, those that are done included."""
-        if self._saved == self._step:
-            return
         alive = self._trainer.jobs
+        if self._saved == self._step or (self._failed and not alive):
+            return  # What a failed run goes on from is the checkpoint before.
         known = {
             job.name: {
                 "step": job.step, "count": job.count, "failed": job.failed,
@@ -293,6 +301,8 @@ class Run:
 
     def _draw(self) -> None:
         rows = read_metrics(self._directory / METRICS)
+        if not any(row.get("loss") is not None for row in rows):
+            return
         if draw_losses(rows, self._directory / PICTURE):
             self._status.line(f"losses: {self._directory / PICTURE}")
         else:

@@ -80,7 +80,9 @@ class Sums(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What an update tells of each slot: mean loss, global norm of the mean gradient, and whether both were finite."""
+    """What an update tells of each slot: mean loss, global norm of the mean gradient, and whether these and the new
+    parameters are finite.
+    """
 
     loss_J: jax.Array
     grad_norm_J: jax.Array
@@ -276,7 +278,7 @@ def evaluate(
 def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> tuple[State, Report]:
     """Let each slot that learned something take an optimizer step; ``state`` is donated.
 
-    A slot whose loss or gradient is not finite keeps what it had, and so does one without learned tokens.
+    A slot whose loss, gradient or new parameters are not finite keeps what it had, and so does one without learned tokens.
     """
     new, norms, finite, first = [], [], [], 0
     for group, slots, grads, own in zip(groups, state, sums.grads, numbers, strict=True):
@@ -293,10 +295,11 @@ def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[N
             optim: str = group.optim,
         ) -> tuple[Slots, jax.Array, jax.Array]:
             mean = jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), grads)
-            norm = optax.global_norm(mean)
-            good = jnp.isfinite(norm) & jnp.isfinite(loss)
+            norm = optax.tree.norm(mean)
             updates, after = transformation(optim, n).update(mean, opt_state, params)
             taken = Slots(optax.apply_updates(params, updates), after)
+            moved = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(taken.params)]).all()
+            good = jnp.isfinite(norm) & jnp.isfinite(loss) & moved
             keep = functools.partial(jnp.where, good & (count > 0))
             return jax.tree.map(keep, taken, Slots(params, opt_state)), norm, good
 

@@ -235,7 +235,8 @@ class Trainer:
 
     def _fail(self, result: Result) -> None:
         """Give a job up whose loss or gradient is no number; its adapter is as it was before that update."""
-        what = "loss" if not np.isfinite(result.loss) else "gradient"
+        finite = {"loss": np.isfinite(result.loss), "gradient": np.isfinite(result.grad_norm), "updated adapter": False}
+        what = next(name for name, good in finite.items() if not good)
         result.job.failed = (
             f"the {what} is not finite at step {result.step} ({result.loss:g}, gradient norm {result.grad_norm:g}); "
             "lower learning_rate, raise warmup_steps, or look at the data of this step"

@@ -11,10 +11,17 @@ from kernels.xla.lowrank import owned
 
 
 def _sum_by_page(entries: jax.Array, page_NE: jax.Array, num_pages: int) -> jax.Array:
-    """Sum float32 ``[N, E, ...]`` over the entries that name each page: ``[P, ...]``; zero for the null page."""
+    """Sum float32 ``[N, E, ...]`` over the entries that name each page: ``[P, ...]``; zero for the null page.
+
+    What is not finite spoils the pages that it belongs to and no others: an adapter that diverges is trained beside
+    ones that do not.
+    """
     flat = entries.reshape(page_NE.size, -1)
+    finite = jnp.isfinite(flat).all(axis=1)
     onehot = (page_NE.reshape(-1) == jnp.arange(num_pages, dtype=page_NE.dtype)[:, None]) & (page_NE.reshape(-1) != 0)
-    summed = jnp.matmul(onehot.astype(jnp.float32), flat, precision=jax.lax.Precision.HIGHEST)
+    clean = jnp.where(finite[:, None], flat, 0.0)
+    summed = jnp.matmul(onehot.astype(jnp.float32), clean, precision=jax.lax.Precision.HIGHEST)
+    summed = jnp.where((onehot & ~finite).any(axis=1)[:, None], jnp.nan, summed)
     return summed.reshape(num_pages, *entries.shape[2:])
 
 

@@ -1,0 +1,115 @@
+"""Gradients against finite differences of the float64 reference, for every kind of adapter."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import reference
+import train_cases as cases
+from conftest import ADAPTER_CONFIGS
+
+from preft_jax import Adapter
+from preft_jax.attention import DenseAttention
+
+STEP = 1e-5
+"""Of central differences in float64: their error is about STEP squared, their rounding 1e-16 / STEP."""
+RTOL = 2e-3
+"""Float32 rounding of a gradient through three layers, whose parts cancel; measured below 3e-4."""
+
+
+def reference_loss(model, adapter, rows):
+    total, count = 0.0, 0
+    for (one,) in rows:
+        logprobs = reference.log_softmax(
+            reference.forward(model.config, model.params, one.token_ids, adapter, one.edit_mask)
+        )
+        for t in np.flatnonzero(one.loss_mask):
+            total, count = total - logprobs[t - 1, one.token_ids[t]], count + 1
+    return total / count
+
+
+def slope(model, adapter, rows, direction):
+    """Return the derivative of the reference's loss along a direction, by central differences."""
+
+    def moved(by):
+        tree = jax.tree.structure(adapter.params)
+        flat = dict(zip(paths(adapter.params), cases.leaves(adapter), strict=True))
+        ahead = dict(zip(paths(adapter.params), direction, strict=True))
+        ordered = [flat[path] + by * ahead[path] for path in by_tree(adapter.params)]
+        return Adapter(adapter.config, jax.tree.unflatten(tree, ordered))
+
+    return (reference_loss(model, moved(STEP), rows) - reference_loss(model, moved(-STEP), rows)) / (2 * STEP)
+
+
+def paths(params):
+    return [(i, site, leaf) for i, sites in enumerate(params["layers"]) for site in sites for leaf in sites[site]]
+
+
+def by_tree(params):
+    """Return the same in the order of the tree's leaves."""
+    return [
+        (i, site, leaf)
+        for i, sites in enumerate(params["layers"])
+        for site in sorted(sites)
+        for leaf in sorted(sites[site])
+    ]
+
+
+def check(model, adapter, rows, rng, **how):
+    loss, grads = cases.gradients(model, adapter, rows, **how)
+    assert loss == pytest.approx(reference_loss(model, adapter, rows), abs=1e-4)
+    norm = np.sqrt(sum((g * g).sum() for g in grads))
+    assert norm > 1e-3
+    # Along the gradient, where a missing part shows most, and along a random direction.
+    for direction in (grads, [rng.standard_normal(g.shape) for g in grads]):
+        length = np.sqrt(sum((d * d).sum() for d in direction))
+        expected = slope(model, adapter, rows, [d / length for d in direction])
+        found = sum((g * d).sum() for g, d in zip(grads, direction, strict=True)) / length
+        assert abs(found - expected) < RTOL * norm
+
+
+@pytest.mark.parametrize("kind", ADAPTER_CONFIGS)
+def test_gradients_are_those_of_finite_differences(kind, lively, adapters, rng):
+    adapter = adapters[kind]
+    rows = [[cases.example(adapter, rng, 8, 4)], [cases.example(adapter, rng, 5, 6)]]
+    check(lively, adapter, rows, rng)
+
+
+@pytest.mark.parametrize("remat", ["cheap", "full"])
+def test_what_is_computed_again_is_the_same(remat, lively, adapters, rng):
+    rows = [[cases.example(adapters["lora"], rng)]]
+    loss, grads = cases.gradients(lively, adapters["lora"], rows, remat=remat)
+    plain, expected = cases.gradients(lively, adapters["lora"], rows)
+    assert loss == pytest.approx(plain, rel=1e-6)
+    for one, other in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "direft", "loreft", "loreft_f3l2"])
+def test_an_answer_reaches_a_prompt_only_adapter_through_keys_and_values(kind, lively, adapters, rng, monkeypatch):
+    """The loss behind the first answer token depends on nothing else, and cutting the way there is noticed."""
+    adapter = adapters[kind]
+    one = cases.example(adapter, rng, 8, 6)
+    rows = [[dataclasses.replace(one, loss_mask=np.arange(14) > 8)]]
+    check(lively, adapter, rows, rng)
+    whole = DenseAttention.attend
+
+    def cut(self, layer, q, k, v):
+        return whole(self, layer, q, jax.lax.stop_gradient(k), jax.lax.stop_gradient(v))
+
+    monkeypatch.setattr(DenseAttention, "attend", cut)
+    _, grads = cases.gradients(lively, adapter, rows)
+    assert max(np.abs(g).max() for g in grads) == 0
+    with pytest.raises(AssertionError):
+        check(lively, adapter, rows, rng)
+
+
+def test_packed_documents_do_not_see_each_other(lively, adapters, rng):
+    for kind in ("lora", "loreft_f3l2", "lora_all"):
+        some = cases.examples(adapters[kind], rng, 6)
+        loss, grads = cases.gradients(lively, adapters[kind], [[one] for one in some])
+        packed, together = cases.gradients(lively, adapters[kind], [some[:4], some[4:]], packed=True)
+        assert packed == pytest.approx(loss, abs=2e-6)
+        for a, b in zip(together, grads, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))

@@ -1,0 +1,281 @@
+"""The program: resumed runs, and what goes wrong in the middle of one."""
+
+import errno
+import json
+import os
+import signal
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import train_cases as cases
+
+from train import run as runs
+from train import sft
+from train.checkpoint import CheckpointError, Checkpoints
+from train.log import read_metrics
+from train.step import Slots
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture
+def data(tmp_path):
+    words = ["ab", "cde", "f", "gh", "ijkl", "mn", "op"]
+    rows = [{"prompt": f"{word} ", "completion": word * 2} for word in words]
+    return cases.write_rows(tmp_path / "data.jsonl", rows)
+
+
+def arguments(data, out, *more):
+    return [
+        "--model", "tiny", "--dataset", str(data), "--eval-dataset", str(data), "--eval-steps", "4",
+        "--eval-generations", "2",
+        "--output-dir", str(out), "--per-device-train-batch-size", "3", "--max-steps", "7", "--rank", "4",
+        "--targets", "q,down", "--lora-dropout", "0.2", "--max-length", "32", "--save-steps", "2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the files of a run that nothing interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    words = ["ab", "cde", "f", "gh", "ijkl", "mn", "op"]
+    data = cases.write_rows(root / "data.jsonl", [{"prompt": f"{w} ", "completion": w * 2} for w in words])
+    assert sft.main(arguments(data, root / "out")) == 0
+    return root / "out"
+
+
+def adapter_bytes(out):
+    return [(out / "adapter" / name).read_bytes() for name in ADAPTER]
+
+
+def learned(out):
+    """Return what the metrics say, without what depends on the clock."""
+    timed = ("tokens_per_s", "flops_per_s", "mfu")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def test_a_run_leaves_adapter_metrics_picture_and_checkpoints(whole):
+    assert {path.name for path in whole.iterdir()} == {
+        "adapter", "checkpoints", "loss.png", "metrics.jsonl", "options.json"
+    }  # fmt: skip
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["6", "7"]
+    assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    rows = learned(whole)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 8))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 7]
+    assert rows[-1]["eval_loss"] < rows[0]["loss"]
+    assert 0 <= rows[-1]["exact_match"] <= 1
+
+
+def interrupt_after(monkeypatch, step):
+    """Let the terminal send an interrupt while an update runs."""
+    real = runs.Trainer.step
+
+    def patched(self):
+        result = real(self)
+        patched.count += 1
+        if patched.count == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    patched.count = 0
+    monkeypatch.setattr(runs.Trainer, "step", patched)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 6])
+def test_a_run_interrupted_at_any_step_and_resumed_is_the_uninterrupted_one(
+    step, whole, data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        assert sft.main(arguments(data, out)) == 130
+    assert f"interrupted at step {step}" in capsys.readouterr().err
+    assert not (out / "adapter").exists()
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0
+    assert adapter_bytes(out) == adapter_bytes(whole)
+    assert learned(out) == learned(whole)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint(whole, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        real = runs.Trainer.step
+
+        def patched(self):
+            if patched.count == 5:
+                raise SystemExit("killed")
+            patched.count += 1
+            return real(self)
+
+        patched.count = 0
+        patch.setattr(runs.Trainer, "step", patched)
+        with pytest.raises(SystemExit):
+            sft.main(arguments(data, out))
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0
+    assert adapter_bytes(out) == adapter_bytes(whole)
+    assert learned(out) == learned(whole)
+
+
+def damage(out, step):
+    """Cut the files of a checkpoint in half."""
+    for path in (out / "checkpoints" / str(step)).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(whole, data, tmp_path, monkeypatch, caplog):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        assert sft.main(arguments(data, out)) == 130
+    damage(out, 5)
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0
+    assert "the checkpoint of step 5 is damaged" in caplog.text
+    assert "going on from step 4" in caplog.text
+    assert adapter_bytes(out) == adapter_bytes(whole)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_deleted(data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert sft.main(arguments(data, out)) == 130
+    for step in (2, 3):
+        damage(out, step)
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "no checkpoint" in told
+    assert "step 2 is damaged" in told
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_numbers_that_were_changed_in_a_checkpoint_are_noticed(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "here")
+    state = Slots({"a": np.arange(1000, dtype=np.float32)}, {"m": np.zeros(3, np.float32)})
+    checkpoints.save(1, {"x": 1}, {"one": state})
+    found = checkpoints.latest()
+    assert (found.step, found.meta) == (1, {"x": 1})
+    np.testing.assert_array_equal(found.state("one", state).params["a"], state.params["a"])
+    with pytest.raises(CheckpointError, match="another shape"):
+        found.state("one", Slots({"a": np.zeros(5, np.float32)}, state.opt_state))
+    real = ocp.CheckpointManager.restore
+
+    def restore(self, *args, **kwargs):
+        got = real(self, *args, **kwargs)
+        if "state" in got:
+            got["state"]["one/0"] = got["state"]["one/0"] + np.float32(1e-3)
+        return got
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", restore)
+        with pytest.raises(CheckpointError, match="not the ones that were written"):
+            checkpoints.latest()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_checkpoint_that_cannot_be_finished_leaves_the_one_before(error, whole, data, tmp_path, monkeypatch, capsys):
+    """The disk is full, or the user loses patience, when half of it is written."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        _break_commit(patch, out, error)
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                sft.main(arguments(data, out))
+        else:
+            assert sft.main(arguments(data, out)) == 1
+            told = capsys.readouterr().err
+            assert "step 4 cannot be written" in told
+            assert "the one of step 2 is whole" in told
+            assert "No space left" in told
+    assert "2" in {path.name for path in (out / "checkpoints").iterdir()}
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0
+    assert adapter_bytes(out) == adapter_bytes(whole)
+
+
+def _break_commit(patch, out, error):
+    """Let Orbax fail after the arrays of step 4 are written and before the checkpoint has its name."""
+    real = ocp.CheckpointManager.save
+
+    def save(self, step, *args, **kwargs):
+        if step != 4:
+            return real(self, step, *args, **kwargs)
+        half = out / "checkpoints" / "4.orbax-checkpoint-tmp"
+        half.mkdir()
+        (half / "state").write_bytes(b"half")
+        raise error
+
+    patch.setattr(ocp.CheckpointManager, "save", save)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    bad = ("--learning-rate", "1e37", "--max-grad-norm", "0", "--warmup-ratio", "0", "--save-steps", "1")
+    assert sft.main(arguments(data, out, *bad)) == 1
+    told = capsys.readouterr().err
+    assert "not finite at step" in told
+    assert "lower learning_rate" in told
+    assert not (out / "adapter").exists()
+    found = Checkpoints(out / "checkpoints").latest()
+    assert found is not None
+    assert all(np.isfinite(leaf).all() for leaves in found.leaves.values() for leaf in leaves)
+    assert any("failed" in row for row in read_metrics(out / "metrics.jsonl"))
+
+
+def test_a_directory_with_a_run_is_not_overwritten_unasked(whole, data, capsys):
+    before = adapter_bytes(whole)
+    assert sft.main(arguments(data, whole)) == 1
+    told = capsys.readouterr().err
+    assert "--resume" in told
+    assert "--overwrite-output-dir" in told
+    assert adapter_bytes(whole) == before
+
+
+def test_a_run_is_not_resumed_on_other_data(data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        sft.main(arguments(data, out))
+    cases.write_rows(data, [{"prompt": "x ", "completion": "yy"}])
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 1
+    assert "is not the one that the run was begun with" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_beyond_its_end_when_told_to(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sft.main(arguments(data, out, "--max-steps", "3", "--lr-scheduler-type", "constant")) == 0
+    assert sft.main(["--resume", "--output-dir", str(out), "--rank", "8"]) == 0
+    assert "rank: 8 instead of 4" in capsys.readouterr().err
+
+
+def test_jobs_of_a_file_are_trained_together(data, tmp_path, capsys):
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(
+        "jobs:\n- name: ann\n  rank: 4\n- {name: bob, adapter_kind: direft, rank: 2, max_steps: 4, targets: block,"
+        " lora_dropout: 0.0}\n"
+    )
+    out = tmp_path / "out"
+    assert sft.main(arguments(data, out, "--jobs", str(jobs), "--publish", str(tmp_path / "served"))) == 0
+    rows = read_metrics(out / "metrics.jsonl")
+    assert {(row["job"], row["step"]) for row in rows if "loss" in row} == {
+        *(("ann", i) for i in range(1, 8)), *(("bob", i) for i in range(1, 5))
+    }  # fmt: skip
+    for name in ("ann", "bob"):
+        for file in ADAPTER:
+            assert (out / name / "adapter" / file).read_bytes() == (tmp_path / "served" / name / file).read_bytes()
+    assert json.loads((out / "options.json").read_text())["jobs"][0]["name"] == "ann"
+
+
+def test_the_built_in_task_is_learnable_and_held_out():
+    from train.builtin_task import rows
+
+    train, held_out = rows()
+    questions = {row["messages"][0]["content"] for row in train}
+    answers = {row["messages"][1]["content"] for row in train}
+    assert len(train) == 128
+    for row in held_out:
+        assert row["messages"][0]["content"] not in questions
+        assert row["messages"][1]["content"] not in answers
+        assert set(json.loads(row["messages"][1]["content"])) == {"device", "room", "set"}
+    assert rows() == rows()
