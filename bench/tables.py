@@ -268,6 +268,30 @@ def server(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
 
 
+def sft(figures: dict[str, Any]) -> str:
+    """Fine-tuning, ours and the peer's."""
+    options = figures["options"]
+    rows = []
+    for row in figures["rows"]:
+        ours = row["who"] == "preft-jax"
+        again = {"none": "nothing", "cheap": "all but matmuls", "full": "whole layers"}
+        rows.append(
+            [
+                row["who"] if ours else f"{row['who']} {row['versions']['peft']}, torch {row['versions']['torch']}",
+                f"{row['batch']} x {row['seq']:,}"
+                + (f", {row['accumulation']} times" if row["accumulation"] > 1 else ""),
+                str(row["jobs"]),
+                again[row["remat"]] if ours else {"none": "nothing", "full": "gradient checkpointing"}[row["remat"]],
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['tflops_4n']:,.0f}",
+                f"{row['peak_gib']:.1f}",
+            ]
+        )
+    title = "{model}, LoRA r{rank} on all linears".format(**options)
+    header = [title, "rows x tokens", "adapters", "computed again", "tokens/s", "TFLOP/s (4N)", "peak GiB"]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+
+
 TABLES = {
     "cpu-generation": cpu_generation,
     "cpu-adapters": cpu_adapters,
@@ -282,6 +306,8 @@ TABLES = {
     "h100-lora": engine,
     "h100-lora-before": engine,
     "h100-prefill": prefill,
+    "h100-sft": sft,
+    "h100-sft-16k": sft,
     "h100-tiers": tiers,
     "tpu-programs": tpu_programs,
 }

@@ -278,7 +278,7 @@ def evaluate(
 def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> tuple[State, Report]:
     """Let each slot that learned something take an optimizer step; ``state`` is donated.
 
-    A slot whose loss, gradient or new parameters are not finite keeps what it had, and so does one without learned tokens.
+    A slot keeps what it had if its loss, gradient or new parameters are not finite, or it learned no token.
     """
     new, norms, finite, first = [], [], [], 0
     for group, slots, grads, own in zip(groups, state, sums.grads, numbers, strict=True):

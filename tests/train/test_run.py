@@ -209,18 +209,23 @@ def _break_commit(patch, out, error):
     patch.setattr(ocp.CheckpointManager, "save", save)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(data, tmp_path, capsys):
+def test_an_update_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(whole, data, tmp_path, capsys):
     out = tmp_path / "out"
-    bad = ("--learning-rate", "1e37", "--max-grad-norm", "0", "--warmup-ratio", "0", "--save-steps", "1")
-    assert sft.main(arguments(data, out, *bad)) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        real = runs.Job.numbers
+
+        def numbers(self):
+            return real(self)._replace(learning_rate=np.float32(np.inf)) if self.step == 4 else real(self)
+
+        patch.setattr(runs.Job, "numbers", numbers)
+        assert sft.main(arguments(data, out)) == 1
     told = capsys.readouterr().err
-    assert "not finite at step" in told
+    assert "the updated adapter is not finite at step 5" in told
     assert "lower learning_rate" in told
     assert not (out / "adapter").exists()
-    found = Checkpoints(out / "checkpoints").latest()
-    assert found is not None
-    assert all(np.isfinite(leaf).all() for leaves in found.leaves.values() for leaf in leaves)
     assert any("failed" in row for row in read_metrics(out / "metrics.jsonl"))
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0, "from step 4"
+    assert adapter_bytes(out) == adapter_bytes(whole)
 
 
 def test_a_directory_with_a_run_is_not_overwritten_unasked(whole, data, capsys):
