@@ -6,6 +6,7 @@ import json
 import numpy as np
 import reference
 
+from preft_jax.adapter import Adapter
 from preft_jax.chat import EncodedPrompt
 from train.batches import BatchOptions, Rows, collate
 from train.data import DataOptions, Example
@@ -70,6 +71,11 @@ def job(model, config, data, *, name="adapter", initial=None, held_out=(), **fie
     return made
 
 
+def released(trainer, one):
+    """Free a job's slot and return its adapter."""
+    return Adapter(one.initial.config, trainer.release(one).params)
+
+
 def train(model, jobs, **options):
     """Train jobs to their ends; returns adapters and losses by name."""
     trainer = Trainer(model, jobs, TrainOptions(**options))
@@ -84,7 +90,7 @@ def train(model, jobs, **options):
         for one in trainer.running:
             if one.done:
                 take(trainer.finish())
-                adapters[one.name] = trainer.release(one)
+                adapters[one.name] = released(trainer, one)
     take(trainer.finish())
     return adapters, losses
 

@@ -1,6 +1,8 @@
 """A job: one adapter to train, with its own data, optimizer and clock. Host state only."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,6 +91,15 @@ class Job:
     def done(self) -> bool:
         """Whether no update is left."""
         return self.failed is not None or self.step >= self.total_steps
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """SHA-256 (hex) of the examples."""
+        sha = hashlib.sha256()
+        for example in self.examples:
+            for array in (example.token_ids, example.edit_mask, example.loss_mask):
+                sha.update(array.shape[0].to_bytes(8, "little") + array.tobytes())
+        return sha.hexdigest()
 
     @property
     def epoch(self) -> float:

@@ -49,9 +49,10 @@ class Metrics:
     def __init__(self, path: Path, *, keep_until: int | None = None):
         kept = [] if keep_until is None else [row for row in read_metrics(path) if row["step"] <= keep_until]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
-        for row in kept:
-            self.write(row)
+        beside = path.with_name(f".{path.name}.next")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        beside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; numbers that are not finite become null."""

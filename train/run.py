@@ -1,7 +1,6 @@
 """One run of ``train.sft``: jobs, checkpoints, evaluation, status, and what is left in the output directory."""
 
 import functools
-import hashlib
 import json
 import shutil
 import signal
@@ -25,6 +24,7 @@ from train.job import Job, JobConfig
 from train.log import Meter, Metrics, Status, draw_losses, make_reporters, peak_flops, read_metrics
 from train.options import OPTIONS_FILE, Settings
 from train.publish import publish
+from train.step import Slots
 from train.trainer import Result, StepResult, Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -60,6 +60,7 @@ class Run:
         self._saved: int | None = None
         self._failed: dict[str, str] = {}
         self._exported: set[str] = set()
+        self._final: dict[str, Slots] = {}
         self._start(jobs)
         self._metrics = Metrics(self._directory / METRICS, keep_until=self._step if settings.resume else None)
         kept = read_metrics(self._directory / METRICS)
@@ -132,17 +133,22 @@ class Run:
             if known is None:
                 self._trainer.add(job)
                 continue
-            if known["data"] != _data_digest(job.examples):
+            if known["data"] != job.data_digest:
                 raise ConfigError(
                     f"the dataset of {job.name!r} is not the one that the run was begun with; restore it, or begin anew"
                 )
             job.step, job.count, job.failed = known["step"], known["count"], known["failed"]
             if job.failed is not None:
                 self._failed[job.name] = job.failed
-            elif known["exported"]:
+            elif known["exported"] and job.done:
                 self._exported.add(job.name)
-            else:
+            elif job.name in found.leaves:
                 self._trainer.add(job, found.state(job.name, self._trainer.state_of(job)))
+            else:
+                raise ConfigError(
+                    f"{job.name!r} ended at step {job.step} and its optimizer state is no longer kept; to train it "
+                    f"further, begin a run with --init-from {self._path(job)}"
+                )
         self._step = self._saved = found.step
         self._say(f"going on from step {found.step}")
 
@@ -276,9 +282,11 @@ class Run:
         """Return where a job's adapter goes."""
         return self._directory / "adapter" if len(self._settings.jobs) == 1 else self._directory / job.name / "adapter"
 
-    def _export(self, job: Job, adapter: Adapter) -> None:
+    def _export(self, job: Job, state: Slots) -> None:
+        adapter = Adapter(job.initial.config, state.params)
         save_adapter(self._path(job), adapter)
         self._exported.add(job.name)
+        self._final[job.name] = state
         self._status.line(f"{self._label(job)}the adapter is in {self._path(job)}")
         if self._settings.publish is not None:
             self._status.line(publish(adapter, job.name, self._path(job), self._settings.publish))
@@ -291,13 +299,15 @@ class Run:
         known = {
             job.name: {
                 "step": job.step, "count": job.count, "failed": job.failed,
-                "exported": job.name in self._exported, "data": _data_digest(job.examples),
+                "exported": job.name in self._exported, "data": job.data_digest,
             }
             for job in self._jobs
         }  # fmt: skip
         meta = {"model_digest": self._model.digest, "options": dict(self._settings.given), "jobs": known}
-        self._checkpoints.save(self._step, meta, {job.name: self._trainer.state_of(job) for job in alive})
-        self._saved = self._step
+        states = {job.name: self._trainer.state_of(job) for job in alive}
+        self._checkpoints.save(self._step, meta, states | self._final)
+        # An ended job's state is in the checkpoint after its end alone: thousands of them would not fit.
+        self._saved, self._final = self._step, {}
 
     def _draw(self) -> None:
         rows = read_metrics(self._directory / METRICS)
@@ -311,11 +321,3 @@ class Run:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _data_digest(examples: Sequence[Example]) -> str:
-    sha = hashlib.sha256()
-    for example in examples:
-        for array in (example.token_ids, example.edit_mask, example.loss_mask):
-            sha.update(array.shape[0].to_bytes(8, "little") + array.tobytes())
-    return sha.hexdigest()

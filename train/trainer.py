@@ -209,11 +209,11 @@ class Trainer:
         self._pending = _Pending(report, entries, tokens, padded)
         return before
 
-    def release(self, job: Job) -> Adapter:
-        """Free a running job's slot and return its adapter."""
-        adapter = self.adapter_of(job)
+    def release(self, job: Job) -> Slots:
+        """Free a running job's slot and return its state."""
+        state = self.state_of(job)
         del self._places[job]
-        return adapter
+        return state
 
     def finish(self) -> StepResult | None:
         """Return the results of the last update started."""

@@ -247,11 +247,28 @@ def test_a_run_is_not_resumed_on_other_data(data, tmp_path, monkeypatch, capsys)
     assert "is not the one that the run was begun with" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_beyond_its_end_when_told_to(data, tmp_path, capsys):
+def test_a_run_goes_on_beyond_its_end_when_told_to(whole, data, tmp_path, capsys):
+    """With a constant learning rate, nothing in it knows how long it was to be."""
+    constant = ("--lr-scheduler-type", "constant", "--eval-steps", "0")
+    out, longer = tmp_path / "out", tmp_path / "longer"
+    assert sft.main(arguments(data, out, *constant, "--max-steps", "3")) == 0
+    assert sft.main(["--resume", "--output-dir", str(out), "--max-steps", "5"]) == 0
+    assert "max_steps: 5 instead of 3" in capsys.readouterr().err
+    assert sft.main(arguments(data, longer, *constant, "--max-steps", "5")) == 0
+    assert adapter_bytes(out) == adapter_bytes(longer)
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0, "nothing is left to do"
+    assert adapter_bytes(out) == adapter_bytes(longer)
+
+
+def test_a_run_is_not_resumed_with_another_shape(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    assert sft.main(arguments(data, out, "--max-steps", "3", "--lr-scheduler-type", "constant")) == 0
-    assert sft.main(["--resume", "--output-dir", str(out), "--rank", "8"]) == 0
-    assert "rank: 8 instead of 4" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        sft.main(arguments(data, out))
+    assert sft.main(["--resume", "--output-dir", str(out), "--rank", "8"]) == 1
+    told = capsys.readouterr().err
+    assert "rank: 8 instead of 4" in told
+    assert "has another shape" in told
 
 
 def test_jobs_of_a_file_are_trained_together(data, tmp_path, capsys):

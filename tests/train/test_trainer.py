@@ -54,7 +54,7 @@ def test_ordinary_lora_is_trained_as_peft_and_torch_do(masked):
     if not masked:
         norms = [result.results[0].grad_norm for result in results]
         np.testing.assert_allclose(norms, oracle["grad_norms"], rtol=1e-4)
-        close(trainer.release(job), load_adapter(FIXTURES / "training" / "final", model), atol=1e-4)
+        close(cases.released(trainer, job), load_adapter(FIXTURES / "training" / "final", model), atol=1e-4)
 
 
 def mixed(model, rng, **fields):
@@ -100,7 +100,7 @@ def test_jobs_of_one_shape_share_a_program_and_free_slots_are_taken_again(lively
         assert len(trainer.running) <= 2
         for one in trainer.running:
             if one.done:
-                done[one.name] = trainer.release(one)
+                done[one.name] = cases.released(trainer, one)
     assert len(programs) == 1
     for one, expected in zip(jobs, alone, strict=True):
         close(done[one.name], expected)
@@ -225,7 +225,7 @@ trainer = Trainer(model, [job], placement=Placement.parse(sys.argv[1]))
 losses = [trainer.step() for _ in range(6)][1:] + [trainer.finish()]
 sharding = trainer._base["layers"][0]["down"].sharding
 parts = len({tuple(map(str, index)) for index in sharding.devices_indices_map((96, 64)).values()})
-sums = [float(np.abs(leaf).sum()) for leaf in cases.leaves(trainer.release(job))]
+sums = [float(np.abs(leaf).sum()) for leaf in cases.leaves(cases.released(trainer, job))]
 print(json.dumps({"losses": [one.results[0].loss for one in losses], "parts": parts, "sums": sums}))
 """
 
