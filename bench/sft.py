@@ -61,7 +61,9 @@ class Variant:
             batch, _, seq = shape.partition("x")
             found = cls(int(batch), int(seq), int(accumulation or 1), remat or "none", int(jobs or 1))  # type: ignore[arg-type]
         except ValueError as error:
-            raise ConfigError(f"{text!r} is no variant; give such as 4x2048, 1x2048/4, 4x2048:cheap*8") from error
+            raise ConfigError(f"{text!r} is no variant; give such as 4x2048, 1x2048/4, 8x2048:cheap*8") from error
+        if min(found.batch, found.seq, found.accumulation, found.jobs) < 1:
+            raise ConfigError(f"{text!r}: every number is at least 1")
         if found.remat not in get_args(Remat) or found.batch % found.jobs:
             raise ConfigError(f"{text!r}: after ':' comes {' or '.join(get_args(Remat))}, and jobs divide the rows")
         return found

@@ -164,7 +164,10 @@ def encode_answer(tokenizer: Any, messages: Any) -> tuple[EncodedPrompt, list[in
         raise RequestError("the last message must be the assistant's, and others must precede it")
     prompt = render_chat(tokenizer, messages[:-1])
     header = _render(tokenizer, messages[:-1], True)
-    through = _render(tokenizer, messages, False)
+    try:
+        through = _render(tokenizer, messages, False)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise RequestError(f"the model's chat template refuses these messages: {error}") from error
     end = _end_of_turn(tokenizer, through, len(header))
     if not through.startswith(header) or end is None:
         raise RequestError(

@@ -90,7 +90,9 @@ def train(model, jobs, **options):
         for one in trainer.running:
             if one.done:
                 take(trainer.finish())
-                adapters[one.name] = released(trainer, one)
+                adapter = released(trainer, one)
+                if one.failed is None:
+                    adapters[one.name] = adapter
     take(trainer.finish())
     return adapters, losses
 

@@ -67,6 +67,8 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; give at least 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"seed is {self.seed}; give an integer from 0 to {(1 << 32) - 1}")
 
 
 def plan_epoch(lengths: Sequence[int], options: BatchOptions, epoch: int) -> list[list[Row]]:

@@ -105,7 +105,9 @@ class Checkpoints:
             ) from error
 
     def latest(self) -> Checkpoint | None:
-        """Read the newest checkpoint that is whole; damaged ones are reported and left as they are. None without any.
+        """Read the newest checkpoint that is whole; None without any.
+
+        Damaged ones that are newer are reported and deleted, so that their steps can be written again.
 
         Raises:
             CheckpointError: if there are some, all of them damaged.
@@ -120,9 +122,7 @@ class Checkpoints:
                 continue
             if reasons:
                 # Otherwise the run would stop when it comes to write it again.
-                _log.warning(
-                    "going on from step %d; the damaged ones are replaced as the run reaches their steps", step
-                )
+                _log.warning("going on from step %d; the damaged ones are deleted", step)
                 for damaged in [other for other in self.steps if other > step]:
                     self._manager.delete(damaged)
             return found

@@ -7,6 +7,7 @@ the example's prompt. The edit mask comes from ``preft_jax.edit_mask``, as servi
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,17 @@ from preft_jax.errors import PreftError, RequestError, reject_unknown
 from preft_jax.generator import prompt_edit_mask
 from preft_jax.loading import Model
 
+_log = logging.getLogger("preft.train")
+
 _ALLOWED = ("messages", "prompt", "completion")
 
 
 class DataError(PreftError, ValueError):
     """A dataset that cannot be trained on; the message names the file and the line."""
+
+
+class _UnknownSpansError(RequestError):
+    """The chat template does not say where earlier answers are."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +65,8 @@ class DataOptions:
     Attributes:
         max_length: most tokens of an example.
         completion_only_loss: learn answers only; otherwise every token but the first.
-        truncate: cut longer examples at the end; otherwise they are errors.
+        truncate: cut longer examples at the end, and leave out those whose answer is cut off; otherwise longer ones are
+            errors.
     """
 
     max_length: int = 1024
@@ -73,7 +81,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         DataError: for a file that cannot be read, or a line that is no JSON object of the allowed form.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, _parse(path, number, line)
@@ -113,14 +121,19 @@ def load_examples(path: Path, model: Model, adapter: AdapterConfig, options: Dat
     Raises:
         DataError: naming the first line that is wrong, has nothing to learn, or is too long; or an empty file.
     """
-    examples = []
+    examples: list[Example] = []
+    left_out = 0
     for number, row in read_lines(path):
         try:
-            examples += make_examples(row, model, adapter, options, line=number)
+            made = make_examples(row, model, adapter, options, line=number)
         except PreftError as error:
             raise DataError(f"{path}:{number}: {error}") from error
+        kept = [example for example in made if example.loss_mask.any()]
+        examples, left_out = examples + kept, left_out + len(made) - len(kept)
+    if left_out:
+        _log.warning("%s: of %d examples nothing is learned once they are cut; left out", path, left_out)
     if not examples:
-        raise DataError(f"{path} has no lines; give at least one example")
+        raise DataError(f"{path} has no {'such lines' if left_out else 'lines'}; give at least one example")
     return examples
 
 
@@ -137,7 +150,7 @@ def make_examples(
         examples = _of_chat(check_messages(row["messages"]), model, adapter, line)
     else:
         examples = [_of_pair(row["prompt"], row["completion"], model, adapter, line)]
-    return [_finish(example, options) for example in examples]
+    return [_finish(example, model, options) for example in examples]
 
 
 def _of_pair(prompt: Any, completion: Any, model: Model, adapter: AdapterConfig, line: int) -> Example:
@@ -174,7 +187,11 @@ def _of_chat(messages: list[dict[str, str]], model: Model, adapter: AdapterConfi
         raise RequestError("no message of the assistant follows another one, so there is nothing to learn")
     whole = adapter.assistant_turns == "skip" or not adapter.prefill_only
     if whole and len(turns) > 1:
-        return [_of_conversation(messages[: turns[-1] + 1], model, adapter, line)]
+        try:
+            return [_of_conversation(messages[: turns[-1] + 1], model, adapter, line)]
+        except _UnknownSpansError:
+            if adapter.prefill_only:
+                raise
     return [_of_turn(messages[: i + 1], model, adapter, line) for i in turns]
 
 
@@ -193,7 +210,7 @@ def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: Adap
         )
     encoded = render_chat(model.tokenizer, messages, add_generation_prompt=False)
     if encoded.unedited_spans is None:
-        raise RequestError(
+        raise _UnknownSpansError(
             "the chat template renders earlier answers differently in later turns, so their tokens cannot be told; use "
             "assistant_turns 'edit', or give one answer a line"
         )
@@ -226,7 +243,10 @@ def _example(prompt: EncodedPrompt, answer: Sequence[int], adapter: AdapterConfi
     return Example(token_ids, mask, loss_mask, prompt, list(answer), line)
 
 
-def _finish(example: Example, options: DataOptions) -> Example:
+def _finish(example: Example, model: Model, options: DataOptions) -> Example:
+    vocab_size = model.config.vocab_size
+    if (most := int(example.token_ids.max())) >= vocab_size:
+        raise RequestError(f"token id {most} is outside the model's vocabulary; allowed: 0 to {vocab_size - 1}")
     loss_mask = example.loss_mask.copy() if options.completion_only_loss else np.ones(len(example), bool)
     loss_mask[0] = False
     if len(example) > options.max_length and not options.truncate:
@@ -235,9 +255,8 @@ def _finish(example: Example, options: DataOptions) -> Example:
             "shorten it, or give --truncate"
         )
     cut = slice(options.max_length)
-    if not loss_mask[cut].any():
-        reason = f" within the first {options.max_length} tokens" if len(example) > options.max_length else ""
-        raise RequestError(f"no token of the example is learned{reason}; give an answer, or raise --max-length")
+    if not loss_mask.any():
+        raise RequestError("no token of the example is learned; give an answer")
     return dataclasses.replace(
         example, token_ids=example.token_ids[cut], edit_mask=example.edit_mask[cut], loss_mask=loss_mask[cut]
     )

@@ -21,6 +21,11 @@ class Answers(NamedTuple):
     exact_match: float
 
 
+def answerable(model: Model, examples: Sequence[Example]) -> list[Example]:
+    """Return the examples whose prompts leave the model room for an answer."""
+    return [one for one in examples if len(one.prompt.token_ids) < model.config.max_position_embeddings]
+
+
 def answer(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -> Answers:
     """Answer each example's prompt greedily, with as many tokens as its own answer has and some more."""
     most = max(len(example.answer) for example in examples) + 4

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,6 @@ class Job:
 
     Attributes:
         step: updates done.
-        count: micro-batches done.
         total_steps: updates in all.
         initial: the adapter that it starts from.
         failed: why it was given up, or None.
@@ -73,11 +73,11 @@ class Job:
         self.examples = examples
         self.held_out = held_out
         self.step = 0
-        self.count = 0
         self.failed: str | None = None
         self.initial = _initial(config, model)
         self._lengths = [len(example) for example in examples]
         self._first: list[int] = [0]
+        self._batches: list[int] = []
         self._planned: tuple[int, list[list[Row]]] | None = None
         self.total_steps = config.max_steps if config.max_steps > 0 else self._steps_of_epochs()
         self._rates = config.optimizer.learning_rates(self.total_steps)
@@ -107,6 +107,13 @@ class Job:
         epoch = self._epoch_of(self.step)
         return epoch + (self.step - self._first[epoch]) / max(1, self._first[epoch + 1] - self._first[epoch])
 
+    @property
+    def count(self) -> int:
+        """Micro-batches before the next update."""
+        epoch = self._epoch_of(self.step)
+        into = (self.step - self._first[epoch]) * self.config.gradient_accumulation_steps
+        return sum(self._batches[:epoch]) + into
+
     def micro_batches(self) -> list[list[Row]]:
         """Return the micro-batches of the next update: lists of rows, which are lists of indices of examples."""
         epoch, size = self._epoch_of(self.step), self.config.gradient_accumulation_steps
@@ -129,8 +136,8 @@ class Job:
     def _epoch_of(self, step: int) -> int:
         """Return the epoch of an update, planning epochs as far as needed."""
         while self._first[-1] <= step:
-            batches = len(self._plan(len(self._first) - 1))
-            self._first.append(self._first[-1] + -(-batches // self.config.gradient_accumulation_steps))
+            self._batches.append(len(self._plan(len(self._first) - 1)))
+            self._first.append(self._first[-1] + -(-self._batches[-1] // self.config.gradient_accumulation_steps))
         return int(np.searchsorted(self._first, step, side="right")) - 1
 
     def _steps_of_epochs(self) -> int:
@@ -138,7 +145,7 @@ class Job:
         while len(self._first) <= whole + 1:
             self._epoch_of(self._first[-1])
         part = self.config.num_train_epochs - whole
-        return max(1, self._first[whole] + round(part * (self._first[whole + 1] - self._first[whole])))
+        return max(1, self._first[whole] + math.ceil(part * (self._first[whole + 1] - self._first[whole])))
 
 
 def _initial(config: JobConfig, model: Model) -> Adapter:
@@ -161,6 +168,11 @@ def resumed_config(asked: AdapterConfig, found: AdapterConfig) -> AdapterConfig:
     """
     if asked.kind != found.kind:
         raise ConfigError(f"the adapter to start from is of kind {found.kind!r} and {asked.kind!r} is asked for")
+    if asked.share_weights != found.share_weights:
+        raise ConfigError(
+            f"the adapter to start from has share_weights {found.share_weights} and {asked.share_weights} is "
+            f"asked for; give --{'' if found.share_weights else 'no-'}share-weights"
+        )
     if not found.share_weights and asked.positions != found.positions:
         raise ConfigError(
             f"the adapter to start from has its own weights for each of its positions {found.positions!r}; train it at "

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from preft_jax.errors import ConfigError
 
 REPORTERS = ("tensorboard", "wandb")
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5p": 459e12, "v5 lite": 197e12, "v6 lite": 918e12}
+PEAK_FLOPS = {
+    "H100": 989e12, "H200": 989e12, "A100": 312e12, "v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5": 459e12,
+    "v6 lite": 918e12, "v6e": 918e12,
+}  # fmt: skip
 """Dense bf16 FLOP/s of a device by what its kind contains, from its data sheet."""
 
 
@@ -46,8 +49,10 @@ class Meter:
 class Metrics:
     """``metrics.jsonl``: one object a line; a resumed run drops what came after its checkpoint."""
 
-    def __init__(self, path: Path, *, keep_until: int | None = None):
-        kept = [] if keep_until is None else [row for row in read_metrics(path) if row["step"] <= keep_until]
+    def __init__(self, path: Path, *, keep_until: Mapping[str, int] | None = None):
+        """``keep_until`` has each job's updates in the checkpoint; None begins anew."""
+        rows = [] if keep_until is None else read_metrics(path)
+        kept = [row for row in rows if row["step"] <= (keep_until or {}).get(row["job"], row["step"])]
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.next")
         beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -117,7 +122,12 @@ def _wandb(directory: Path, run_name: str) -> Callable[[int, dict[str, float]], 
     except ImportError as error:
         raise ConfigError(f"--report-to wandb needs wandb ({error}); pip install wandb") from error
     run = wandb.init(project="preft-jax", name=run_name, dir=str(directory))
-    return lambda step, values: run.log(values, step=step)
+
+    def report(step: int, values: dict[str, float]) -> None:
+        # Jobs have clocks of their own, and wandb's must never go back.
+        run.log(values | {f"{next(iter(values), 'run').partition('/')[0]}/step": step})
+
+    return report
 
 
 class Status:

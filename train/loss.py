@@ -64,7 +64,7 @@ def _weighted(head: Params, h_TD: jax.Array, targets_T: jax.Array, weights_T: ja
         logits_IV = lm_head(head, h_ID)
         return jax.nn.logsumexp(logits_IV, axis=1) - jnp.take_along_axis(logits_IV, targets_I[:, None], axis=1)[:, 0]
 
-    return _map(one, head, h_TD, targets_T, weights_T) * weights_T
+    return _weigh(weights_T, _map(one, head, h_TD, targets_T, weights_T))
 
 
 def _forward(head: Params, h_TD: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> Any:
@@ -77,7 +77,12 @@ def _forward(head: Params, h_TD: jax.Array, targets_T: jax.Array, weights_T: jax
         return norm_I - chosen_I, _through_head(head, slope_IV)
 
     loss_T, slope_TD = _map(one, head, h_TD, targets_T, weights_T)
-    return loss_T * weights_T, (slope_TD, weights_T)
+    return _weigh(weights_T, loss_T), (slope_TD, weights_T)
+
+
+def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Return the product, and zero without weight whatever the value is."""
+    return jnp.where(weights != 0, values * weights, 0.0)
 
 
 def _through_head(head: Params, slope_IV: jax.Array) -> jax.Array:
@@ -89,8 +94,8 @@ def _through_head(head: Params, slope_IV: jax.Array) -> jax.Array:
 
 def _backward(kept: tuple[jax.Array, jax.Array], cotangent_T: jax.Array) -> Any:
     slope_TD, weights_T = kept
-    scale_T = cotangent_T * weights_T
-    return None, (slope_TD.astype(jnp.float32) * scale_T[:, None]).astype(slope_TD.dtype), None, None
+    scaled_TD = _weigh((cotangent_T * weights_T)[:, None], slope_TD.astype(jnp.float32))
+    return None, scaled_TD.astype(slope_TD.dtype), None, None
 
 
 _weighted.defvjp(_forward, _backward)

@@ -18,7 +18,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How an adapter is updated; names and defaults are those of transformers' ``TrainingArguments`` and TRL.
+    """How an adapter is updated; names are those of transformers' ``TrainingArguments``.
 
     Attributes:
         optim: ``adamw`` (Loshchilov and Hutter, arXiv 1711.05101), ``lion`` (Chen et al., arXiv 2302.06675) or ``sgd``.
@@ -63,6 +63,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
                 raise ConfigError(f"{name} is {value!r}; give a number from {least} to {most}")
+            if name in ("adam_beta1", "adam_beta2") and value == 1:
+                raise ConfigError(f"{name} is 1; give less: a mean that never moves")
             if not math.isfinite(value):
                 raise ConfigError(f"{name} is {value!r}; give a finite number")
 

@@ -52,7 +52,7 @@ _JOB: dict[str, dict[str, Any]] = {
     "lora_alpha": {"type": float, "help": "LoRA's scale numerator (default: the rank)"},
     "lora_dropout": {"type": float, "default": 0.0, "help": "on LoRA's input"},
     "use_rslora": {**_FLAG, "default": False, "help": "divide alpha by the square root of the rank"},
-    "targets": {"default": "", "help": "sites of LoRA, of q,k,v,o,gate,up,down (default: all)"},
+    "targets": {"default": "", "help": "LoRA's sites, of q,k,v,o,gate,up,down, or q_proj and so on (default: all)"},
     "layers": {"default": "", "help": "layers that are edited, such as 0,1,2 (default: all)"},
     "positions": {"default": "prompt", "help": "prompt, f7+l7, or all (ordinary LoRA: decoding then needs it)"},
     "share_weights": {**_FLAG, "default": True, "help": "ReFT at f7+l7: one set of weights for first and last"},
@@ -61,7 +61,7 @@ _JOB: dict[str, dict[str, Any]] = {
     "init_from": {"type": Path, "help": "directory of an adapter to start from"},
     "num_train_epochs": {"type": float, "default": 3.0, "help": "passes over the data"},
     "max_steps": {"type": int, "default": -1, "help": "updates; overrides num_train_epochs"},
-    "per_device_train_batch_size": {"type": int, "default": 8, "help": "rows of a micro-batch, over all devices"},
+    "per_device_train_batch_size": {"type": int, "default": 8, "help": "rows of a micro-batch on each device"},
     "gradient_accumulation_steps": {"type": int, "default": 1, "help": "micro-batches of an update"},
     "max_length": {"type": int, "default": 1024, "help": "most tokens of an example, or of a packed row"},
     "truncate": {**_FLAG, "default": False, "help": "cut longer examples instead of refusing them"},
@@ -154,12 +154,23 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
     if given.get("resume"):
         saved = read_options(directory)
         old_jobs = saved.pop("jobs", None)
-        overridden = {k: (saved[k], _plain(v)) for k, v in given.items() if k in saved and saved[k] != _plain(v)}
+        overridden = _overridden(saved, given)
         inherited = {k: v for k, v in saved.items() if k not in given}
         given = _from_file(parser, inherited, OPTIONS_FILE) | given
         if jobs is None and old_jobs is not None:
             jobs = [_from_file(parser, job, OPTIONS_FILE, _JOB) for job in old_jobs]
     return _settings(given, jobs, overridden)
+
+
+def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return old and new of the options that differ; what was not given at first had its default."""
+    options = _RUN | _JOB
+    old = {name: saved.get(name, _plain(options[name].get("default"))) for name in given}
+    return {
+        name: (old[name], _plain(value))
+        for name, value in given.items()
+        if name not in ("resume", "overwrite_output_dir", "output_dir") and old[name] != _plain(value)
+    }
 
 
 def read_options(directory: Path) -> dict[str, Any]:
@@ -185,11 +196,13 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _jobs(parser: argparse.ArgumentParser, path: Path) -> list[dict[str, Any]]:
-    found = _mapping(path).get("jobs")
+    content = _mapping(path)
+    reject_unknown(map(str, content), ("jobs",), what=f"field of {path}:", error=ConfigError)
+    found = content.get("jobs")
     if not isinstance(found, list) or not found or not all(isinstance(job, dict) for job in found):
         raise ConfigError(f"{path} has no list of jobs; give 'jobs:' and under it one '- name: ...' for each")
     for number, job in enumerate(found, 1):
-        if "name" not in job:
+        if job.get("name") is None:
             raise ConfigError(f"{path}: job {number} has no name; give each its own")
     return [_from_file(parser, job, f"{path}, job {job['name']!r}", _JOB) for job in found]
 
@@ -231,7 +244,7 @@ def _settings(
                         ("save_total_limit", 1), ("max_jobs", 0)):  # fmt: skip
         if v[name] < least:
             raise ConfigError(f"{name} is {v[name]}; give at least {least}")
-    own = [_job(v | job) for job in jobs] if jobs is not None else [_job(v)]
+    own = [_job(v)] if jobs is None else [_named(v | job) for job in jobs]
     names = [job.name for job in own]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
@@ -240,11 +253,24 @@ def _settings(
     if jobs is not None:
         kept["jobs"] = [{name: _plain(value) for name, value in job.items()} for job in jobs]
     shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in _RUN}
-    shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip())
+    shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip() not in ("", "none"))
     return Settings(
         **shared, jobs=tuple(own), given=kept, overridden=overridden,
         train=TrainOptions(gradient_checkpointing=v["gradient_checkpointing"], max_jobs=v["max_jobs"]),
     )  # fmt: skip
+
+
+def _named(v: Mapping[str, Any]) -> JobConfig:
+    """Return ``_job``; what is wrong in it names it."""
+    try:
+        return _job(v)
+    except ConfigError as error:
+        raise ConfigError(f"job {v['name']!r}: {error}") from error
+
+
+def _targets(names: Sequence[str]) -> tuple[str, ...]:
+    """Return sites; PEFT's names of linears are allowed."""
+    return () if list(names) == ["all-linear"] else tuple(name.removesuffix("_proj") for name in names)
 
 
 def _job(v: Mapping[str, Any]) -> JobConfig:
@@ -260,7 +286,7 @@ def _job(v: Mapping[str, Any]) -> JobConfig:
     lora = v["adapter_kind"] == "lora"
     adapter = AdapterConfig(
         kind=v["adapter_kind"], rank=v["rank"], alpha=v["lora_alpha"], use_rslora=v["use_rslora"],
-        targets=listed("targets"), layers=layers, positions=v["positions"], share_weights=v["share_weights"],
+        targets=_targets(listed("targets")), layers=layers, positions=v["positions"], share_weights=v["share_weights"],
         assistant_turns=v["assistant_turns"], orthonormal=v["orthonormal"], dropout=v["lora_dropout"],
     )  # fmt: skip
     if not lora and adapter.dropout:

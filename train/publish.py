@@ -34,7 +34,7 @@ def publish(adapter: Adapter, name: str, saved: Path, target: str, *, timeout: f
     body = {"lora_name": name, "lora_path": str(saved.resolve()), "load_inplace": True}
     try:
         answer = httpx.post(f"{target.rstrip('/')}/v1/load_lora_adapter", json=body, headers=headers, timeout=timeout)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise AdapterError(f"{target} cannot be reached: {error}; the adapter is in {saved}") from error
     if answer.status_code != 200:
         raise AdapterError(

@@ -1,5 +1,6 @@
 """One run of ``train.sft``: jobs, checkpoints, evaluation, status, and what is left in the output directory."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -19,7 +20,7 @@ from preft_jax.sharding import Placement
 from train import builtin_task
 from train.checkpoint import Checkpoints
 from train.data import Example, load_examples, make_examples
-from train.generation import answer
+from train.generation import answer, answerable
 from train.job import Job, JobConfig
 from train.log import Meter, Metrics, Status, draw_losses, make_reporters, peak_flops, read_metrics
 from train.options import OPTIONS_FILE, Settings
@@ -30,6 +31,7 @@ from train.trainer import Result, StepResult, Trainer
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
+_RESERVED = ("adapter", CHECKPOINTS, METRICS, PICTURE, OPTIONS_FILE, "tensorboard", "wandb")
 
 
 class InterruptError(PreftError):
@@ -52,8 +54,11 @@ class Run:
         self._say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._num_params = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        self._check_options()
+        self._shards = placement.num_shards
         self._jobs = jobs = [self._job(config) for config in settings.jobs]
         self._prepare_directory()
+        self._reporters = make_reporters(settings.report_to, self._directory, self._directory.resolve().name)
         self._checkpoints = Checkpoints(self._directory / CHECKPOINTS, settings.save_total_limit)
         self._trainer = Trainer(model, options=settings.train, placement=placement)
         self._step = 0
@@ -61,11 +66,14 @@ class Run:
         self._failed: dict[str, str] = {}
         self._exported: set[str] = set()
         self._final: dict[str, Slots] = {}
+        self._unpublished: dict[str, str] = {}
         self._start(jobs)
-        self._metrics = Metrics(self._directory / METRICS, keep_until=self._step if settings.resume else None)
+        self._write_options()
+        self._metrics = Metrics(
+            self._directory / METRICS, keep_until={job.name: job.step for job in jobs} if settings.resume else None
+        )
         kept = read_metrics(self._directory / METRICS)
         self._evaluated = {(row["job"], row["step"]) for row in kept if "eval_loss" in row}
-        self._reporters = make_reporters(settings.report_to, self._directory, self._directory.resolve().name)
         self._meter = Meter()
         self._status = Status(console, total=sum(job.total_steps for job in jobs), done=sum(job.step for job in jobs))
 
@@ -85,7 +93,19 @@ class Run:
 
     # Beginning
 
+    def _check_options(self) -> None:
+        positions = self._model.config.max_position_embeddings
+        for config in self._settings.jobs:
+            if config.batches.max_length > positions and not config.batches.packing:
+                raise ConfigError(
+                    f"max_length is {config.batches.max_length} and the model has {positions} positions; lower it"
+                )
+            if "jobs" in self._settings.given and config.name in _RESERVED:
+                raise ConfigError(f"a job has the name {config.name!r}, which the run uses itself; give it another")
+
     def _job(self, config: JobConfig) -> Job:
+        rows = config.batches.batch_size * self._shards
+        config = dataclasses.replace(config, batches=dataclasses.replace(config.batches, batch_size=rows))
         if config.dataset is None:
             return Job(config, self._model, *(self._examples(rows, config) for rows in builtin_task.rows()))
         examples = load_examples(config.dataset, self._model, config.adapter, config.data)
@@ -108,12 +128,16 @@ class Run:
                     f"{directory} holds a run; go on with --resume, begin anew with --overwrite-output-dir, or choose "
                     "another --output-dir"
                 )
-            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+            for old in (directory / CHECKPOINTS, *map(self._path, self._jobs)):
+                shutil.rmtree(old, ignore_errors=True)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / OPTIONS_FILE).write_text(json.dumps(settings.given, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"{directory} cannot be written: {error}; choose another --output-dir") from error
+
+    def _write_options(self) -> None:
+        """Write the options down, once nothing refuses them: a resumed run inherits them."""
+        (self._directory / OPTIONS_FILE).write_text(json.dumps(self._settings.given, indent=2) + "\n")
 
     def _start(self, jobs: Sequence[Job]) -> None:
         """Give the trainer the jobs, as they are in the newest checkpoint if the run is resumed."""
@@ -137,10 +161,10 @@ class Run:
                 raise ConfigError(
                     f"the dataset of {job.name!r} is not the one that the run was begun with; restore it, or begin anew"
                 )
-            job.step, job.count, job.failed = known["step"], known["count"], known["failed"]
-            if job.failed is not None:
-                self._failed[job.name] = job.failed
-            elif known["exported"] and job.done:
+            job.step = known["step"]
+            if known["failed"] is not None:
+                self._say(f"{job.name} is tried again from step {job.step}; it failed: {known['failed']}")
+            if known["exported"] and job.done:
                 self._exported.add(job.name)
             elif job.name in found.leaves:
                 self._trainer.add(job, found.state(job.name, self._trainer.state_of(job)))
@@ -168,7 +192,7 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, before)
         self._draw()
-        return self._failed
+        return self._failed | self._unpublished
 
     def _loop(self) -> None:
         settings = self._settings
@@ -178,15 +202,18 @@ class Run:
         while self._trainer.jobs:
             self._tell(self._trainer.step())
             self._step += 1
-            done = [job for job in self._trainer.running if job.done]
+            done = self._ended()
             if done or self._due(settings.eval_steps) or self._due(settings.save_steps) or self._interrupted:
                 self._tell(self._trainer.finish())
-                done = [job for job in self._trainer.running if job.done]
+                done = self._ended()
             if self._due(settings.eval_steps) and not self._interrupted:
                 self._evaluate_running()
             for job in done:
-                self._evaluate(job)
-                self._export(job, self._trainer.release(job))
+                if job.failed is None:
+                    # Before the last evaluation, so that nothing that goes wrong there costs the adapter.
+                    self._export(job, self._trainer.state_of(job))
+                    self._evaluate(job)
+                self._final[job.name] = self._trainer.release(job)
             if done or self._due(settings.save_steps) or self._interrupted:
                 self._save()
             if self._interrupted and self._trainer.jobs:
@@ -195,6 +222,9 @@ class Run:
                     f"--resume --output-dir {self._directory}"
                 )
         self._tell(self._trainer.finish())
+
+    def _ended(self) -> list[Job]:
+        return [job for job in self._trainer.running if job.done]
 
     def _due(self, every: int) -> bool:
         return every > 0 and self._step % every == 0
@@ -216,11 +246,11 @@ class Run:
             return
         self._meter.add(step.tokens)
         self._status.advance(len(step.results))
+        rate = self._meter.read()
         for result in step.results:
             self._check(result)
             if result.job.name in self._failed or result.step % self._settings.logging_steps:
                 continue
-            rate = self._meter.read()
             flops = 4 * self._num_params * rate
             row = {
                 "step": result.step, "job": result.job.name, "loss": result.loss, "grad_norm": result.grad_norm,
@@ -267,8 +297,9 @@ class Run:
         loss, count = self._trainer.evaluate(job, job.held_out)
         row = {"step": job.step, "job": job.name, "eval_loss": loss, "eval_tokens": count}
         text = f"{self._label(job)}held out: loss {loss:.4f}"
-        if self._settings.eval_generations:
-            some = answer(self._model, self._trainer.adapter_of(job), job.held_out[: self._settings.eval_generations])
+        asked = answerable(self._model, job.held_out)[: self._settings.eval_generations]
+        if asked and self._shards == 1:
+            some = answer(self._model, self._trainer.adapter_of(job), asked)
             row |= {"exact_match": some.exact_match}
             text += f", {some.exact_match:.0%} of answers exact; {_short(some.texts[0])}"
             text += "" if some.texts[0] == some.expected[0] else f" for {_short(some.expected[0])}"
@@ -280,16 +311,19 @@ class Run:
 
     def _path(self, job: Job) -> Path:
         """Return where a job's adapter goes."""
-        return self._directory / "adapter" if len(self._settings.jobs) == 1 else self._directory / job.name / "adapter"
+        return self._directory / (job.name if "jobs" in self._settings.given else "") / "adapter"
 
     def _export(self, job: Job, state: Slots) -> None:
         adapter = Adapter(job.initial.config, state.params)
         save_adapter(self._path(job), adapter)
         self._exported.add(job.name)
-        self._final[job.name] = state
         self._status.line(f"{self._label(job)}the adapter is in {self._path(job)}")
         if self._settings.publish is not None:
-            self._status.line(publish(adapter, job.name, self._path(job), self._settings.publish))
+            try:
+                self._status.line(publish(adapter, job.name, self._path(job), self._settings.publish))
+            except (PreftError, OSError) as error:  # The adapter is there, and other jobs go on.
+                self._unpublished[job.name] = str(error)
+                self._status.line(f"{self._label(job)}not published: {error}")
 
     def _save(self) -> None:
         """Write a checkpoint of all jobs, those that are done included."""
@@ -298,7 +332,7 @@ class Run:
             return  # What a failed run goes on from is the checkpoint before.
         known = {
             job.name: {
-                "step": job.step, "count": job.count, "failed": job.failed,
+                "step": job.step, "failed": job.failed,
                 "exported": job.name in self._exported, "data": job.data_digest,
             }
             for job in self._jobs

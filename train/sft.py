@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InterruptError as error:
         print(f"train.sft: {error}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:
+        print("train.sft: ended at once; what is in the checkpoints is whole", file=sys.stderr)
+        return 130
     except (PreftError, OSError) as error:
         print(f"train.sft: {error}", file=sys.stderr)
         return 1

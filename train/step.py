@@ -9,6 +9,7 @@ program.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def _pools(config: ModelConfig, groups: Sequence[Group], folds: Sequence[Any], d
 def _tiles(plan: PagePlan, batch: Batch) -> dict[str, TilePages]:
     """Return each tile's page list: that of its row's slot."""
     rows, size = batch.tokens_BS.shape
-    tile = min(_TILE, size)
+    tile = math.gcd(_TILE, size)  # No tile may reach into the next row, which can be another adapter's.
     slot_N = jnp.repeat(batch.slot_B, size // tile, total_repeat_length=rows * size // tile)
 
     def one(site: str) -> TilePages:

@@ -129,6 +129,7 @@ class Trainer:
             group = next((i for i, g in enumerate(self._groups) if (g.config, g.optim) == key), None)
             state = self._restored.pop(job, None) or _unstacked(empty_slots(Group(*key, 1), job.initial.params), 0)
             if group is None:
+                self._drop_empty_groups()  # The programs are made anew in any case.
                 group = len(self._groups)
                 self._groups.append(Group(*key, 0))
                 self._state.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None][:0], state))
@@ -153,6 +154,11 @@ class Trainer:
                 attention=self._attention(),
                 remat=self.options.gradient_checkpointing,
             )
+
+    def _drop_empty_groups(self) -> None:
+        kept = sorted({place.group for place in self._places.values()})
+        self._groups, self._state = [self._groups[i] for i in kept], [self._state[i] for i in kept]
+        self._places = {job: place._replace(group=kept.index(place.group)) for job, place in self._places.items()}
 
     def _attention(self) -> DenseKernel:
         if self.options.attention is not None:
@@ -192,8 +198,7 @@ class Trainer:
                 if number < len(plans[job]):
                     rows = job.rows(plans[job][number])
                     tokens += sum(len(example) for row in rows for example in row)
-                    parts.append(Rows(rows, self._slot(job), job.config.batches.seed, job.count))
-                    job.count += 1
+                    parts.append(Rows(rows, self._slot(job), job.config.batches.seed, job.count + number))
             batch = self._collate(parts)
             padded += batch.tokens_BS.size
             params = tuple(slots.params for slots in self._state)
@@ -234,14 +239,14 @@ class Trainer:
         return StepResult(results, pending.tokens, pending.padded_tokens)
 
     def _fail(self, result: Result) -> None:
-        """Give a job up whose loss or gradient is no number; its adapter is as it was before that update."""
+        """Give a job up whose loss, gradient or update is no number; that update was not made."""
         finite = {"loss": np.isfinite(result.loss), "gradient": np.isfinite(result.grad_norm), "updated adapter": False}
         what = next(name for name, good in finite.items() if not good)
         result.job.failed = (
             f"the {what} is not finite at step {result.step} ({result.loss:g}, gradient norm {result.grad_norm:g}); "
             "lower learning_rate, raise warmup_steps, or look at the data of this step"
         )
-        self._places.pop(result.job, None)
+        result.job.step = result.step - 1
 
     def _collate(self, parts: Sequence[Rows]) -> Any:
         need = sum(job.config.batches.batch_size for job in self._places)

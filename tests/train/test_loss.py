@@ -55,12 +55,15 @@ def test_the_logits_of_all_tokens_never_exist(rng, monkeypatch):
 
 
 def test_what_is_not_learned_does_not_spoil_what_is(rng):
-    """A token without weight may have any logits."""
-    params = {"embed": np.full((V, D), 1.0, np.float32)}
-    h_TD = np.zeros((2, D), np.float32)
+    """A token without weight may have any logits, also in the chunk of one with weight."""
+    params = {"embed": rng.standard_normal((V, D)).astype(np.float32)}
+    h_TD = rng.standard_normal((2, D)).astype(np.float32)
+    targets_T, weights_T = np.zeros(2, np.int32), np.array([1.0, 0.0], np.float32)
+    expected, back = jax.vjp(lambda h: loss.token_losses(params, h, targets_T, weights_T), h_TD)
     h_TD[1] = np.inf
-    found = loss.token_losses(params, h_TD[:1], np.zeros(1, np.int32), np.zeros(1, np.float32))
-    assert found.tolist() == [0.0]
+    found, spoilt = jax.vjp(lambda h: loss.token_losses(params, h, targets_T, weights_T), h_TD)
+    assert found.tolist() == [expected[0], 0.0]
+    np.testing.assert_array_equal(spoilt(np.ones(2, np.float32))[0], back(np.ones(2, np.float32))[0])
 
 
 @pytest.mark.parametrize(("tokens", "vocab"), [(8192, 128256), (512, 49152), (96, 512), (7, 32)])

@@ -194,6 +194,21 @@ def test_every_optimizer_learns(optim, lively, rng):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("max_length", [160, 320])
+def test_jobs_together_whose_rows_are_not_whole_tiles(max_length, lively):
+    """No tile of rank pages reaches into another adapter's row."""
+    config = AdapterConfig(rank=4)
+
+    def make(name, seed):
+        data = [cases.example(config, np.random.default_rng(seed), max_length - 20, 9) for _ in range(4)]
+        return cases.job(lively, config, data, name=name, max_steps=2, batches={"max_length": max_length, "seed": seed})
+
+    alone = {name: cases.train(lively, [make(name, i)])[0][name] for i, name in enumerate("ab")}
+    together, _ = cases.train(lively, [make(name, i) for i, name in enumerate("ab")])
+    for name, expected in alone.items():
+        close(together[name], expected)
+
+
 def test_a_job_whose_loss_is_no_number_fails_alone(lively, rng):
     config = AdapterConfig(rank=8)
     good, bad = (
