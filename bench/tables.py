@@ -292,7 +292,42 @@ def sft(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
 
 
+def accuracy(figures: dict[str, Any]) -> str:
+    """What each kind of adapter learned of a task; mean and standard deviation over seeds."""
+
+    def spread(row: dict[str, Any], name: str, scale: float, form: str) -> str:
+        if row[name] is None:
+            return "diverged"
+        std = row.get(f"{name}_std")
+        return f"{scale * row[name]:{form}}" + ("" if std is None else f" ± {scale * std:{form}}")
+
+    def figures_of(row: dict[str, Any]) -> list[str]:
+        return [spread(row, "eval_loss", 1, ".3f"), spread(row, "accuracy", 100, ".1f"), spread(row, "score", 1, ".3f")]
+
+    options = figures["options"]
+    rows = [["base", "", "", *figures_of(figures["base"])]]
+    rows += [
+        [row["adapter"], f"{row['parameters']:,}", f"{row['learning_rate']:g}", *figures_of(row)]
+        for row in figures["rows"]
+    ]
+    header = [
+        "{model}, {task}, r{rank}, {updates} updates of {batch_size}".format(**options),
+        "parameters",
+        "learning rate",
+        "held-out loss",
+        "accuracy, %",
+        "score",
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in figures["task_versions"].items())
+    seeds = len(figures["rows"][0]["runs"])
+    return (
+        f"{_markdown(header, rows)}\n{seeds} seeds, {options['held_out']} held-out questions, {versions}; "
+        f"{_machine(figures)}.\n"
+    )
+
+
 TABLES = {
+    "cpu-accuracy": accuracy,
     "cpu-generation": cpu_generation,
     "cpu-adapters": cpu_adapters,
     "cpu-overload": overload,
