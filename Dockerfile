@@ -19,12 +19,13 @@ WORKDIR /src
 
 # Dependencies are a layer of their own, made before the code is there: a change of the code installs nothing again.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir preft_jax kernels serve && touch preft_jax/__init__.py kernels/__init__.py serve/__init__.py \
+RUN mkdir preft_jax kernels serve train && touch preft_jax/__init__.py kernels/__init__.py serve/__init__.py train/__init__.py \
     && pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]"
 
 COPY preft_jax preft_jax
 COPY kernels kernels
 COPY serve serve
+COPY train train
 RUN pip install --no-cache-dir --no-deps --force-reinstall .
 
 USER preft

@@ -1,6 +1,7 @@
 """What many tests share: base models, one adapter of every kind, and one set of limits so that few programs compile."""
 
 import dataclasses
+import gc
 import sys
 import zlib
 from pathlib import Path
@@ -25,6 +26,20 @@ hypothesis.settings.load_profile("preft")
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="draw other random inputs; each test has a stream of its own")
+
+
+MANY_MAPS = 30_000
+"""Memory maps of the process, of the 65,530 that Linux allows: each compiled program takes some, and XLA crashes
+without."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Drop compiled programs where a long run of many modules has made very many."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
