@@ -15,6 +15,7 @@ import preft_jax
 from preft_jax import AdapterConfig, Limits
 from preft_jax.forward import train_forward
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
+from serve import runner
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -39,6 +40,7 @@ def _few_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
+        runner._shared.clear()  # Engines of one shape share theirs.
         gc.collect()
 
 
