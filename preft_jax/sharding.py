@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 
 AXES = {"batch": "fsdp", "model": "fsdp", "other": None}
@@ -57,7 +56,7 @@ class Placement:
         """Parts that a batch is cut into."""
         return 1 if self.mesh is None else self.mesh.size
 
-    def put_params(self, params: Any, config: ModelConfig) -> Any:
+    def put_params(self, params: Any) -> Any:
         """Spread weights: each by the last of its axes that divides evenly, norms and biases whole."""
         if self.mesh is None:
             return params

@@ -129,7 +129,8 @@ def load_examples(path: Path, model: Model, adapter: AdapterConfig, options: Dat
         except PreftError as error:
             raise DataError(f"{path}:{number}: {error}") from error
         kept = [example for example in made if example.loss_mask.any()]
-        examples, left_out = examples + kept, left_out + len(made) - len(kept)
+        examples += kept
+        left_out += len(made) - len(kept)
     if left_out:
         _log.warning("%s: of %d examples nothing is learned once they are cut; left out", path, left_out)
     if not examples:

@@ -82,8 +82,6 @@ _JOB: dict[str, dict[str, Any]] = {
     "lora_plus_ratio": {"type": float, "default": 1.0, "help": "LoRA+: learning rate of B over that of A"},
 }  # fmt: skip
 
-_FILES = ("config", "jobs")
-
 ALIASES = {"lora_r": "rank", "lora_target_modules": "targets", "resume_from_checkpoint": "resume"}
 
 OPTIONS_FILE = "options.json"

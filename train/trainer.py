@@ -30,7 +30,7 @@ class TrainOptions:
 
     Attributes:
         gradient_checkpointing: what the backward pass computes again (``preft_jax.forward.Remat``): ``none``, ``cheap``
-            (half the memory, a few per cent more time) or ``full`` (little memory, half more time).
+            (all but matrix products) or ``full`` (whole layers: a quarter more time on an H100, docs/training.md).
         max_jobs: jobs that are trained at a time; others wait. 0: all.
         attention: ``xla``, ``cudnn``, or None for cuDNN's on a GPU in a 16-bit dtype.
     """
@@ -89,7 +89,7 @@ class Trainer:
         self.model = model
         self.options = options
         self._placement = placement or Placement.single()
-        self._base = self._placement.put_params(fused_layout(model.params, transpose=False), model.config)
+        self._base = self._placement.put_params(fused_layout(model.params, transpose=False))
         self._waiting: collections.deque[Job] = collections.deque()
         self._places: dict[Job, _Place] = {}
         self._groups: list[Group] = []
