@@ -29,6 +29,7 @@ def main() -> None:
     for name, default in (("batch", 2), ("seq", 2048), ("rank", 16), ("steps", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--autocast", action="store_true", help="so that the adapter's products are in bfloat16, too")
     args = parser.parse_args()
 
     import peft  # pyright: ignore[reportMissingImports]
@@ -55,7 +56,8 @@ def main() -> None:
     for _ in range(args.steps):
         tokens = torch.randint(0, shape["vocab_size"], (args.batch, args.seq), device=device)
         start = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens).loss
+        with torch.autocast(device, torch.bfloat16, enabled=args.autocast):
+            loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -66,6 +68,7 @@ def main() -> None:
         json.dumps(
             {
                 "who": "transformers + peft",
+                "autocast": args.autocast,
                 "versions": {p.__name__: p.__version__ for p in (torch, transformers, peft)},
                 "tokens_per_s": round(rate, 1),
                 "tflops_4n": round(4 * num_params * rate / 1e12, 1),

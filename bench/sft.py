@@ -43,46 +43,57 @@ SCHEMA = "preft-jax/sft/1"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Rows of a micro-batch, tokens of a row, micro-batches of an update, what is computed again, jobs side by side."""
+    """Rows of a micro-batch, tokens of a row, micro-batches of an update, what is computed again, jobs side by side,
+    documents packed into a row.
+    """
 
     batch: int
     seq: int
     accumulation: int = 1
     remat: Remat = "none"
     jobs: int = 1
+    packed: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """Parse ``4x2048``, ``1x2048/4`` (accumulated), ``4x2048:cheap``, ``8x2048*8`` (jobs)."""
+        """Parse ``4x2048``, ``1x2048/4`` accumulated, ``4x2048:cheap``, ``8x2048*8`` (jobs), ``4x2048@4`` (packed)."""
         try:
-            shape, _, jobs = text.partition("*")
+            shape, _, packed = text.partition("@")
+            shape, _, jobs = shape.partition("*")
             shape, _, remat = shape.partition(":")
             shape, _, accumulation = shape.partition("/")
             batch, _, seq = shape.partition("x")
-            found = cls(int(batch), int(seq), int(accumulation or 1), remat or "none", int(jobs or 1))  # type: ignore[arg-type]
+            found = cls(
+                int(batch), int(seq), int(accumulation or 1), remat or "none", int(jobs or 1), int(packed or 1)  # type: ignore[arg-type]
+            )  # fmt: skip
         except ValueError as error:
-            raise ConfigError(f"{text!r} is no variant; give such as 4x2048, 1x2048/4, 8x2048:cheap*8") from error
-        if min(found.batch, found.seq, found.accumulation, found.jobs) < 1:
+            raise ConfigError(
+                f"{text!r} is no variant; give such as 4x2048, 1x2048/4, 8x2048:cheap*8, 4x2048@4"
+            ) from error
+        if min(found.batch, found.seq, found.accumulation, found.jobs, found.packed) < 1:
             raise ConfigError(f"{text!r}: every number is at least 1")
-        if found.remat not in get_args(Remat) or found.batch % found.jobs:
-            raise ConfigError(f"{text!r}: after ':' comes {' or '.join(get_args(Remat))}, and jobs divide the rows")
+        if found.remat not in get_args(Remat) or found.batch % found.jobs or found.seq % found.packed:
+            raise ConfigError(
+                f"{text!r}: after ':' comes {' or '.join(get_args(Remat))}; jobs divide the rows, documents the tokens"
+            )
         return found
 
 
 def measure(args: argparse.Namespace, model: Any, variant: Variant) -> dict[str, Any]:
     """Train some steps; returns speed, memory and losses."""
     rng = np.random.default_rng(args.seed)
+    rows, packing = variant.batch // variant.jobs, variant.packed > 1
     config = JobConfig(
         adapter=AdapterConfig(rank=args.rank, positions="all"),
         data=DataOptions(max_length=variant.seq, completion_only_loss=False),
-        batches=BatchOptions(batch_size=variant.batch // variant.jobs, max_length=variant.seq),
+        batches=BatchOptions(batch_size=rows, max_length=variant.seq, packing=packing),
         gradient_accumulation_steps=variant.accumulation,
         max_steps=args.steps,
     )
-    count = variant.batch * variant.accumulation // variant.jobs
+    count = variant.batch * variant.accumulation * variant.packed // variant.jobs
     jobs = []
     for number in range(variant.jobs):
-        tokens = rng.integers(0, model.config.vocab_size, (count, variant.seq))
+        tokens = rng.integers(0, model.config.vocab_size, (count, variant.seq // variant.packed))
         examples = [_example(row) for row in tokens]
         jobs.append(Job(dataclasses.replace(config, name=f"job-{number}"), model, examples))
     trainer = Trainer(model, jobs, TrainOptions(gradient_checkpointing=variant.remat))
@@ -119,13 +130,14 @@ def _example(tokens: np.ndarray) -> Example:
     return Example(tokens.astype(np.int32), mask, learned, EncodedPrompt([0], ()), [], 1)
 
 
-def peer(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
-    """Measure transformers + peft + torch in a process of its own."""
+def peer(args: argparse.Namespace, variant: Variant, autocast: bool) -> dict[str, Any]:
+    """Measure transformers + peft + torch in a process of its own, with torch's autocast or without."""
     # Not from this project's directory: transformers would take our package of kernels for another one.
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [args.peer_python, "-P", str(Path(__file__).parent / "peer_peft.py"), "--shape", args.model]
     command += ["--batch", str(variant.batch), "--seq", str(variant.seq), "--rank", str(args.rank)]
     command += ["--steps", str(args.steps)] + (["--checkpointing"] if variant.remat != "none" else [])
+    command += ["--autocast"] if autocast else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone, cwd=Path(__file__).parent)
     if done.returncode:
         raise ConfigError(f"the peer failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -142,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", default=None, help="of the base (default: float32 on CPU, bfloat16 elsewhere)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")
     add("--steps", type=int, default=6, help="updates; the first two are not counted (default: %(default)s)")
-    add("--variants", default="4x2048:cheap", help="ROWSxTOKENS[/ACCUMULATED][:REMAT][*JOBS], with commas")
+    add("--variants", default="4x2048:cheap", help="ROWSxTOKENS[/ACCUMULATED][:REMAT][*JOBS][@PACKED], with commas")
     add("--peer", default="", help="the same for the peer, with commas; :full is its gradient checkpointing")
     add("--peer-python", default=sys.executable, help="with torch, transformers and peft (default: this one)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -158,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.steps < 3:
             raise ConfigError(f"--steps is {args.steps}; give at least 3")
         for text in filter(None, args.peer.split(",")):
-            rows.append(peer(args, Variant.parse(text)))
-            print(rows[-1], file=sys.stderr, flush=True)
+            for autocast in (False, True):
+                rows.append(peer(args, Variant.parse(text), autocast))
+                print(rows[-1], file=sys.stderr, flush=True)
         variants = [Variant.parse(text) for text in args.variants.split(",")]
         model = serving_model(load_model(args.model, dtype=args.dtype), 2)
         for variant in variants:
@@ -187,6 +200,7 @@ def _print(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         "accumulated",
         "remat",
         "jobs",
+        "documents",
         "tokens/s",
         "TFLOP/s (4N)",
         "MFU",
@@ -196,7 +210,9 @@ def _print(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         mfu = row.get("mfu")
         table.add_row(
-            row["who"], f"{row['batch']} x {row['seq']}", str(row["accumulation"]), row["remat"], str(row["jobs"]),
+            row["who"] + (", autocast" if row.get("autocast") else ""),
+            f"{row['batch']} x {row['seq']}", str(row["accumulation"]), row["remat"], str(row["jobs"]),
+            str(row["packed"]),
             f"{row['tokens_per_s']:,.0f}", f"{row['tflops_4n']:,.1f}", "" if mfu is None else f"{mfu:.1%}",
             str(row.get("peak_gib") or ""),
         )  # fmt: skip

@@ -277,9 +277,13 @@ def sft(figures: dict[str, Any]) -> str:
         again = {"none": "nothing", "cheap": "all but matmuls", "full": "whole layers"}
         rows.append(
             [
-                row["who"] if ours else f"{row['who']} {row['versions']['peft']}, torch {row['versions']['torch']}",
+                row["who"]
+                if ours
+                else f"{row['who']} {row['versions']['peft']}, torch {row['versions']['torch']}"
+                + (", autocast" if row.get("autocast") else ""),
                 f"{row['batch']} x {row['seq']:,}"
-                + (f", {row['accumulation']} times" if row["accumulation"] > 1 else ""),
+                + (f", {row['accumulation']} times" if row["accumulation"] > 1 else "")
+                + (f", {row['packed']} documents each" if row.get("packed", 1) > 1 else ""),
                 str(row["jobs"]),
                 again[row["remat"]] if ours else {"none": "nothing", "full": "gradient checkpointing"}[row["remat"]],
                 f"{row['tokens_per_s']:,.0f}",

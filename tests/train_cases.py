@@ -32,12 +32,12 @@ def examples(adapter, rng, count, **sizes):
     return [example(adapter, rng, int(rng.integers(4, 20)), int(rng.integers(2, 9)), **sizes) for _ in range(count)]
 
 
-def gradients(model, adapter, rows, *, remat="none", packed=False):
+def gradients(model, adapter, rows, *, remat="none", packed=False, attention="xla"):
     """Return ``(mean loss, gradient of the mean loss)`` of one adapter on rows of examples."""
     group = (Group(fold_config(adapter.config), "adamw", 1),)
     slots = empty_slots(group[0], adapter.params)
     batch = collate([Rows(rows, 0, 0, 0)], num_rows=len(rows), max_length=256, packed=packed)
-    programs = Programs(model.config, group, attention="xla", remat=remat)
+    programs = Programs(model.config, group, attention=attention, remat=remat)
     sums = programs.accumulate(model.params, (slots.params,), None, batch, None)
     count = float(sums.count_J[0])
     grads = [np.asarray(leaf[0], np.float64) / count for leaf in _leaves(sums.grads[0])]

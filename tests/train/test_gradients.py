@@ -9,7 +9,8 @@ import reference
 import train_cases as cases
 from conftest import ADAPTER_CONFIGS
 
-from preft_jax import Adapter
+from preft_jax import Adapter, AdapterConfig, load_model
+from preft_jax.adapter import random_adapter
 from preft_jax.attention import DenseAttention
 
 STEP = 1e-5
@@ -113,3 +114,21 @@ def test_packed_documents_do_not_see_each_other(lively, adapters, rng):
         assert packed == pytest.approx(loss, abs=2e-6)
         for a, b in zip(together, grads, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("remat", ["none", "cheap"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cudnn_attention_gives_the_gradients_of_plain_jax(packed, remat, rng):
+    """In bfloat16, of which cuDNN has attention; ``packed`` rows give it a mask."""
+    model = load_model("tiny", dtype="bfloat16")
+    adapter = random_adapter(AdapterConfig(rank=8), model.config, jax.random.key(0))
+    documents = [cases.example(adapter, rng, int(rng.integers(9, 40)), int(rng.integers(5, 20))) for _ in range(8)]
+    rows = [documents[:4], documents[4:]] if packed else [[one] for one in documents]
+    found, wanted = (
+        cases.gradients(model, adapter, rows, packed=packed, remat=remat, attention=attention)
+        for attention in ("cudnn", "xla")
+    )
+    np.testing.assert_allclose(found[0], wanted[0], rtol=5e-3)
+    for one, other in zip(found[1], wanted[1], strict=True):
+        assert np.linalg.norm(one - other) <= 3e-2 * np.linalg.norm(other)
