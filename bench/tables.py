@@ -347,6 +347,8 @@ TABLES = {
     "h100-prefill": prefill,
     "h100-sft": sft,
     "h100-sft-16k": sft,
+    "h100-sft-jobs": sft,
+    "h100-sft-remat": sft,
     "h100-tiers": tiers,
     "tpu-programs": tpu_programs,
 }
