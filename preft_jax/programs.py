@@ -72,6 +72,49 @@ def tops_if(wanted: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Arr
     return jax.lax.cond(wanted, lambda: top_logprobs(logits_BV, count), lambda: none)
 
 
+def decode_step(
+    step: Callable[[KVCache, DecodeBatch], tuple[jax.Array, KVCache]],
+    cache: KVCache,
+    state: DecodeState,
+    sampling: SamplingArrays,
+    history: History | None,
+    *,
+    want_tops: jax.Array | None = None,
+) -> tuple[KVCache, DecodeState, History | None, Drawn]:
+    """Run one decode step and draw a token for each row that has tokens left to draw.
+
+    Args:
+        step: logits and cache of one decode step.
+        cache: donated.
+        state: of the rows before the step.
+        sampling: parameters of each row.
+        history: tokens of each row, for penalties; its lengths are taken from the state. None: no penalties.
+        want_tops: whether to return the most likely tokens, or None for never.
+
+    Returns:
+        The cache, the state and the history after the step, and what was drawn, without the axis of steps.
+    """
+    active_B = state.remaining_B > 0
+    batch = DecodeBatch(state.token_B, jnp.where(active_B, state.position_B, -1), state.page_table_BP)
+    logits_BV, cache = step(cache, batch)
+    so_far = None if history is None else history._replace(length_B=state.position_B + 1)
+    new = sample(logits_BV, state.position_B + 1, sampling, so_far)
+    token_B = jnp.where(active_B, new.token_B, -1)
+    tops = (None, None) if want_tops is None else tops_if(want_tops, logits_BV)
+    stopped_B = jnp.any(token_B[:, None] == state.stop_BE, axis=1) | (token_B == INVALID)
+    position_B = state.position_B + active_B.astype(jnp.int32)
+    if history is not None:
+        rows = jnp.arange(len(token_B), dtype=jnp.int32)
+        at_B = jnp.where(active_B, position_B, history.token_BS.shape[1])
+        history = history._replace(token_BS=jnp.asarray(history.token_BS).at[rows, at_B].set(token_B, mode="drop"))
+    state = state._replace(
+        token_B=jnp.where(active_B, token_B, state.token_B),
+        position_B=position_B,
+        remaining_B=jnp.where(active_B & ~stopped_B, state.remaining_B - 1, 0),
+    )
+    return cache, state, history, Drawn(token_B, new.logprob_B, new.sampling_logprob_B, *tops)
+
+
 def decode_loop(
     step: Callable[[KVCache, DecodeBatch], tuple[jax.Array, KVCache]],
     cache: KVCache,
@@ -81,67 +124,36 @@ def decode_loop(
     num_steps: Any,
     *,
     max_steps: int,
-    want_tops: jax.Array | None = None,
 ) -> tuple[KVCache, DecodeState, Drawn]:
     """Run decode steps and draw a token after each, until ``num_steps`` are done or no row has tokens left to draw.
 
     Args:
-        step: logits and cache of one decode step.
-        cache, state: donated.
-        sampling: parameters of each row.
-        history: tokens of each row, for penalties; its lengths are taken from the state. None: no penalties.
+        step, cache, state, sampling, history: as in ``decode_step``.
         num_steps: at most ``max_steps``; may be traced.
         max_steps: static rows of the result.
-        want_tops: whether to return the most likely tokens, or None for never.
     """
     size = state.token_B.shape[0]
-    rows = jnp.arange(size, dtype=jnp.int32)
     drawn = Drawn(
         jnp.full((max_steps, size), -1, jnp.int32),
         jnp.zeros((max_steps, size), jnp.float32),
         jnp.zeros((max_steps, size), jnp.float32),
     )
-    if want_tops is not None:
-        shape = (max_steps, size, MAX_LOGPROBS)
-        drawn = drawn._replace(top_token_NBE=jnp.zeros(shape, jnp.int32), top_logprob_NBE=jnp.zeros(shape, jnp.float32))
 
     def unfinished(carry: tuple[Any, ...]) -> jax.Array:
         n, _, state, _, _ = carry
         return (n < num_steps) & jnp.any(state.remaining_B > 0)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        n, cache, state, history_BS, drawn = carry
-        active_B = state.remaining_B > 0
-        batch = DecodeBatch(state.token_B, jnp.where(active_B, state.position_B, -1), state.page_table_BP)
-        logits_BV, cache = step(cache, batch)
-        so_far = None if history is None else History(history_BS, history.prompt_len_B, state.position_B + 1)
-        new = sample(logits_BV, state.position_B + 1, sampling, so_far)
-        token_B = jnp.where(active_B, new.token_B, -1)
-        written = drawn._replace(
-            token_NB=drawn.token_NB.at[n].set(token_B),
-            logprob_NB=drawn.logprob_NB.at[n].set(new.logprob_B),
-            sampling_logprob_NB=drawn.sampling_logprob_NB.at[n].set(new.sampling_logprob_B),
+        n, cache, state, history, drawn = carry
+        cache, state, history, new = decode_step(step, cache, state, sampling, history)
+        drawn = drawn._replace(
+            token_NB=drawn.token_NB.at[n].set(new.token_NB),
+            logprob_NB=drawn.logprob_NB.at[n].set(new.logprob_NB),
+            sampling_logprob_NB=drawn.sampling_logprob_NB.at[n].set(new.sampling_logprob_NB),
         )
-        if want_tops is not None:
-            top_token_BE, top_logprob_BE = tops_if(want_tops, logits_BV)
-            count = top_token_BE.shape[1]
-            written = written._replace(
-                top_token_NBE=drawn.top_token_NBE.at[n, :, :count].set(top_token_BE),
-                top_logprob_NBE=drawn.top_logprob_NBE.at[n, :, :count].set(top_logprob_BE),
-            )
-        stopped_B = jnp.any(token_B[:, None] == state.stop_BE, axis=1) | (token_B == INVALID)
-        position_B = state.position_B + active_B.astype(jnp.int32)
-        if history is not None:
-            at_B = jnp.where(active_B, position_B, history_BS.shape[1])
-            history_BS = history_BS.at[rows, at_B].set(token_B, mode="drop")
-        state = state._replace(
-            token_B=jnp.where(active_B, token_B, state.token_B),
-            position_B=position_B,
-            remaining_B=jnp.where(active_B & ~stopped_B, state.remaining_B - 1, 0),
-        )
-        return n + 1, cache, state, history_BS, written
+        return n + 1, cache, state, history, drawn
 
-    start = (jnp.int32(0), cache, state, None if history is None else jnp.asarray(history.token_BS), drawn)
+    start = (jnp.int32(0), cache, state, jax.tree.map(jnp.asarray, history), drawn)
     _, cache, state, _, drawn = jax.lax.while_loop(unfinished, body, start)
     return cache, state, drawn
 

@@ -26,7 +26,8 @@ class EngineConfig:
         bank_pages: rank pages for each layer and site, the null page included; 1: no adapters.
         all_token: whether all-token adapters are served (one program more).
         scoring: whether ``prompt_logprobs`` is served (one program more).
-        decode_steps: decode steps of one call while no prompt waits.
+        decode_steps: decode steps between two looks at the prompts that wait, while none can go on: of one call, or
+            of two that are under way together.
         prefix_caching: keep the KV of finished sequences for requests that begin alike.
     """
 

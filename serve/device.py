@@ -8,19 +8,20 @@ prefill that scores its tokens.
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.types import Array
 from preft_jax import forward
 from preft_jax.bank import Bank, PackedSite, Pools
 from preft_jax.batch import PrefillBatch
 from preft_jax.cache import KVCache
 from preft_jax.config import ModelConfig
 from preft_jax.model import Params
-from preft_jax.programs import DecodeState, Drawn, decode_loop, tops_if
+from preft_jax.programs import DecodeState, Drawn, decode_step, tops_if
 from preft_jax.sampling import MAX_LOGPROBS, History, SamplingArrays, sample
 from preft_jax.shapes import LINEAR_SITES
 
@@ -57,44 +58,65 @@ def draw(
     return Drawn(*(x[None] for x in (new.token_B, new.logprob_B, new.sampling_logprob_B, *tops)))
 
 
+class Rows(NamedTuple):
+    """Where decode steps left their rows: what the next step of the same rows begins with.
+
+    int32 ``token_B``, ``position_B`` and ``remaining_B`` as in ``DecodeState``; ``history_BS`` as in ``History``.
+    """
+
+    token_B: Array
+    position_B: Array
+    remaining_B: Array
+    history_BS: Array
+
+
+class RowPlan(NamedTuple):
+    """What the host says of rows for all steps of a call.
+
+    ``alive_B`` bool: false where the host has ended a row, whatever the device thinks. int32 ``page_table_BP``,
+    ``stop_BE`` and ``prompt_len_B``, and bool ``want_tops``: as in ``DecodeState``, ``History`` and ``tops_if``.
+    """
+
+    alive_B: Array
+    page_table_BP: Array
+    stop_BE: Array
+    prompt_len_B: Array
+    want_tops: Array
+
+
 def decode(
-    config: ModelConfig,
-    max_steps: int,
-    params: Params,
-    cache: KVCache,
-    state: DecodeState,
-    sampling: SamplingArrays,
-    history: History,
-    num_steps: jax.Array,
-    want_tops: jax.Array,
-) -> tuple[KVCache, Drawn]:
-    """Up to ``num_steps`` steps of the plain base model: there is no adapter argument."""
-    step = functools.partial(forward.decode, config, params)
-    cache, _, drawn = decode_loop(
-        step, cache, state, sampling, history, num_steps, max_steps=max_steps, want_tops=want_tops
-    )
-    return cache, drawn
+    config: ModelConfig, params: Params, cache: KVCache, rows: Rows, plan: RowPlan, sampling: SamplingArrays
+) -> tuple[KVCache, Rows, Drawn]:
+    """One step of the plain base model: there is no adapter argument."""
+    return _decode(functools.partial(forward.decode, config, params), cache, rows, plan, sampling)
 
 
 def decode_adapted(
     config: ModelConfig,
-    max_steps: int,
     params: Params,
     bank: Bank,
     pages: Any,
     cache: KVCache,
-    state: DecodeState,
+    rows: Rows,
+    plan: RowPlan,
     sampling: SamplingArrays,
-    history: History,
-    num_steps: jax.Array,
-    want_tops: jax.Array,
-) -> tuple[KVCache, Drawn]:
+) -> tuple[KVCache, Rows, Drawn]:
     """The same, some rows with an all-token adapter."""
     step = functools.partial(forward.decode_adapted, config, params, bank, pages)
-    cache, _, drawn = decode_loop(
-        step, cache, state, sampling, history, num_steps, max_steps=max_steps, want_tops=want_tops
+    return _decode(step, cache, rows, plan, sampling)
+
+
+def _decode(
+    step: Any, cache: KVCache, rows: Rows, plan: RowPlan, sampling: SamplingArrays
+) -> tuple[KVCache, Rows, Drawn]:
+    state = DecodeState(
+        rows.token_B, rows.position_B, jnp.where(plan.alive_B, rows.remaining_B, 0), plan.page_table_BP, plan.stop_BE
     )
-    return cache, drawn
+    history = History(rows.history_BS, plan.prompt_len_B, rows.position_B)
+    cache, state, history, drawn = decode_step(step, cache, state, sampling, history, want_tops=plan.want_tops)
+    assert history is not None
+    after = Rows(state.token_B, state.position_B, state.remaining_B, history.token_BS)
+    return cache, after, jax.tree.map(lambda x: x[None], drawn)
 
 
 def copy_pages(cache: KVCache, source_M: jax.Array, target_M: jax.Array) -> KVCache:

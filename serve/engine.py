@@ -4,12 +4,12 @@ Prompts are prefilled with their adapters' edits and decoded by a program that k
 the device computed, plans and starts the next call, and only then turns tokens into text, while the device works.
 """
 
+import collections
 import dataclasses
 import heapq
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,10 +24,11 @@ from preft_jax.programs import Drawn
 from serve.adapter_store import AdapterStore
 from serve.adapters import AdapterBank, Known, pack, pin
 from serve.background import BackgroundWork
+from serve.calls import Call, Starter
 from serve.claims import Claims
 from serve.config import EngineConfig
 from serve.metrics import CompileCounter
-from serve.outputs import Info, News, fetch, keep_scores, read, to_output
+from serve.outputs import Info, News, keep_scores, read, to_output
 from serve.pages import PageManager
 from serve.prefix import PageKeys, cache_salt
 from serve.registry import Registered
@@ -68,17 +69,6 @@ def _told(error: BaseException | None) -> str:
     return f"the device failed: {type(error).__name__}: {error}"
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Call:
-    """A call that the device is working on."""
-
-    plan: Prefill | Decode
-    rows: list[list[Sequence]]
-    drawn: list[Drawn]
-    scores: Any = None
-    started: float = 0.0
-
-
 class Engine:
     """Serves requests on one model. Not thread-safe: one thread adds, steps and cancels.
 
@@ -109,6 +99,8 @@ class Engine:
                 f"max_model_len {config.max_model_len} is longer than the model's "
                 f"{model.config.max_position_embeddings} positions"
             )
+        # Background work gets the device when no call is under way.
+        two_calls = background is None or background_seconds == 0
         self.model = model
         self.config = config = config.resolve(jax.default_backend())
         self.runner = Runner(model, config)
@@ -125,7 +117,9 @@ class Engine:
             tile=config.tile,
             tile_entries=config.tile_entries or 1,
             decode_steps=config.decode_steps,
+            two_calls=two_calls,
         )
+        self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging)
         self._claims = Claims(self.adapters, store)
         if store is not None:
             store.check = self._check_config
@@ -139,7 +133,12 @@ class Engine:
         self._live: dict[int, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._early: list[News] = []
-        self._call: _Call | None = None
+        # What the device works on, oldest first: two calls at most.
+        self._calls: collections.deque[Call] = collections.deque()
+        self._two_calls = two_calls
+        self._results_at = 0.0
+        # Whether sequences whose call failed are run apart from others.
+        self._apart = False
         self._next_id = 0
         self._cohorts = 0
 
@@ -297,24 +296,27 @@ class Engine:
     # Steps
 
     def step(self) -> list[Output]:
-        """Collect what the device computed, give it the next call, and return the outputs of the one before."""
+        """Give the device its next call, collect the results of the one before, and return their outputs."""
         self.warm_up()
         with self._compiles:
-            news = self._collect()
             self._take_loaded()
-            plan = self._schedule()
-            self._run(plan)
-            if plan is None and not news:
-                self._run_background(self._idle_seconds)
-                if self._claims.loading and not self._early:
-                    self._claims.wait(_LOADING_SECONDS)
+            self._expire()
+            if len(self._calls) == 1 and self._two_calls and not self._apart:
+                self._run(self.scheduler.ahead(self._calls[0].plan))
+            news = self._collect()
+            if not self._calls:
+                plan = self.scheduler.schedule()
+                self._run(plan)
+                if plan is None and not news:
+                    self._run_background(self._idle_seconds)
+                    if self._claims.loading and not self._early:
+                        self._claims.wait(_LOADING_SECONDS)
             return self._outputs(news)
 
-    def _schedule(self) -> Prefill | Decode | None:
+    def _expire(self) -> None:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
             self.cancel(heapq.heappop(self._deadlines)[1], "its deadline passed")
-        return self.scheduler.schedule()
 
     def _run(self, plan: Prefill | Decode | None) -> None:
         """Start a call on the device."""
@@ -322,65 +324,20 @@ class Engine:
             return
         try:
             started = self._clock()
-            self._call = self._start_prefill(plan) if isinstance(plan, Prefill) else self._start_decode(plan)
-            self._call.started = started
+            before = self._calls[-1] if self._calls else None
+            call = self._starter.start(plan, before)
+            call.started = started
+            self._calls.append(call)
+            self._count(plan)
             self._staging.settle(self.scheduler.next_adapters(2))
         except WriteError as error:
             self._recover_from_write(error)
         except Exception as error:
-            self._recover(plan, error)
+            self._recover([*(call.plan for call in self._calls), plan], error)
 
-    def _start_prefill(self, plan: Prefill) -> _Call:
-        self._stats.prefill_calls += 1
-        self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
-        places = [{} if s.adapter is None else self.adapters.place(s.adapter) for s in plan.sequences]
-        scores = None
-        if any(sequence.score for sequence in plan.sequences):
-            logits, rows, scores = self.runner.score(plan.chunks, places)
-        else:
-            begin = self._staging.copies(self.scheduler.next_adapters(2))
-            logits, rows = self.runner.prefill(plan.chunks, places, plan.num_tokens, begin)
-        drawing: list[tuple[int, Sequence]] = []
-        for row, chunk in zip(rows, plan.chunks, strict=True):
-            if chunk.last:
-                forked = self.scheduler.fork(chunk.sequence)
-                self.runner.copy_pages([pair for _, pair in forked if pair is not None])
-                drawing += [(row, sequence) for sequence in (chunk.sequence, *(s for s, _ in forked))]
-        sequences = [sequence for _, sequence in drawing]
-        drawn = self.runner.draw(logits, [row for row, _ in drawing], sequences)
-        size = self.config.prefill_seqs
-        return _Call(
-            plan=plan,
-            rows=[sequences[at : at + size] for at in range(0, len(sequences), size)],
-            drawn=drawn,
-            scores=scores,
-        )
-
-    def _start_decode(self, plan: Decode) -> _Call:
-        self._stats.decode_calls += 1
-        adapted = [s for s in plan.sequences if s.all_token]
-        plain = [s for s in plan.sequences if not s.all_token]
-        if adapted and plain and self._merging_is_cheaper(len(plain), len(adapted)):
-            adapted, plain = plan.sequences, []
-        call = _Call(plan=plan, rows=[], drawn=[])
-        # A single step is soon over, and the next call's arguments wait for the copies: only for those it needs anyway.
-        begin = self._staging.copies(self.scheduler.next_adapters(1 if plan.steps == 1 else 2))
-        if plain:
-            call.rows.append(plain)
-            call.drawn.append(self.runner.decode(plain, plan.steps, begin))
-            begin = None
-        if adapted:
-            places = [self.adapters.place(s.adapter) if s.all_token and s.adapter else {} for s in adapted]
-            call.rows.append(adapted)
-            call.drawn.append(self.runner.decode_adapted(adapted, places, plan.steps, begin))
-        return call
-
-    def _merging_is_cheaper(self, plain: int, adapted: int) -> bool:
-        """Whether one call that knows adapters is quicker than two calls, by the times measured at warm-up."""
-        runner = self.runner
-        together = runner.step_seconds[runner.adapted_program(plain + adapted)]
-        apart = runner.step_seconds[runner.plain_program(plain)] + runner.step_seconds[runner.adapted_program(adapted)]
-        return together < apart
+    def _count(self, plan: Prefill | Decode) -> None:
+        self._stats.prefill_calls += isinstance(plan, Prefill)
+        self._stats.decode_calls += isinstance(plan, Decode)
 
     def _run_background(self, seconds: float) -> None:
         if self._background is not None and seconds > 0:
@@ -391,19 +348,17 @@ class Engine:
     def _collect(self) -> list[News]:
         """Wait for the call in flight and give each sequence what it drew."""
         news, self._early = self._early, []
-        call, self._call = self._call, None
-        if call is None:
+        if not self._calls:
             return news
+        call = self._calls.popleft()
         try:
-            drawn = [fetch(d, rows) for d, rows in zip(call.drawn, call.rows, strict=True)]
-            scores = None if call.scores is None else jax.device_get(call.scores)
-            if not drawn:
-                jax.block_until_ready(self.runner.cache)
+            drawn, scores = call.results()
         except Exception as error:
-            self._recover(call.plan, error)
+            self._recover([call.plan], error)
             return news + self._take_early()
         self._trust(call.plan)
-        seconds = self._clock() - call.started
+        now = self._clock()
+        seconds, self._results_at = now - max(call.started, self._results_at), now
         if isinstance(call.plan, Decode):
             self._stats.decode_seconds += seconds
             self._stats.decode_steps += max(int((d.token_NB != -1).any(axis=1).sum()) for d in drawn)
@@ -414,8 +369,8 @@ class Engine:
                     keep_scores(chunk, scores)
                 self._stats.prompt_tokens += chunk.end - chunk.start
                 self.scheduler.computed(chunk)
-        for sequences, d in zip(call.rows, drawn, strict=True):
-            news += self._append(sequences, d)
+        for part, d in zip(call.parts, drawn, strict=True):
+            news += self._append(part.sequences, d)
         self._run_background(self._background_seconds)
         return news
 
@@ -445,23 +400,26 @@ class Engine:
         for sequence in done:
             if sequence.cohort is not None and sequence.cohort[0] == type(plan).__name__:
                 sequence.cohort, sequence.strikes = None, 0
+        self._apart = self._apart and any(s.cohort is not None for group in self._live.values() for s in group)
 
     def _reset_device(self) -> None:
         """Make the device's state anew: a call that failed may have consumed it. Everything is computed again."""
         self._stats.device_failures += 1
-        self._call = None
+        self._calls.clear()
         self.runner.reset()
         self.adapters.reset()
         self._staging.reset()
         self.scheduler.reset()
 
-    def _recover(self, plan: Prefill | Decode, error: Exception) -> None:
-        """After a failed call: run its sequences apart from others, in halves.
+    def _recover(self, plans: Many[Prefill | Decode], error: Exception) -> None:
+        """After a call that failed, one of these: run their sequences apart from others, in halves.
 
         A sequence whose call fails twice alone is the one that cannot be served.
         """
         self._reset_device()
-        members = [s for s in plan.sequences if s.status is not Status.FINISHED]
+        kind = type(plans[-1]).__name__
+        members = [s for plan in plans for s in plan.sequences if s.status is not Status.FINISHED]
+        members = list(dict.fromkeys(members))
         if len(members) == 1:
             members[0].strikes += 1
             if members[0].strikes == STRIKES:
@@ -470,7 +428,8 @@ class Engine:
         for part in (members[: len(members) // 2], members[len(members) // 2 :]):
             self._cohorts += 1
             for sequence in part:
-                sequence.cohort = (type(plan).__name__, self._cohorts)
+                sequence.cohort = (kind, self._cohorts)
+        self._apart = True
 
     def _recover_from_write(self, error: WriteError) -> None:
         """After adapters could not be written: try each alone, then give the requests of one that fails again up."""

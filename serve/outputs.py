@@ -46,11 +46,11 @@ class News:
     error: str | None = None
 
 
-def fetch(drawn: Drawn, sequences: Many[Sequence]) -> Drawn:
-    """Bring drawn tokens to the host; the most likely ones only if a sequence wants them."""
+def fetch(steps: Many[Drawn], sequences: Many[Sequence]) -> Drawn:
+    """Bring what was drawn to the host, all steps together; the most likely tokens only if a sequence wants them."""
     if not any(sequence.info.logprobs for sequence in sequences):
-        drawn = drawn._replace(top_token_NBE=None, top_logprob_NBE=None)
-    return jax.device_get(drawn)
+        steps = [drawn._replace(top_token_NBE=None, top_logprob_NBE=None) for drawn in steps]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(steps))
 
 
 def read(drawn: Drawn, sequences: Many[Sequence]) -> Iterator[News]:

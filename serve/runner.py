@@ -22,14 +22,14 @@ from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
 from preft_jax.logits import History
-from preft_jax.programs import DecodeState, Drawn
+from preft_jax.programs import Drawn
 from preft_jax.sampling import SamplingParams, sampling_arrays
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
 from serve import device
 from serve.adapters import ALL_LINEARS, Load
 from serve.config import EngineConfig
 from serve.scheduler import Chunk
-from serve.sequence import Sequence
+from serve.sequence import Sequence, Status
 
 MAX_STOP_IDS = 16
 """End tokens of a sequence that the device knows; further ones are found by the host."""
@@ -44,6 +44,13 @@ WRITES = 8
 Begin = Callable[[], None] | None
 """Begins copies to the device that are to run beside a call: it is called once the call's arguments are on their way,
 which would wait for the copies otherwise, and before the call itself, for which the copies would wait."""
+
+
+class Decoded(NamedTuple):
+    """What a decode call gives: what each step drew, and where it left its rows."""
+
+    steps: list[Drawn]
+    rows: device.Rows
 
 
 class _Write(NamedTuple):
@@ -136,8 +143,9 @@ class Runner:
         Programs are traced one by one and compiled side by side; runners of the same shapes share them.
         """
         abstract = jax.tree.map(lambda x: (x.shape, x.dtype), (self.params, self.cache, self.bank))
-        # What memory it was sized for does not matter: the shapes are known.
-        key = self.model.config, dataclasses.replace(self.config, memory_utilization=1.0), str(abstract)
+        # What shapes do not depend on does not matter.
+        config = dataclasses.replace(self.config, memory_utilization=1.0, decode_steps=1)
+        key = self.model.config, config, str(abstract)
         if key not in _shared:
             lowered = dict(self._lower())
             with ThreadPoolExecutor() as pool:
@@ -166,13 +174,11 @@ class Runner:
         drawing = self._sampling([], config.prefill_seqs)
         yield "draw", lower(device.draw, logits, np.zeros(config.prefill_seqs, np.int32), *drawing)
         for rows in self.row_counts:
-            function = functools.partial(device.decode, shape, config.decode_steps)
-            args = self.params, self.cache, *self._decode_args([], rows, 1)
-            yield f"decode-{rows}", lower(function, *args, donate=1)
+            args = self.params, self.cache, *self._decode_args([], rows)
+            yield f"decode-{rows}", lower(functools.partial(device.decode, shape), *args, donate=1)
         for rows in self.adapted_row_counts:
-            function = functools.partial(device.decode_adapted, shape, config.decode_steps)
-            args = self.params, self.bank, self._row_pages([], rows), self.cache, *self._decode_args([], rows, 1)
-            yield f"decode-adapted-{rows}", lower(function, *args, donate=3)
+            args = self.params, self.bank, self._row_pages([], rows), self.cache, *self._decode_args([], rows)
+            yield f"decode-adapted-{rows}", lower(functools.partial(device.decode_adapted, shape), *args, donate=3)
         none = np.zeros(COPIES, np.int32)
         yield "copy-pages", lower(device.copy_pages, self.cache, none, none, donate=0)
         if self._adapters:
@@ -189,7 +195,7 @@ class Runner:
             times = []
             for _ in range(3):
                 start = time.perf_counter()
-                jax.device_get(self._call_decode(name, [], [], 1, pretend=True).token_NB)
+                jax.device_get(self._call_decode(name, [], [], 1, pretend=True).steps)
                 times.append(time.perf_counter() - start)
             self.step_seconds[name] = min(times)
 
@@ -222,14 +228,16 @@ class Runner:
         )
         return logits_BV, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks]), (logprob_T, *tops)
 
-    def draw(self, logits_BV: jax.Array, rows: Many[int], sequences: Many[Sequence]) -> list[Drawn]:
-        """Draw the first token of each sequence from a row of the logits; one ``Drawn`` for each ``prefill_seqs``."""
+    def draw(
+        self, logits_BV: jax.Array, rows: Many[int], sequences: Many[Sequence]
+    ) -> list[tuple[list[Sequence], Drawn]]:
+        """Draw the first token of each sequence from a row of the logits, for ``prefill_seqs`` of them at a time."""
         size, drawn = self.config.prefill_seqs, []
         for at in range(0, len(sequences), size):
-            some = sequences[at : at + size]
+            some = list(sequences[at : at + size])
             row_B = np.zeros(size, np.int32)
             row_B[: len(some)] = rows[at : at + size]
-            drawn.append(self.programs["draw"](logits_BV, row_B, *self._sampling(some, size)))
+            drawn.append((some, self.programs["draw"](logits_BV, row_B, *self._sampling(some, size))))
         return drawn
 
     def copy_pages(self, pairs: Many[tuple[int, int]]) -> None:
@@ -275,15 +283,25 @@ class Runner:
         """Return the name of the decode program that serves ``count`` sequences, some with all-token adapters."""
         return f"decode-adapted-{next(rows for rows in self.adapted_row_counts if rows >= count)}"
 
-    def decode(self, sequences: Many[Sequence], steps: int, begin: Begin = None) -> Drawn:
-        """Run decode steps of the plain base model. ``begin``: see ``Begin``."""
-        return self._call_decode(self.plain_program(len(sequences)), sequences, [], steps, begin)
+    def decode(
+        self, sequences: Many[Sequence], steps: int, begin: Begin = None, after: device.Rows | None = None
+    ) -> Decoded:
+        """Run decode steps of the plain base model.
+
+        ``begin``: see ``Begin``. ``after``: where a call of the same sequences that may still run left their rows.
+        """
+        return self._call_decode(self.plain_program(len(sequences)), sequences, [], steps, begin, after)
 
     def decode_adapted(
-        self, sequences: Many[Sequence], places: Many[AdapterPages], steps: int, begin: Begin = None
-    ) -> Drawn:
-        """Run decode steps with the adapters at ``places``, an empty one being the base model; see ``Begin``."""
-        return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps, begin)
+        self,
+        sequences: Many[Sequence],
+        places: Many[AdapterPages],
+        steps: int,
+        begin: Begin = None,
+        after: device.Rows | None = None,
+    ) -> Decoded:
+        """The same with the adapters at ``places``, an empty one being the base model."""
+        return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps, begin, after)
 
     def _call_decode(
         self,
@@ -292,40 +310,48 @@ class Runner:
         places: Many[AdapterPages],
         steps: int,
         begin: Begin = None,
+        after: device.Rows | None = None,
         *,
         pretend: bool = False,
-    ) -> Drawn:
-        rows = int(name.rpartition("-")[2])
-        state, *rest = self._decode_args(sequences, rows, steps)
+    ) -> Decoded:
+        size = int(name.rpartition("-")[2])
+        rows, *rest = self._decode_args(sequences, size, after)
         if pretend:
-            state = state._replace(remaining_B=np.ones(rows, np.int32))
-        state, rest = _ahead_of(begin, (state, rest))
-        if name.startswith("decode-adapted"):
-            pages = self._row_pages(places, rows)
-            self.cache, drawn = self.programs[name](self.params, self.bank, pages, self.cache, state, *rest)
-        else:
-            self.cache, drawn = self.programs[name](self.params, self.cache, state, *rest)
-        return drawn
+            rows = rows._replace(remaining_B=np.full(size, steps, np.int32))
+            rest[0] = rest[0]._replace(alive_B=np.ones(size, np.bool_))
+        given = self._row_pages(places, size) if name.startswith("decode-adapted") else None
+        # Here once for all steps, and ahead of copies.
+        rows, rest, given = jax.device_put((rows, rest, given))
+        if begin is not None:
+            begin()
+        program, drawn = self.programs[name], []
+        for _ in range(steps):
+            if given is None:
+                self.cache, rows, new = program(self.params, self.cache, rows, *rest)
+            else:
+                self.cache, rows, new = program(self.params, self.bank, given, self.cache, rows, *rest)
+            drawn.append(new)
+        return Decoded(drawn, rows)
 
     def _row_pages(self, places: Many[AdapterPages], rows: int) -> dict[str, np.ndarray]:
         return pack_rows([*places, *[{}] * (rows - len(places))], min_entries=self.config.tile_entries or 1)
 
-    def _decode_args(self, sequences: Many[Sequence], rows: int, steps: int) -> tuple[Any, ...]:
-        stops, sampling = self._row_constants(sequences, rows)
-        state = DecodeState(
-            np.zeros(rows, np.int32),
-            np.zeros(rows, np.int32),
-            np.zeros(rows, np.int32),
-            np.zeros((rows, self.table_width), np.int32),
-            stops,
-        )
+    def _decode_args(self, sequences: Many[Sequence], size: int, after: device.Rows | None = None) -> tuple[Any, ...]:
+        """Return the arguments of a decode call behind the cache; ``after`` replaces what the host knows of rows."""
+        stops, sampling = self._row_constants(sequences, size)
+        pages = np.zeros((size, self.table_width), np.int32)
+        alive = np.zeros(size, np.bool_)
         for row, sequence in enumerate(sequences):
-            state.token_B[row] = sequence.tokens[-1]
-            state.position_B[row] = len(sequence.tokens) - 1
-            state.remaining_B[row] = sequence.remaining
-            state.page_table_BP[row, : len(sequence.pages)] = sequence.pages
-        history, want_tops = self._history(sequences, rows)
-        return state, sampling, history, np.int32(steps), want_tops
+            alive[row] = sequence.status is Status.RUNNING
+            pages[row, : len(sequence.pages)] = sequence.pages
+        history, want_tops = self._history(sequences, size)
+        if after is None:
+            token, position, remaining = np.zeros((3, size), np.int32)
+            after = device.Rows(token, position, remaining, history.token_BS)
+            for row, sequence in enumerate(sequences):
+                token[row], position[row] = sequence.tokens[-1], len(sequence.tokens) - 1
+                remaining[row] = sequence.remaining
+        return after, device.RowPlan(alive, pages, stops, history.prompt_len_B, want_tops), sampling
 
     def _row_constants(self, sequences: Many[Sequence], rows: int) -> tuple[Any, Any]:
         """Return stop ids and sampling parameters, kept on the device while the rows stay the same."""

@@ -3,6 +3,8 @@
 Prompts are prefilled in chunks within a token budget. While a prompt waits, each prefill call is followed by one decode
 step, so that running sequences go on; else decoding takes several steps a call. A sequence that finds no room for its
 next KV page preempts the one that would be served last, which is computed again later.
+
+A call may be planned while the one before it is under way (``ahead``), as far as that does not depend on what it draws.
 """
 
 import bisect
@@ -63,10 +65,19 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Decode:
-    """A decode call of up to ``steps`` steps."""
+    """A decode call of ``steps`` steps.
+
+    ``drawing``: of a call that was planned ahead, tokens that the call before it, of the same sequences, may draw for
+    each that goes on.
+    """
 
     sequences: list[Sequence]
     steps: int
+    drawing: dict[Sequence, int] | None = None
+
+    def most(self, sequence: Sequence) -> int:
+        """Return how many tokens it may draw for a sequence, once the call before it is over."""
+        return min(self.steps, sequence.remaining)
 
 
 class _Packing:
@@ -138,6 +149,7 @@ class Scheduler:
         tile: int,
         tile_entries: int,
         decode_steps: int,
+        two_calls: bool = False,
     ):
         self.pages = pages
         self._adapters = adapters
@@ -148,6 +160,8 @@ class Scheduler:
         self._tile = tile
         self._tile_entries = tile_entries
         self._decode_steps = decode_steps
+        # A prompt that comes waits for the calls that were started: two have as many steps together as one alone.
+        self._quiet_steps = max(1, decode_steps // 2) if two_calls else decode_steps
         self._waiting = _Waiting()
         # Ordered sets.
         self._prefilling: dict[Sequence, None] = {}
@@ -184,6 +198,38 @@ class Scheduler:
         plan = plans[0]() or plans[1]() or plans[0]()
         self._decode_is_next = isinstance(plan, Prefill)
         return plan
+
+    def ahead(self, under_way: Prefill | Decode) -> Prefill | Decode | None:
+        """Return a call to start behind the one under way, before anybody knows what that draws; None: wait for it.
+
+        Behind prefill that is one step for those who decode already, if more is to be prefilled after it; behind decode
+        it is prefill or, if no prompt waits, more steps of the same rows: ``Decode.drawing`` tells how many tokens each
+        may draw before. Nobody is preempted for it.
+        """
+        plan: Prefill | Decode | None = None
+        if isinstance(under_way, Prefill):
+            ends = {chunk.sequence for chunk in under_way.chunks if chunk.last}
+            more = any(sequence not in ends for sequence in self._prefilling) or self._may_admit()
+            # Samples that fork from a prompt run already; the token that they begin with is being drawn.
+            rows = [sequence for sequence in self._running if sequence.computed < len(sequence.tokens)]
+            if more and rows:
+                plan = self._decode(rows, 1)
+        else:
+            plan = self._plan_prefill() or self._further(under_way)
+        if plan is not None:
+            self._decode_is_next = isinstance(plan, Prefill)
+        return plan
+
+    def _further(self, under_way: Decode) -> Decode | None:
+        """Return more steps of the same rows, if they are all that is to be done, and half of them go on at least."""
+        rows = under_way.sequences
+        alive = [sequence for sequence in rows if sequence.status is Status.RUNNING]
+        if self._prefilling or self._waiting or len(alive) < len(self._running):
+            return None
+        drawing = {s: under_way.most(s) for s in alive if s.remaining > under_way.most(s)}
+        if not drawing or 2 * len(drawing) < len(rows):
+            return None
+        return self._decode(rows, self._quiet_steps, drawing)
 
     def computed(self, chunk: Chunk) -> None:
         """Note that a chunk's KV is in the cache; a sequence that ends with it decodes from now on."""
@@ -352,28 +398,39 @@ class Scheduler:
         while self._running:
             cohort = next((s.cohort for s in self._running if s.cohort is not None), None)
             rows = [s for s in self._running if s.cohort == cohort]
-            for steps in dict.fromkeys((1 if self._prefill_waits() else self._decode_steps, 1)):
-                missing = {s: self._missing_pages(s, steps) for s in rows}
-                if sum(missing.values()) <= self.pages.num_available:
-                    for sequence, count in missing.items():
-                        if count:
-                            sequence.pages += self.pages.allocate(count)
-                    return Decode(rows, steps)
+            for steps in dict.fromkeys((self._steps(), 1)):
+                plan = self._decode(rows, steps)
+                if plan is not None:
+                    return plan
             self._preempt(max([*self._prefilling, *self._running], key=lambda s: s.rank))
         return None
 
-    def _prefill_waits(self) -> bool:
-        """Whether a prompt waits that could go on at the next call."""
-        if self._prefilling:
-            return True
-        if self._refused:
-            return False
-        return self.num_running < self._max_num_seqs and self.num_waiting > 0
+    def _steps(self) -> int:
+        if self._prefilling or self._may_admit():
+            return 1
+        return self._decode_steps if self._waiting else self._quiet_steps
 
-    def _missing_pages(self, sequence: Sequence, steps: int) -> int:
-        """Return the pages that ``steps`` more tokens in the cache need."""
-        tokens = len(sequence.tokens) - 1 + min(steps, sequence.remaining)
-        return max(0, -(-tokens // self.pages.page_size) - len(sequence.pages))
+    def _decode(self, rows: list[Sequence], steps: int, drawing: dict[Sequence, int] | None = None) -> Decode | None:
+        """Return up to so many steps, with KV pages allotted for them; None if there is no room.
+
+        ``drawing``: see ``Decode``; only its sequences take part.
+        """
+        before = dict.fromkeys(rows, 0) if drawing is None else drawing
+        steps = min(steps, max(sequence.remaining - drawn for sequence, drawn in before.items()))
+        missing = {}
+        for sequence, drawn in before.items():
+            tokens = len(sequence.tokens) - 1 + min(drawn + steps, sequence.remaining)
+            missing[sequence] = max(0, -(-tokens // self.pages.page_size) - len(sequence.pages))
+        if sum(missing.values()) > self.pages.num_available:
+            return None
+        for sequence, count in missing.items():
+            if count:
+                sequence.pages += self.pages.allocate(count)
+        return Decode(rows, steps, drawing)
+
+    def _may_admit(self) -> bool:
+        """Whether a prompt waits that may find room at the next call."""
+        return bool(self._waiting) and not self._refused and self.num_running < self._max_num_seqs
 
     def _preempt(self, sequence: Sequence) -> None:
         self._prefilling.pop(sequence, None)

@@ -92,7 +92,7 @@ class Seen:
 
     def run(self, seconds):
         self.given.append(seconds)
-        self.in_flight.append(self.engine._call is not None)
+        self.in_flight.append(bool(self.engine._calls))
         self.waiting.append(self.engine.has_work)
         return True
 

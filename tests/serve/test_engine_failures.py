@@ -27,6 +27,11 @@ class Late:
         raise BrokenError("at the fetch")
 
 
+def late_steps(decoded):
+    """Let what a decode call drew fail when it is fetched."""
+    return decoded._replace(steps=[drawn._replace(token_NB=Late()) for drawn in decoded.steps])
+
+
 def sequences_of(call, args):
     """Return the sequences of a call of the runner."""
     if call in ("prefill", "score"):
@@ -104,10 +109,8 @@ def test_a_request_that_fails_at_the_fetch_ends_alone(lively, adapters, rng):
     real = engine.runner.decode
 
     def late(sequences, *args):
-        drawn = real(sequences, *args)
-        if any(s.request_id == 1 and s.generated > 2 for s in sequences):
-            return drawn._replace(token_NB=Late())
-        return drawn
+        decoded = real(sequences, *args)
+        return late_steps(decoded) if any(s.request_id == 1 and s.generated > 2 for s in sequences) else decoded
 
     engine.runner.decode = late
     samples = serve(engine, requests)
@@ -178,7 +181,7 @@ def test_after_a_call_that_fails_once_everybody_finishes(call, nth, lively, adap
         if fails and call != "fetch":
             raise BrokenError(call)
         result = real(*args)
-        return result._replace(token_NB=Late()) if fails else result
+        return late_steps(result) if fails else result
 
     setattr(engine.runner, name, once)
     apart(engine)
@@ -267,16 +270,18 @@ def test_a_row_that_draws_nothing_ends_and_keeps_what_it_had(call, lively, adapt
     real = getattr(engine.runner, call)
 
     def invalid(*args):
-        drawn = real(*args)
+        result = real(*args)
         sequences = sequences_of(call, args)
         rows = [row for row, s in enumerate(sequences) if s.request_id == 0]
         if not rows or (call == "decode" and sequences[rows[0]].generated < 3):
-            return drawn
-        first = drawn[0] if call == "draw" else drawn
-        tokens = np.array(first.token_NB)
+            return result
+        (some, drawn), *others = result if call == "draw" else [(sequences, drawn) for drawn in result.steps]
+        tokens = np.array(drawn.token_NB)
         tokens[:, rows] = INVALID
-        first = first._replace(token_NB=tokens)
-        return [first, *drawn[1:]] if call == "draw" else first
+        drawn = drawn._replace(token_NB=tokens)
+        if call == "draw":
+            return [(some, drawn), *others]
+        return result._replace(steps=[drawn, *result.steps[1:]])
 
     setattr(engine.runner, call, invalid)
     samples = serve(engine, requests)
@@ -311,14 +316,14 @@ def test_a_prompt_that_once_had_no_numbers_can_be_asked_again(lively, rng):
 def test_a_stop_text_before_the_failure_ends_the_sample_well(lively, rng):
     one = request(some(rng, 9), sampling=lettered(3), max_tokens=16)
     stopping = dataclasses.replace(one, stop=(alone(lively, one).text[1:3],))
-    engine = Engine(lively, TIGHT)
+    engine = Engine(lively, dataclasses.replace(TIGHT, decode_steps=8))  # Two calls of four steps.
     real = engine.runner.decode
 
     def decode(*args):
-        drawn = real(*args)
-        tokens = np.array(drawn.token_NB)
-        tokens[3] = INVALID
-        return drawn._replace(token_NB=tokens)
+        decoded = real(*args)
+        drawn = decoded.steps[3]
+        nothing = np.full_like(drawn.token_NB, INVALID)
+        return decoded._replace(steps=[*decoded.steps[:3], drawn._replace(token_NB=nothing), *decoded.steps[4:]])
 
     engine.runner.decode = decode
     assert_as_alone(lively, stopping, serve(engine, [stopping])[0])

@@ -81,7 +81,7 @@ def test_one_decode_step_follows_each_prefill_call_and_more_only_if_no_prompt_wa
         ("prefill", [(1, 24, 30)]),
         ("decode", 4, [0, 1]),
         ("decode", 4, [0]),
-        ("decode", 4, [0]),
+        ("decode", 1, [0]),
     ]
 
 

@@ -269,11 +269,11 @@ def test_rows_are_found_by_request_at_high_concurrency(lively, lora, rng, trap):
 
     cursor = itertools.count()
 
-    def ring(self, sequences, rows, steps):
-        state, *rest = real(self, sequences, rows, steps)
+    def ring(self, sequences, *args):
+        rows, plan, *rest = real(self, sequences, *args)
         if len(sequences) > 1 and next(cursor) > 2:
-            state.page_table_BP[: len(sequences)] = np.roll(state.page_table_BP[: len(sequences)], 1, axis=0)
-        return state, *rest
+            plan.page_table_BP[: len(sequences)] = np.roll(plan.page_table_BP[: len(sequences)], 1, axis=0)
+        return rows, plan, *rest
 
     trap(runner.Runner, "_decode_args", ring, lambda: serve_right(lively, requests))
 

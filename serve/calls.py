@@ -1,0 +1,134 @@
+"""Calls that the device works on: how a plan becomes one, and what comes of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from preft_jax.programs import Drawn
+from serve import device
+from serve.adapters import AdapterBank
+from serve.outputs import fetch
+from serve.runner import Runner
+from serve.scheduler import Decode, Prefill, Scheduler
+from serve.sequence import Sequence, Status
+from serve.staging import Staging
+
+
+@dataclasses.dataclass(kw_only=True)
+class Part:
+    """What a call draws for some of its sequences.
+
+    Attributes:
+        sequences: one for each row.
+        drawn: one after the other along the axis of steps.
+        rows: where decoding left them.
+        adapted: whether they were decoded with all-token adapters.
+    """
+
+    sequences: list[Sequence]
+    drawn: list[Drawn]
+    rows: device.Rows | None = None
+    adapted: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class Call:
+    """A call that the device is working on."""
+
+    plan: Prefill | Decode
+    parts: list[Part]
+    waits_for: Any
+    scores: Any = None
+    started: float = 0.0
+
+    def results(self) -> tuple[list[Drawn], Any]:
+        """Wait for it; return what each part drew, and the scores of prompt tokens, on the host."""
+        drawn = [fetch(part.drawn, part.sequences) for part in self.parts]
+        if not drawn:
+            jax.block_until_ready(self.waits_for)
+        return drawn, None if self.scores is None else jax.device_get(self.scores)
+
+
+class Starter:
+    """Starts calls."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, adapters: AdapterBank, staging: Staging):
+        self._runner = runner
+        self._scheduler = scheduler
+        self._adapters = adapters
+        self._staging = staging
+
+    def start(self, plan: Prefill | Decode, before: Call | None) -> Call:
+        """Start a plan; ``before`` is the call under way, which a decode plan with ``drawing`` goes on with.
+
+        Raises:
+            WriteError: if its adapters cannot be brought to the device.
+        """
+        if isinstance(plan, Prefill):
+            return self._prefill(plan)
+        if plan.drawing is not None and before is not None:
+            return self._further(plan, before)
+        return self._decode(plan)
+
+    def _prefill(self, plan: Prefill) -> Call:
+        self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
+        places = [{} if s.adapter is None else self._adapters.place(s.adapter) for s in plan.sequences]
+        scores = None
+        if any(sequence.score for sequence in plan.sequences):
+            logits, rows, scores = self._runner.score(plan.chunks, places)
+        else:
+            begin = self._staging.copies(self._scheduler.next_adapters(2))
+            logits, rows = self._runner.prefill(plan.chunks, places, plan.num_tokens, begin)
+        drawing: list[tuple[int, Sequence]] = []
+        for row, chunk in zip(rows, plan.chunks, strict=True):
+            if chunk.last:
+                forked = self._scheduler.fork(chunk.sequence)
+                self._runner.copy_pages([pair for _, pair in forked if pair is not None])
+                drawing += [(row, sequence) for sequence in (chunk.sequence, *(s for s, _ in forked))]
+        sequences = [sequence for _, sequence in drawing]
+        parts = [
+            Part(sequences=some, drawn=[drawn])
+            for some, drawn in self._runner.draw(logits, [row for row, _ in drawing], sequences)
+        ]
+        return Call(plan=plan, parts=parts, waits_for=logits, scores=scores)
+
+    def _decode(self, plan: Decode) -> Call:
+        adapted = [s for s in plan.sequences if s.all_token]
+        plain = [s for s in plan.sequences if not s.all_token]
+        if adapted and plain and self._merging_is_cheaper(len(plain), len(adapted)):
+            adapted, plain = plan.sequences, []
+        # A single step is soon over, and the next call's arguments wait for the copies: only for those it needs anyway.
+        begin = self._staging.copies(self._scheduler.next_adapters(1 if plan.steps == 1 else 2))
+        parts = []
+        if plain:
+            parts.append(self._part(plain, plan.steps, False, begin))
+            begin = None
+        if adapted:
+            parts.append(self._part(adapted, plan.steps, True, begin))
+        return Call(plan=plan, parts=parts, waits_for=None)
+
+    def _further(self, plan: Decode, before: Call) -> Call:
+        parts = [self._part(p.sequences, plan.steps, p.adapted, None, p.rows) for p in before.parts]
+        return Call(plan=plan, parts=parts, waits_for=None)
+
+    def _part(
+        self, sequences: list[Sequence], steps: int, adapted: bool, begin: Any, after: device.Rows | None = None
+    ) -> Part:
+        if adapted:
+            places = [self._place(sequence) for sequence in sequences]
+            drawn, rows = self._runner.decode_adapted(sequences, places, steps, begin, after)
+        else:
+            drawn, rows = self._runner.decode(sequences, steps, begin, after)
+        return Part(sequences=sequences, drawn=drawn, rows=rows, adapted=adapted)
+
+    def _place(self, sequence: Sequence) -> Any:
+        held = sequence.all_token and sequence.adapter and sequence.status is Status.RUNNING
+        return self._adapters.place(sequence.adapter) if held and sequence.adapter else {}
+
+    def _merging_is_cheaper(self, plain: int, adapted: int) -> bool:
+        """Whether one call that knows adapters is quicker than two calls, by the times measured at warm-up."""
+        runner = self._runner
+        together = runner.step_seconds[runner.adapted_program(plain + adapted)]
+        apart = runner.step_seconds[runner.plain_program(plain)] + runner.step_seconds[runner.adapted_program(adapted)]
+        return together < apart
