@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.kernel_profile import breakdown, print_kernels, profile
 from kernels import dispatch
 from preft_jax import forward
 from preft_jax.bank import Bank, Pools, SitePages, init_bank, num_rank_pages
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console = Console(stderr=True)
     config = PRESETS[args.model]
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    cases = SMALL if args.selection == "small" else CASES
+    cases = [case for case in (SMALL if args.selection == "small" else CASES) if args.cases.search(case.name)]
     params = fused_layout(init_params(config, jax.random.key(0), dtype), transpose=False)
     bank = random_bank(config, max(case.pages for case in cases), dtype)
     tokens = max(case.requests * pages_for(case.length, PAGE_SIZE) for case in cases)
@@ -166,6 +167,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             base = bases[plain]
             edited = Contender(config, case, params, bank, cache, implementation)
             row, cache = compare(base, edited, cache, args.rounds)
+            if args.profile:
+                row["base_profile"], cache = where(base, cache, args.profile, console)
+                row["profile"], cache = where(edited, cache, args.profile, console)
             rows.append({"implementation": implementation, **row})
             console.print(f"{implementation}, {case.name}: {row['ratio']:.4f}", soft_wrap=True)
     return {
@@ -176,6 +180,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "cases": rows,
         **environment(),
     }
+
+
+def where(contender: Contender, cache: KVCache, count: int, console: Console) -> tuple[dict[str, Any], KVCache]:
+    """Profile a call, print its longest kernels, and return where its time goes and the cache."""
+    kept = [cache]
+
+    def run() -> KVCache:
+        _, kept[0] = contender(kept[0])
+        return kept[0]
+
+    times, span = profile(run)
+    console.print(contender.case.name, highlight=False)
+    print_kernels(times[:count], 1, console)
+    return breakdown(times, span, 1), kept[0]
 
 
 def compare(base: Contender, edited: Contender, cache: KVCache, rounds: int) -> tuple[dict[str, Any], KVCache]:
@@ -239,6 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the kernels, separated by commas",
     )
     parser.add_argument("--rounds", type=int, default=20, help="pairs of calls for each case")
+    parser.add_argument("--profile", type=int, default=0, help="also profile, and print so many kernels (needs a GPU)")
+    parser.add_argument("--cases", type=re.compile, default=re.compile(""), help="only cases that match (a pattern)")
     parser.add_argument("--output-json", type=Path, help="also write the JSON line here")
     args = parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     if args.rounds < 1:

@@ -7,9 +7,25 @@ after the gate and up matmul.
 import jax
 import jax.numpy as jnp
 
-from kernels.triton.call import call, ceil_div, check_dtype, power_of_two, rank_of, require, shrink_args, tile_size
+from kernels.triton.call import (
+    block_of,
+    call,
+    ceil_div,
+    check_dtype,
+    power_of_two,
+    rank_of,
+    require,
+    shrink_args,
+    tile_size,
+)
 from kernels.triton.config import Blocks, for_norm, for_rope, for_silu_mul
-from kernels.triton.device.fused import norm_shrink_kernel, rope_kv_kernel, silu_mul_kernel
+from kernels.triton.device.fused import (
+    norm_kernel,
+    norm_shrink_kernel,
+    rope_kv_kernel,
+    silu_mul_kernel,
+    silu_mul_plain_kernel,
+)
 from kernels.triton.lowrank import MOST_SITES, expand, finish_parts, padded, shrink
 from kernels.types import Shrunk, Site
 
@@ -45,6 +61,8 @@ def norm_shrink(
     check_dtype("x_TD", x_TD)
     tokens, width = x_TD.shape
     require(len(edits) <= 2, f"edits has {len(edits)} entries; at most two are fused")
+    if not edits and not sites and block is None:
+        return *_norm(x_TD, add_TD, weight_D, eps), ()
     tile = tile_size(tokens, [*sites, *(edit.site for edit in edits), *([block] if block else [])])
     if block is not None and not _fusable((block,), 128):
         x_TD, _, _ = norm_shrink(x_TD, edits, None, weight_D, eps, (), mask_TG, add_TD=add_TD)
@@ -87,6 +105,37 @@ def norm_shrink(
     )  # fmt: skip
     shrunk_sites = (s0, s1, s2)[: len(together)] if together or not sites else shrink(h_TD, sites, mask_TG)
     return (new if changed else x_TD), h_TD, tuple(shrunk_sites)
+
+
+def _norm(x_TD: jax.Array, add_TD: jax.Array | None, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Add and norm without edits: a row is read once, and few rows still fill the GPU."""
+    tokens, width = x_TD.shape
+    same, nothing = jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype), jax.ShapeDtypeStruct((1,), x_TD.dtype)
+    new, h_TD = call(
+        norm_kernel,
+        x_TD, x_TD if add_TD is None else add_TD, weight_D,
+        out=[nothing if add_TD is None else same, same],
+        grid=(tokens,),
+        warps=max(1, min(8, width // 1024)),
+        D=width, BD=power_of_two(width), EPS=eps, ADD=add_TD is not None,
+    )  # fmt: skip
+    return (x_TD if add_TD is None else new), h_TD
+
+
+def _silu_mul(gate_up_TF: jax.Array) -> jax.Array:
+    """Multiply without edits, in many small programs."""
+    tokens, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+    block = block_of(width, 1024, "half the width of gate_up_TF")
+    rows = 1024 // block
+    (h_TF,) = call(
+        silu_mul_plain_kernel,
+        gate_up_TF,
+        out=[jax.ShapeDtypeStruct((tokens, width), gate_up_TF.dtype)],
+        grid=(width // block, ceil_div(tokens, rows)),
+        warps=4,
+        T=tokens, F=width, BT=rows, BF=block,
+    )  # fmt: skip
+    return h_TF
 
 
 def _pending(edit: Shrunk | None, filler: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -155,6 +204,8 @@ def silu_mul_shrink(
     check_dtype("gate_up_TF", gate_up_TF)
     tokens, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
     tile = tile_size(tokens, [*sites, *(edit.site for edit in edits if edit is not None)])
+    if not sites and all(edit is None for edit in edits):
+        return _silu_mul(gate_up_TF), ()
     fused = len(sites) == 1 and _fusable(sites, MOST_COLUMNS)
     entries = sites[0].tiles.page_NE.shape[1] if fused else 1
     widths = _widths(edits)

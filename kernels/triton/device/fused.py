@@ -104,6 +104,26 @@ def _norm_rows(
 
 
 @triton.jit
+def norm_kernel(
+    x_ptr, add_ptr, weight_ptr, x_out, h_out,
+    D: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """A program: one row without edits, in registers."""
+    d = tl.arange(0, BD)
+    at = tl.program_id(0).to(tl.int64) * D + d
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + at, mask=d < D, other=0.0)
+    if ADD:
+        x = (x.to(tl.float32) + tl.load(add_ptr + at, mask=d < D, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(x_out + at, x, mask=d < D)
+    x32 = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x32 * x32, 0) / D + EPS)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    h = (x32 * scale).to(dtype).to(tl.float32) * weight
+    tl.store(h_out + at, h.to(dtype), mask=d < D)
+
+
+@triton.jit
 def norm_shrink_kernel(
     x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own, weight_ptr,
     a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
@@ -272,6 +292,21 @@ def _silu_rows(
         column = tl.arange(0, 16 * E)
         at = (part.to(tl.int64) * T + row)[:, None] * (16 * E) + column[None, :]
         tl.store(part_out + at, acc, mask=live[:, None])
+
+
+@triton.jit
+def silu_mul_plain_kernel(
+    gu_ptr, h_out, T: tl.constexpr, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """A program: BT rows by BF columns without edits."""
+    row = tl.program_id(1) * BT + tl.arange(0, BT)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    live = (row < T)[:, None]
+    at = row.to(tl.int64)[:, None] * F + f[None, :]
+    wide = at + row.to(tl.int64)[:, None] * F
+    gate = tl.load(gu_ptr + wide, mask=live, other=0.0).to(tl.float32)
+    upper = tl.load(gu_ptr + wide + F, mask=live, other=0.0).to(tl.float32)
+    tl.store(h_out + at, (gate * tl.sigmoid(gate) * upper).to(h_out.dtype.element_ty), mask=live)
 
 
 @triton.jit

@@ -1,0 +1,180 @@
+"""``python -m bench.decode``: a decode step of the serving engine's program beside its floor, and where it goes.
+
+Rows of random weights' tokens with a context of so many tokens each, in pages of their own, all at once; the steps of
+a call are started one after the other, as the engine does it. The floor is the larger of FLOPs over the measured
+matrix product rate and bytes over the measured copy bandwidth, summed over the matrix products of a layer, attention
+and the head, nothing overlapped. ``--profile`` adds the time of each kind of kernel. A table for people, then one JSON
+line.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.kernel_profile import breakdown, print_kernels, profile
+from bench.kernel_timing import Ceilings, measure_ceilings
+from preft_jax.cache import init_cache, pages_for
+from preft_jax.cli import hyphenated
+from preft_jax.config import ModelConfig
+from preft_jax.errors import ConfigError, PreftError
+from preft_jax.loading import Model, load_model, serving_model
+from preft_jax.sampling import SamplingParams, sampling_arrays
+from serve import device
+from serve.metrics import environment
+
+SCHEMA = "preft-jax/decode/1"
+PAGE_SIZE = 64
+
+
+def floor_seconds(model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows: int, context: int) -> float:
+    """Return the least seconds of a decode step."""
+
+    def product(d: int, f: int) -> float:
+        flops, moved = 2 * rows * d * f, dtype.itemsize * (d * f + rows * (d + f))
+        return ceilings.floor(flops, moved, dtype.name)[0]
+
+    q, k, v, o, gate, up, down = (model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down"))
+    layer = product(q[0], q[1] + k[1] + v[1]) + product(*o) + product(gate[0], gate[1] + up[1]) + product(*down)
+    kv = 2 * model.kv_size * dtype.itemsize * rows * context / ceilings.bytes_per_s
+    return model.num_hidden_layers * (layer + kv) + product(model.hidden_size, model.vocab_size)
+
+
+class Decoding:
+    """A decode program with its rows."""
+
+    def __init__(self, model: Model, rows: int, context: int, steps: int):
+        pages = pages_for(context + steps, PAGE_SIZE)
+        dtype = model.params["embed"].dtype
+        self.cache = init_cache(model.config, rows * pages, PAGE_SIZE, dtype)
+        self._params = model.params
+        self._steps = steps
+        rng = np.random.default_rng(0)
+        token = rng.integers(0, model.config.vocab_size, rows).astype(np.int32)
+        history = np.zeros((rows, context + steps), np.int32)
+        remaining = np.full(rows, steps, np.int32)
+        self._rows = jax.device_put(device.Rows(token, np.full(rows, context, np.int32), remaining, history))
+        table = rng.permutation(rows * pages).astype(np.int32).reshape(rows, pages)
+        plan = device.RowPlan(
+            np.ones(rows, np.bool_), table, np.full((rows, 16), -1, np.int32), np.zeros(rows, np.int32), np.False_
+        )
+        sampling = sampling_arrays([SamplingParams(temperature=0.0)] * rows, [0] * rows, rows)
+        self._rest = jax.device_put((plan, sampling))
+        start = time.perf_counter()
+        program = jax.jit(functools.partial(device.decode, model.config), donate_argnums=1)
+        self._program = program.lower(self._params, self.cache, self._rows, *self._rest).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def __call__(self) -> Any:
+        """Start all steps; returns what they draw."""
+        rows, drawn = self._rows, []
+        for _ in range(self._steps):
+            self.cache, rows, new = self._program(self._params, self.cache, rows, *self._rest)
+            drawn.append(new.token_NB)
+        return drawn
+
+    def seconds(self) -> float:
+        """Return the seconds of a step."""
+        start = time.perf_counter()
+        jax.block_until_ready(self())
+        return (time.perf_counter() - start) / self._steps
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time every size and return the figures that the JSON line holds."""
+    console = Console(stderr=True)
+    sizes = [tuple(map(int, text.split("x"))) for text in args.sizes.split(",")]
+    model = serving_model(load_model(args.model, dtype=args.dtype), max(rows for rows, _ in sizes))
+    dtype = model.params["embed"].dtype
+    ceilings = measure_ceilings([dtype.name], repeats=10)
+    figures = []
+    for rows, context in sizes:
+        decoding = Decoding(model, rows, context, args.steps)
+        for _ in range(2):
+            decoding.seconds()
+        seconds = float(np.median([decoding.seconds() for _ in range(args.repeats)]))
+        floor = floor_seconds(model.config, ceilings, dtype, rows, context + args.steps // 2)
+        figure: dict[str, Any] = {
+            "rows": rows,
+            "context": context,
+            "step_ms": round(1e3 * seconds, 3),
+            "floor_ms": round(1e3 * floor, 3),
+            "ratio": round(seconds / floor, 3),
+            "compile_s": round(decoding.compile_seconds, 1),
+        }
+        if args.profile:
+            times, span = profile(decoding)
+            figure |= breakdown(times, span, args.steps)
+            print_kernels(times[: args.profile], args.steps, console)
+        figures.append(figure)
+        console.print(str(figure), soft_wrap=True)
+        for array in jax.tree.leaves(decoding.cache):
+            array.delete()
+    options = {name: value for name, value in vars(args).items() if name != "output_json"}
+    return {
+        "schema": SCHEMA,
+        "options": options,
+        "ceilings": {
+            "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
+            "matmul_tflop_per_s": round(ceilings.flops_per_s[dtype.name] / 1e12, 1),
+        },
+        "rows": figures,
+        **environment(),
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
+    add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add("--sizes", default="64x900,256x400,512x384", help="ROWSxCONTEXT, with commas (default: %(default)s)")
+    add("--steps", type=int, default=8, help="of a call (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="calls; the median counts (default: %(default)s)")
+    add("--profile", type=int, default=0, help="also profile, and print so many kernels of each size (needs a GPU)")
+    add("--output-json", type=Path, default=None, help="also write the JSON line here")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
+    try:
+        if min(args.steps, args.repeats) < 1:
+            raise ConfigError(f"--steps is {args.steps} and --repeats {args.repeats}; give at least 1 of each")
+        figures = run(args)
+    except (PreftError, OSError) as error:
+        print(f"bench.decode: {error}", file=sys.stderr)
+        return 1
+    _print(figures)
+    line = json.dumps(figures, allow_nan=False)
+    if args.output_json is not None:
+        args.output_json.parent.mkdir(parents=True, exist_ok=True)
+        args.output_json.write_text(line + "\n")
+    print(line)
+    return 0
+
+
+def _print(figures: dict[str, Any]) -> None:
+    table = Table(title=f"A decode step of {figures['options']['model']}", title_justify="left")
+    for column in ("rows", "context", "ms", "floor, ms", "over floor"):
+        table.add_column(column, justify="right")
+    for row in figures["rows"]:
+        table.add_row(*(str(row[name]) for name in ("rows", "context", "step_ms", "floor_ms", "ratio")))
+    Console(stderr=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
