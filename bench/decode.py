@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -60,25 +61,31 @@ class Decoding:
         self._steps = steps
         rng = np.random.default_rng(0)
         token = rng.integers(0, model.config.vocab_size, rows).astype(np.int32)
-        history = np.zeros((rows, context + steps), np.int32)
-        remaining = np.full(rows, steps, np.int32)
-        self._rows = jax.device_put(device.Rows(token, np.full(rows, context, np.int32), remaining, history))
+        position, remaining = np.full(rows, context, np.int32), np.full(rows, steps, np.int32)
+        self._rows = jax.device_put(device.Rows(token, position, remaining))
         table = rng.permutation(rows * pages).astype(np.int32).reshape(rows, pages)
         plan = device.RowPlan(
             np.ones(rows, np.bool_), table, np.full((rows, 16), -1, np.int32), np.zeros(rows, np.int32), np.False_
         )
         sampling = sampling_arrays([SamplingParams(temperature=0.0)] * rows, [0] * rows, rows)
-        self._rest = jax.device_put((plan, sampling))
+        self._plan, self._sampling, self._index = jax.device_put((plan, sampling, np.arange(rows, dtype=np.int32)))
+        self._logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
         start = time.perf_counter()
-        program = jax.jit(functools.partial(device.decode, model.config), donate_argnums=1)
-        self._program = program.lower(self._params, self.cache, self._rows, *self._rest).compile()
+        decode = jax.jit(functools.partial(device.decode, model.config, rows), donate_argnums=(1, 2))
+        args = self._params, self.cache, self._logits, self._rows, self._plan
+        self._decode = decode.lower(
+            *args,
+        ).compile()
+        args = self._logits, self._index, self._rows, self._plan, self._sampling
+        self._draw = jax.jit(device.draw_plain).lower(*args).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> Any:
         """Start all steps; returns what they draw."""
         rows, drawn = self._rows, []
         for _ in range(self._steps):
-            self.cache, rows, new = self._program(self._params, self.cache, rows, *self._rest)
+            self.cache, self._logits = self._decode(self._params, self.cache, self._logits, rows, self._plan)
+            rows, new = self._draw(self._logits, self._index, rows, self._plan, self._sampling)
             drawn.append(new.token_NB)
         return drawn
 
@@ -117,7 +124,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print_kernels(times[: args.profile], args.steps, console)
         figures.append(figure)
         console.print(str(figure), soft_wrap=True)
-        for array in jax.tree.leaves(decoding.cache):
+        for array in jax.tree.leaves((decoding.cache, decoding._logits)):
             array.delete()
     options = {name: value for name, value in vars(args).items() if name != "output_json"}
     return {

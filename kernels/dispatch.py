@@ -35,6 +35,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
     "silu_mul_shrink": ("xla", "triton"),
     "decode_edit": ("xla", "triton", "pallas_tpu"),
     "paged_attention": ("xla", "triton", "pallas_tpu"),
+    "draw": ("xla", "triton"),
 }
 """The implementations of each operation."""
 

@@ -49,3 +49,14 @@ class Shrunk(NamedTuple):
 
     s_TER: jax.Array
     site: Site
+
+
+class Draws(NamedTuple):
+    """A token of each row, int32 ``[B]``, and float32 ``[B]``: its log-probability under the logits, under what it was
+    drawn from, and the logarithm of the sum of the exponentials of the logits.
+    """
+
+    token_B: jax.Array
+    logprob_B: jax.Array
+    sampling_logprob_B: jax.Array
+    total_B: jax.Array

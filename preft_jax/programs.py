@@ -17,7 +17,7 @@ from preft_jax.batch import DecodeBatch
 from preft_jax.cache import KVCache
 from preft_jax.config import ModelConfig
 from preft_jax.model import Params
-from preft_jax.sampling import INVALID, MAX_LOGPROBS, History, SamplingArrays, sample, top_logprobs
+from preft_jax.sampling import INVALID, MAX_LOGPROBS, History, Sample, SamplingArrays, sample, top_logprobs
 
 
 class DecodeState(NamedTuple):
@@ -72,47 +72,23 @@ def tops_if(wanted: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Arr
     return jax.lax.cond(wanted, lambda: top_logprobs(logits_BV, count), lambda: none)
 
 
-def decode_step(
-    step: Callable[[KVCache, DecodeBatch], tuple[jax.Array, KVCache]],
-    cache: KVCache,
-    state: DecodeState,
-    sampling: SamplingArrays,
-    history: History | None,
-    *,
-    want_tops: jax.Array | None = None,
-) -> tuple[KVCache, DecodeState, History | None, Drawn]:
-    """Run one decode step and draw a token for each row that has tokens left to draw.
-
-    Args:
-        step: logits and cache of one decode step.
-        cache: donated.
-        state: of the rows before the step.
-        sampling: parameters of each row.
-        history: tokens of each row, for penalties; its lengths are taken from the state. None: no penalties.
-        want_tops: whether to return the most likely tokens, or None for never.
-
-    Returns:
-        The cache, the state and the history after the step, and what was drawn, without the axis of steps.
-    """
+def advance(state: DecodeState, new: Sample) -> tuple[jax.Array, DecodeState]:
+    """Give rows the tokens drawn for them; returns these, -1 for rows that had none left to draw, and the state."""
     active_B = state.remaining_B > 0
-    batch = DecodeBatch(state.token_B, jnp.where(active_B, state.position_B, -1), state.page_table_BP)
-    logits_BV, cache = step(cache, batch)
-    so_far = None if history is None else history._replace(length_B=state.position_B + 1)
-    new = sample(logits_BV, state.position_B + 1, sampling, so_far)
     token_B = jnp.where(active_B, new.token_B, -1)
-    tops = (None, None) if want_tops is None else tops_if(want_tops, logits_BV)
     stopped_B = jnp.any(token_B[:, None] == state.stop_BE, axis=1) | (token_B == INVALID)
-    position_B = state.position_B + active_B.astype(jnp.int32)
-    if history is not None:
-        rows = jnp.arange(len(token_B), dtype=jnp.int32)
-        at_B = jnp.where(active_B, position_B, history.token_BS.shape[1])
-        history = history._replace(token_BS=jnp.asarray(history.token_BS).at[rows, at_B].set(token_B, mode="drop"))
-    state = state._replace(
+    return token_B, state._replace(
         token_B=jnp.where(active_B, token_B, state.token_B),
-        position_B=position_B,
+        position_B=state.position_B + active_B.astype(jnp.int32),
         remaining_B=jnp.where(active_B & ~stopped_B, state.remaining_B - 1, 0),
     )
-    return cache, state, history, Drawn(token_B, new.logprob_B, new.sampling_logprob_B, *tops)
+
+
+def remember(token_BS: Array, state: DecodeState, token_B: jax.Array) -> jax.Array:
+    """Return rows' texts (``History``) with the tokens that ``advance`` gave them."""
+    rows = jnp.arange(len(token_B), dtype=jnp.int32)
+    at_B = jnp.where(token_B == -1, token_BS.shape[1], state.position_B)
+    return jnp.asarray(token_BS).at[rows, at_B].set(token_B, mode="drop")
 
 
 def decode_loop(
@@ -128,7 +104,10 @@ def decode_loop(
     """Run decode steps and draw a token after each, until ``num_steps`` are done or no row has tokens left to draw.
 
     Args:
-        step, cache, state, sampling, history: as in ``decode_step``.
+        step: logits and cache of one decode step.
+        cache, state: donated.
+        sampling: parameters of each row.
+        history: tokens of each row, for penalties; its lengths are taken from the state. None: no penalties.
         num_steps: at most ``max_steps``; may be traced.
         max_steps: static rows of the result.
     """
@@ -145,11 +124,17 @@ def decode_loop(
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         n, cache, state, history, drawn = carry
-        cache, state, history, new = decode_step(step, cache, state, sampling, history)
+        position_B = jnp.where(state.remaining_B > 0, state.position_B, -1)
+        logits_BV, cache = step(cache, DecodeBatch(state.token_B, position_B, state.page_table_BP))
+        so_far = None if history is None else history._replace(length_B=state.position_B + 1)
+        new = sample(logits_BV, state.position_B + 1, sampling, so_far)
+        token_B, state = advance(state, new)
+        if history is not None:
+            history = history._replace(token_BS=remember(history.token_BS, state, token_B))
         drawn = drawn._replace(
-            token_NB=drawn.token_NB.at[n].set(new.token_NB),
-            logprob_NB=drawn.logprob_NB.at[n].set(new.logprob_NB),
-            sampling_logprob_NB=drawn.sampling_logprob_NB.at[n].set(new.sampling_logprob_NB),
+            token_NB=drawn.token_NB.at[n].set(token_B),
+            logprob_NB=drawn.logprob_NB.at[n].set(new.logprob_B),
+            sampling_logprob_NB=drawn.sampling_logprob_NB.at[n].set(new.sampling_logprob_B),
         )
         return n + 1, cache, state, history, drawn
 

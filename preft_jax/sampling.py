@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import api
 from kernels.types import Array
 from preft_jax.errors import RequestError
 from preft_jax.logits import History as History
@@ -317,6 +318,35 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, s: SamplingArrays, histo
         jnp.where(valid_B, token_B, INVALID),
         jnp.where(valid_B, _at(logits_BV, token_B) - total_B, jnp.nan),
         jnp.where(valid_B, sampling_logprob_B, jnp.nan),
+    )
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Return whether ``sample_plain`` can draw for a request: it only has a temperature and a seed."""
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    return not (penalised or filtered or params.logit_bias)
+
+
+def sample_plain(
+    logits_RV: jax.Array, index_B: Array, position_B: jax.Array, alive_B: jax.Array, s: SamplingArrays
+) -> Sample:
+    """Draw as ``sample`` does for rows that ``is_plain``, without branches, which make the host of a GPU wait.
+
+    Args:
+        logits_RV: float32.
+        index_B: int32, the row of the logits of each row.
+        position_B: int32, the position that the drawn token will have in its request.
+        alive_B: bool, rows that count.
+        s: parameters of each row, of which only temperature and seed are used.
+    """
+    index_B = jnp.asarray(index_B)
+    drawn = api.draw(logits_RV, index_B, s.temperature_B, jnp.asarray(s.seed_B), position_B, alive_B)
+    valid_B = jnp.isfinite(drawn.total_B)
+    return Sample(
+        jnp.where(valid_B, drawn.token_B, INVALID),
+        jnp.where(valid_B, drawn.logprob_B, jnp.nan),
+        jnp.where(valid_B, drawn.sampling_logprob_B, jnp.nan),
     )
 
 

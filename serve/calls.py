@@ -6,10 +6,9 @@ from typing import Any
 import jax
 
 from preft_jax.programs import Drawn
-from serve import device
 from serve.adapters import AdapterBank
 from serve.outputs import fetch
-from serve.runner import Runner
+from serve.runner import After, Runner
 from serve.scheduler import Decode, Prefill, Scheduler
 from serve.sequence import Sequence, Status
 from serve.staging import Staging
@@ -22,13 +21,13 @@ class Part:
     Attributes:
         sequences: one for each row.
         drawn: one after the other along the axis of steps.
-        rows: where decoding left them.
+        after: where decoding left them.
         adapted: whether they were decoded with all-token adapters.
     """
 
     sequences: list[Sequence]
     drawn: list[Drawn]
-    rows: device.Rows | None = None
+    after: After | None = None
     adapted: bool = False
 
 
@@ -38,7 +37,7 @@ class Call:
 
     plan: Prefill | Decode
     parts: list[Part]
-    waits_for: Any
+    done: Any = None
     scores: Any = None
     started: float = 0.0
 
@@ -46,7 +45,7 @@ class Call:
         """Wait for it; return what each part drew, and the scores of prompt tokens, on the host."""
         drawn = [fetch(part.drawn, part.sequences) for part in self.parts]
         if not drawn:
-            jax.block_until_ready(self.waits_for)
+            jax.block_until_ready(self.done)
         return drawn, None if self.scores is None else jax.device_get(self.scores)
 
 
@@ -76,10 +75,10 @@ class Starter:
         places = [{} if s.adapter is None else self._adapters.place(s.adapter) for s in plan.sequences]
         scores = None
         if any(sequence.score for sequence in plan.sequences):
-            logits, rows, scores = self._runner.score(plan.chunks, places)
+            done, rows, scores = self._runner.score(plan.chunks, places)
         else:
             begin = self._staging.copies(self._scheduler.next_adapters(2))
-            logits, rows = self._runner.prefill(plan.chunks, places, plan.num_tokens, begin)
+            done, rows = self._runner.prefill(plan.chunks, places, plan.num_tokens, begin)
         drawing: list[tuple[int, Sequence]] = []
         for row, chunk in zip(rows, plan.chunks, strict=True):
             if chunk.last:
@@ -87,11 +86,11 @@ class Starter:
                 self._runner.copy_pages([pair for _, pair in forked if pair is not None])
                 drawing += [(row, sequence) for sequence in (chunk.sequence, *(s for s, _ in forked))]
         sequences = [sequence for _, sequence in drawing]
-        parts = [
-            Part(sequences=some, drawn=[drawn])
-            for some, drawn in self._runner.draw(logits, [row for row, _ in drawing], sequences)
-        ]
-        return Call(plan=plan, parts=parts, waits_for=logits, scores=scores)
+        parts = []
+        if sequences:
+            drawn = self._runner.draw([row for row, _ in drawing], sequences)
+            parts.append(Part(sequences=sequences, drawn=[drawn]))
+        return Call(plan=plan, parts=parts, done=done, scores=scores)
 
     def _decode(self, plan: Decode) -> Call:
         adapted = [s for s in plan.sequences if s.all_token]
@@ -106,21 +105,21 @@ class Starter:
             begin = None
         if adapted:
             parts.append(self._part(adapted, plan.steps, True, begin))
-        return Call(plan=plan, parts=parts, waits_for=None)
+        return Call(plan=plan, parts=parts)
 
     def _further(self, plan: Decode, before: Call) -> Call:
-        parts = [self._part(p.sequences, plan.steps, p.adapted, None, p.rows) for p in before.parts]
-        return Call(plan=plan, parts=parts, waits_for=None)
+        parts = [self._part(p.sequences, plan.steps, p.adapted, None, p.after) for p in before.parts]
+        return Call(plan=plan, parts=parts)
 
     def _part(
-        self, sequences: list[Sequence], steps: int, adapted: bool, begin: Any, after: device.Rows | None = None
+        self, sequences: list[Sequence], steps: int, adapted: bool, begin: Any, before: After | None = None
     ) -> Part:
         if adapted:
             places = [self._place(sequence) for sequence in sequences]
-            drawn, rows = self._runner.decode_adapted(sequences, places, steps, begin, after)
+            drawn, after = self._runner.decode_adapted(sequences, places, steps, begin, before)
         else:
-            drawn, rows = self._runner.decode(sequences, steps, begin, after)
-        return Part(sequences=sequences, drawn=drawn, rows=rows, adapted=adapted)
+            drawn, after = self._runner.decode(sequences, steps, begin, before)
+        return Part(sequences=sequences, drawn=drawn, after=after, adapted=adapted)
 
     def _place(self, sequence: Sequence) -> Any:
         held = sequence.all_token and sequence.adapter and sequence.status is Status.RUNNING

@@ -1,11 +1,11 @@
 """The engine's device programs: pure functions, jitted and compiled by ``serve.runner``.
 
 At most ten, each compiled for one shape: prefill for up to three token counts, decode for one or two row counts, decode
-for all-token adapters, drawing of first tokens, copying of forked KV pages, writing of rank pages in two forms, and
-prefill that scores its tokens.
+for all-token adapters, drawing of tokens (with and without all that a request may ask for), copying of forked KV pages,
+writing of rank pages in two forms, and prefill that scores its tokens. Logits pass from prefill and decode to drawing
+in one buffer with as many rows as ever draw together.
 """
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,57 +17,25 @@ import numpy as np
 from kernels.types import Array
 from preft_jax import forward
 from preft_jax.bank import Bank, PackedSite, Pools
-from preft_jax.batch import PrefillBatch
+from preft_jax.batch import DecodeBatch, PrefillBatch
 from preft_jax.cache import KVCache
 from preft_jax.config import ModelConfig
 from preft_jax.model import Params
-from preft_jax.programs import DecodeState, Drawn, decode_step, tops_if
-from preft_jax.sampling import MAX_LOGPROBS, History, SamplingArrays, sample
+from preft_jax.programs import DecodeState, Drawn, advance, remember, tops_if
+from preft_jax.sampling import MAX_LOGPROBS, History, SamplingArrays, sample, sample_plain
 from preft_jax.shapes import LINEAR_SITES
 
 
-def prefill(
-    config: ModelConfig, max_query_len: int, params: Params, bank: Bank | None, cache: KVCache, batch: PrefillBatch
-) -> tuple[jax.Array, KVCache]:
-    """See ``forward.prefill``."""
-    return forward.prefill(config, params, bank, cache, batch, max_query_len=max_query_len)
-
-
-def score(
-    config: ModelConfig,
-    max_query_len: int,
-    params: Params,
-    bank: Bank | None,
-    cache: KVCache,
-    batch: PrefillBatch,
-    next_T: jax.Array,
-) -> Any:
-    """See ``forward.prefill_scored``."""
-    return forward.prefill_scored(
-        config, params, bank, cache, batch, next_T, max_query_len=max_query_len, count=MAX_LOGPROBS
-    )
-
-
-def draw(
-    logits_BV: jax.Array, row_B: jax.Array, sampling: SamplingArrays, history: History, want_tops: jax.Array
-) -> Drawn:
-    """Draw a token from row ``row_B[i]`` of the logits, for each i: samples of one prompt share a row."""
-    logits_BV = logits_BV[row_B]
-    new = sample(logits_BV, history.length_B, sampling, history)
-    tops = tops_if(want_tops, logits_BV)
-    return Drawn(*(x[None] for x in (new.token_B, new.logprob_B, new.sampling_logprob_B, *tops)))
-
-
 class Rows(NamedTuple):
-    """Where decode steps left their rows: what the next step of the same rows begins with.
+    """Where rows are: what their next token is drawn from.
 
-    int32 ``token_B``, ``position_B`` and ``remaining_B`` as in ``DecodeState``; ``history_BS`` as in ``History``.
+    int32 ``[B]``: ``token_B`` is each row's newest token, at ``position_B``; ``remaining_B`` counts the tokens still to
+    draw (0: the row is done or empty).
     """
 
     token_B: Array
     position_B: Array
     remaining_B: Array
-    history_BS: Array
 
 
 class RowPlan(NamedTuple):
@@ -84,39 +52,117 @@ class RowPlan(NamedTuple):
     want_tops: Array
 
 
+def prefill(
+    config: ModelConfig,
+    max_query_len: int,
+    params: Params,
+    bank: Bank | None,
+    cache: KVCache,
+    logits_RV: jax.Array,
+    batch: PrefillBatch,
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """See ``forward.prefill``: the cache, the logits in the first rows of ``logits_RV``, and one number to wait for."""
+    new_BV, cache = forward.prefill(config, params, bank, cache, batch, max_query_len=max_query_len)
+    return cache, _first_rows(logits_RV, new_BV), new_BV[0, 0]
+
+
+def score(
+    config: ModelConfig,
+    max_query_len: int,
+    params: Params,
+    bank: Bank | None,
+    cache: KVCache,
+    logits_RV: jax.Array,
+    batch: PrefillBatch,
+    next_T: jax.Array,
+) -> Any:
+    """``prefill``, then as ``forward.prefill_scored``."""
+    new_BV, cache, *scores = forward.prefill_scored(
+        config, params, bank, cache, batch, next_T, max_query_len=max_query_len, count=MAX_LOGPROBS
+    )
+    return cache, _first_rows(logits_RV, new_BV), new_BV[0, 0], scores
+
+
 def decode(
-    config: ModelConfig, params: Params, cache: KVCache, rows: Rows, plan: RowPlan, sampling: SamplingArrays
-) -> tuple[KVCache, Rows, Drawn]:
-    """One step of the plain base model: there is no adapter argument."""
-    return _decode(functools.partial(forward.decode, config, params), cache, rows, plan, sampling)
+    config: ModelConfig,
+    size: int,
+    params: Params,
+    cache: KVCache,
+    logits_RV: jax.Array,
+    rows: Rows,
+    plan: RowPlan,
+) -> tuple[KVCache, jax.Array]:
+    """The logits of one step of the first ``size`` rows, plain base model: there is no adapter argument."""
+    new_BV, cache = forward.decode(config, params, cache, _batch(size, rows, plan))
+    return cache, _first_rows(logits_RV, new_BV)
 
 
 def decode_adapted(
     config: ModelConfig,
+    size: int,
     params: Params,
     bank: Bank,
     pages: Any,
     cache: KVCache,
+    logits_RV: jax.Array,
+    rows: Rows,
+    plan: RowPlan,
+) -> tuple[KVCache, jax.Array]:
+    """The same, some rows with an all-token adapter."""
+    new_BV, cache = forward.decode_adapted(config, params, bank, pages, cache, _batch(size, rows, plan))
+    return cache, _first_rows(logits_RV, new_BV)
+
+
+def _batch(size: int, rows: Rows, plan: RowPlan) -> DecodeBatch:
+    active_B = plan.alive_B & (rows.remaining_B > 0)
+    position_B = jnp.where(active_B, rows.position_B, -1)
+    return DecodeBatch(*(x[:size] for x in (rows.token_B, position_B, plan.page_table_BP)))
+
+
+def _first_rows(all_RV: jax.Array, new_BV: jax.Array) -> jax.Array:
+    if all_RV.shape == new_BV.shape:
+        return new_BV
+    return jax.lax.dynamic_update_slice_in_dim(all_RV, new_BV, 0, 0)
+
+
+def draw(
+    logits_RV: jax.Array,
+    index_B: jax.Array,
     rows: Rows,
     plan: RowPlan,
     sampling: SamplingArrays,
-) -> tuple[KVCache, Rows, Drawn]:
-    """The same, some rows with an all-token adapter."""
-    step = functools.partial(forward.decode_adapted, config, params, bank, pages)
-    return _decode(step, cache, rows, plan, sampling)
+    history_BS: jax.Array,
+) -> tuple[Rows, jax.Array, Drawn]:
+    """Draw a token of each row from row ``index_B`` of the logits (samples of one prompt share one).
+
+    Returns:
+        The rows, their texts (``History``) and what was drawn, a step of one.
+    """
+    state = _state(rows, plan)
+    logits_BV = logits_RV[index_B]
+    position_B = rows.position_B + 1
+    new = sample(logits_BV, position_B, sampling, History(history_BS, plan.prompt_len_B, position_B))
+    token_B, state = advance(state, new)
+    tops = tops_if(plan.want_tops, logits_BV)
+    drawn = Drawn(*(x[None] for x in (token_B, new.logprob_B, new.sampling_logprob_B, *tops)))
+    return Rows(*state[:3]), remember(history_BS, state, token_B), drawn
 
 
-def _decode(
-    step: Any, cache: KVCache, rows: Rows, plan: RowPlan, sampling: SamplingArrays
-) -> tuple[KVCache, Rows, Drawn]:
-    state = DecodeState(
-        rows.token_B, rows.position_B, jnp.where(plan.alive_B, rows.remaining_B, 0), plan.page_table_BP, plan.stop_BE
+def draw_plain(
+    logits_RV: jax.Array, index_B: jax.Array, rows: Rows, plan: RowPlan, sampling: SamplingArrays
+) -> tuple[Rows, Drawn]:
+    """``draw`` for rows that have a temperature and a seed only: nothing makes the host wait."""
+    state = _state(rows, plan)
+    new = sample_plain(logits_RV, index_B, rows.position_B + 1, state.remaining_B > 0, sampling)
+    token_B, state = advance(state, new)
+    return Rows(*state[:3]), Drawn(token_B[None], new.logprob_B[None], new.sampling_logprob_B[None])
+
+
+def _state(rows: Rows, plan: RowPlan) -> DecodeState:
+    remaining_B = jnp.where(plan.alive_B, rows.remaining_B, 0)
+    return DecodeState(
+        *map(jnp.asarray, (rows.token_B, rows.position_B, remaining_B, plan.page_table_BP, plan.stop_BE))
     )
-    history = History(rows.history_BS, plan.prompt_len_B, rows.position_B)
-    cache, state, history, drawn = decode_step(step, cache, state, sampling, history, want_tops=plan.want_tops)
-    assert history is not None
-    after = Rows(state.token_B, state.position_B, state.remaining_B, history.token_BS)
-    return cache, after, jax.tree.map(lambda x: x[None], drawn)
 
 
 def copy_pages(cache: KVCache, source_M: jax.Array, target_M: jax.Array) -> KVCache:

@@ -21,9 +21,8 @@ from preft_jax.batch import Span, bucket, pack_prefill, pack_rows, round_up, row
 from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
-from preft_jax.logits import History
 from preft_jax.programs import Drawn
-from preft_jax.sampling import SamplingParams, sampling_arrays
+from preft_jax.sampling import SamplingParams, is_plain, sampling_arrays
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
 from serve import device
 from serve.adapters import ALL_LINEARS, Load
@@ -46,11 +45,21 @@ Begin = Callable[[], None] | None
 which would wait for the copies otherwise, and before the call itself, for which the copies would wait."""
 
 
+class After(NamedTuple):
+    """Where a call left its rows, on the device: what a decode call of the same sequences goes on with.
+
+    ``history_BS``: their texts, where they are drawn from with penalties (``device.draw``), else None.
+    """
+
+    rows: device.Rows
+    history_BS: Any
+
+
 class Decoded(NamedTuple):
     """What a decode call gives: what each step drew, and where it left its rows."""
 
     steps: list[Drawn]
-    rows: device.Rows
+    after: After
 
 
 class _Write(NamedTuple):
@@ -76,26 +85,39 @@ class Runner:
         self._adapters = config.bank_pages > 1
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
         self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
+        self._choose_programs()
         self.num_kv_pages = config.num_kv_pages or self._room_for_pages()
         self.cache = self._new_cache()
+        self._logits = self._new_logits()
         self.programs: dict[str, Any] = {}
         self.compile_seconds: dict[str, float] = {}
         self.step_seconds: dict[str, float] = {}
         self._rows_cache: tuple[Any, Any] | None = None
+        self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
+        self._empty_slabs: dict[str, jax.Array] = {}
+
+    def _choose_programs(self) -> None:
+        """Choose the shapes of the programs: ten of them at most, whatever the engine is for."""
+        config, gpu = self.config, jax.default_backend() == "gpu"
+        all_token = config.all_token and self._adapters
         self.row_counts = sorted({max(bucket(config.max_num_seqs) // 4, 1), config.max_num_seqs})
+        # A GPU's host waits wherever a program branches: a second program draws without branches.
+        self.draws_plainly = gpu and not (all_token and config.scoring)
+        few = gpu or all_token or config.scoring
+        self.draw_counts = self.row_counts[-1:] if few else self.row_counts
         self.adapted_row_counts: list[int] = []
-        if config.all_token and self._adapters:
-            self.adapted_row_counts = self.row_counts[-1:] if config.scoring else self.row_counts
-        # Ten programs at most, so that all-token adapters cost a prefill size, and with scoring a row count.
-        parts = (4, 1) if self.adapted_row_counts else (8, 2, 1)
+        if all_token:
+            self.adapted_row_counts = self.row_counts[-1:] if config.scoring or gpu else self.row_counts
+        parts = (4, 1) if all_token or (config.scoring and gpu) else (8, 2, 1)
         self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in parts})
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
-        counts = {*self.row_counts, config.prefill_seqs}
-        self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in counts}
-        self._empty_slabs: dict[str, jax.Array] = {}
+        self._logit_rows = max(config.max_num_seqs, self._prefill_rows)
 
     # Memory
+
+    def _new_logits(self) -> jax.Array:
+        return jnp.zeros((self._logit_rows, self.model.config.vocab_size), jnp.float32)
 
     def _new_cache(self) -> KVCache:
         return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.dtype)
@@ -111,7 +133,7 @@ class Runner:
         used = (jax.devices()[0].memory_stats() or {})["bytes_in_use"]
         size = self.dtype.itemsize
         layer = config.prefill_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * size
-        working = 2 * layer + 6 * 4 * config.max_num_seqs * shape.vocab_size
+        working = 2 * layer + 6 * 4 * self._logit_rows * shape.vocab_size
         if self._adapters:
             widths = sum(map(sum, map(shape.site_shape, SITES)))
             # Copies that wait to be written, and those being written.
@@ -129,9 +151,10 @@ class Runner:
 
     def reset(self) -> None:
         """Make cache and bank anew: a call that failed may have consumed them. The old ones are let go first."""
-        for array in jax.tree.leaves((self.cache, self.bank)):
+        for array in jax.tree.leaves((self.cache, self.bank, self._logits)):
             array.delete()
         self.cache = self._new_cache()
+        self._logits = self._new_logits()
         if self._adapters:
             self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)
 
@@ -157,28 +180,36 @@ class Runner:
     def _lower(self) -> Any:
         config, shape = self.config, self.model.config
 
-        def lower(function: Any, *args: Any, donate: int | None = None) -> Any:
-            return jax.jit(function, donate_argnums=() if donate is None else donate).lower(*args)
+        def lower(function: Any, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
+            return jax.jit(function, donate_argnums=donate).lower(*args)
 
         for tokens in self.token_counts:
             batch = self._pack([], tokens)
             # A gap between two sequences is a row of the batch, too.
             query = min(max(config.chunk_tokens or tokens, config.tile), tokens)
             function = functools.partial(device.prefill, shape, query)
-            yield f"prefill-{tokens}", lower(function, self.params, self.bank, self.cache, batch, donate=2)
+            args = self.params, self.bank, self.cache, self._logits, batch
+            yield f"prefill-{tokens}", lower(function, *args, donate=(2, 3))
             if config.scoring and tokens == config.prefill_tokens:
                 function = functools.partial(device.score, shape, query)
-                args = self.params, self.bank, self.cache, batch, np.zeros(tokens, np.int32)
-                yield "score", lower(function, *args, donate=2)
-        logits = jax.ShapeDtypeStruct((self._prefill_rows, shape.vocab_size), jnp.float32)
-        drawing = self._sampling([], config.prefill_seqs)
-        yield "draw", lower(device.draw, logits, np.zeros(config.prefill_seqs, np.int32), *drawing)
-        for rows in self.row_counts:
-            args = self.params, self.cache, *self._decode_args([], rows)
-            yield f"decode-{rows}", lower(functools.partial(device.decode, shape), *args, donate=1)
-        for rows in self.adapted_row_counts:
-            args = self.params, self.bank, self._row_pages([], rows), self.cache, *self._decode_args([], rows)
-            yield f"decode-adapted-{rows}", lower(functools.partial(device.decode_adapted, shape), *args, donate=3)
+                args = self.params, self.bank, self.cache, self._logits, batch, np.zeros(tokens, np.int32)
+                yield "score", lower(function, *args, donate=(2, 3))
+        for size in self.draw_counts:
+            rows, *args = self._row_args([], size)
+            index = np.zeros(size, np.int32)
+            yield f"draw-{size}", lower(device.draw, self._logits, index, rows, *args, self._no_history[size])
+            if self.draws_plainly:
+                yield f"draw-plain-{size}", lower(device.draw_plain, self._logits, index, rows, *args)
+        for count in self.row_counts:
+            rows, plan, _ = self._row_args([], self._draw_size(count))
+            function = functools.partial(device.decode, shape, count)
+            args = self.params, self.cache, self._logits, rows, plan
+            yield f"decode-{count}", lower(function, *args, donate=(1, 2))
+        for count in self.adapted_row_counts:
+            rows, plan, _ = self._row_args([], self._draw_size(count))
+            function = functools.partial(device.decode_adapted, shape, count)
+            args = self.params, self.bank, self._row_pages([], count), self.cache, self._logits, rows, plan
+            yield f"decode-adapted-{count}", lower(function, *args, donate=(3, 4))
         none = np.zeros(COPIES, np.int32)
         yield "copy-pages", lower(device.copy_pages, self.cache, none, none, donate=0)
         if self._adapters:
@@ -204,15 +235,17 @@ class Runner:
     def prefill(
         self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int, begin: Begin = None
     ) -> tuple[jax.Array, list[int]]:
-        """Compute chunks; return the logits of their last tokens, and the row of each.
+        """Compute chunks; return something to wait for, and the row of the logits of each chunk's last token.
 
         ``begin``: see ``Begin``.
         """
         tokens = next(count for count in self.token_counts if count >= num_tokens)
         batch = self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks])
         batch = _ahead_of(begin, batch)
-        logits_BV, self.cache = self.programs[f"prefill-{tokens}"](self.params, self.bank, self.cache, batch)
-        return logits_BV, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks])
+        self.cache, self._logits, done = self.programs[f"prefill-{tokens}"](
+            self.params, self.bank, self.cache, self._logits, batch
+        )
+        return done, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks])
 
     def score(
         self, chunks: Many[Chunk], places: Many[AdapterPages]
@@ -223,22 +256,32 @@ class Runner:
         for chunk in chunks:
             following = chunk.sequence.tokens[chunk.start + 1 : chunk.end + 1]
             next_T[chunk.at : chunk.at + len(following)] = following
-        logits_BV, self.cache, logprob_T, tops = self.programs["score"](
-            self.params, self.bank, self.cache, batch, next_T
+        self.cache, self._logits, done, (logprob_T, tops) = self.programs["score"](
+            self.params, self.bank, self.cache, self._logits, batch, next_T
         )
-        return logits_BV, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks]), (logprob_T, *tops)
+        return done, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks]), (logprob_T, *tops)
 
-    def draw(
-        self, logits_BV: jax.Array, rows: Many[int], sequences: Many[Sequence]
-    ) -> list[tuple[list[Sequence], Drawn]]:
-        """Draw the first token of each sequence from a row of the logits, for ``prefill_seqs`` of them at a time."""
-        size, drawn = self.config.prefill_seqs, []
-        for at in range(0, len(sequences), size):
-            some = list(sequences[at : at + size])
-            row_B = np.zeros(size, np.int32)
-            row_B[: len(some)] = rows[at : at + size]
-            drawn.append((some, self.programs["draw"](logits_BV, row_B, *self._sampling(some, size))))
-        return drawn
+    def draw(self, rows: Many[int], sequences: Many[Sequence]) -> Drawn:
+        """Draw the first token of each sequence from a row of the logits that prefill left."""
+        size = self._draw_size(len(sequences))
+        index = np.zeros(size, np.int32)
+        index[: len(rows)] = rows
+        args = self._row_args(sequences, size)
+        return self._draw(index, *args, self._history(sequences, size))[0]
+
+    def _draw(self, index: Any, rows: device.Rows, plan: Any, sampling: Any, history: Any) -> tuple[Drawn, After]:
+        """Draw from the logits that the last call left; ``history`` None: plainly."""
+        size = len(index)
+        if history is None:
+            after, drawn = self.programs[f"draw-plain-{size}"](self._logits, index, rows, plan, sampling)
+        else:
+            args = self._logits, index, rows, plan, sampling, history
+            after, history, drawn = self.programs[f"draw-{size}"](*args)
+        return drawn, After(after, history)
+
+    def _draw_size(self, count: int) -> int:
+        """Return the rows of the program that draws for ``count`` sequences."""
+        return next(size for size in self.draw_counts if size >= count)
 
     def copy_pages(self, pairs: Many[tuple[int, int]]) -> None:
         """Copy KV pages, ``(from, to)`` each."""
@@ -283,9 +326,7 @@ class Runner:
         """Return the name of the decode program that serves ``count`` sequences, some with all-token adapters."""
         return f"decode-adapted-{next(rows for rows in self.adapted_row_counts if rows >= count)}"
 
-    def decode(
-        self, sequences: Many[Sequence], steps: int, begin: Begin = None, after: device.Rows | None = None
-    ) -> Decoded:
+    def decode(self, sequences: Many[Sequence], steps: int, begin: Begin = None, after: After | None = None) -> Decoded:
         """Run decode steps of the plain base model.
 
         ``begin``: see ``Begin``. ``after``: where a call of the same sequences that may still run left their rows.
@@ -298,7 +339,7 @@ class Runner:
         places: Many[AdapterPages],
         steps: int,
         begin: Begin = None,
-        after: device.Rows | None = None,
+        after: After | None = None,
     ) -> Decoded:
         """The same with the adapters at ``places``, an empty one being the base model."""
         return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps, begin, after)
@@ -310,48 +351,48 @@ class Runner:
         places: Many[AdapterPages],
         steps: int,
         begin: Begin = None,
-        after: device.Rows | None = None,
+        after: After | None = None,
         *,
         pretend: bool = False,
     ) -> Decoded:
-        size = int(name.rpartition("-")[2])
-        rows, *rest = self._decode_args(sequences, size, after)
+        count = int(name.rpartition("-")[2])
+        size = self._draw_size(count)
+        rows, plan, sampling = self._row_args(sequences, size)
         if pretend:
             rows = rows._replace(remaining_B=np.full(size, steps, np.int32))
-            rest[0] = rest[0]._replace(alive_B=np.ones(size, np.bool_))
-        given = self._row_pages(places, size) if name.startswith("decode-adapted") else None
+            plan = plan._replace(alive_B=np.arange(size) < count)
+        state = After(rows, self._history(sequences, size)) if after is None else after
+        pages = self._row_pages(places, count) if name.startswith("decode-adapted") else None
         # Here once for all steps, and ahead of copies.
-        rows, rest, given = jax.device_put((rows, rest, given))
+        index = np.arange(size, dtype=np.int32)
+        state, plan, sampling, index, pages = jax.device_put((state, plan, sampling, index, pages))
         if begin is not None:
             begin()
-        program, drawn = self.programs[name], []
+        program, steps_drawn = self.programs[name], []
         for _ in range(steps):
-            if given is None:
-                self.cache, rows, new = program(self.params, self.cache, rows, *rest)
-            else:
-                self.cache, rows, new = program(self.params, self.bank, given, self.cache, rows, *rest)
-            drawn.append(new)
-        return Decoded(drawn, rows)
+            bank = () if pages is None else (self.bank, pages)
+            self.cache, self._logits = program(self.params, *bank, self.cache, self._logits, state.rows, plan)
+            drawn, state = self._draw(index, state.rows, plan, sampling, state.history_BS)
+            steps_drawn.append(drawn)
+        return Decoded(steps_drawn, state)
 
     def _row_pages(self, places: Many[AdapterPages], rows: int) -> dict[str, np.ndarray]:
         return pack_rows([*places, *[{}] * (rows - len(places))], min_entries=self.config.tile_entries or 1)
 
-    def _decode_args(self, sequences: Many[Sequence], size: int, after: device.Rows | None = None) -> tuple[Any, ...]:
-        """Return the arguments of a decode call behind the cache; ``after`` replaces what the host knows of rows."""
+    def _row_args(self, sequences: Many[Sequence], size: int) -> tuple[device.Rows, device.RowPlan, Any]:
+        """Return what the host knows of rows, what it says of them, and their sampling parameters."""
         stops, sampling = self._row_constants(sequences, size)
         pages = np.zeros((size, self.table_width), np.int32)
+        token, position, remaining, prompt_len = np.zeros((4, size), np.int32)
         alive = np.zeros(size, np.bool_)
         for row, sequence in enumerate(sequences):
-            alive[row] = sequence.status is Status.RUNNING
+            alive[row] = sequence.status is not Status.FINISHED
             pages[row, : len(sequence.pages)] = sequence.pages
-        history, want_tops = self._history(sequences, size)
-        if after is None:
-            token, position, remaining = np.zeros((3, size), np.int32)
-            after = device.Rows(token, position, remaining, history.token_BS)
-            for row, sequence in enumerate(sequences):
-                token[row], position[row] = sequence.tokens[-1], len(sequence.tokens) - 1
-                remaining[row] = sequence.remaining
-        return after, device.RowPlan(alive, pages, stops, history.prompt_len_B, want_tops), sampling
+            token[row], position[row] = sequence.tokens[-1], len(sequence.tokens) - 1
+            remaining[row], prompt_len[row] = sequence.remaining, sequence.prompt_len
+        want_tops = np.asarray(any(s.info.logprobs for s in sequences))
+        plan = device.RowPlan(alive, pages, stops, prompt_len, want_tops)
+        return device.Rows(token, position, remaining), plan, sampling
 
     def _row_constants(self, sequences: Many[Sequence], rows: int) -> tuple[Any, Any]:
         """Return stop ids and sampling parameters, kept on the device while the rows stay the same."""
@@ -366,23 +407,16 @@ class Runner:
             self._rows_cache = (key, (made, list(sequences)))
         return self._rows_cache[1][0]
 
-    def _sampling(self, sequences: Many[Sequence], rows: int) -> tuple[Any, Any, Any]:
-        params: list[SamplingParams] = [s.info.sampling for s in sequences]
-        arrays = sampling_arrays(params, [s.info.seed for s in sequences], rows)
-        return arrays, *self._history(sequences, rows)
-
-    def _history(self, sequences: Many[Sequence], rows: int) -> tuple[History, np.ndarray]:
-        """Return tokens for penalties, empty ones if no sequence has any, and whether one wants likely tokens."""
-        lengths = np.zeros((2, rows), np.int32)
-        lengths[0, : len(sequences)] = [s.prompt_len for s in sequences]
-        lengths[1, : len(sequences)] = [len(s.tokens) for s in sequences]
-        want_tops = np.asarray(any(s.info.logprobs for s in sequences))
-        tokens: Any = self._no_history[rows]
-        if any(_penalised(s.info.sampling) for s in sequences):
-            tokens = np.zeros((rows, self.config.max_model_len), np.int32)
-            for row, sequence in enumerate(sequences):
-                tokens[row, : len(sequence.tokens)] = sequence.tokens
-        return History(tokens, lengths[0], lengths[1]), want_tops
+    def _history(self, sequences: Many[Sequence], size: int) -> Any:
+        """Return the sequences' tokens, which penalties need, empty ones if none has any; None: all draw plainly."""
+        if self.draws_plainly and all(is_plain(s.info.sampling) and not s.info.logprobs for s in sequences):
+            return None
+        if not any(_penalised(s.info.sampling) for s in sequences):
+            return self._no_history[size]
+        tokens = np.zeros((size, self.config.max_model_len), np.int32)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence.tokens)] = sequence.tokens
+        return tokens
 
     # Bank
 

@@ -65,6 +65,11 @@ interpreter._patch_lang_tensor = _patch_index
 interpreter.InterpreterBuilder.create_dot = _dot
 
 
+def _nothing(dtype: Any) -> Any:
+    """Return what an output holds before a kernel writes it."""
+    return np.nan if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).min
+
+
 def call(
     kernel: Any,
     *args: Any,
@@ -79,7 +84,7 @@ def call(
     def run(*arrays: Any) -> list[np.ndarray]:
         inputs = [np.array(array) for array in arrays]
         outputs = [
-            inputs[sources[i]].copy() if i in sources else np.full(leaf.shape, np.nan, leaf.dtype)
+            inputs[sources[i]].copy() if i in sources else np.full(leaf.shape, _nothing(leaf.dtype), leaf.dtype)
             for i, leaf in enumerate(out)
         ]
         executor = _Executor(kernel.rewrite(), kernel.arg_names, grid)

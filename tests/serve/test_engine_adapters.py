@@ -112,7 +112,7 @@ def test_at_most_ten_programs_and_each_has_a_name_and_its_seconds(lively):
     assert engine.runner.programs == {}
     engine.warm_up()
     assert sorted(engine.runner.programs) == [
-        "copy-pages", "decode-2", "decode-6", "decode-adapted-6", "draw", "prefill-16", "prefill-32", "score",
+        "copy-pages", "decode-2", "decode-6", "decode-adapted-6", "draw-6", "prefill-16", "prefill-32", "score",
         "write-pages", "write-whole-pages",
     ]  # fmt: skip
     assert engine.runner.compile_seconds.keys() == engine.runner.programs.keys()

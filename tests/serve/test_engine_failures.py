@@ -36,7 +36,7 @@ def sequences_of(call, args):
     """Return the sequences of a call of the runner."""
     if call in ("prefill", "score"):
         return [chunk.sequence for chunk in args[0]]
-    return args[2] if call == "draw" else args[0]
+    return args[1] if call == "draw" else args[0]
 
 
 def breaking(engine, call, breaks):
@@ -275,13 +275,11 @@ def test_a_row_that_draws_nothing_ends_and_keeps_what_it_had(call, lively, adapt
         rows = [row for row, s in enumerate(sequences) if s.request_id == 0]
         if not rows or (call == "decode" and sequences[rows[0]].generated < 3):
             return result
-        (some, drawn), *others = result if call == "draw" else [(sequences, drawn) for drawn in result.steps]
-        tokens = np.array(drawn.token_NB)
+        first = result if call == "draw" else result.steps[0]
+        tokens = np.array(first.token_NB)
         tokens[:, rows] = INVALID
-        drawn = drawn._replace(token_NB=tokens)
-        if call == "draw":
-            return [(some, drawn), *others]
-        return result._replace(steps=[drawn, *result.steps[1:]])
+        first = first._replace(token_NB=tokens)
+        return first if call == "draw" else result._replace(steps=[first, *result.steps[1:]])
 
     setattr(engine.runner, call, invalid)
     samples = serve(engine, requests)
@@ -299,11 +297,11 @@ def test_a_prompt_that_once_had_no_numbers_can_be_asked_again(lively, rng):
     real, calls = engine.runner.prefill, iter(range(100))
 
     def prefill(*args):
-        logits, rows = real(*args)
+        result = real(*args)
         if next(calls) == 1:
-            engine.runner.cache = jax.tree.map(lambda pool: pool * np.nan, engine.runner.cache)
-            logits = logits * np.nan
-        return logits, rows
+            runner = engine.runner
+            runner.cache, runner._logits = jax.tree.map(lambda x: x * np.nan, (runner.cache, runner._logits))
+        return result
 
     engine.runner.prefill = prefill
     number = engine.add(one)

@@ -265,7 +265,7 @@ def test_rows_are_found_by_request_at_high_concurrency(lively, lora, rng, trap):
         request(some(rng, 1 + i % 13), (None, lora)[i % 2], max_tokens=1 + 7 * i % 11, sampling=SamplingParams(seed=i))
         for i in range(30)
     ]
-    real = runner.Runner._decode_args
+    real = runner.Runner._row_args
 
     cursor = itertools.count()
 
@@ -275,7 +275,7 @@ def test_rows_are_found_by_request_at_high_concurrency(lively, lora, rng, trap):
             plan.page_table_BP[: len(sequences)] = np.roll(plan.page_table_BP[: len(sequences)], 1, axis=0)
         return rows, plan, *rest
 
-    trap(runner.Runner, "_decode_args", ring, lambda: serve_right(lively, requests))
+    trap(runner.Runner, "_row_args", ring, lambda: serve_right(lively, requests))
 
 
 # Sampling.
