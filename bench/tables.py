@@ -330,6 +330,26 @@ def accuracy(figures: dict[str, Any]) -> str:
     )
 
 
+def decode(figures: dict[str, Any]) -> str:
+    """A decode step beside its floor, and where it goes."""
+    kinds = ("matrix products", "attention", "norms", "rotation and cache", "activation", "the rest")
+    rows = [
+        [
+            f"{row['rows']} x {row['context']}",
+            f"{row['step_ms']:.1f}",
+            f"{row['floor_ms']:.1f}",
+            f"**{row['ratio']:.2f}**",
+            *(f"{row['kinds_ms'].get(kind, 0):.2f}" for kind in kinds),
+            f"{row['idle_ms']:.2f}",
+            str(row["kernels"]),
+        ]
+        for row in figures["rows"]
+    ]
+    header = [f"{figures['options']['model']}, rows x context", "step, ms", "floor", "over floor", *kinds, "idle"]
+    ceilings = "{copy_gb_per_s} GB/s, {matmul_tflop_per_s} TFLOP/s".format(**figures["ceilings"])
+    return f"{_markdown([*header, 'kernels'], rows)}\n{_machine(figures)}; ceilings: {ceilings}.\n"
+
+
 TABLES = {
     "cpu-accuracy": accuracy,
     "cpu-generation": cpu_generation,
@@ -339,6 +359,7 @@ TABLES = {
     "cpu-server-uniform": server,
     "cpu-server-zipf": server,
     "cpu-tiers": tiers,
+    "h100-decode": decode,
     "h100-direft": engine,
     "h100-engine": engine,
     "h100-kernels": kernels,
