@@ -163,25 +163,27 @@ class Runner:
     def warm_up(self) -> None:
         """Compile every program, then time what the engine chooses by.
 
-        Programs are traced one by one and compiled side by side; runners of the same shapes share them.
+        Programs are traced one by one, then lowered (which compiles their kernels) and compiled side by side; runners
+        of the same shapes share them.
         """
         abstract = jax.tree.map(lambda x: (x.shape, x.dtype), (self.params, self.cache, self.bank))
         # What shapes do not depend on does not matter.
         config = dataclasses.replace(self.config, memory_utilization=1.0, decode_steps=1)
         key = self.model.config, config, str(abstract)
         if key not in _shared:
-            lowered = dict(self._lower())
+            traced = dict(self._trace())
             with ThreadPoolExecutor() as pool:
-                _shared[key] = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+                _shared[key] = dict(zip(traced, pool.map(_compile, traced.values()), strict=True))
         self.programs = {name: compiled for name, (compiled, _) in _shared[key].items()}
         self.compile_seconds = {name: round(seconds, 3) for name, (_, seconds) in _shared[key].items()}
         self._time_decode()
 
-    def _lower(self) -> Any:
+    def _trace(self) -> Any:
+        """Yield the name of each program and the program, traced."""
         config, shape = self.config, self.model.config
 
-        def lower(function: Any, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
-            return jax.jit(function, donate_argnums=donate).lower(*args)
+        def trace(function: Any, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
+            return jax.jit(function, donate_argnums=donate).trace(*args)
 
         for tokens in self.token_counts:
             batch = self._pack([], tokens)
@@ -189,36 +191,36 @@ class Runner:
             query = min(max(config.chunk_tokens or tokens, config.tile), tokens)
             function = functools.partial(device.prefill, shape, query)
             args = self.params, self.bank, self.cache, self._logits, batch
-            yield f"prefill-{tokens}", lower(function, *args, donate=(2, 3))
+            yield f"prefill-{tokens}", trace(function, *args, donate=(2, 3))
             if config.scoring and tokens == config.prefill_tokens:
                 function = functools.partial(device.score, shape, query)
                 args = self.params, self.bank, self.cache, self._logits, batch, np.zeros(tokens, np.int32)
-                yield "score", lower(function, *args, donate=(2, 3))
+                yield "score", trace(function, *args, donate=(2, 3))
         for size in self.draw_counts:
             rows, *args = self._row_args([], size)
             index = np.zeros(size, np.int32)
-            yield f"draw-{size}", lower(device.draw, self._logits, index, rows, *args, self._no_history[size])
+            yield f"draw-{size}", trace(device.draw, self._logits, index, rows, *args, self._no_history[size])
             if self.draws_plainly:
-                yield f"draw-plain-{size}", lower(device.draw_plain, self._logits, index, rows, *args)
+                yield f"draw-plain-{size}", trace(device.draw_plain, self._logits, index, rows, *args)
         for count in self.row_counts:
             rows, plan, _ = self._row_args([], self._draw_size(count))
             function = functools.partial(device.decode, shape, count)
             args = self.params, self.cache, self._logits, rows, plan
-            yield f"decode-{count}", lower(function, *args, donate=(1, 2))
+            yield f"decode-{count}", trace(function, *args, donate=(1, 2))
         for count in self.adapted_row_counts:
             rows, plan, _ = self._row_args([], self._draw_size(count))
             function = functools.partial(device.decode_adapted, shape, count)
             args = self.params, self.bank, self._row_pages([], count), self.cache, self._logits, rows, plan
-            yield f"decode-adapted-{count}", lower(function, *args, donate=(3, 4))
+            yield f"decode-adapted-{count}", trace(function, *args, donate=(3, 4))
         none = np.zeros(COPIES, np.int32)
-        yield "copy-pages", lower(device.copy_pages, self.cache, none, none, donate=0)
+        yield "copy-pages", trace(device.copy_pages, self.cache, none, none, donate=0)
         if self._adapters:
             slabs, page = self._no_writes()
             yield (
                 "write-whole-pages",
-                lower(device.write_whole_slabs, self.bank, slabs.pop(ALL_LINEARS), page, donate=0),
+                trace(device.write_whole_slabs, self.bank, slabs.pop(ALL_LINEARS), page, donate=0),
             )
-            yield "write-pages", lower(device.write_slabs, self.bank, slabs, page, donate=0)
+            yield "write-pages", trace(device.write_slabs, self.bank, slabs, page, donate=0)
 
     def _time_decode(self) -> None:
         """Measure a step of each decode program, all rows busy, before any page holds anything."""
@@ -478,6 +480,6 @@ def _penalised(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
-def _compile(lowered: Any) -> tuple[Any, float]:
+def _compile(traced: Any) -> tuple[Any, float]:
     start = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - start
+    return traced.lower().compile(), time.perf_counter() - start

@@ -138,7 +138,7 @@ def test_in_a_stream_of_prompts_only_the_first_call_waits_for_its_adapters(max_t
 @pytest.mark.parametrize("all_token", [False, True])
 def test_larger_engines_have_at_most_ten_programs_too(scoring, all_token, lively):
     config = dataclasses.replace(TIGHT, max_num_seqs=16, prefill_tokens=512, scoring=scoring, all_token=all_token)
-    names = [name for name, _ in Engine(lively, config).runner._lower()]
+    names = [name for name, _ in Engine(lively, config).runner._trace()]
     assert 8 < len(set(names)) == len(names) <= 10
 
 
