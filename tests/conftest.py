@@ -146,3 +146,18 @@ def trained():
         return reference.log_softmax(reference.f64(logits))
 
     return log_softmax
+
+
+@pytest.fixture
+def trap(monkeypatch):
+    """Return a function that puts a trap in: ``trap(owner, name, value, check)``: the check must fail with it."""
+
+    def put(owner, name, value, check):
+        check()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with pytest.raises(AssertionError):
+                check()
+        check()
+
+    return put

@@ -1,6 +1,7 @@
 """A scheduler and a fake device that keeps, for each KV slot, what its content depends on: a wrong page shows."""
 
 import collections
+import dataclasses
 
 import numpy as np
 
@@ -37,8 +38,25 @@ class Slots:
         self.held[digest] -= 1
 
 
+@dataclasses.dataclass
+class Call:
+    """A call that the fake device has done; the host does not know yet what it drew.
+
+    ``tokens`` and ``remaining``: where it left its rows, as the device sees them.
+    """
+
+    plan: Prefill | Decode
+    drawn: dict[Sequence, list[int]] = dataclasses.field(default_factory=dict)
+    tokens: dict[Sequence, list[int]] = dataclasses.field(default_factory=dict)
+    remaining: dict[Sequence, int] = dataclasses.field(default_factory=dict)
+
+
 class World:
-    """A scheduler and a fake device; what ``Engine`` does with a plan, without outputs."""
+    """A scheduler and a fake device; what ``Engine`` does with a plan, without outputs.
+
+    The device does a call as soon as it is started, so that calls are done in the order in which they were started; the
+    host learns of it when the call is committed.
+    """
 
     def __init__(self, num_pages=40, room=2, **sizes):
         self.sizes = {**SIZES, **sizes}
@@ -46,10 +64,14 @@ class World:
         self.pages = PageManager(num_pages, PAGE)
         self.scheduler = Scheduler(self.pages, self.slots, **self.sizes)
         self.kv = {}
+        self.calls = collections.deque()
         self.live = []
         self.order = 0
+        self.cohorts = 0
 
-    def add(self, length=8, *, adapter=None, max_tokens=4, n=1, priority=0, seed=None, score=False, tokens=None):
+    def add(
+        self, length=8, *, adapter=None, max_tokens=4, n=1, priority=0, seed=None, score=False, tokens=None, stop_ids=()
+    ):
         seed = 1000 + self.order if seed is None else seed
         tokens = np.random.default_rng(seed).integers(0, 9, length).tolist() if tokens is None else tokens
         length = len(tokens)
@@ -60,9 +82,9 @@ class World:
         group = [
             Sequence(
                 request_id=self.order, index=i, order=self.order, priority=priority, tokens=list(tokens),
-                prompt_len=length, mask=mask, max_tokens=max_tokens, adapter=adapter, entries=ENTRIES.get(adapter, 0),
-                all_token=adapter == "everywhere", keys=PageKeys(salt, PAGE), score=score and not i,
-                status=Status.FORKING if i else Status.NEW,
+                prompt_len=length, mask=mask, max_tokens=max_tokens, stop_ids=frozenset(stop_ids), adapter=adapter,
+                entries=ENTRIES.get(adapter, 0), all_token=adapter == "everywhere", keys=PageKeys(salt, PAGE),
+                score=score and not i, status=Status.FORKING if i else Status.NEW,
             )
             for i in range(n)
         ]  # fmt: skip
@@ -74,39 +96,37 @@ class World:
 
     # The device.
 
-    def content(self, s, position):
-        return s.adapter, tuple(s.tokens[: position + 1])
+    def content(self, s, position, tokens=None):
+        return s.adapter, tuple((s.tokens if tokens is None else tokens)[: position + 1])
 
     def slot(self, s, position):
         return s.pages[position // PAGE], position % PAGE
 
-    def write(self, s, start, end):
-        for position in range(start, end):
-            self.kv[self.slot(s, position)] = self.content(s, position)
-
-    def check_kv(self, s, end):
+    def check_kv(self, s, end, tokens=None):
         for position in range(end):
-            assert self.kv.get(self.slot(s, position)) == self.content(s, position), f"{s} at {position}"
+            found, expected = self.kv.get(self.slot(s, position)), self.content(s, position, tokens)
+            assert found == expected, f"{s} at {position}"
 
     def start(self, plan):
-        """Begin a call; returns what it draws a token for."""
+        """Begin a call, behind those under way; returns what it draws a token for."""
+        before = self.calls[-1] if self.calls else None
+        call = Call(plan)
+        self.calls.append(call)
         if isinstance(plan, Decode):
-            assert len({s.cohort for s in plan.sequences}) == 1
-            assert 1 <= plan.steps <= self.sizes["decode_steps"]
-            for s in plan.sequences:
-                assert s.status is Status.RUNNING
-                assert not s.all_token or self.slots.held[s.adapter] > 0
-                assert len(s.pages) * PAGE >= len(s.tokens) - 1 + min(plan.steps, s.remaining)
-                self.check_kv(s, len(s.tokens) - 1)
-            self.shared_pages_are_full(plan.sequences)
-            return list(plan.sequences)
+            self.decode(plan, call, before)
+        else:
+            self.prefill(plan, call)
+        return list(call.drawn)
+
+    def prefill(self, plan, call):
         self.check_prefill(plan)
-        drawing = []
         for chunk in plan.chunks:
             s = chunk.sequence
             assert s.adapter is None or self.slots.held[s.adapter] > 0
+            assert all(s not in other.plan.sequences for other in self.calls if other is not call)
             self.check_kv(s, chunk.start)
-            self.write(s, chunk.start, chunk.end)
+            for position in range(chunk.start, chunk.end):
+                self.write(s, position, s.tokens)
             if chunk.last:
                 forked = self.scheduler.fork(s)
                 for follower, pair in forked:
@@ -114,12 +134,64 @@ class World:
                         for offset in range(PAGE):
                             self.kv[pair[1], offset] = self.kv.get((pair[0], offset))
                     self.check_kv(follower, len(follower.tokens))
-                drawing += [s, *(follower for follower, _ in forked)]
-        return drawing
+                for drawing in (s, *(follower for follower, _ in forked)):
+                    self.take_row(call, drawing)
+                    self.draw(call, drawing)
 
-    def shared_pages_are_full(self, sequences):
-        writers = collections.Counter(self.slot(s, len(s.tokens) - 1)[0] for s in sequences if s.pages)
-        assert max(writers.values()) == 1, "two sequences write to one page"
+    def decode(self, plan, call, before):
+        assert len({s.cohort for s in plan.sequences}) == 1
+        assert 1 <= plan.steps <= self.sizes["decode_steps"]
+        if plan.drawing is not None:
+            self.check_further(plan, before)
+        for s in plan.sequences:
+            if plan.drawing is None:
+                assert s.status is Status.RUNNING
+                self.take_row(call, s)
+                assert not any(s in other.drawn for other in self.calls), "its newest token is not known"
+            else:
+                call.tokens[s] = [*before.tokens[s]]
+                call.remaining[s] = before.remaining[s] if s.status is Status.RUNNING else 0
+        writers = collections.Counter()
+        for s in [s for s in plan.sequences if call.remaining[s]]:
+            tokens = call.tokens[s]
+            assert not s.all_token or self.slots.held[s.adapter] > 0
+            end = len(tokens) - 1 + min(plan.steps, call.remaining[s])
+            assert len(s.pages) * PAGE >= end, "it has no page to write to"
+            self.check_kv(s, len(tokens) - 1, tokens)
+            writers.update({self.slot(s, position)[0] for position in range(len(tokens) - 1, end)})
+        assert all(self.pages._references[page] == count == 1 for page, count in writers.items()), "a page is shared"
+        for _ in range(plan.steps):
+            for s in [s for s in plan.sequences if call.remaining[s]]:
+                self.write(s, len(call.tokens[s]) - 1, call.tokens[s])
+                self.draw(call, s)
+
+    def check_further(self, plan, before):
+        """What a call that goes on with the rows of another says of them is what the device finds."""
+        assert isinstance(before.plan, Decode)
+        assert plan.sequences == before.plan.sequences
+        assert {*plan.drawing} <= {*plan.sequences}
+        for s in plan.sequences:
+            drawn = len(before.tokens[s]) - len(s.tokens)
+            if s.status is Status.RUNNING and before.remaining[s]:
+                assert plan.drawing[s] == drawn, "it goes on behind all that is being drawn for it"
+            elif s in plan.drawing:
+                assert s.status is Status.RUNNING
+                assert plan.drawing[s] >= drawn, "it stops earlier at most"
+
+    def take_row(self, call, s):
+        """Give a row to the device as the host knows it."""
+        call.tokens[s], call.remaining[s] = [*s.tokens], s.remaining
+
+    def write(self, s, position, tokens):
+        self.kv[self.slot(s, position)] = self.content(s, position, tokens)
+
+    def draw(self, call, s):
+        """Draw a row's next token; its end tokens end it."""
+        tokens = call.tokens[s]
+        new = (7 * len(tokens) + s.index) % 9
+        tokens.append(new)
+        call.drawn.setdefault(s, []).append(new)
+        call.remaining[s] = 0 if new in s.stop_ids else call.remaining[s] - 1
 
     def check_prefill(self, plan):
         sizes, end, entries = self.sizes, 0, collections.Counter()
@@ -143,46 +215,84 @@ class World:
 
     # Results.
 
-    def commit(self, plan, drawing):
-        """Take a call's results."""
-        count = 1
+    def commit(self):
+        """Take the results of the oldest call."""
+        call = self.calls.popleft()
+        plan = call.plan
         if isinstance(plan, Prefill):
             for chunk in plan.chunks:
                 self.scheduler.computed(chunk)
-        else:
-            count = plan.steps
         for s in plan.sequences:
             if s.cohort is not None and s.cohort[0] == type(plan).__name__:
                 s.cohort = None
-        for s in drawing:
+        for s, new in call.drawn.items():
             if s.status is Status.FINISHED:
                 continue
-            new = [(7 * len(s.tokens) + s.index + i) % 9 for i in range(min(count, s.remaining))]
-            before = len(s.tokens)
-            s.tokens += new
-            if isinstance(plan, Decode):
-                self.write(s, before - 1, before - 1 + len(new))
-            del s.tokens[before:]
             self.scheduler.append(s, new)
-            if s.remaining <= 0:
+            if s.remaining <= 0 or new[-1] in s.stop_ids:
                 self.finish(s)
+        missed = [s for s in call.tokens if s.status is not Status.FINISHED and s not in call.drawn]
+        assert not missed, "they were in the call and drew nothing"
 
     def finish(self, s):
         self.scheduler.finish(s)
         self.live.remove(s)
 
+    def fail(self, plans):
+        """Lose what is on the device, and run the sequences of these plans apart from others."""
+        self.slots.held.clear()
+        self.kv.clear()
+        self.calls.clear()
+        self.scheduler.reset()
+        members = dict.fromkeys(s for plan in plans for s in plan.sequences if s.status is not Status.FINISHED)
+        for at, s in enumerate(members):
+            s.cohort = (type(plans[-1]).__name__, self.cohorts + (at < len(members) // 2))
+        self.cohorts += 2
+
     def step(self):
+        """Plan a call and take its results."""
         plan = self.scheduler.schedule()
         if plan is not None:
-            self.commit(plan, self.start(plan))
+            self.start(plan)
+            self.commit()
         self.check()
         return plan
 
+    @property
+    def may_go_ahead(self):
+        """Whether a call may be started behind the one under way."""
+        two_calls = self.sizes.get("two_calls", False) and len(self.calls) == 1
+        return two_calls and all(s.cohort is None for s in self.live)
+
+    def ahead(self):
+        """Start a call behind the one under way, if there is one to start; returns its plan."""
+        plan = self.scheduler.ahead(self.calls[0].plan)
+        if plan is not None:
+            self.start(plan)
+        self.check()
+        return plan
+
+    def collect(self):
+        """Take the results of the oldest call and, if none is under way then, start the next; returns its plan."""
+        if self.calls:
+            self.commit()
+            self.check()
+        plan = None if self.calls else self.scheduler.schedule()
+        if plan is not None:
+            self.start(plan)
+        self.check()
+        return plan
+
+    def turn(self):
+        """Do what a step of the engine does; returns the plan of the call that was started."""
+        plan = self.ahead() if self.may_go_ahead else None
+        return self.collect() or plan
+
     def run(self, most=2000):
-        """Step until everybody is done; returns the plans."""
-        plans = []
+        """Go on until everybody is done; returns the plans."""
+        plans, go_on = [], self.turn if self.sizes.get("two_calls", False) else self.step
         for _ in range(most):
-            plan = self.step()
+            plan = go_on()
             if plan is not None:
                 plans.append(plan)
             elif not self.live:

@@ -43,21 +43,6 @@ def serve_right(model, requests, config=TIGHT):
     return engine
 
 
-@pytest.fixture
-def trap(monkeypatch):
-    """Return a function that puts a trap in: ``trap(owner, name, value)``; the same check must then fail."""
-
-    def put(owner, name, value, check):
-        check()
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, value)
-            with pytest.raises(AssertionError):
-                check()
-        check()
-
-    return put
-
-
 @pytest.fixture(scope="module")
 def lora(adapters):
     return adapters["lora"]
