@@ -94,6 +94,13 @@ def run_one(engine, one):
     return run_all(engine, [one])[0][0]
 
 
+def by_itself(one, index):
+    """Return the request of one sample of a request."""
+    seed = index + (one.seed if one.sampling.seed is None else one.sampling.seed)
+    sampling = dataclasses.replace(one.sampling, seed=seed)
+    return dataclasses.replace(one, n=1, sampling=sampling, deadline=None, priority=0)
+
+
 _solo: dict = {}
 
 
@@ -101,10 +108,7 @@ def alone(model, one, index=0, config=TIGHT):
     """Return one sample of a request as a fresh engine gives it."""
     key = one, index
     if key not in _solo:
-        seed = index + (one.seed if one.sampling.seed is None else one.sampling.seed)
-        sampling = dataclasses.replace(one.sampling, seed=seed)
-        changed = dataclasses.replace(one, n=1, sampling=sampling, deadline=None, priority=0)
-        _solo[key] = run_one(Engine(model, config), changed)
+        _solo[key] = run_one(Engine(model, config), by_itself(one, index))
     return _solo[key]
 
 
@@ -117,5 +121,5 @@ def assert_as_alone(model, one, samples):
         np.testing.assert_allclose(whole.logprobs, other.logprobs, atol=1e-4)
 
 
-__all__ = ["LETTERS", "SCORING", "TIGHT", "Whole", "advance", "alone", "assert_as_alone", "assert_released", "drain",
-           "lettered", "request", "run_all", "run_one", "some"]  # fmt: skip
+__all__ = ["LETTERS", "SCORING", "TIGHT", "Whole", "advance", "alone", "assert_as_alone", "assert_released",
+           "by_itself", "drain", "lettered", "request", "run_all", "run_one", "some"]  # fmt: skip
