@@ -4,19 +4,20 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from preft_jax.adapter import Adapter, AdapterConfig, init_adapter
 from preft_jax.errors import ConfigError
-from preft_jax.io.adapter_files import load_adapter
 from preft_jax.loading import Model
 from train.batches import BatchOptions, Row, plan_epoch
 from train.data import DataOptions, Example
 from train.optimizer import Numbers, OptimizerConfig, numbers
+from train.start import load_start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,10 @@ class JobConfig:
         name: of the adapter.
         dataset: JSONL; None takes the built-in task.
         eval_dataset: JSONL; None evaluates nothing, or the built-in task's own part for that.
-        adapter: kind, rank, positions and so on.
-        init_from: directory of an adapter to start from.
+        adapter: kind, rank, positions and so on of a new adapter.
+        init_from: directory of an adapter to start from, in place of a new one.
+        asked: with ``init_from``, the fields of ``AdapterConfig`` that are asked for; others are those of the adapter
+            there, see ``start.start_config``.
         optimizer: see there.
         data: how lines become examples.
         batches: how examples become batches.
@@ -42,6 +45,7 @@ class JobConfig:
     eval_dataset: Path | None = None
     adapter: AdapterConfig = AdapterConfig()
     init_from: Path | None = None
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataOptions = DataOptions()
     batches: BatchOptions = BatchOptions()
@@ -59,7 +63,7 @@ class JobConfig:
 
 
 class Job:
-    """A job's examples, plan and clock.
+    """A job's examples, plan and clock; ``initial`` is ``first_adapter``'s if it is None.
 
     Attributes:
         step: updates done.
@@ -68,13 +72,20 @@ class Job:
         failed: why it was given up, or None.
     """
 
-    def __init__(self, config: JobConfig, model: Model, examples: Sequence[Example], held_out: Sequence[Example] = ()):
+    def __init__(
+        self,
+        config: JobConfig,
+        model: Model,
+        examples: Sequence[Example],
+        held_out: Sequence[Example] = (),
+        initial: Adapter | None = None,
+    ):
         self.config = config
         self.examples = examples
         self.held_out = held_out
         self.step = 0
         self.failed: str | None = None
-        self.initial = _initial(config, model)
+        self.initial = first_adapter(config, model) if initial is None else initial
         self._lengths = [len(example) for example in examples]
         self._first: list[int] = [0]
         self._batches: list[int] = []
@@ -148,36 +159,18 @@ class Job:
         return max(1, self._first[whole] + math.ceil(part * (self._first[whole + 1] - self._first[whole])))
 
 
-def _initial(config: JobConfig, model: Model) -> Adapter:
+def first_adapter(config: JobConfig, model: Model) -> Adapter:
+    """Return the adapter that a job starts from, on this base model: a new one, or that of ``init_from``.
+
+    Raises:
+        AdapterError: if ``init_from`` holds no adapter of this base model.
+        ConfigError: if something else is asked for than what that adapter is.
+    """
     if config.init_from is None:
         adapter = init_adapter(config.adapter, model.config, jax.random.key(config.batches.seed))
     else:
-        found = load_adapter(config.init_from, model)
-        adapter = Adapter(resumed_config(config.adapter, found.config), found.params)
+        adapter = load_start(config.init_from, config.asked, model)
     return dataclasses.replace(
         adapter,
         config=dataclasses.replace(adapter.config, base_model=model.name or None, base_model_digest=model.digest),
-    )
-
-
-def resumed_config(asked: AdapterConfig, found: AdapterConfig) -> AdapterConfig:
-    """Return the config of training that starts from an adapter: its own shape, and the positions and turns asked for.
-
-    Raises:
-        ConfigError: if the adapter is of another kind, or has other position groups.
-    """
-    if asked.kind != found.kind:
-        raise ConfigError(f"the adapter to start from is of kind {found.kind!r} and {asked.kind!r} is asked for")
-    if asked.share_weights != found.share_weights:
-        raise ConfigError(
-            f"the adapter to start from has share_weights {found.share_weights} and {asked.share_weights} is "
-            f"asked for; give --{'' if found.share_weights else 'no-'}share-weights"
-        )
-    if not found.share_weights and asked.positions != found.positions:
-        raise ConfigError(
-            f"the adapter to start from has its own weights for each of its positions {found.positions!r}; train it at "
-            f"these, not {asked.positions!r}"
-        )
-    return dataclasses.replace(
-        found, positions=asked.positions, assistant_turns=asked.assistant_turns, dropout=asked.dropout
     )

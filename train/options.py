@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ from train.data import DataOptions
 from train.job import JobConfig
 from train.log import REPORTERS
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from train.start import OPTIONS as ADAPTER_OPTIONS
 from train.trainer import TrainOptions
 
 _FLAG = {"action": argparse.BooleanOptionalAction}
@@ -58,7 +59,7 @@ _JOB: dict[str, dict[str, Any]] = {
     "share_weights": {**_FLAG, "default": True, "help": "ReFT at f7+l7: one set of weights for first and last"},
     "orthonormal": {**_FLAG, "default": True, "help": "DiReFT: keep the rows of R orthonormal"},
     "assistant_turns": {"choices": ("edit", "skip"), "default": "edit", "help": "earlier answers of a chat"},
-    "init_from": {"type": Path, "help": "directory of an adapter to start from"},
+    "init_from": {"type": Path, "help": "directory of an adapter to start from; it keeps its kind, rank and so on"},
     "num_train_epochs": {"type": float, "default": 3.0, "help": "passes over the data"},
     "max_steps": {"type": int, "default": -1, "help": "updates; overrides num_train_epochs"},
     "per_device_train_batch_size": {"type": int, "default": 8, "help": "rows of a micro-batch on each device"},
@@ -242,7 +243,7 @@ def _settings(
                         ("save_total_limit", 1), ("max_jobs", 0)):  # fmt: skip
         if v[name] < least:
             raise ConfigError(f"{name} is {v[name]}; give at least {least}")
-    own = [_job(v)] if jobs is None else [_named(v | job) for job in jobs]
+    own = [_job(v, given)] if jobs is None else [_named(v | job, given.keys() | job.keys()) for job in jobs]
     names = [job.name for job in own]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
@@ -258,10 +259,10 @@ def _settings(
     )  # fmt: skip
 
 
-def _named(v: Mapping[str, Any]) -> JobConfig:
+def _named(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
     """Return ``_job``; what is wrong in it names it."""
     try:
-        return _job(v)
+        return _job(v, given)
     except ConfigError as error:
         raise ConfigError(f"job {v['name']!r}: {error}") from error
 
@@ -271,28 +272,23 @@ def _targets(names: Sequence[str]) -> tuple[str, ...]:
     return () if list(names) == ["all-linear"] else tuple(name.removesuffix("_proj") for name in names)
 
 
-def _job(v: Mapping[str, Any]) -> JobConfig:
-    def listed(name: str) -> tuple[str, ...]:
-        return tuple(part.strip() for part in v[name].split(",") if part.strip())
-
+def _job(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
+    """Return the job of all options' values; ``given`` names those that are not defaults."""
     if v["dataset"] is None and v["eval_dataset"] is not None:
         raise ConfigError("eval_dataset is given without dataset; give both, or neither for the built-in task")
-    try:
-        layers = tuple(int(layer) for layer in listed("layers")) or None
-    except ValueError as error:
-        raise ConfigError(f"layers is {v['layers']!r}; give numbers separated by commas") from error
-    lora = v["adapter_kind"] == "lora"
-    adapter = AdapterConfig(
-        kind=v["adapter_kind"], rank=v["rank"], alpha=v["lora_alpha"], use_rslora=v["use_rslora"],
-        targets=_targets(listed("targets")), layers=layers, positions=v["positions"], share_weights=v["share_weights"],
-        assistant_turns=v["assistant_turns"], orthonormal=v["orthonormal"], dropout=v["lora_dropout"],
-    )  # fmt: skip
-    if not lora and adapter.dropout:
-        raise ConfigError(f"lora_dropout is LoRA's; this adapter is {adapter.kind!r}")
     if v["max_length"] < 2:
         raise ConfigError(f"max_length is {v['max_length']}; give at least 2")
+    fields = _adapter_fields(v)
+    if v["init_from"] is None:
+        adapter, asked = AdapterConfig(**fields), {}
+        if adapter.kind != "lora" and adapter.dropout:
+            raise ConfigError(f"lora_dropout is LoRA's; this adapter is {adapter.kind!r}")
+    else:
+        adapter = AdapterConfig()
+        asked = {field: value for field, value in fields.items() if ADAPTER_OPTIONS[field] in given}
     return JobConfig(
         name=v["name"], dataset=v["dataset"], eval_dataset=v["eval_dataset"], adapter=adapter, init_from=v["init_from"],
+        asked=asked,
         optimizer=OptimizerConfig(**{f.name: v[f.name] for f in dataclasses.fields(OptimizerConfig)}),
         data=DataOptions(
             max_length=v["max_length"], completion_only_loss=v["completion_only_loss"], truncate=v["truncate"]
@@ -304,3 +300,17 @@ def _job(v: Mapping[str, Any]) -> JobConfig:
         num_train_epochs=v["num_train_epochs"], max_steps=v["max_steps"],
         gradient_accumulation_steps=v["gradient_accumulation_steps"],
     )  # fmt: skip
+
+
+def _adapter_fields(v: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are ``AdapterConfig``'s, by its names."""
+
+    def listed(name: str) -> tuple[str, ...]:
+        return tuple(part.strip() for part in v[name].split(",") if part.strip())
+
+    try:
+        layers = tuple(int(layer) for layer in listed("layers")) or None
+    except ValueError as error:
+        raise ConfigError(f"layers is {v['layers']!r}; give numbers separated by commas") from error
+    fields = {field: v[option] for field, option in ADAPTER_OPTIONS.items()}
+    return fields | {"targets": _targets(listed("targets")), "layers": layers}

@@ -21,7 +21,7 @@ from train import builtin_task
 from train.checkpoint import Checkpoints
 from train.data import Example, load_examples, make_examples
 from train.generation import answer, answerable
-from train.job import Job, JobConfig
+from train.job import Job, JobConfig, first_adapter
 from train.log import Meter, Metrics, Status, draw_losses, make_reporters, peak_flops, read_metrics
 from train.options import OPTIONS_FILE, Settings
 from train.publish import publish
@@ -100,19 +100,31 @@ class Run:
                 raise ConfigError(
                     f"max_length is {config.batches.max_length} and the model has {positions} positions; lower it"
                 )
-            if "jobs" in self._settings.given and config.name in _RESERVED:
+            if self._named and config.name in _RESERVED:
                 raise ConfigError(f"a job has the name {config.name!r}, which the run uses itself; give it another")
+
+    @property
+    def _named(self) -> bool:
+        """Whether the jobs are those of a file, each in a directory of its name."""
+        return "jobs" in self._settings.given
 
     def _job(self, config: JobConfig) -> Job:
         rows = config.batches.batch_size * self._shards
-        config = dataclasses.replace(config, batches=dataclasses.replace(config.batches, batch_size=rows))
+        try:
+            initial = first_adapter(config, self._model)
+        except ConfigError as error:
+            raise ConfigError(f"job {config.name!r}: {error}" if self._named else str(error)) from error
+        config = dataclasses.replace(
+            config, adapter=initial.config, batches=dataclasses.replace(config.batches, batch_size=rows)
+        )
         if config.dataset is None:
-            return Job(config, self._model, *(self._examples(rows, config) for rows in builtin_task.rows()))
+            train, held_out = (self._examples(rows, config) for rows in builtin_task.rows())
+            return Job(config, self._model, train, held_out, initial)
         examples = load_examples(config.dataset, self._model, config.adapter, config.data)
         held_out: list[Example] = []
         if config.eval_dataset is not None:
             held_out = load_examples(config.eval_dataset, self._model, config.adapter, config.data)
-        return Job(config, self._model, examples, held_out)
+        return Job(config, self._model, examples, held_out, initial)
 
     def _examples(self, rows: Sequence[dict[str, Any]], config: JobConfig) -> list[Example]:
         made = [
@@ -231,11 +243,12 @@ class Run:
 
     def _introduce(self) -> None:
         for job in self._trainer.jobs:
-            config = job.initial.config
+            config, start = job.initial.config, job.config.init_from
             what = builtin_task.NAME if job.config.dataset is None else str(job.config.dataset)
             count = sum(leaf.size for leaf in jax.tree.leaves(job.initial.params))
             self._say(
-                f"{job.name}: {config.kind} r{config.rank} at {config.positions}, {count:,} parameters on "
+                f"{job.name}: {config.kind} r{config.rank} at {config.positions}"
+                f"{'' if start is None else f' from {start}'}, {count:,} parameters on "
                 f"{self._model.name or 'the model'} ({self._num_params:,}); {what}: {len(job.examples)} examples, "
                 f"{job.total_steps} updates"
             )
@@ -311,7 +324,7 @@ class Run:
 
     def _path(self, job: Job) -> Path:
         """Return where a job's adapter goes."""
-        return self._directory / (job.name if "jobs" in self._settings.given else "") / "adapter"
+        return self._directory / (job.name if self._named else "") / "adapter"
 
     def _export(self, job: Job, state: Slots) -> None:
         adapter = Adapter(job.initial.config, state.params)

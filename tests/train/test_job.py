@@ -11,7 +11,7 @@ import train_cases as cases
 import preft_jax
 from preft_jax import AdapterConfig, ConfigError
 from preft_jax.io.adapter_files import save_adapter
-from train.job import JobConfig, resumed_config
+from train.job import JobConfig
 from train.optimizer import SCHEDULES, OptimizerConfig
 
 CONFIG = AdapterConfig(rank=1, targets=("q",), layers=(0,))
@@ -170,26 +170,14 @@ def test_a_job_starts_from_an_adapter_at_the_positions_that_are_asked_for(tiny, 
     before = preft_jax.random_adapter(AdapterConfig(rank=3, targets=("k",), positions="all"), tiny.config,
                                       jax.random.key(int(rng.integers(1000))))  # fmt: skip
     save_adapter(tmp_path / "before", before)
-    asked = AdapterConfig(rank=9, positions="f2", assistant_turns="skip", dropout=0.5)
-    made = cases.job(tiny, asked, [cases.example(asked, rng)], init_from=tmp_path / "before")
+    asked = {"positions": "f2", "assistant_turns": "skip", "dropout": 0.5}
+    made = cases.job(tiny, CONFIG, [cases.example(CONFIG, rng)], init_from=tmp_path / "before", asked=asked)
     config = made.initial.config
     assert (config.rank, config.targets) == (3, ("k",))
     assert (config.positions, config.assistant_turns, config.dropout) == ("f2", "skip", 0.5)
     assert (config.base_model, config.base_model_digest) == ("tiny", tiny.digest)
     for a, b in zip(jax.tree.leaves(made.initial.params), jax.tree.leaves(before.params), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_an_adapter_of_another_kind_or_of_other_groups_is_no_start():
-    apart = AdapterConfig(kind="loreft", positions="f3+l2", share_weights=False)
-    with pytest.raises(ConfigError, match="of kind 'loreft' and 'lora' is asked for"):
-        resumed_config(AdapterConfig(), apart)
-    with pytest.raises(ConfigError, match=r"'f3\+l2'; train it at these, not 'f7\+l7'"):
-        resumed_config(dataclasses.replace(apart, positions="f7+l7"), apart)
-    asked = dataclasses.replace(apart, assistant_turns="skip")
-    assert resumed_config(asked, apart) == asked
-    with pytest.raises(ConfigError, match="give --no-share-weights"):
-        resumed_config(dataclasses.replace(apart, share_weights=True), apart)
 
 
 @pytest.mark.parametrize(

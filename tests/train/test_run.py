@@ -5,11 +5,15 @@ import json
 import os
 import signal
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import train_cases as cases
 
+import preft_jax
+from preft_jax import AdapterConfig
+from preft_jax.io.adapter_files import load_adapter, save_adapter
 from train import run as runs
 from train import sft
 from train.checkpoint import CheckpointError, Checkpoints
@@ -286,6 +290,37 @@ def test_jobs_of_a_file_are_trained_together(data, tmp_path, capsys):
         for file in ADAPTER:
             assert (out / name / "adapter" / file).read_bytes() == (tmp_path / "served" / name / file).read_bytes()
     assert json.loads((out / "options.json").read_text())["jobs"][0]["name"] == "ann"
+
+
+def loreft(tiny, path):
+    config = AdapterConfig(kind="loreft", rank=2, positions="f3+l2", share_weights=False)
+    save_adapter(path, preft_jax.random_adapter(config, tiny.config, jax.random.key(3)))
+    return path
+
+
+def test_a_run_starts_from_an_adapter_whatever_its_kind(tiny, data, tmp_path, capsys):
+    """Its options are the adapter's, those of positions and kind too: rows are edited where it has its weights."""
+    old, out = loreft(tiny, tmp_path / "old"), tmp_path / "out"
+    argv = ["--model", "tiny", "--dataset", str(data), "--max-steps", "2", "--max-length", "32"]
+    assert sft.main([*argv, "--init-from", str(old), "--learning-rate", "0.01", "--output-dir", str(out)]) == 0
+    assert f"loreft r2 at f3+l2 from {old}" in capsys.readouterr().err
+    before, after = load_adapter(old, tiny), load_adapter(out / "adapter", tiny)
+    assert (after.config.positions, after.config.share_weights) == ("f3+l2", False)
+    for leaf in ("w", "r"):
+        a, b = (np.asarray(one.params["layers"][0]["block"][leaf]) for one in (before, after))
+        assert (np.abs(a - b).max(axis=1) > 0).all(), "weights of first and of last positions learn"
+
+
+def test_a_run_that_contradicts_the_adapter_to_start_from_is_refused(tiny, data, tmp_path, capsys):
+    old, out = loreft(tiny, tmp_path / "old"), tmp_path / "out"
+    argv = ["--model", "tiny", "--dataset", str(data), "--init-from", str(old), "--output-dir", str(out)]
+    assert sft.main([*argv, "--rank", "16"]) == 1
+    assert f"rank is 16 and that of the adapter to start from, {old}, is 2; leave rank out" in capsys.readouterr().err
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text("jobs:\n- {name: ann}\n- {name: bob, adapter_kind: lora}\n")
+    assert sft.main([*argv, "--jobs", str(jobs)]) == 1
+    assert "job 'bob': adapter_kind is lora and" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_the_built_in_task_is_learnable_and_held_out():
