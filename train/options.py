@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,7 +94,7 @@ class Settings:
 
     Attributes:
         given: every option's value as it was given or inherited, by name; ``jobs`` has those of each job.
-        overridden: of a resumed run, options that differ from those that it was begun with: old and new.
+        changes: of a resumed run, what is other than when it was begun, for people.
     """
 
     model: str
@@ -113,7 +113,7 @@ class Settings:
     train: TrainOptions
     jobs: tuple[JobConfig, ...]
     given: Mapping[str, Any]
-    overridden: Mapping[str, tuple[Any, Any]]
+    changes: tuple[str, ...]
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -148,28 +148,47 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
     jobs_file = line.pop("jobs", None)
     given = (_from_file(parser, _mapping(config), str(config)) if config else {}) | line
     jobs = None if jobs_file is None else _jobs(parser, jobs_file)
-    overridden: dict[str, tuple[Any, Any]] = {}
-    directory = given.get("output_dir", _RUN["output_dir"]["default"])
+    changes: tuple[str, ...] = ()
     if given.get("resume"):
-        saved = read_options(directory)
+        saved = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
         old_jobs = saved.pop("jobs", None)
-        overridden = _overridden(saved, given)
-        inherited = {k: v for k, v in saved.items() if k not in given}
-        given = _from_file(parser, inherited, OPTIONS_FILE) | given
-        if jobs is None and old_jobs is not None:
-            jobs = [_from_file(parser, job, OPTIONS_FILE, _JOB) for job in old_jobs]
-    return _settings(given, jobs, overridden)
+        old = _from_file(parser, saved, OPTIONS_FILE)
+        if old_jobs is not None:
+            old_jobs = [_from_file(parser, job, OPTIONS_FILE, _JOB) for job in old_jobs]
+        given, jobs = old | given, old_jobs if jobs is None else jobs
+        changes = tuple(_changes(old, old_jobs, given, jobs))
+    return _settings(given, jobs, changes)
 
 
-def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return old and new of the options that differ; what was not given at first had its default."""
-    options = _RUN | _JOB
-    old = {name: saved.get(name, _plain(options[name].get("default"))) for name in given}
-    return {
-        name: (old[name], _plain(value))
-        for name, value in given.items()
-        if name not in ("resume", "overwrite_output_dir", "output_dir") and old[name] != _plain(value)
-    }
+def _changes(
+    old: Mapping[str, Any], old_jobs: Sequence[Mapping[str, Any]] | None,
+    new: Mapping[str, Any], new_jobs: Sequence[Mapping[str, Any]] | None,
+) -> Iterator[str]:  # fmt: skip
+    """Yield what is other in a resumed run than when it was begun: first what its jobs share, then each job's own."""
+    for name, text in _different(old, new):
+        if new_jobs is None or name in _RUN or any(name not in job for job in new_jobs):
+            yield text
+    if new_jobs is None:
+        return
+    before = {job["name"]: job for job in old_jobs or [{"name": old.get("name", _JOB["name"]["default"])}]}
+    for job in new_jobs:
+        was = before.pop(job["name"], None)
+        if was is None:
+            yield f"{job['name']}: a new job"
+        else:
+            own = was.keys() | job.keys()
+            yield from (
+                f"{job['name']}: {text}" for name, text in _different({**old, **was}, {**new, **job}) if name in own
+            )
+    yield from (f"{name}: not trained any further" for name in before)
+
+
+def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield options that differ, and how; what was not given has its default."""
+    for name, how in (_RUN | _JOB).items():
+        was, now = (_plain(given.get(name, how.get("default"))) for given in (old, new))
+        if was != now and name not in ("resume", "overwrite_output_dir", "output_dir"):
+            yield name, f"{name}: {now} instead of {was}"
 
 
 def read_options(directory: Path) -> dict[str, Any]:
@@ -235,9 +254,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _settings(
-    given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, overridden: Mapping[str, tuple[Any, Any]]
-) -> Settings:
+def _settings(given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, changes: tuple[str, ...]) -> Settings:
     v: dict[str, Any] = {name: how.get("default") for name, how in (_RUN | _JOB).items()} | dict(given)
     for name, least in (("logging_steps", 1), ("eval_steps", 0), ("eval_generations", 0), ("save_steps", 0),
                         ("save_total_limit", 1), ("max_jobs", 0)):  # fmt: skip
@@ -254,7 +271,7 @@ def _settings(
     shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in _RUN}
     shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip() not in ("", "none"))
     return Settings(
-        **shared, jobs=tuple(own), given=kept, overridden=overridden,
+        **shared, jobs=tuple(own), given=kept, changes=changes,
         train=TrainOptions(gradient_checkpointing=v["gradient_checkpointing"], max_jobs=v["max_jobs"]),
     )  # fmt: skip
 

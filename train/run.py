@@ -154,8 +154,8 @@ class Run:
     def _start(self, jobs: Sequence[Job]) -> None:
         """Give the trainer the jobs, as they are in the newest checkpoint if the run is resumed."""
         found = self._checkpoints.latest() if self._settings.resume else None
-        for name, (old, new) in self._settings.overridden.items():
-            self._say(f"{name}: {new} instead of {old}")
+        for change in self._settings.changes:
+            self._say(change)
         if found is None:
             if self._settings.resume:
                 self._say("there is no checkpoint yet: the run begins anew")

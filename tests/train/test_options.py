@@ -128,7 +128,7 @@ def test_defaults():
     assert only.adapter == AdapterConfig(rank=16)
     assert (only.optimizer.learning_rate, only.optimizer.warmup_ratio, only.num_train_epochs) == (1e-3, 0.03, 3.0)
     assert (found.model, found.output_dir, found.publish, only.dataset) == ("smollm2-135m", Path("out"), None, None)
-    assert (found.given, found.overridden) == ({}, {})
+    assert (found.given, found.changes) == ({}, ())
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -251,7 +251,7 @@ def test_a_resumed_run_has_the_options_that_it_was_begun_with(tmp_path):
     file = write(tmp_path / "run.yaml", "shuffle: false\nlearning_rate: 1.0e-5\ntargets: [q, v]\nreport_to: wandb\n")
     begun = begin(tmp_path / "out", "--config", file, "--rank", "4", "--dataset", "a.jsonl", "--overwrite-output-dir")
     resumed = parse("--output-dir", tmp_path / "out", "--resume")
-    assert (resumed.resume, resumed.overwrite_output_dir, resumed.overridden) == (True, False, {})
+    assert (resumed.resume, resumed.overwrite_output_dir, resumed.changes) == (True, False, ())
     assert dataclasses.replace(resumed, resume=False, overwrite_output_dir=True) == begun
 
 
@@ -261,7 +261,7 @@ def test_a_resumed_run_tells_which_options_are_others(tmp_path):
         "--output-dir", tmp_path / "out", "--resume", "--rank", "8", "--dataset", "a.jsonl", "--learning-rate", "0.5",
         "--save-steps", "100",
     )  # fmt: skip
-    assert resumed.overridden == {"rank": (4, 8), "learning_rate": (1e-3, 0.5)}
+    assert resumed.changes == ("rank: 8 instead of 4", "learning_rate: 0.5 instead of 0.001")
     assert (resumed.jobs[0].adapter.rank, resumed.jobs[0].batches.shuffle) == (8, False)
 
 
@@ -270,7 +270,41 @@ def test_a_resumed_run_has_its_jobs(tmp_path):
     begun = begin(tmp_path / "out", "--jobs", file, "--rank", "4")
     file.unlink()
     resumed = parse("--output-dir", tmp_path / "out", "--resume")
-    assert (resumed.jobs, resumed.given, resumed.overridden) == (begun.jobs, begun.given, {})
+    assert (resumed.jobs, resumed.given, resumed.changes) == (begun.jobs, begun.given, ())
+
+
+JOBS = [{"name": "ann", "dataset": "a", "rank": 4}, {"name": "bob", "learning_rate": 0.5, "packing": True}]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "argv", "changes"),
+    [
+        (JOBS, (), ()),
+        (JOBS[::-1], (), ()),
+        (None, (), ()),
+        ([{**JOBS[0], "rank": 8}, JOBS[1]], (), ("ann: rank: 8 instead of 4",)),
+        ([{"name": "ann", "dataset": "b"}, JOBS[1]], (), ("ann: dataset: b instead of a", "ann: rank: 2 instead of 4")),
+        ([JOBS[0], {**JOBS[1], "rank": 3}], (), ("bob: rank: 3 instead of 2",)),
+        ([JOBS[0], {**JOBS[1], "rank": 2}], (), ()),
+        ([JOBS[0], {"name": "carl"}], (), ("carl: a new job", "bob: not trained any further")),
+        (None, ("--rank", "6"), ("rank: 6 instead of 2",)),
+        ([JOBS[0]], ("--rank", "6"), ("bob: not trained any further",)),
+        (None, ("--rank", "2", "--save-steps", "5"), ("save_steps: 5 instead of 100",)),
+    ],
+)
+def test_a_resumed_run_tells_what_is_other_in_its_jobs(jobs, argv, changes, tmp_path):
+    first = write(tmp_path / "first.yaml", {"jobs": JOBS})
+    begin(tmp_path / "out", "--jobs", first, "--rank", "2")
+    given = [] if jobs is None else ["--jobs", write(tmp_path / "jobs.yaml", {"jobs": jobs})]
+    resumed = parse("--output-dir", tmp_path / "out", "--resume", *given, *argv)
+    assert resumed.changes == changes
+    assert [one.name for one in resumed.jobs] == [one["name"] for one in jobs or JOBS]
+
+
+def test_a_run_of_one_adapter_that_goes_on_with_jobs_tells_that_they_are_new(tmp_path):
+    begin(tmp_path / "out", "--rank", "4")
+    resumed = parse("--output-dir", tmp_path / "out", "--resume", "--jobs", write(tmp_path / "j", {"jobs": JOBS[:1]}))
+    assert resumed.changes == ("ann: a new job", "adapter: not trained any further")
 
 
 @pytest.mark.parametrize("content", [None, "{"])

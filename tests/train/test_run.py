@@ -323,6 +323,29 @@ def test_a_run_that_contradicts_the_adapter_to_start_from_is_refused(tiny, data,
     assert not out.exists()
 
 
+def test_a_run_that_goes_on_with_other_jobs_tells_what_is_other(data, tmp_path, monkeypatch, capsys):
+    """And goes on with what can be: the optimizer's state is there for other steps and rates, not for another rank."""
+    jobs, out = tmp_path / "jobs.yaml", tmp_path / "out"
+    jobs.write_text("jobs:\n- {name: ann}\n- {name: bob, rank: 2}\n")
+    argv = ["--resume", "--output-dir", str(out), "--jobs", str(jobs)]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert sft.main(arguments(data, out, "--jobs", str(jobs))) == 130
+    jobs.write_text("jobs:\n- {name: ann}\n- {name: bob, rank: 4}\n")
+    assert sft.main(argv) == 1
+    told = capsys.readouterr().err
+    assert "bob: rank: 4 instead of 2\n" in told
+    assert "the checkpoint's adapter 'bob' has another shape" in told
+    jobs.write_text("jobs:\n- {name: ann, max_steps: 3}\n- {name: carl, max_steps: 1}\n")
+    assert sft.main(argv) == 0
+    told = capsys.readouterr().err
+    assert "ann: max_steps: 3 instead of 7\n" in told
+    assert "carl: a new job\n" in told
+    assert "bob: not trained any further\n" in told
+    assert {path.name for path in out.iterdir() if (path / "adapter").exists()} == {"ann", "carl"}
+    assert [row["step"] for row in learned(out) if row["job"] == "ann" and "loss" in row] == [1, 2, 3]
+
+
 def test_the_built_in_task_is_learnable_and_held_out():
     from train.builtin_task import rows
 
