@@ -1,8 +1,9 @@
 """From lines of a JSONL file to training examples: tokens, which of them are edited, and which are learned.
 
-A line is ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``. Prompts are tokenised exactly as serving
-does, alone, and the answer behind them; so a model that was trained on an example meets the same tokens when it serves
-the example's prompt. The edit mask comes from ``preft_jax.edit_mask``, as serving's does.
+A line is ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``; other columns are ignored. Prompts are
+tokenised exactly as serving does, alone, and the answer behind them; so a model that was trained on an example meets
+the same tokens when it serves the example's prompt. The edit mask comes from ``preft_jax.edit_mask``, as serving's
+does.
 """
 
 import dataclasses
@@ -17,13 +18,34 @@ import numpy as np
 from preft_jax.adapter import AdapterConfig
 from preft_jax.chat import EncodedPrompt, check_messages, encode_answer, encode_prompt, encode_text, render_chat
 from preft_jax.edit_mask import extend_edit_mask, parse_positions
-from preft_jax.errors import PreftError, RequestError, reject_unknown
+from preft_jax.errors import PreftError, RequestError, did_you_mean, plain
 from preft_jax.generator import prompt_edit_mask
 from preft_jax.loading import Model
 
 _log = logging.getLogger("preft.train")
 
-_ALLOWED = ("messages", "prompt", "completion")
+_FORMS = (("messages",), ("prompt", "completion"))
+
+_KNOWN = ("messages", "prompt", "completion")
+
+_NOT_RENDERED = "is not rendered into the prompt; describe the tools in the system message"
+_NOT_TEXT = "is no text, and the model reads and writes nothing else; leave such lines out"
+_MADE_HERE = "is made here, from the text; leave it out"
+_PREFERENCE = "is part of a preference, and here one answer is learned; give that one as 'completion'"
+_REFUSED = {
+    "text": (
+        "does not say where the prompt ends, and a prefill-only adapter acts on the prompt alone; give 'prompt' and "
+        "'completion', or 'messages'"
+    ),
+    "chat_template_kwargs": "is not given to the chat template; leave it out",
+    **dict.fromkeys(("tools", "functions"), _NOT_RENDERED),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NOT_TEXT),
+    **dict.fromkeys(("input_ids", "completion_mask", "assistant_masks"), _MADE_HERE),
+    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
+}
+"""Columns that give a line another meaning than its text has -> why they are refused; other columns are ignored."""
+
+_MOST_NAMED = 8
 
 
 class DataError(PreftError, ValueError):
@@ -75,10 +97,11 @@ class DataOptions:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number and content of each line that is not blank.
+    """Yield the number and content of each line that is not blank, without columns that are null.
 
     Raises:
-        DataError: for a file that cannot be read, or a line that is no JSON object of the allowed form.
+        DataError: for a file that cannot be read, or a line that is no JSON object of an allowed form, or has a column
+            that gives it another meaning.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -99,31 +122,34 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: a {type(row).__name__}; each line is an object with 'messages', or 'prompt' and 'completion'"
         )
-    if "text" in row:
+    row = {name: value for name, value in row.items() if value is not None}  # As if the column were not there.
+    for name, reason in _REFUSED.items():
+        if row.get(name, "") not in ("", [], {}):
+            raise DataError(f"{where}: {name!r} {reason}")
+    if tuple(name for name in _KNOWN if name in row) not in _FORMS:
+        found = [plain(name) + ("" if name in _KNOWN else did_you_mean(name, _KNOWN)) for name in row]
         raise DataError(
-            f"{where}: 'text' does not say where the prompt ends, and a prefill-only adapter acts on the prompt alone; "
-            "give 'prompt' and 'completion', or 'messages'"
-        )
-    try:
-        reject_unknown(row, _ALLOWED, what="field", error=RequestError)
-    except RequestError as error:
-        raise DataError(f"{where}: {error}") from error
-    if set(row) not in ({"messages"}, {"prompt", "completion"}):
-        raise DataError(
-            f"{where}: has {', '.join(row) or 'nothing'}; give 'messages' alone, or 'prompt' and 'completion'"
+            f"{where}: has {_listed(found) or 'nothing'}; give 'messages' alone, or 'prompt' and 'completion'"
         )
     return row
 
 
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
 def load_examples(path: Path, model: Model, adapter: AdapterConfig, options: DataOptions) -> list[Example]:
-    """Read a dataset.
+    """Read a dataset. Columns that are not needed are ignored and named once, in the log.
 
     Raises:
         DataError: naming the first line that is wrong, has nothing to learn, or is too long; or an empty file.
     """
     examples: list[Example] = []
+    ignored: dict[str, None] = {}
     left_out = 0
     for number, row in read_lines(path):
+        ignored |= dict.fromkeys(name for name in row if name not in _KNOWN)
         try:
             made = make_examples(row, model, adapter, options, line=number)
         except PreftError as error:
@@ -131,6 +157,8 @@ def load_examples(path: Path, model: Model, adapter: AdapterConfig, options: Dat
         kept = [example for example in made if example.loss_mask.any()]
         examples += kept
         left_out += len(made) - len(kept)
+    if ignored:
+        _log.warning("%s: ignored columns: %s", path, _listed([plain(name) for name in ignored]))
     if left_out:
         _log.warning("%s: of %d examples nothing is learned once they are cut; left out", path, left_out)
     if not examples:

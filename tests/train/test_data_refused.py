@@ -44,7 +44,22 @@ def refusal(tmp_path, lines, model, adapter=LORA, **options):
         ("[1]", "a list; each line is an object"),
         ({"text": "a b"}, "'text' does not say where the prompt ends"),
         ({**GOOD, "text": "a b"}, "'text' does not say where the prompt ends"),
-        ({**GOOD, "wieght": 1}, "unknown field 'wieght'"),
+        (
+            {**GOOD, "id": 5, "tools": [{"name": "lamp"}]},
+            "'tools' is not rendered into the prompt; describe the tools in the system message",
+        ),
+        ({"messages": CHAT, "images": ["a.png"]}, "'images' is no text"),
+        (
+            {**GOOD, "chat_template_kwargs": {"enable_thinking": False}},
+            "'chat_template_kwargs' is not given to the chat template",
+        ),
+        ({**GOOD, "completion_mask": [0, 1]}, "'completion_mask' is made here"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'chosen' is part of a preference"),
+        ({"id": 5, "source": "web"}, "has id, source; give 'messages' alone"),
+        ({f"column{i}": i for i in range(10)}, "column7 and 2 more; give"),
+        ({"mesages": CHAT, "id": 5}, r"has mesages \(did you mean 'messages'\?\), id; give"),
+        ({"prompt": "a", "completion": None}, "has prompt; give 'messages' alone"),
+        ({"messages": CHAT, "prompt": "a"}, "give 'messages' alone"),
         ({"prompt": "a", "completions": "b"}, "did you mean 'completion'"),
         ({"prompt": "a"}, "has prompt; give 'messages' alone, or"),
         ({}, "has nothing; give"),
@@ -85,6 +100,18 @@ def test_examples_know_their_lines(tmp_path, tiny):
     path = cases.write_rows(tmp_path / "rows.jsonl", [GOOD, {"messages": CHAT}, GOOD])
     path.write_text("\n" + path.read_text())
     assert [example.line for example in load_examples(path, tiny, LORA, DataOptions())] == [2, 3, 3, 4]
+
+
+def test_columns_that_are_not_needed_are_ignored_and_named_once(tmp_path, tiny, caplog):
+    plain = [GOOD, {"messages": CHAT}, GOOD, GOOD]
+    beside = [{"id": 1}, {"source\n": "web", "tools": []}, {"id": 2, "tools": None, "messages": None}, {"text": ""}]
+    rows = [row | more for row, more in zip(plain, beside, strict=True)]
+    examples = load_examples(cases.write_rows(tmp_path / "rows.jsonl", rows), tiny, LORA, DataOptions())
+    (record,) = caplog.records
+    assert record.getMessage() == f"{tmp_path / 'rows.jsonl'}: ignored columns: id, source\\n, tools, text"
+    expected = load_examples(cases.write_rows(tmp_path / "plain.jsonl", plain), tiny, LORA, DataOptions())
+    assert [one.token_ids.tolist() for one in examples] == [one.token_ids.tolist() for one in expected]
+    assert len(caplog.records) == 1, "nothing is ignored there"
 
 
 def test_examples_whose_answer_is_cut_off_are_left_out_and_counted(tmp_path, tiny, caplog):
