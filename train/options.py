@@ -37,6 +37,7 @@ _RUN: dict[str, dict[str, Any]] = {
     },
     "logging_steps": {"type": int, "default": 1, "help": "updates between status lines"},
     "eval_steps": {"type": int, "default": 50, "help": "updates between evaluations; there is one at the end, too"},
+    "eval_on_start": {**_FLAG, "default": False, "help": "evaluate each adapter before its first update, as step 0"},
     "eval_generations": {"type": int, "default": 16, "help": "held-out prompts that are answered; 0: none"},
     "save_steps": {"type": int, "default": 100, "help": "updates between checkpoints; 0: only when interrupted"},
     "save_total_limit": {"type": int, "default": 2, "help": "checkpoints that are kept"},
@@ -105,6 +106,7 @@ class Settings:
     resume: bool
     logging_steps: int
     eval_steps: int
+    eval_on_start: bool
     eval_generations: int
     save_steps: int
     save_total_limit: int

@@ -210,8 +210,11 @@ class Run:
         settings = self._settings
         if self._step and self._due(settings.eval_steps):
             self._trainer.admit()
-            self._evaluate_running()
+            self._evaluate_each(self._trainer.running)
         while self._trainer.jobs:
+            if settings.eval_on_start:
+                self._trainer.admit()
+                self._evaluate_each([job for job in self._trainer.running if job.step == 0])
             self._tell(self._trainer.step())
             self._step += 1
             done = self._ended()
@@ -219,7 +222,7 @@ class Run:
                 self._tell(self._trainer.finish())
                 done = self._ended()
             if self._due(settings.eval_steps) and not self._interrupted:
-                self._evaluate_running()
+                self._evaluate_each(self._trainer.running)
             for job in done:
                 if job.failed is None:
                     # Before the last evaluation, so that nothing that goes wrong there costs the adapter.
@@ -298,9 +301,9 @@ class Run:
         for report in self._reporters:
             report(row["step"], scalars)
 
-    def _evaluate_running(self) -> None:
+    def _evaluate_each(self, jobs: Sequence[Job]) -> None:
         """Evaluate the jobs that go on, unless that was done before the run was interrupted."""
-        for job in self._trainer.running:
+        for job in jobs:
             if not job.done and (job.name, job.step) not in self._evaluated:
                 self._evaluate(job)
 

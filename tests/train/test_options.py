@@ -43,6 +43,7 @@ RUN = [
     (["--gradient-checkpointing", "full"], lambda s: s.train.gradient_checkpointing, "full"),
     (["--logging-steps", "7"], lambda s: s.logging_steps, 7),
     (["--eval-steps", "0"], lambda s: s.eval_steps, 0),
+    (["--eval-on-start"], lambda s: s.eval_on_start, True),
     (["--eval-generations", "0"], lambda s: s.eval_generations, 0),
     (["--save-steps", "9"], lambda s: s.save_steps, 9),
     (["--save-total-limit", "1"], lambda s: s.save_total_limit, 1),

@@ -102,6 +102,35 @@ def test_a_run_interrupted_at_any_step_and_resumed_is_the_uninterrupted_one(
     assert learned(out) == learned(whole)
 
 
+def evaluations(out):
+    return [(row["job"], row["step"]) for row in learned(out) if "eval_loss" in row]
+
+
+def test_an_evaluation_at_the_start_is_of_step_0_and_changes_nothing_else(whole, data, tmp_path, monkeypatch):
+    """A run that is interrupted and resumed has it once."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert sft.main(arguments(data, out, "--eval-on-start")) == 130
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0
+    assert evaluations(out) == [("adapter", step) for step in (0, 4, 7)]
+    first, *rest = learned(out)
+    assert (first["step"], first["eval_tokens"], "exact_match" in first) == (0, rest[-1]["eval_tokens"], True)
+    assert rest == learned(whole)
+    assert adapter_bytes(out) == adapter_bytes(whole)
+    assert first["eval_loss"] > rest[-1]["eval_loss"]
+
+
+def test_jobs_that_wait_for_others_are_evaluated_when_they_start(data, tmp_path):
+    jobs, out = tmp_path / "jobs.yaml", tmp_path / "out"
+    jobs.write_text("jobs:\n- {name: ann, max_steps: 2}\n- {name: bob, max_steps: 1}\n- {name: carl, max_steps: 1}\n")
+    argv = arguments(data, out, "--jobs", str(jobs), "--max-jobs", "2", "--eval-steps", "0", "--eval-on-start")
+    assert sft.main(argv) == 0
+    assert evaluations(out) == [
+        ("ann", 0), ("bob", 0), ("bob", 1), ("carl", 0), ("ann", 2), ("carl", 1)
+    ]  # fmt: skip
+
+
 def test_a_run_that_was_killed_goes_on_from_its_checkpoint(whole, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
