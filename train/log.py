@@ -83,10 +83,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def make_reporters(
-    names: Sequence[str], directory: Path, run_name: str
-) -> list[Callable[[int, dict[str, float]], None]]:
-    """Return what sends scalars on, each called with a step and values by name.
+Reporter = Callable[[int, dict[str, float]], None]
+"""Sends scalars on, called with a step and values by name."""
+
+
+def make_reporters(names: Sequence[str], directory: Path, run_name: str) -> list[Reporter]:
+    """Return what sends scalars on.
 
     Raises:
         ConfigError: for a name that is not known, or a package that is not installed.
@@ -99,7 +101,7 @@ def make_reporters(
     return made
 
 
-def _tensorboard(directory: Path) -> Callable[[int, dict[str, float]], None]:
+def _tensorboard(directory: Path) -> Reporter:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
@@ -116,7 +118,7 @@ def _tensorboard(directory: Path) -> Callable[[int, dict[str, float]], None]:
     return report
 
 
-def _wandb(directory: Path, run_name: str) -> Callable[[int, dict[str, float]], None]:
+def _wandb(directory: Path, run_name: str) -> Reporter:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -128,6 +130,11 @@ def _wandb(directory: Path, run_name: str) -> Callable[[int, dict[str, float]], 
         run.log(values | {f"{next(iter(values), 'run').partition('/')[0]}/step": step})
 
     return report
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 class Status:
@@ -144,7 +151,7 @@ class Status:
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(self._console, text)
 
     def advance(self, count: int) -> None:
         """Move the bar."""
