@@ -149,8 +149,10 @@ class HasConfig(Protocol):
         ...
 
 
-def prompt_edit_mask(prompt: EncodedPrompt, adapter: HasConfig | None) -> np.ndarray:
-    """Return the edit mask of a prompt under an adapter, bool ``[P, NUM_GROUPS]``; all false for the base model.
+def prompt_edit_mask(prompt: EncodedPrompt, adapter: HasConfig | AdapterConfig | None) -> np.ndarray:
+    """Return the edit mask of a prompt under an adapter or a config, bool ``[P, NUM_GROUPS]``.
+
+    It is all false for the base model, ``None``.
 
     Raises:
         RequestError: if the adapter skips earlier answers and the chat template does not say where they are.
@@ -158,7 +160,7 @@ def prompt_edit_mask(prompt: EncodedPrompt, adapter: HasConfig | None) -> np.nda
     count = len(prompt.token_ids)
     if adapter is None:
         return np.zeros_like(make_edit_mask(count, "prompt"))
-    config = adapter.config
+    config = adapter if isinstance(adapter, AdapterConfig) else adapter.config
     spans: tuple[tuple[int, int], ...] = ()
     if config.assistant_turns == "skip" and config.prefill_only:
         if prompt.unedited_spans is None:

@@ -247,7 +247,7 @@ def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: Adap
     spans = [span for i, span in zip(answers, encoded.unedited_spans, strict=True) if i > 0]
     cut = spans[-1][1]
     token_ids = encoded.token_ids[:cut]
-    mask = prompt_edit_mask(EncodedPrompt(token_ids, encoded.unedited_spans), _HasConfig(adapter))
+    mask = prompt_edit_mask(EncodedPrompt(token_ids, encoded.unedited_spans), adapter)
     loss_mask = np.zeros(cut, bool)
     for start, end in spans:
         loss_mask[start:end] = True
@@ -259,13 +259,8 @@ def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: Adap
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class _HasConfig:
-    config: AdapterConfig
-
-
 def _example(prompt: EncodedPrompt, answer: Sequence[int], adapter: AdapterConfig, line: int) -> Example:
-    mask = extend_edit_mask(prompt_edit_mask(prompt, _HasConfig(adapter)), len(answer), adapter.positions)
+    mask = extend_edit_mask(prompt_edit_mask(prompt, adapter), len(answer), adapter.positions)
     loss_mask = np.zeros(len(mask), bool)
     loss_mask[len(prompt.token_ids) :] = True
     token_ids = np.asarray([*prompt.token_ids, *answer], np.int32)

@@ -120,14 +120,9 @@ def test_the_rule_is_counted_in_the_prompt_and_answers_are_edited_by_all_token_a
         prompt = len(example.prompt.token_ids)
         expected = reference.edit_mask(prompt, adapter.positions, adapter.groups, generated=len(example) - prompt)
         np.testing.assert_array_equal(example.edit_mask, expected)
-        np.testing.assert_array_equal(example.edit_mask[:prompt], prompt_edit_mask(example.prompt, HasConfig(adapter)))
+        np.testing.assert_array_equal(example.edit_mask[:prompt], prompt_edit_mask(example.prompt, adapter))
         assert example.edit_mask[prompt - 1].any() == (prompt > 1 or adapter.positions in ("prompt", "all"))
         assert example.edit_mask[prompt:].any() == (adapter is ALL)
-
-
-@dataclasses.dataclass
-class HasConfig:
-    config: AdapterConfig
 
 
 @pytest.mark.parametrize("adapter", [LORA, ENDS])
@@ -165,7 +160,7 @@ def test_every_answer_of_a_conversation_follows_the_tokens_and_edits_that_servin
         found = [(row, start) for row in rows for start, _ in runs_of(row.loss_mask)]
         for (row, start), prompt in zip(found, served, strict=True):
             assert row.token_ids[:start].tolist() == prompt.token_ids
-            np.testing.assert_array_equal(row.edit_mask[:start], prompt_edit_mask(prompt, HasConfig(adapter)))
+            np.testing.assert_array_equal(row.edit_mask[:start], prompt_edit_mask(prompt, adapter))
         assert all(row.edit_mask.any(axis=1).all() == (adapter is ALL) for row in rows)
         assert len(rows) == (1 if adapter in (SKIP, ALL) else turns)
 
