@@ -6,7 +6,7 @@ import json
 import numpy as np
 import reference
 
-from preft_jax.adapter import Adapter
+from preft_jax.adapter import Adapter, AdapterConfig
 from preft_jax.chat import EncodedPrompt
 from train.batches import BatchOptions, Rows, collate
 from train.data import DataOptions, Example
@@ -14,6 +14,15 @@ from train.job import Job, JobConfig
 from train.optimizer import OptimizerConfig
 from train.step import Group, Programs, empty_slots, fold_config
 from train.trainer import Trainer, TrainOptions
+
+LORA = AdapterConfig(rank=2)
+SKIP = AdapterConfig(rank=2, assistant_turns="skip")
+CHAT = [
+    {"role": "user", "content": "What does the owl do?"},
+    {"role": "assistant", "content": "It hoots."},
+    {"role": "user", "content": "And 12 owls?"},
+    {"role": "assistant", "content": "They hoot"},
+]
 
 
 def example(adapter, rng, prompt=9, answer=5, *, vocab=250, learned=None):

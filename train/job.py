@@ -112,11 +112,10 @@ class Job:
                 sha.update(array.shape[0].to_bytes(8, "little") + array.tobytes())
         return sha.hexdigest()
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        epoch = self._epoch_of(self.step)
-        return epoch + (self.step - self._first[epoch]) / max(1, self._first[epoch + 1] - self._first[epoch])
+    def epoch_after(self, step: int) -> float:
+        """Return the passes over the data that so many updates make."""
+        epoch = self._epoch_of(max(0, step - 1))
+        return epoch + (step - self._first[epoch]) / max(1, self._first[epoch + 1] - self._first[epoch])
 
     @property
     def count(self) -> int:

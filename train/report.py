@@ -79,18 +79,18 @@ class Report:
                 self._write({"step": result.step, "job": job.name, "failed": job.failed})
             if job.name in self.failed or result.step % self._settings.logging_steps:
                 continue
-            flops = 4 * self._num_params * rate
+            flops, epoch = 4 * self._num_params * rate, job.epoch_after(result.step)
             row = {
-                "step": result.step, "job": job.name, "loss": result.loss, "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate, "tokens_per_s": round(rate, 1), "flops_per_s": flops,
-                "padding": round(1 - step.tokens / step.padded_tokens, 4),
+                "step": result.step, "job": job.name, "epoch": round(epoch, 4), "loss": result.loss,
+                "grad_norm": result.grad_norm, "learning_rate": result.learning_rate, "tokens_per_s": round(rate, 1),
+                "flops_per_s": flops, "padding": round(1 - step.tokens / step.padded_tokens, 4),
             }  # fmt: skip
             if self._peak:
                 row["mfu"] = round(flops / self._peak, 4)
             self._write(row)
             mfu = f", MFU {row['mfu']:.1%}" if self._peak else ""
             self.line(
-                f"step {result.step}/{job.total_steps}  loss {result.loss:.4f}  "
+                f"step {result.step}/{job.total_steps}  epoch {epoch:.2f}  loss {result.loss:.4f}  "
                 f"grad {result.grad_norm:.3f}  lr {result.learning_rate:.2e}  {rate:,.0f} tok/s{mfu}",
                 job,
             )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 from tokenizers import processors
+from train_cases import CHAT, LORA, SKIP
 
 from preft_jax import AdapterConfig, RequestError
 from preft_jax.chat import encode_prompt, render_chat
@@ -14,16 +15,8 @@ from preft_jax.io.tokenizer import byte_tokenizer
 from train.data import DataOptions, make_examples
 
 END = "<|im_end|>"
-LORA = AdapterConfig(rank=2)
-SKIP = AdapterConfig(rank=2, assistant_turns="skip")
 ALL = AdapterConfig(rank=2, positions="all")
 ENDS = AdapterConfig(kind="loreft", rank=2, positions="f7+l7", share_weights=False)
-CHAT = [
-    {"role": "user", "content": "What does the owl do?"},
-    {"role": "assistant", "content": "It hoots."},
-    {"role": "user", "content": "And 12 owls?"},
-    {"role": "assistant", "content": "They hoot"},
-]
 REWRITES = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"

@@ -5,19 +5,11 @@ import json
 
 import pytest
 import train_cases as cases
+from train_cases import CHAT, LORA, SKIP
 
-from preft_jax import AdapterConfig
 from preft_jax.io.tokenizer import byte_tokenizer
 from train.data import DataError, DataOptions, load_examples
 
-LORA = AdapterConfig(rank=2)
-SKIP = AdapterConfig(rank=2, assistant_turns="skip")
-CHAT = [
-    {"role": "user", "content": "What does the owl do?"},
-    {"role": "assistant", "content": "It hoots."},
-    {"role": "user", "content": "And 12 owls?"},
-    {"role": "assistant", "content": "They hoot"},
-]
 ALTERNATES = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"

@@ -28,7 +28,7 @@ def updates(made):
     """Return the micro-batches of every update, and the epoch before each."""
     taken = []
     while not made.done:
-        taken.append((made.epoch, made.micro_batches()))
+        taken.append((made.epoch_after(made.step), made.micro_batches()))
         made.step += 1
     return taken
 

@@ -67,9 +67,16 @@ def test_a_run_leaves_adapter_metrics_picture_and_checkpoints(whole):
     assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"
     rows = learned(whole)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 8))
+    assert [row["epoch"] for row in rows if "loss" in row] == [0.3333, 0.6667, 1, 1.3333, 1.6667, 2, 2.3333]
     assert [row["step"] for row in rows if "eval_loss" in row] == [4, 7]
     assert rows[-1]["eval_loss"] < rows[0]["loss"]
     assert 0 <= rows[-1]["exact_match"] <= 1
+
+
+def test_a_status_line_tells_step_epoch_and_loss(data, tmp_path, capsys):
+    assert sft.main(arguments(data, tmp_path / "out", "--max-steps", "2", "--logging-steps", "2")) == 0
+    (row,) = [row for row in learned(tmp_path / "out") if "loss" in row]
+    assert f"\nstep 2/2  epoch 0.67  loss {row['loss']:.4f}  grad " in capsys.readouterr().err
 
 
 def interrupt_after(monkeypatch, step):
