@@ -1,4 +1,4 @@
-"""What a run tells: a status line a step, ``metrics.jsonl``, TensorBoard or wandb, and a picture of the losses."""
+"""What a run tells: a status line a step, ``metrics.jsonl``, and a picture of the losses."""
 
 import json
 import math
@@ -9,10 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from preft_jax.errors import ConfigError
-
-REPORTERS = ("tensorboard", "wandb")
 
 PEAK_FLOPS = {
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5": 459e12,
@@ -81,55 +77,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-Reporter = Callable[[int, dict[str, float]], None]
-"""Sends scalars on, called with a step and values by name."""
-
-
-def make_reporters(names: Sequence[str], directory: Path, run_name: str) -> list[Reporter]:
-    """Return what sends scalars on.
-
-    Raises:
-        ConfigError: for a name that is not known, or a package that is not installed.
-    """
-    made = []
-    for name in names:
-        if name not in REPORTERS:
-            raise ConfigError(f"--report-to has {name!r}; allowed: {', '.join(REPORTERS)}")
-        made.append(_tensorboard(directory) if name == "tensorboard" else _wandb(directory, run_name))
-    return made
-
-
-def _tensorboard(directory: Path) -> Reporter:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            f"--report-to tensorboard needs tensorboardX ({error}); pip install 'preft-jax[train]'"
-        ) from error
-    writer = SummaryWriter(str(directory / "tensorboard"))
-
-    def report(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return report
-
-
-def _wandb(directory: Path, run_name: str) -> Reporter:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(f"--report-to wandb needs wandb ({error}); pip install wandb") from error
-    run = wandb.init(project="preft-jax", name=run_name, dir=str(directory))
-
-    def report(step: int, values: dict[str, float]) -> None:
-        # Jobs have clocks of their own, and wandb's must never go back.
-        run.log(values | {f"{next(iter(values), 'run').partition('/')[0]}/step": step})
-
-    return report
 
 
 def say(console: Console, text: str) -> None:

@@ -16,8 +16,8 @@ from preft_jax.loading import DTYPES
 from train.batches import BatchOptions
 from train.data import DataOptions
 from train.job import JobConfig
-from train.log import REPORTERS
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from train.reporters import REPORTERS
 from train.start import OPTIONS as ADAPTER_OPTIONS
 from train.trainer import TrainOptions
 

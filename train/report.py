@@ -10,8 +10,9 @@ from preft_jax.loading import Model
 from train import builtin_task
 from train.directory import RunDirectory
 from train.job import Job
-from train.log import Meter, Metrics, Reporter, Status, draw_losses, peak_flops, read_metrics
+from train.log import Meter, Metrics, Status, draw_losses, peak_flops, read_metrics
 from train.options import Settings
+from train.reporters import Reporter
 from train.trainer import StepResult
 
 
@@ -104,12 +105,12 @@ class Report:
     def _write(self, row: dict[str, Any]) -> None:
         self._metrics.write(row)
         scalars = {
-            f"{row['job']}/{name}": float(value)
+            name: float(value)
             for name, value in row.items()
             if name not in ("step", "job") and isinstance(value, int | float)
         }
-        for report in self._reporters:
-            report(row["step"], scalars)
+        for reporter in self._reporters if scalars else ():
+            reporter.report(row["job"], row["step"], scalars)
 
     def draw(self) -> None:
         """Draw the losses."""
@@ -121,7 +122,9 @@ class Report:
         else:
             self.line("no picture of the losses: pip install 'preft-jax[train]'")
 
-    def close(self) -> None:
-        """Take the bar away and close the metrics."""
+    def close(self, *, failed: bool) -> None:
+        """Take the bar away, close the metrics, and send on what is left; ``failed`` is whether training broke off."""
         self._status.close()
         self._metrics.close()
+        for reporter in self._reporters:
+            reporter.close(failed=failed)

@@ -13,11 +13,12 @@ from train.directory import RunDirectory
 from train.evaluation import Evaluation
 from train.job import Job
 from train.loading import load_jobs
-from train.log import make_reporters, say
+from train.log import say
 from train.options import Settings
 from train.progress import Progress
 from train.publish import publish
 from train.report import Report
+from train.reporters import make_reporters
 from train.trainer import Trainer
 
 
@@ -55,8 +56,8 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._report.close()
         self._progress.close()
+        self._report.close(failed=error[0] is not None)
 
     def interrupt(self) -> None:
         """End after this update, with a checkpoint; a second call ends at once."""

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from preft_jax import ConfigError
-from train.log import Meter, Metrics, Status, _smooth, draw_losses, make_reporters, peak_flops, read_metrics
+from train.log import Meter, Metrics, Status, _smooth, draw_losses, peak_flops, read_metrics
 
 
 def clock(*times):
@@ -155,33 +154,6 @@ def test_a_terminal_has_a_bar_that_counts_from_where_the_run_goes_on():
     status.advance(2)
     status.close()
     assert "6/9" in told.getvalue()
-
-
-def test_tensorboard_gets_every_scalar(tmp_path, monkeypatch):
-    import tensorboardX
-
-    made = []
-    real = tensorboardX.SummaryWriter
-    monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda path: made.append(real(path)) or made[-1])
-    (report,) = make_reporters(["tensorboard"], tmp_path, "run")
-    report(1, {"a/loss": 0.5, "b/loss": 0.25})
-    made[0].close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"a/loss" in events.read_bytes()
-    assert b"b/loss" in events.read_bytes()
-
-
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_a_reporter_that_is_not_installed_is_told_with_the_remedy(name, package, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=f"--report-to {name} needs {package}.*pip install"):
-        make_reporters([name], tmp_path, "run")
-
-
-def test_a_reporter_that_is_not_known_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match="'tensorbord'; allowed: tensorboard, wandb"):
-        make_reporters(["tensorbord"], tmp_path, "run")
-    assert make_reporters([], tmp_path, "run") == []
 
 
 @pytest.mark.parametrize(
