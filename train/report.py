@@ -1,5 +1,6 @@
 """Tells how a run goes: on the console, in its metrics, to TensorBoard or wandb, and in a picture of the losses."""
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ class Report:
         )
         kept = read_metrics(directory.metrics)
         self.evaluated = {(row["job"], row["step"]) for row in kept if "eval_loss" in row}
+        self._first_loss: dict[str, float] = {}
+        self._last_losses = {job.name: collections.deque[float](maxlen=max(1, job.total_steps // 10)) for job in jobs}
+        for row in kept:
+            if row.get("loss") is not None:
+                self._first_loss.setdefault(row["job"], row["loss"])
         self._meter = Meter()
         self._status = Status(console, total=sum(job.total_steps for job in jobs), done=sum(job.step for job in jobs))
 
@@ -78,7 +84,11 @@ class Report:
             if job.failed is not None and job.name not in self.failed:
                 self.failed[job.name] = job.failed
                 self._write({"step": result.step, "job": job.name, "failed": job.failed})
-            if job.name in self.failed or result.step % self._settings.logging_steps:
+            if job.name in self.failed:
+                continue
+            self._first_loss.setdefault(job.name, result.loss)
+            self._last_losses[job.name].append(result.loss)
+            if result.step % self._settings.logging_steps:
                 continue
             flops, epoch = 4 * self._num_params * rate, job.epoch_after(result.step)
             row = {
@@ -121,6 +131,21 @@ class Report:
             self.line(f"losses: {self._directory.picture}")
         else:
             self.line("no picture of the losses: pip install 'preft-jax[train]'")
+
+    def warn(self, jobs: Sequence[Job]) -> None:
+        """Warn of the jobs whose loss has risen, from the first to the mean of the last tenth: one batch is noisy."""
+        for job in jobs:
+            first, losses = self._first_loss.get(job.name), self._last_losses[job.name]
+            if first is None or not losses or job.failed is not None:
+                continue
+            last = sum(losses) / len(losses)
+            if last > first:
+                over = f" (mean of {len(losses)} updates)" if len(losses) > 1 else ""
+                self.line(
+                    f"warning: the training loss was {first:.4f} at first and is {last:.4f} at the end{over}; lower "
+                    "learning_rate, or look at the data",
+                    job,
+                )
 
     def close(self, *, failed: bool) -> None:
         """Take the bar away, close the metrics, and send on what is left; ``failed`` is whether training broke off."""

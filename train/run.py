@@ -40,7 +40,7 @@ class Run:
         self._unpublished: dict[str, str] = {}
         names = [config.name for config in settings.jobs]
         self._directory = RunDirectory(settings.output_dir, names, named="jobs" in settings.given)
-        jobs = load_jobs(settings.jobs, model, placement.num_shards)
+        self._jobs = jobs = load_jobs(settings.jobs, model, placement.num_shards)
         self._directory.prepare(resume=settings.resume, overwrite=settings.overwrite_output_dir)
         reporters = make_reporters(settings.report_to, settings.output_dir, settings.output_dir.resolve().name)
         self._trainer = Trainer(model, options=settings.train, placement=placement)
@@ -79,6 +79,7 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, before)
         self._report.draw()
+        self._report.warn(self._jobs)
         return self._report.failed | self._unpublished
 
     def _loop(self) -> None:

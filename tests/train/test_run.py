@@ -328,6 +328,23 @@ def test_jobs_of_a_file_are_trained_together(data, tmp_path, capsys):
     assert json.loads((out / "options.json").read_text())["jobs"][0]["name"] == "ann"
 
 
+def test_a_loss_that_rises_is_warned_of_and_is_no_failure(tmp_path, monkeypatch, capsys):
+    """Every update climbs here. Of an interrupted run the first loss is that of its beginning."""
+    out, data = tmp_path / "out", cases.write_rows(tmp_path / "data.jsonl", [{"prompt": "ab ", "completion": "abab"}])
+    real = runs.Job.numbers
+    monkeypatch.setattr(runs.Job, "numbers", lambda job: real(job)._replace(learning_rate=np.float32(-0.05)))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert sft.main(arguments(data, out, "--lora-dropout", "0")) == 130
+    assert "warning" not in capsys.readouterr().err
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0
+    first, *_, last = [row["loss"] for row in learned(out) if "loss" in row]
+    assert last > first + 0.01
+    told = capsys.readouterr().err
+    assert f"warning: the training loss was {first:.4f} at first and is {last:.4f} at the end; lower learning" in told
+    assert (out / "adapter").exists()
+
+
 def loreft(tiny, path):
     config = AdapterConfig(kind="loreft", rank=2, positions="f3+l2", share_weights=False)
     save_adapter(path, preft_jax.random_adapter(config, tiny.config, jax.random.key(3)))
