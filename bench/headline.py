@@ -3,9 +3,9 @@
 A closed workload: ``--num-prompts`` requests of ``--input-len`` tokens, each generating ``--output-len``, at most
 ``--max-num-seqs`` at a time, request i with adapter i modulo the number of adapters, or as ``--adapter-distribution``
 says. Adapters are random, of rank ``--rank``: LoRA on all seven linears, or DiReFT. Each contender serves it whole,
-after a few unmeasured requests; contenders follow one another on one machine. Adapters lie folded in host memory; a
-bank of ``--bank-adapters`` holds those being prefilled (for all-token adapters, all that are in use), so adapters
-beyond that are copied to the device while it serves.
+after a few unmeasured requests; contenders take turns, ``--rounds`` times with other prompts each, and figures are
+medians over rounds. Adapters lie folded in host memory; a bank of ``--bank-adapters`` holds those being prefilled (for
+all-token adapters, all that are in use), so adapters beyond that are copied to the device while it serves.
 
 Beside each phase stands its floor: the larger of FLOPs over the measured matrix product rate and bytes over the
 measured copy bandwidth, summed over matmuls and attention, nothing overlapped.
@@ -13,8 +13,8 @@ measured copy bandwidth, summed over matmuls and attention, nothing overlapped.
 
 import argparse
 import dataclasses
-import gc
 import json
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ from serve.config import EngineConfig
 from serve.contest import MODES
 from serve.engine import Engine
 from serve.load import EngineTarget, LoadRequest
-from serve.metrics import environment, summarize
+from serve.metrics import environment, paired_ratio, summarize
 from serve.request import Output, Request
 from serve.workload import DISTRIBUTIONS, draw_users
 
@@ -216,37 +216,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)
     adapters = Adapters(model.config, args.adapter_kind, args.rank, dtype, max(counts))
-    rows: list[dict[str, Any]] = []
+    known: dict[int, Known] = {}
+    contenders: list[_Contender] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
-        engine = engine_for(model, mode, bank_adapters, args)
         start = time.perf_counter()
+        engine = engine_for(model, mode, bank_adapters, args)
         engine.warm_up()
-        console.print(
-            f"{mode}: compiled in {time.perf_counter() - start:.0f} s, {engine.runner.num_kv_pages} KV pages",
-            engine.runner.compile_seconds,
-            soft_wrap=True,
-        )
+        seconds = time.perf_counter() - start
+        console.print(f"{mode}: ready in {seconds:.0f} s, {engine.runner.num_kv_pages} KV pages", soft_wrap=True)
+        console.print(engine.runner.compile_seconds, soft_wrap=True)
+        positions = "all" if mode == "all-token" else "prompt"
+        own = [adapters.make(i, positions) for i in range(max(wanted))]
+        with ThreadPoolExecutor() as pool:
+            missing = [i for i in range(len(own)) if i not in known]
+            known |= dict(zip(missing, pool.map(adapters.known, missing), strict=True))
+        for i, adapter in enumerate(own):
+            engine.adapters.put(adapter.digest, known[i])
+        engine.sleep()  # Engines take turns with the device's memory.
         for count in wanted:
-            positions = "all" if mode == "all-token" else "prompt"
-            own = [adapters.make(i, positions) for i in range(count)]
-            with ThreadPoolExecutor() as pool:
-                for adapter, known in zip(own, pool.map(adapters.known, range(count)), strict=True):
-                    engine.adapters.put(adapter.digest, known)
-            few, vocab = min(64, args.max_num_seqs), model.config.vocab_size
-            serve(engine, make_requests(vocab, count, few, (args.input_len, 4), 1), own, few)
-            lengths = args.input_len, args.output_len
-            for distribution in args.adapter_distribution.split(",") if count else ("round-robin",):
-                requests = make_requests(vocab, count, args.num_prompts, lengths, 0, distribution)
-                figures = serve(engine, requests, own, args.max_num_seqs)
-                named = {"mode": mode, "num_adapters": count, "distribution": distribution}
-                rows.append({**named, "bank_adapters": bank_adapters, **figures})
-                console.print(f"{mode}, {count} adapters, {distribution}: {figures}", soft_wrap=True)
-            for adapter in own:
-                engine.adapters.let_go(adapter.digest)
-        del engine
-        gc.collect()
+            distributions = args.adapter_distribution.split(",") if count else ("round-robin",)
+            contenders += [
+                _Contender(engine, own[:count], {
+                    "mode": mode, "num_adapters": count, "distribution": distribution, "bank_adapters": bank_adapters,
+                    "ready_s": round(seconds, 1),
+                })
+                for distribution in distributions
+            ]  # fmt: skip
     options = {name: value for name, value in vars(args).items() if name != "output_json"}
-    return {
+    figures = {
         "schema": SCHEMA,
         "options": options,
         "floors": floors(model.config, ceilings, dtype.name, args),
@@ -254,9 +251,45 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
             "matmul_tflop_per_s": round(ceilings.flops_per_s[dtype.name] / 1e12, 1),
         },
-        "rows": rows,
+        "rows": [],
         **environment(),
     }
+    lengths, vocab, few = (args.input_len, args.output_len), model.config.vocab_size, min(64, args.max_num_seqs)
+    for number in range(args.rounds):
+        for contender in contenders:
+            count, distribution = contender.named["num_adapters"], contender.named["distribution"]
+            serve(contender.engine, make_requests(vocab, count, few, (args.input_len, 4), 1), contender.adapters, few)
+            requests = make_requests(vocab, count, args.num_prompts, lengths, number, distribution)
+            contender.rounds.append(serve(contender.engine, requests, contender.adapters, args.max_num_seqs))
+            contender.engine.sleep()
+            console.print(f"round {number}: {contender.named}: {contender.rounds[-1]}", soft_wrap=True)
+            measured = [one for one in contenders if one.rounds]
+            figures["rows"] = [row(one, measured[0]) for one in measured]
+            if args.output_json is not None:  # Whatever stops a long run, what was measured is kept.
+                args.output_json.parent.mkdir(parents=True, exist_ok=True)
+                args.output_json.write_text(json.dumps(figures, allow_nan=False) + "\n")
+    return figures
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contender:
+    """An engine with adapters, its name as a row has it, and what each round gave."""
+
+    engine: _Watched
+    adapters: Sequence[Adapter]
+    named: dict[str, Any]
+    rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def row(contender: _Contender, base: _Contender) -> dict[str, Any]:
+    """Return a contender's figures: medians over its rounds, and its throughput beside the base's, round by round."""
+    rounds = contender.rounds
+    figures: dict[str, Any] = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    figures["recompiles"] = sum(one["recompiles"] for one in rounds)
+    rates = [one["output_throughput"] for one in rounds]
+    if base.named["mode"] == "base":
+        figures["ratio_to_base"] = paired_ratio(rates, [one["output_throughput"] for one in base.rounds[: len(rates)]])
+    return {**contender.named, **figures, "rounds": rates}
 
 
 def plan(modes: Sequence[str], counts: Sequence[int], room: int) -> list[tuple[str, int, list[int]]]:
@@ -318,7 +351,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, default=512, help="requests at a time (default: %(default)s)")
     add("--prefill-tokens", type=int, default=8192, help="tokens of a prefill call (default: %(default)s)")
     add("--memory-utilization", type=float, default=0.95, help="of what the process may take (default: %(default)s)")
-    add("--output-json", type=Path, default=None, help="also write the JSON line here")
+    add("--rounds", type=int, default=1, help="turns of each contender (default: %(default)s)")
+    add("--output-json", type=Path, default=None, help="also write the JSON line here, after each turn what there is")
     return parser
 
 
@@ -326,12 +360,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     try:
+        if args.rounds < 1:
+            raise ConfigError(f"--rounds is {args.rounds}; give at least 1")
         figures = run(args)
         print_table(figures, Console())
         line = json.dumps(figures, allow_nan=False)
-        if args.output_json is not None:
-            args.output_json.parent.mkdir(parents=True, exist_ok=True)
-            args.output_json.write_text(line + "\n")
     except (PreftError, OSError) as error:
         print(f"bench.headline: {error}", file=sys.stderr)
         return 1

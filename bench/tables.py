@@ -172,7 +172,7 @@ def engine(figures: dict[str, Any]) -> str:
         [
             _contender(row),
             f"{row['output_throughput']:,.0f}",
-            f"{row['output_throughput'] / base['output_throughput']:.2f}",
+            f"{row.get('ratio_to_base', {}).get('mean', row['output_throughput'] / base['output_throughput']):.2f}",
             f"{row['prefill_tokens_per_s']:,.0f}",
             f"{row['decode_step_ms']:.1f}",
             f"{row['mean_tpot_ms']:.1f}",

@@ -137,6 +137,7 @@ class Engine:
         self._calls: collections.deque[Call] = collections.deque()
         self._two_calls = two_calls
         self._results_at = 0.0
+        self._asleep = False
         # Whether sequences whose call failed are run apart from others.
         self._apart = False
         self._next_id = 0
@@ -148,6 +149,21 @@ class Engine:
         """Compile every program, unless that was done."""
         if not self.runner.programs:
             self.runner.warm_up()
+
+    def sleep(self) -> None:
+        """Free the KV cache and the bank, for others who use the device, until the next step that has work.
+
+        Weights, compiled programs and adapters in host memory stay; cached prefixes are lost.
+
+        Raises:
+            RequestError: if requests are unfinished.
+        """
+        if self.has_work:
+            raise RequestError(f"{len(self._live)} requests are unfinished; cancel them, or step until they are done")
+        if not self._asleep:
+            self._forget_device()
+            self.runner.release()
+            self._asleep = True
 
     @property
     def has_work(self) -> bool:
@@ -298,6 +314,9 @@ class Engine:
     def step(self) -> list[Output]:
         """Give the device its next call, collect the results of the one before, and return their outputs."""
         self.warm_up()
+        if self._asleep and self.has_work:
+            self.runner.reset()
+            self._asleep = False
         with self._compiles:
             self._take_loaded()
             self._expire()
@@ -405,8 +424,11 @@ class Engine:
     def _reset_device(self) -> None:
         """Make the device's state anew: a call that failed may have consumed it. Everything is computed again."""
         self._stats.device_failures += 1
-        self._calls.clear()
+        self._forget_device()
         self.runner.reset()
+
+    def _forget_device(self) -> None:
+        self._calls.clear()
         self.adapters.reset()
         self._staging.reset()
         self.scheduler.reset()

@@ -151,12 +151,16 @@ class Runner:
 
     def reset(self) -> None:
         """Make cache and bank anew: a call that failed may have consumed them. The old ones are let go first."""
-        for array in jax.tree.leaves((self.cache, self.bank, self._logits)):
-            array.delete()
+        self.release()
         self.cache = self._new_cache()
         self._logits = self._new_logits()
         if self._adapters:
             self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)
+
+    def release(self) -> None:
+        """Free what calls work on, until ``reset``: the cache, the bank and the logits."""
+        for array in jax.tree.leaves((self.cache, self.bank, self._logits)):
+            array.delete()
 
     # Programs
 

@@ -1,8 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 
 from bench import headline, tables
+from preft_jax.errors import ConfigError
 
 TINY = (
     "--model tiny --num-prompts 8 --input-len 32 --output-len 6 --max-num-seqs 4 --prefill-tokens 64 "
@@ -37,3 +39,29 @@ def test_all_token_adapters_must_all_fit_the_bank():
 def test_a_rank_that_fills_no_pages_is_refused(capsys):
     assert headline.main([*TINY.split(), "--rank", "12"]) == 1
     assert "--rank is 12" in capsys.readouterr().err
+
+
+def test_contenders_take_turns_and_what_was_measured_is_kept(capsys, tmp_path, monkeypatch):
+    """Figures are medians over rounds, ratios are taken round by round, and an end in the middle loses nothing."""
+    path, served = tmp_path / "figures.json", []
+    real = headline.serve
+
+    def serve(engine, requests, adapters, most):
+        if most == 4 and len(requests) == 8:
+            served.append([request.prompt for request in requests])
+        if len(served) == 8:
+            raise ConfigError("stopped")
+        return real(engine, requests, adapters, most)
+
+    monkeypatch.setattr(headline, "serve", serve)
+    assert headline.main([*TINY.split(), "--rounds", "3", "--output-json", str(path)]) == 1
+    figures = json.loads(path.read_text())
+    assert served[0] == served[1] == served[2] != served[3] == served[5]
+    rows = figures["rows"]
+    assert [len(row["rounds"]) for row in rows] == [3, 2, 2]
+    base = rows[0]["rounds"]
+    for row in rows:
+        assert row["output_throughput"] == pytest.approx(np.median(row["rounds"]), abs=0.06)
+        ratios = np.divide(row["rounds"], base[: len(row["rounds"])])
+        assert row["ratio_to_base"]["mean"] == pytest.approx(np.exp(np.log(ratios).mean()), rel=1e-3)
+    assert tables.engine(figures).count("\n| ") == 5

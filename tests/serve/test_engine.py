@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -363,3 +364,28 @@ def test_requests_without_a_seed_differ_and_another_engine_draws_the_same(lively
     assert first != second
     assert drawn() == [first, second]
     assert drawn(seed=1) != [first, second]
+
+
+def test_a_sleeping_engine_holds_no_device_memory_and_wakes_for_a_request(lively, adapters, rng):
+    engine, one = Engine(lively, TIGHT), request(some(rng, 20), adapters["lora"])
+    (before,) = run_all(engine, [one])[0]
+    loads = engine.stats.adapter_loads
+    for _ in range(2):
+        engine.sleep()
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((engine.runner.cache, engine.runner.bank)))
+        assert engine.step() == []
+    (after,) = run_all(engine, [one])[0]
+    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
+    assert engine.stats.prefix_hit_tokens == 0
+    assert engine.stats.adapter_loads == loads + 1
+    assert (engine.stats.recompiles, engine.stats.device_failures) == (0, 0)
+
+
+def test_an_engine_with_requests_does_not_go_to_sleep(lively, rng):
+    engine, one = Engine(lively, TIGHT), request(some(rng, 9))
+    number = engine.add(one)
+    for _ in range(2):
+        with pytest.raises(RequestError, match="1 requests are unfinished"):
+            engine.sleep()
+        wholes = advance(engine, {}, 1)
+    assert_as_alone(lively, one, [drain(engine, wholes)[number, 0]])
