@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from bench import headline, tables
+from bench import headline, headline_plot, tables
 from preft_jax.errors import ConfigError
 
 TINY = (
@@ -65,3 +65,20 @@ def test_contenders_take_turns_and_what_was_measured_is_kept(capsys, tmp_path, m
         ratios = np.divide(row["rounds"], base[: len(row["rounds"])])
         assert row["ratio_to_base"]["mean"] == pytest.approx(np.exp(np.log(ratios).mean()), rel=1e-3)
     assert tables.engine(figures).count("\n| ") == 5
+
+
+def test_the_picture_has_every_mode_and_the_peer(tmp_path):
+    pytest.importorskip("matplotlib")
+    ours = json.loads((tables.RESULTS / "h100-engine.json").read_text())
+    peer = {"who": "vllm", "adapters": 64, "output_throughput": 6276.0}
+    found = headline_plot.points([ours, peer, {**peer, "adapters": 0, "output_throughput": 14627.0}])
+    assert {mode: sorted(line) for mode, line in found.items()} == {
+        "prefill-only": [0, 1, 64, 512], "all-token": [1, 64, 512], "vllm": [0, 64],
+    }  # fmt: skip
+    paths = [tmp_path / "ours.json", tmp_path / "peer.json"]
+    for path, figures in zip(paths, (ours, peer), strict=True):
+        path.write_text(json.dumps(figures))
+    picture = tmp_path / "picture.png"
+    assert headline_plot.main([*map(str, paths), "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    assert headline_plot.main([str(paths[1]), "--output", str(picture)]) == 1
