@@ -223,20 +223,31 @@ def silu_mul_shrink(
 
 
 def decode_edit(
-    x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array, *, implementation: str | None = None
+    x_BD: jax.Array,
+    y_BF: jax.Array,
+    pool: PagePool,
+    page_BE: jax.Array,
+    *,
+    column: int | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """The edit of one token a row, each row with its own list of pages ``page_BE`` (int32; 0 is null).
 
-    What all-token adapters pay at every decode step. Returns the shape and dtype of ``y_BF``.
+    What all-token adapters pay at every decode step. Returns the shape and dtype of ``y_BF``. With ``column``, ``y_BF``
+    is the output of several linears side by side, and the edited one begins at that column; the others stay as they
+    are.
     """
     check_activations("x_BD", x_BD)
     check_activations("y_BF", y_BF)
     check_array("page_BE", page_BE, 2, jnp.integer)
-    check_pool(pool, x_BD.shape[1], y_BF.shape[1])
+    check_pool(pool, x_BD.shape[1], y_BF.shape[1] if column is None else None)
+    if column is not None:
+        last = y_BF.shape[1] - pool.b_PRF.shape[2]
+        check(0 <= column <= last, f"column is {column}; allowed for these widths of y_BF and the pool: 0 to {last}")
     for name, array in (("y_BF", y_BF), ("page_BE", page_BE)):
         check(array.shape[0] == x_BD.shape[0], f"{name} has {array.shape[0]} rows; x_BD has {x_BD.shape[0]}")
     debug.check_range("page_BE", page_BE, pool.a_PDR.shape[0])
-    return dispatch.run("decode_edit", implementation, x_BD, y_BF, pool, page_BE)
+    return dispatch.run("decode_edit", implementation, x_BD, y_BF, pool, page_BE, column=column or 0)
 
 
 def paged_attention(

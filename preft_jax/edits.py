@@ -14,6 +14,7 @@ from kernels import api
 from kernels.types import PagePool, Site, TilePages
 from preft_jax.adapter import LowRankEdit
 from preft_jax.bank import Bank
+from preft_jax.config import ModelConfig
 from preft_jax.shapes import SITES
 
 
@@ -65,6 +66,17 @@ class RowEdits(NamedTuple):
             api.decode_edit(x, y, *self.bank.at(layer, site, self.pages[site])) if site in self.bank.sites else y
             for site, y in zip(sites, ys, strict=True)
         )
+
+    def apply_beside(
+        self, config: ModelConfig, layer: int, sites: Sequence[str], x: jax.Array, y_BW: jax.Array
+    ) -> jax.Array:
+        """Edit the outputs of linears that lie side by side in ``y_BW``, in the order of ``sites``."""
+        column = 0
+        for site in sites:
+            if site in self.bank.sites:
+                y_BW = api.decode_edit(x, y_BW, *self.bank.at(layer, site, self.pages[site]), column=column)
+            column += config.site_shape(site)[1]
+        return y_BW
 
 
 class Dropout(NamedTuple):

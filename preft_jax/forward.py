@@ -161,12 +161,13 @@ def _fused_hidden(
     mask_TG: jax.Array,
     tiles: Mapping[str, TilePages],
     max_query_len: int,
+    rows: RowEdits | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Return the normed stream after the last layer, by the fused kernels, and the cache."""
     cos_T1X, sin_T1X = rope_table(config, positions_T)
     batch = fused.Batch(slots_T, *ragged, mask_TG, cos_T1X[:, 0], sin_T1X[:, 0], tiles)
     h_TD, kv = fused.hidden(
-        config, params, bank, cache.kv, params["embed"][tokens_T], batch, max_query_len=max_query_len
+        config, params, bank, cache.kv, params["embed"][tokens_T], batch, max_query_len=max_query_len, rows=rows
     )  # fmt: skip
     return h_TD, KVCache(kv)
 
@@ -265,10 +266,11 @@ def _decode(
     page_B = jnp.take_along_axis(batch.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
     slots_B = jnp.where(active_B, page_B * cache.page_size + position_B % cache.page_size, NO_SLOT)
     ragged = batch.page_table_BP, jnp.arange(size + 1, dtype=jnp.int32), position_B + 1
-    if isinstance(edits, NoEdits) and fused.applies(config, params):
+    if isinstance(edits, NoEdits | RowEdits) and fused.applies(config, params):
         h_BD, cache = _fused_hidden(
             config, params, None, cache, batch.tokens_B, position_B, slots_B, ragged,
             mask_TG=fused.no_mask(size), tiles={}, max_query_len=1,
+            rows=edits if isinstance(edits, RowEdits) else None,
         )  # fmt: skip
         return lm_head(params, h_BD), cache
     page_table_BP, query_start_B1, kv_len_B = ragged

@@ -14,6 +14,7 @@ from kernels import api, dispatch
 from kernels.types import Shrunk, Site, TilePages
 from preft_jax.bank import Bank
 from preft_jax.config import ModelConfig
+from preft_jax.edits import RowEdits
 from preft_jax.layout import linear
 from preft_jax.model import Params
 
@@ -50,6 +51,7 @@ def hidden(
     batch: Batch,
     *,
     max_query_len: int,
+    rows: RowEdits | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Run all layers and the final norm.
@@ -62,6 +64,7 @@ def hidden(
         x_TD: embedded tokens.
         batch: see ``Batch``.
         max_query_len: static bound on the tokens of one request in the batch.
+        rows: all-token adapters of a decode step; then there is no bank.
         implementation: of all kernels; None takes the best of each.
 
     Returns:
@@ -80,6 +83,9 @@ def hidden(
                 return [None] * len(names)
             return [bank.site(layer, name, batch.tiles[name]) if name in bank.sites else None for name in names]
 
+        def edited(names: tuple[str, ...], x: jax.Array, y: jax.Array, layer: int = layer) -> jax.Array:
+            return y if rows is None else rows.apply_beside(config, layer, names, x, y)
+
         with jax.named_scope("attention"):
             held = sites("q", "k", "v")
             x_TD, h, shrunk = api.norm_shrink(
@@ -96,6 +102,7 @@ def hidden(
             qkv = linear(h, w["qkv"])
             if config.qkv_bias:
                 qkv = qkv + w["qkv_bias"]
+            qkv = edited(("q", "k", "v"), h, qkv)
             q, kv[layer] = api.rope_kv(
                 qkv,
                 _edits(held, shrunk),
@@ -114,7 +121,7 @@ def hidden(
             shrunk = api.shrink(
                 mixed, [s.pool for s in held], [s.tiles for s in held], batch.mask_TG, implementation=implementation
             )
-            added = linear(mixed, w["o"])
+            added = edited(("o",), mixed, linear(mixed, w["o"]))
             pending = tuple(Shrunk(*pair) for pair in zip(shrunk, held, strict=True))
         with jax.named_scope("mlp"):
             held = sites("gate", "up")
@@ -130,12 +137,16 @@ def hidden(
                 implementation=implementation,
             )
             down = _present(sites("down"))
+            gate_up = edited(("gate", "up"), h, linear(h, w["gate_up"]))
             h, shrunk = api.silu_mul_shrink(
-                linear(h, w["gate_up"]), _edits(held, shrunk), down, batch.mask_TG, implementation=implementation
+                gate_up, _edits(held, shrunk), down, batch.mask_TG, implementation=implementation
             )
-            added = linear(h, w["down"])
+            added = edited(("down",), h, linear(h, w["down"]))
             pending = tuple(Shrunk(*pair) for pair in zip(shrunk, down, strict=True))
             (block,) = sites("block")
+            if rows is not None and "block" in rows.bank.sites:
+                x_TD, added = x_TD + added, None
+                (x_TD,) = rows.apply(layer, ("block",), x_TD, (x_TD,))
     _, h, _ = api.norm_shrink(
         x_TD, pending, block, params["norm"], eps, (), batch.mask_TG, add_TD=added, implementation=implementation
     )

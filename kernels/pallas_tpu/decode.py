@@ -100,12 +100,15 @@ def _kernel(rows: int, slots: int, page_ref: Any, x_ref: Any, y_ref: Any, c_ref:
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
-def decode_edit(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:
+def decode_edit(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array, *, column: int = 0) -> jax.Array:
     """See ``kernels.api.decode_edit``.
 
     Raises:
         Unsupported: a dtype, width or page list that the kernel cannot take.
     """
+    if pool.b_PRF.shape[2] < y_BF.shape[1]:
+        here = slice(column, column + pool.b_PRF.shape[2])
+        return y_BF.at[:, here].set(decode_edit(x_BD, y_BF[:, here], pool, page_BE))
     (batch, width_in), width_out = x_BD.shape, y_BF.shape[1]
     for name, array in (("x_BD", x_BD), ("y_BF", y_BF), ("pool.a_PDR", pool.a_PDR), ("pool.b_PRF", pool.b_PRF)):
         check_dtype(name, array.dtype)

@@ -47,13 +47,20 @@ def config_for(batch: int, width_in: int, width_out: int, entries: int) -> Confi
 
 
 def decode_edit(
-    x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array, *, config: Config | None = None
+    x_BD: jax.Array,
+    y_BF: jax.Array,
+    pool: PagePool,
+    page_BE: jax.Array,
+    *,
+    column: int = 0,
+    config: Config | None = None,
 ) -> jax.Array:
-    """See ``kernels.api.decode_edit``. ``config`` is chosen by the shapes if None."""
+    """See ``kernels.api.decode_edit``. ``config`` is chosen by the shapes if None. ``y_BF`` is edited in place."""
     check_dtype("x_BD", x_BD)
     check_dtype("y_BF", y_BF)
     batch, width_in = x_BD.shape
-    width_out = y_BF.shape[1]
+    width_out = pool.b_PRF.shape[2]
+    columns = {"F": width_out, "WIDTH": y_BF.shape[1], "COLUMN": column}
     entries = page_BE.shape[1]
     page_BE = jnp.asarray(page_BE, jnp.int32)
     config = config or config_for(batch, width_in, width_out, entries)
@@ -61,9 +68,9 @@ def decode_edit(
     if config.whole:
         require(entries == 1, f"page_BE lists {entries} pages a row; whole rows take one")
         (edited,) = call(
-            edit_row_kernel, x_BD, y_BF, *pool, page_BE, out=[out], grid=(batch,),
+            edit_row_kernel, x_BD, y_BF, *pool, page_BE, out=[out], grid=(batch,), aliases={1: 0},
             warps=config.warps(max(config.shrink, config.expand)),
-            D=width_in, F=width_out, BD=config.shrink, BF=config.expand,
+            D=width_in, **columns, BD=config.shrink, BF=config.expand,
         )  # fmt: skip
         return edited
     parts = width_in // config.shrink
@@ -73,8 +80,8 @@ def decode_edit(
         grid=(batch, parts), warps=config.warps(config.shrink), B=batch, D=width_in, E=entries, BD=config.shrink,
     )  # fmt: skip
     (edited,) = call(
-        expand_row_kernel, s_UBER, y_BF, pool.c_PR, pool.b_PRF, page_BE, out=[out],
+        expand_row_kernel, s_UBER, y_BF, pool.c_PR, pool.b_PRF, page_BE, out=[out], aliases={1: 0},
         grid=(batch, width_out // config.expand), warps=config.warps(config.expand),
-        B=batch, F=width_out, E=entries, PARTS=parts, PB=power_of_two(parts), BF=config.expand,
+        B=batch, **columns, E=entries, PARTS=parts, PB=power_of_two(parts), BF=config.expand,
     )  # fmt: skip
     return edited

@@ -380,3 +380,32 @@ def test_the_cases_hold_the_edges_that_they_are_for(rng):
     assert {case.dtype for case in EDITS} == {case.dtype for case in ATTENTION} == {"float32", "bfloat16"}
     assert {case.page_size for case in ATTENTION} == {16, 64}
     assert {case.head_size for case in ATTENTION} == {64, 128}
+
+
+# Outputs of several linears side by side.
+
+
+@pytest.mark.parametrize("batch", [5, 208])
+def test_a_decode_edit_of_some_columns_leaves_the_others(batch, implementation, rng):
+    """Few rows are cut up; many take a program each."""
+    widths, pages = (64, 96, 32), 6
+    x = rng.standard_normal((batch, 128)).astype(np.float32)
+    y = rng.standard_normal((batch, sum(widths))).astype(np.float32)
+    page = rng.integers(0, pages, (batch, 1)).astype(np.int32)
+    column = 0
+    for width in widths:
+        a, c, b = (rng.standard_normal(shape) for shape in ((pages, 128, 16), (pages, 16), (pages, 16, width)))
+        pool = PagePool(*(jnp.asarray(array, jnp.float32).at[0].set(0) for array in (a, c, b)))
+        found = api.decode_edit(x, jnp.asarray(y), pool, page, column=column, implementation=implementation)
+        wanted, own = y.astype(np.float64), page[:, 0]
+        s = np.einsum("bd,bdr->br", x, f64(pool.a_PDR)[own]) + f64(pool.c_PR)[own]
+        wanted[:, column : column + width] += np.einsum("br,brf->bf", s, f64(pool.b_PRF)[own])
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+        column += width
+
+
+@pytest.mark.parametrize("column", [-1, 33])
+def test_columns_that_are_not_there_are_refused(column):
+    pool = PagePool(jnp.zeros((2, 32, 16)), jnp.zeros((2, 16)), jnp.zeros((2, 16, 32)))
+    with pytest.raises(ValueError, match=f"column is {column}; allowed for these widths of y_BF and the pool: 0 to 32"):
+        api.decode_edit(jnp.zeros((3, 32)), jnp.zeros((3, 64)), pool, jnp.zeros((3, 1), jnp.int32), column=column)

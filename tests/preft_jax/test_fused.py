@@ -135,3 +135,29 @@ def test_when_the_fused_layers_apply(lively):
         assert not fused.applies(lively.config, transposed)
     with dispatch.preferring("pallas_tpu"):
         assert not fused.applies(lively.config, params)
+
+
+def test_decode_steps_with_all_token_adapters(lively, batch, monkeypatch):
+    """Rows with LoRA, without, and with ReFT, whose edit lies between a layer and the next one's norm."""
+    config, params = lively.config, fused_layout(lively.params, transpose=False)
+    bank, packed = batch
+    page = {site: np.asarray(tiles.page_NE) for site, tiles in packed.tiles.items()}
+    # The first tile is the first prompt's, the last one the third's.
+    pages = {site: jnp.asarray([page_NE[0], np.zeros_like(page_NE[0]), page_NE[-1]]) for site, page_NE in page.items()}
+    assert min(int(pages[site][at].max()) for at, site in ((0, "q"), (0, "down"), (2, "block"))) > 0
+
+    def run(pages=pages):
+        cache, logits = init_cache(config, 3, PAGE_SIZE, jnp.float32), None
+        for position in range(2):
+            tokens = [3 + position, 5, 7 - position]
+            rows = DecodeBatch(*(jnp.asarray(x, jnp.int32) for x in (tokens, [position] * 3, [[0], [1], [2]])))
+            logits, cache = forward.decode_adapted(config, params, bank, pages, cache, rows)
+        return logits, cache
+
+    (plain, plain_cache), (ours, cache) = both_ways(monkeypatch, run)
+    np.testing.assert_allclose(ours, plain, atol=ATOL)
+    for pool, expected in zip(cache.kv, plain_cache.kv, strict=True):
+        np.testing.assert_allclose(pool, expected, atol=ATOL)
+    for site, row in (("q", 0), ("v", 0), ("o", 0), ("down", 0), ("block", 2)):
+        without, _ = run(pages | {site: jnp.zeros_like(pages[site])})
+        assert np.abs(without - ours)[row].max() > 1e-3, site

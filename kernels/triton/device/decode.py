@@ -22,13 +22,14 @@ def shrink_row_kernel(x_ptr, a_ptr, page_ptr, part_out, B: tl.constexpr, D: tl.c
 
 @triton.jit
 def expand_row_kernel(part_ptr, y_ptr, c_ptr, b_ptr, page_ptr, out_ptr, B: tl.constexpr, F: tl.constexpr,
-                E: tl.constexpr, PARTS: tl.constexpr, PB: tl.constexpr, BF: tl.constexpr):  # fmt: skip
-    """A program: a row by BF columns of y; adds up the parts of s."""
+                WIDTH: tl.constexpr, COLUMN: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, PB: tl.constexpr,
+                BF: tl.constexpr):  # fmt: skip
+    """A program: a row by BF of the F columns of y from COLUMN on; adds up the parts of s."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     r = tl.arange(0, 16)
     part = tl.arange(0, PB)
-    y = tl.load(y_ptr + row * F + f)
+    y = tl.load(y_ptr + row * WIDTH + COLUMN + f)
     acc = y.to(tl.float32)
     for entry in range(E):
         page = tl.load(page_ptr + row * E + entry).to(tl.int64)
@@ -38,12 +39,12 @@ def expand_row_kernel(part_ptr, y_ptr, c_ptr, b_ptr, page_ptr, out_ptr, B: tl.co
             s = tl.sum(tl.load(part_ptr + at, mask=(part < PARTS)[:, None], other=0.0), 0)
             s += tl.load(c_ptr + page * 16 + r).to(tl.float32)
             acc += tl.sum(s.to(y.dtype).to(tl.float32)[:, None] * b.to(tl.float32), 0)
-    tl.store(out_ptr + row * F + f, acc.to(y.dtype))
+    tl.store(out_ptr + row * WIDTH + COLUMN + f, acc.to(y.dtype))
 
 
 @triton.jit
 def edit_row_kernel(x_ptr, y_ptr, a_ptr, c_ptr, b_ptr, page_ptr, out_ptr, D: tl.constexpr, F: tl.constexpr,
-              BD: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+              WIDTH: tl.constexpr, COLUMN: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):  # fmt: skip
     """A program: a row from end to end, with one page."""
     row = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, 16)
@@ -60,7 +61,8 @@ def edit_row_kernel(x_ptr, y_ptr, a_ptr, c_ptr, b_ptr, page_ptr, out_ptr, D: tl.
     s = tl.where(live, s, 0.0).to(dtype).to(tl.float32)
     for at in tl.static_range(0, F, BF):
         f = at + tl.arange(0, BF)
-        y = tl.load(y_ptr + row * F + f).to(tl.float32)
+        at_y = row * WIDTH + COLUMN + f
+        y = tl.load(y_ptr + at_y).to(tl.float32)
         b = tl.load(b_ptr + page * (16 * F) + r[:, None] * F + f[None, :], mask=live, other=0.0).to(dtype)
         y += tl.sum(s[:, None] * b.to(tl.float32), 0)
-        tl.store(out_ptr + row * F + f, y.to(dtype))
+        tl.store(out_ptr + at_y, y.to(dtype))
