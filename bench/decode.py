@@ -50,6 +50,14 @@ def floor_seconds(model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows:
     return model.num_hidden_layers * (layer + kv) + product(model.hidden_size, model.vocab_size)
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse ``512x384``: rows and context."""
+    rows, _, context = text.partition("x")
+    if not (rows.isdecimal() and context.isdecimal() and int(rows) and int(context)):
+        raise ConfigError(f"--sizes has {text!r}; give ROWSxCONTEXT, such as 512x384")
+    return int(rows), int(context)
+
+
 class Decoding:
     """A decode program with its rows."""
 
@@ -99,7 +107,7 @@ class Decoding:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time every size and return the figures that the JSON line holds."""
     console = Console(stderr=True)
-    sizes = [tuple(map(int, text.split("x"))) for text in args.sizes.split(",")]
+    sizes = [parse_size(text) for text in args.sizes.split(",")]
     model = serving_model(load_model(args.model, dtype=args.dtype), max(rows for rows, _ in sizes))
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)

@@ -244,6 +244,13 @@ def table(figures: dict[str, Any]) -> Table:
     return out
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__)
@@ -258,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=20, help="pairs of calls for each case")
     parser.add_argument("--profile", type=int, default=0, help="also profile, and print so many kernels (needs a GPU)")
-    parser.add_argument("--cases", type=re.compile, default=re.compile(""), help="only cases that match (a pattern)")
+    parser.add_argument("--cases", type=_pattern, default=re.compile(""), help="only cases that match (a pattern)")
     parser.add_argument("--output-json", type=Path, help="also write the JSON line here")
     args = parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     if args.rounds < 1:
@@ -266,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs_here = {"xla", *({"gpu": ["triton"], "tpu": ["pallas_tpu"]}.get(jax.default_backend(), []))}
     if wrong := set(args.implementations) - runs_here:
         parser.error(f"--implementations {', '.join(sorted(wrong))}: here run {', '.join(sorted(runs_here))}")
+    if not any(args.cases.search(case.name) for case in (SMALL if args.selection == "small" else CASES)):
+        parser.error(f"--cases {args.cases.pattern!r} matches no case of --selection {args.selection}")
     figures = run(args)
     Console().print(table(figures))
     line = json.dumps(figures)

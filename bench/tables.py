@@ -364,6 +364,7 @@ TABLES = {
     "h100-engine": engine,
     "h100-kernels": kernels,
     "h100-lora": engine,
+    "h100-prefill-plain": prefill,
     "h100-lora-before": engine,
     "h100-prefill": prefill,
     "h100-sft": sft,

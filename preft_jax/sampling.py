@@ -321,11 +321,15 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, s: SamplingArrays, histo
     )
 
 
+def is_penalised(params: SamplingParams) -> bool:
+    """Return whether a request has a penalty, for which its text so far is needed."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
 def is_plain(params: SamplingParams) -> bool:
     """Return whether ``sample_plain`` can draw for a request: it only has a temperature and a seed."""
-    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-    return not (penalised or filtered or params.logit_bias)
+    return not (is_penalised(params) or filtered or params.logit_bias)
 
 
 def sample_plain(

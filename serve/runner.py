@@ -22,7 +22,7 @@ from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
 from preft_jax.programs import Drawn
-from preft_jax.sampling import SamplingParams, is_plain, sampling_arrays
+from preft_jax.sampling import is_penalised, is_plain, sampling_arrays
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
 from serve import device
 from serve.adapters import ALL_LINEARS, Load
@@ -417,7 +417,7 @@ class Runner:
         """Return the sequences' tokens, which penalties need, empty ones if none has any; None: all draw plainly."""
         if self.draws_plainly and all(is_plain(s.info.sampling) and not s.info.logprobs for s in sequences):
             return None
-        if not any(_penalised(s.info.sampling) for s in sequences):
+        if not any(is_penalised(s.info.sampling) for s in sequences):
             return self._no_history[size]
         tokens = np.zeros((size, self.config.max_model_len), np.int32)
         for row, sequence in enumerate(sequences):
@@ -478,10 +478,6 @@ def _ahead_of(begin: Begin, arguments: Any) -> Any:
     arguments = jax.device_put(arguments)
     begin()
     return arguments
-
-
-def _penalised(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
 def _compile(traced: Any) -> tuple[Any, float]:

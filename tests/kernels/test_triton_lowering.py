@@ -26,7 +26,9 @@ from preft_jax.cache import init_cache
 from preft_jax.config import PRESETS
 from preft_jax.layout import fused_layout
 from preft_jax.model import abstract_params
+from preft_jax.sampling import SamplingParams, sampling_arrays
 from preft_jax.shapes import NUM_GROUPS
+from serve import device
 
 MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
@@ -80,6 +82,21 @@ def test_every_kernel_compiles_for_hopper(case, compiled):
         assert kernel.shared_mem_bytes <= SHARED_BYTES, kernel.name
 
 
+def test_drawing_compiles_for_hopper_and_branches_nowhere(compiled):
+    """A branch would make the host wait for the device."""
+    b, f = 8, jax.ShapeDtypeStruct
+    rows, plan = device.Rows(*[np.zeros(b, np.int32)] * 3), device.RowPlan(
+        np.ones(b, np.bool_), np.zeros((b, 2), np.int32), np.zeros((b, 4), np.int32), np.zeros(b, np.int32), np.False_
+    )  # fmt: skip
+    sampling = sampling_arrays([SamplingParams()], [0], b)
+    with dispatch.preferring("triton"):
+        text = lower(device.draw_plain, f((b, 128256), jnp.float32), np.zeros(b, np.int32), rows, plan, sampling)
+    assert text.count("@triton_kernel_call") == 1
+    assert not re.search(r"stablehlo\.(case|if|while)", text)
+    (kernel,) = compiled
+    assert kernel.shared_mem_bytes <= SHARED_BYTES
+
+
 @pytest.fixture(scope="module")
 def programs():
     """Return prefill and decode at the SmolLM2 shape, lowered for a GPU, by name."""
@@ -91,15 +108,19 @@ def programs():
     span = Span(tokens=np.arange(9), start=0, edit_mask=np.ones((9, NUM_GROUPS), bool), kv_pages=[1])
     batch = pack_prefill([span], num_tokens=64, num_requests=2, page_table_width=4, page_size=16, tile=32)
     rows = DecodeBatch(np.zeros(4, np.int32), np.zeros(4, np.int32), np.zeros((4, 4), np.int32))
+    pages = {site: np.zeros((4, 1), np.int32) for site in bank.sites}
     prefill = functools.partial(forward.prefill, config, max_query_len=32)
     with dispatch.preferring("triton"):
         return config, {
             "prefill": lower(prefill, params, bank, cache, batch, donate_argnums=2),
             "decode": lower(functools.partial(forward.decode, config), params, cache, rows, donate_argnums=1),
+            "decode_adapted": lower(
+                functools.partial(forward.decode_adapted, config), params, bank, pages, cache, rows, donate_argnums=3
+            ),
         }
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "decode_adapted"])
 def test_programs_write_the_kv_cache_in_place(programs, name):
     """Each layer's pool is donated to the result, and the kernel that writes it returns the buffer it was given."""
     config, texts = programs
@@ -115,9 +136,12 @@ def test_programs_write_the_kv_cache_in_place(programs, name):
     assert all("output_operand_alias" in line for line in writes)
 
 
-@pytest.mark.parametrize(("name", "calls"), [("prefill", 6), ("decode", 5)])
+@pytest.mark.parametrize(("name", "calls"), [("prefill", 6), ("decode", 5), ("decode_adapted", 13)])
 def test_programs_are_made_of_the_fused_kernels(programs, name, calls):
-    """Two norms, rope, attention and SiLU in a layer, and the shrink of ``o`` with edits; one norm at the end."""
+    """Two norms, rope, attention and SiLU in a layer, and the shrink of ``o`` with edits; one norm at the end.
+
+    All-token adapters edit seven linears and the stream apart.
+    """
     config, texts = programs
     found = texts[name].count("@triton_kernel_call")
     assert found >= calls * config.num_hidden_layers + 1
@@ -128,11 +152,14 @@ INTERPRETED = (
     "test_edit[triton-expand/narrow/gate/f7+l7]",
     "test_edit[triton-norm_shrink/narrow/down+block->q+k+v/f7+l7]",
     "test_edit[triton-norm_shrink/narrow/o->gate+up/base-only]",
+    "test_edit[triton-norm_shrink/narrow/plain/mixed]",
     "test_edit[triton-rope_kv/narrow/q+k+v/f7+l7]",
     "test_edit[triton-silu_mul_shrink/narrow/gate+up->down/mixed]",
     "test_edit[triton-silu_mul_shrink/narrow/gate+up->down/null-pages]",
+    "test_edit[triton-silu_mul_shrink/narrow/plain/mixed]",
     "test_edit[triton-backward/narrow/gate/f7+l7]",
     "test_edit[triton-decode_edit/narrow/qkv/mixed]",
+    "test_a_decode_edit_of_some_columns_leaves_the_others[triton-5]",
     "test_attention[triton-attention/ragged/multi-query]",
     "test_attention[triton-attention/decode/long-and-short/page-64]",
 )
