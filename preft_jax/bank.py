@@ -86,6 +86,8 @@ def num_rank_pages(rank: int) -> int:
 def adapter_page_counts(config: AdapterConfig, model: ModelConfig) -> dict[str, int]:
     """Return how many rank pages an adapter takes at each site that it edits."""
     layers = [layer for layer in range(model.num_hidden_layers) if config.edits_layer(layer)]
+    if not config.rank_pattern:  # Every request asks.
+        layers = layers[:1]
     return {
         site: num_rank_pages(max((config.rank_at(layer, site) for layer in layers), default=0)) * config.groups
         for site in config.targets

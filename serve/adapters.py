@@ -193,19 +193,19 @@ class AdapterBank:
         }
 
     def _make_room(self, counts: dict[str, int]) -> bool:
-        def short() -> bool:
-            return any(self._allocator.free_pages(site) < count for site, count in counts.items())
-
-        idle = [digest for digest in self._places if not self._pins[digest]]
-        free = {site: self._allocator.free_pages(site) for site in counts}
-        for digest in idle:
+        short = {site: count - self._allocator.free_pages(site) for site, count in counts.items()}
+        idle = (digest for digest in self._places if digest not in self._pins)
+        leaving: list[str] = []
+        while any(missing > 0 for missing in short.values()):
+            digest = next(idle, None)
+            if digest is None:
+                return False
+            leaving.append(digest)
             for site, place in self._places[digest].items():
-                free[site] = free.get(site, 0) + len(place.pages)
-        if any(free[site] < count for site, count in counts.items()):
-            return False
-        for digest in idle:
-            if not short():
-                break
+                if site in short:
+                    short[site] -= len(place.pages)
+        for digest in leaving:
             self._allocator.release(self._places.pop(digest))
-            self.pending = [load for load in self.pending if load.digest != digest]
+        if leaving:
+            self.pending = [load for load in self.pending if load.digest not in leaving]
         return True

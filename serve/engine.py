@@ -100,7 +100,7 @@ class Engine:
                 f"{model.config.max_position_embeddings} positions"
             )
         # Background work gets the device when no call is under way.
-        two_calls = background is None or background_seconds == 0
+        goes_ahead = background is None or background_seconds == 0
         self.model = model
         self.config = config = config.resolve(jax.default_backend())
         self.runner = Runner(model, config)
@@ -117,7 +117,7 @@ class Engine:
             tile=config.tile,
             tile_entries=config.tile_entries or 1,
             decode_steps=config.decode_steps,
-            two_calls=two_calls,
+            goes_ahead=goes_ahead,
         )
         self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging)
         self._claims = Claims(self.adapters, store)
@@ -133,9 +133,9 @@ class Engine:
         self._live: dict[int, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._early: list[News] = []
-        # What the device works on, oldest first: two calls at most.
+        # What the device works on, oldest first: two calls, or three if the last one is full prefill.
         self._calls: collections.deque[Call] = collections.deque()
-        self._two_calls = two_calls
+        self._goes_ahead = goes_ahead
         self._results_at = 0.0
         self._asleep = False
         # Whether sequences whose call failed are run apart from others.
@@ -312,7 +312,7 @@ class Engine:
     # Steps
 
     def step(self) -> list[Output]:
-        """Give the device its next call, collect the results of the one before, and return their outputs."""
+        """Give the device its next calls, collect the results of the oldest, and return their outputs."""
         self.warm_up()
         if self._asleep and self.has_work:
             self.runner.reset()
@@ -320,8 +320,8 @@ class Engine:
         with self._compiles:
             self._take_loaded()
             self._expire()
-            if len(self._calls) == 1 and self._two_calls and not self._apart:
-                self._run(self.scheduler.ahead(self._calls[0].plan))
+            if self._goes_ahead and not self._apart:
+                self._run_ahead()
             news = self._collect()
             if not self._calls:
                 plan = self.scheduler.schedule()
@@ -336,6 +336,14 @@ class Engine:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
             self.cancel(heapq.heappop(self._deadlines)[1], "its deadline passed")
+
+    def _run_ahead(self) -> None:
+        """Start calls behind those under way, so that the device need not wait for the host."""
+        if len(self._calls) == 1:
+            self._run(self.scheduler.ahead(self._calls[0].plan))
+        kinds = [type(call.plan) for call in self._calls]
+        if kinds in ([Prefill], [Prefill, Decode]):
+            self._run(self.scheduler.full_prefill())
 
     def _run(self, plan: Prefill | Decode | None) -> None:
         """Start a call on the device."""

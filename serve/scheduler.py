@@ -4,7 +4,8 @@ Prompts are prefilled in chunks within a token budget. While a prompt waits, eac
 step, so that running sequences go on; else decoding takes several steps a call. A sequence that finds no room for its
 next KV page preempts the one that would be served last, which is computed again later.
 
-A call may be planned while the one before it is under way (``ahead``), as far as that does not depend on what it draws.
+A call may be planned while the one before it is under way (``ahead``), as far as that does not depend on what it draws,
+and while prompts fill whole prefill calls a further one behind both (``full_prefill``).
 """
 
 import bisect
@@ -149,7 +150,7 @@ class Scheduler:
         tile: int,
         tile_entries: int,
         decode_steps: int,
-        two_calls: bool = False,
+        goes_ahead: bool = False,
     ):
         self.pages = pages
         self._adapters = adapters
@@ -161,7 +162,7 @@ class Scheduler:
         self._tile_entries = tile_entries
         self._decode_steps = decode_steps
         # A prompt that comes waits for the calls that were started: two have as many steps together as one alone.
-        self._quiet_steps = max(1, decode_steps // 2) if two_calls else decode_steps
+        self._quiet_steps = max(1, decode_steps // 2) if goes_ahead else decode_steps
         self._waiting = _Waiting()
         # Ordered sets.
         self._prefilling: dict[Sequence, None] = {}
@@ -219,6 +220,43 @@ class Scheduler:
         if plan is not None:
             self._decode_is_next = isinstance(plan, Prefill)
         return plan
+
+    def full_prefill(self) -> Prefill | None:
+        """Return a prefill call to start behind prefill that is under way, and a step after it, if it is a full one.
+
+        Nothing that is under way changes what would be in it: prompts that wait fill it, pages and adapters have room
+        beside what is under way. A call that is not full is planned as late as possible, for prompts that may come.
+        """
+        plan = self._plan_prefill() if self._is_filled() else None
+        if plan is not None:
+            self._decode_is_next = True
+        return plan
+
+    def _is_filled(self) -> bool:
+        """Whether the prompts of the queue fill a prefill call, and there is room for all of them."""
+        tokens, count, new, pages = 0, 0, 0, 0
+        adapters: list[str] = []
+        for sequence in itertools.chain(self._prefilling, self._waiting):
+            wanted = min(len(sequence.tokens) - sequence.started, self._chunk_tokens)
+            if wanted <= 0:
+                continue
+            tokens, count = tokens + wanted, count + 1
+            if sequence.status is Status.WAITING:
+                new += 1
+                pages += -(-len(sequence.tokens) // self.pages.page_size)
+                adapters += [] if sequence.adapter is None else [sequence.adapter]
+            if tokens >= self._prefill_tokens or count == self._prefill_seqs:
+                break
+        else:
+            return False
+        running = self.num_running + new
+        spare = min(running, self.pages.num_pages // 16)
+        if running > self._max_num_seqs or pages + spare > self.pages.num_available:
+            return False
+        taken = list(itertools.takewhile(self._adapters.acquire, adapters))
+        for digest in taken:
+            self._adapters.release(digest)
+        return len(taken) == len(adapters)
 
     def _further(self, under_way: Decode) -> Decode | None:
         """Return more steps of the same rows, if they are all that is to be done, and half of them go on at least."""
@@ -303,7 +341,8 @@ class Scheduler:
         lost = [*self._prefilling, *self._running]
         self._prefilling, self._running, self._holders = {}, {}, 0
         for sequence in lost:
-            sequence.pages, sequence.computed, sequence.registered, sequence.holds_adapter = [], 0, 0, False
+            sequence.pages, sequence.registered, sequence.holds_adapter = [], 0, False
+            sequence.computed = sequence.started = 0
             self.add(sequence)
 
     def next_adapters(self, calls: int = 1) -> list[str]:
@@ -354,10 +393,13 @@ class Scheduler:
         """Add a sequence's next chunk, if it may be computed with the others; False if the batch is full."""
         if chunks and chunks[0].sequence.cohort != sequence.cohort:
             return True
-        wanted = min(len(sequence.tokens) - sequence.computed, self._chunk_tokens)
+        wanted = min(len(sequence.tokens) - sequence.started, self._chunk_tokens)
+        if not wanted:
+            return True  # A call under way ends its prompt.
         at, count = packing.place(wanted, sequence.entries)
         if count > 0:
-            chunks.append(Chunk(sequence, sequence.computed, sequence.computed + count, at))
+            chunks.append(Chunk(sequence, sequence.started, sequence.started + count, at))
+            sequence.started += count
         return count == wanted and len(chunks) < self._prefill_seqs
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -373,7 +415,7 @@ class Scheduler:
             self.pages.release(found)
             return False
         sequence.pages = [*found, *self.pages.allocate(missing)]
-        sequence.computed = len(found) * self.pages.page_size
+        sequence.computed = sequence.started = len(found) * self.pages.page_size
         sequence.registered = len(found)
         self.prefix_hit_tokens += sequence.computed
         sequence.status = Status.PREFILLING
@@ -451,5 +493,5 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.registered = [], 0, 0
+        sequence.pages, sequence.computed, sequence.started, sequence.registered = [], 0, 0, 0
         self._release_adapter(sequence)

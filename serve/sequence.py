@@ -43,6 +43,7 @@ class Sequence:
         followers: samples that fork from it when it is prefilled.
         pages: KV pages in order.
         computed: tokens whose KV is in the cache.
+        started: the same with those that calls under way compute.
         registered: pages that others can find.
         ticket: its place in the queue among sequences of one rank.
         overtaken: calls that took others with adapters before it, since its own found no room.
@@ -70,6 +71,7 @@ class Sequence:
     status: Status = Status.NEW
     pages: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
+    started: int = 0
     registered: int = 0
     ticket: int = 0
     overtaken: int = 0

@@ -123,7 +123,8 @@ class World:
         for chunk in plan.chunks:
             s = chunk.sequence
             assert s.adapter is None or self.slots.held[s.adapter] > 0
-            assert all(s not in other.plan.sequences for other in self.calls if other is not call)
+            assert not any(s in other.plan.sequences for other in self.calls if isinstance(other.plan, Decode))
+            assert chunk.start == max([s.computed, *self.under_way(s, call)]), "a chunk is skipped, or computed again"
             self.check_kv(s, chunk.start)
             for position in range(chunk.start, chunk.end):
                 self.write(s, position, s.tokens)
@@ -137,6 +138,11 @@ class World:
                 for drawing in (s, *(follower for follower, _ in forked)):
                     self.take_row(call, drawing)
                     self.draw(call, drawing)
+
+    def under_way(self, s, call):
+        """Return where the chunks of a sequence end in the calls before one."""
+        plans = [other.plan for other in self.calls if other is not call and isinstance(other.plan, Prefill)]
+        return [chunk.end for plan in plans for chunk in plan.chunks if chunk.sequence is s]
 
     def decode(self, plan, call, before):
         assert len({s.cohort for s in plan.sequences}) == 1
@@ -202,7 +208,7 @@ class World:
         for chunk in plan.chunks:
             s = chunk.sequence
             assert s.status is Status.PREFILLING
-            assert chunk.start == s.computed < chunk.end <= len(s.tokens)
+            assert chunk.start < chunk.end == s.started <= len(s.tokens)
             assert chunk.end - chunk.start <= sizes["chunk_tokens"]
             assert end <= chunk.at
             tiles = range(chunk.at // sizes["tile"], -(-(chunk.at + chunk.end - chunk.start) // sizes["tile"]))
@@ -261,8 +267,22 @@ class World:
     @property
     def may_go_ahead(self):
         """Whether a call may be started behind the one under way."""
-        two_calls = self.sizes.get("two_calls", False) and len(self.calls) == 1
-        return two_calls and all(s.cohort is None for s in self.live)
+        goes_ahead = self.sizes.get("goes_ahead", False) and len(self.calls) == 1
+        return goes_ahead and all(s.cohort is None for s in self.live)
+
+    @property
+    def may_fill(self):
+        """Whether full prefill may be started behind what is under way."""
+        goes_ahead = self.sizes.get("goes_ahead", False) and all(s.cohort is None for s in self.live)
+        return goes_ahead and [type(call.plan) for call in self.calls] in ([Prefill], [Prefill, Decode])
+
+    def fill(self):
+        """Start full prefill behind what is under way, if prompts fill it; returns its plan."""
+        plan = self.scheduler.full_prefill()
+        if plan is not None:
+            self.start(plan)
+        self.check()
+        return plan
 
     def ahead(self):
         """Start a call behind the one under way, if there is one to start; returns its plan."""
@@ -284,18 +304,18 @@ class World:
         return plan
 
     def turn(self):
-        """Do what a step of the engine does; returns the plan of the call that was started."""
-        plan = self.ahead() if self.may_go_ahead else None
-        return self.collect() or plan
+        """Do what a step of the engine does; returns the plans of the calls that were started."""
+        plans = [self.ahead() if self.may_go_ahead else None]
+        plans.append(self.fill() if self.may_fill else None)
+        return [plan for plan in (*plans, self.collect()) if plan is not None]
 
     def run(self, most=2000):
         """Go on until everybody is done; returns the plans."""
-        plans, go_on = [], self.turn if self.sizes.get("two_calls", False) else self.step
+        plans = []
         for _ in range(most):
-            plan = go_on()
-            if plan is not None:
-                plans.append(plan)
-            elif not self.live:
+            some = self.turn() if self.sizes.get("goes_ahead", False) else [self.step()]
+            plans += [plan for plan in some if plan is not None]
+            if not any(some) and not self.live:
                 break
         assert not self.live, [s.status for s in self.live]
         assert self.pages.num_used == 0

@@ -12,7 +12,7 @@ def decoding(*lengths, prompt=4, steps=0, **world):
 
     ``steps``: calls of decode steps after that, so that prefill goes first again.
     """
-    world = World(two_calls=True, **world)
+    world = World(goes_ahead=True, **world)
     group = [world.add(prompt, max_tokens=length) for length in lengths]
     while any(s.generated == 0 for s in group):
         world.step()
@@ -36,7 +36,7 @@ def ahead(world):
 
 
 def test_calls_in_their_order():
-    world = World(two_calls=True)
+    world = World(goes_ahead=True)
     world.add(4, max_tokens=12)
     world.add(30, max_tokens=2)
     assert [shape(plan) for plan in world.run()] == [
@@ -85,7 +85,7 @@ def test_behind_the_last_chunk_one_step_is_taken_if_another_prompt_waits_that_ma
 
 
 def test_behind_prefill_nothing_is_started_while_nobody_decodes():
-    world = World(two_calls=True)
+    world = World(goes_ahead=True)
     world.add(30)
     launch(world)
     assert ahead(world) is None
@@ -104,12 +104,111 @@ def test_samples_whose_first_token_is_being_drawn_do_not_take_part():
 
 
 def test_nothing_is_started_if_such_samples_are_all_that_run():
-    world = World(two_calls=True)
+    world = World(goes_ahead=True)
     samples = world.add(8, n=2, max_tokens=4)
     world.add(30)
     launch(world)
     assert samples[1].status is Status.RUNNING
     assert ahead(world) is None
+    world.run()
+
+
+# Full prefill behind prefill and a step.
+
+
+def queued(*lengths, **world):
+    """Return a world with one who decodes, a prefill call and a step under way, and prompts of these lengths."""
+    world, _ = decoding(20, steps=1, **{"max_num_seqs": 12, **world})
+    for length in lengths:
+        world.add(length, max_tokens=2)
+    launch(world)
+    assert ahead(world) == ("decode", 1, [0])
+    return world
+
+
+def fill(world):
+    plan = world.fill()
+    return plan and shape(plan)
+
+
+def test_full_prefill_is_started_behind_prefill_and_a_step():
+    world = queued(*[8] * 6)
+    assert fill(world) == ("prefill", [(4, 0, 8), (5, 0, 8), (6, 0, 8)])
+    world.commit()
+    assert [type(call.plan) for call in world.calls] == [Decode, Prefill]
+    world.commit()
+    assert ahead(world) is None, "no prompt waits: those of the last call take part in the next step"
+    world.commit()
+    assert shape(launch(world)) == ("decode", 2, [0, 1, 2, 3, 4, 5, 6])
+    world.run()
+
+
+def test_and_behind_that_in_its_turn():
+    world = queued(*[8] * 9)
+    assert fill(world) == ("prefill", [(4, 0, 8), (5, 0, 8), (6, 0, 8)])
+    world.commit()
+    world.commit()
+    assert ahead(world) == ("decode", 1, [0, 1, 2, 3])
+    assert fill(world) == ("prefill", [(7, 0, 8), (8, 0, 8), (9, 0, 8)])
+    world.run()
+
+
+def test_while_nobody_decodes_it_is_started_right_behind_prefill():
+    world = World(goes_ahead=True, max_num_seqs=9)
+    for _ in range(6):
+        world.add(8)
+    assert shape(launch(world)) == ("prefill", [(0, 0, 8), (1, 0, 8), (2, 0, 8)])
+    assert ahead(world) is None
+    assert world.may_fill
+    assert fill(world) == ("prefill", [(3, 0, 8), (4, 0, 8), (5, 0, 8)])
+    assert not world.may_fill
+    world.run()
+
+
+def test_a_call_that_is_not_full_waits_for_prompts_that_may_come():
+    world = queued(*[8] * 5)
+    assert fill(world) is None
+    assert not any(s.started for s in world.scheduler._waiting)
+    world.add(8)
+    assert fill(world) == ("prefill", [(4, 0, 8), (5, 0, 8), (6, 0, 8)])
+    world.run()
+
+
+def test_tokens_fill_a_call_too():
+    world = queued(12, 12, 12, 12, 12, prefill_tokens=24)
+    assert fill(world) == ("prefill", [(3, 0, 12), (4, 0, 12)])
+    world.run()
+
+
+def test_chunks_that_follow_those_under_way_are_in_it():
+    world = queued(30, 8, 8)
+    assert [shape(call.plan) for call in world.calls][0] == ("prefill", [(1, 0, 12), (2, 0, 8), (3, 0, 8)])
+    assert fill(world) is None, "one chunk does not fill a call"
+    for _ in range(2):
+        world.add(8)
+    assert fill(world) == ("prefill", [(1, 12, 24), (4, 0, 8), (5, 0, 8)])
+    world.run()
+
+
+@pytest.mark.parametrize("short", [{"max_num_seqs": 6}, {"num_pages": 13}])
+def test_without_room_for_all_of_it_none_is_started(short):
+    world = queued(*[8] * 6, **short)
+    held = world.pages.num_used
+    assert fill(world) is None
+    assert world.pages.num_used == held
+    world.run()
+
+
+@pytest.mark.parametrize(("room", "started"), [(6, True), (5, False)])
+def test_adapters_that_are_in_use_leave_room_for_those_of_the_next_call(room, started):
+    world, _ = decoding(20, steps=1, max_num_seqs=9, room=room)
+    names = [f"adapter-{i}" for i in range(6)]
+    for name in names:
+        world.add(8, adapter=name)
+    launch(world)
+    ahead(world)
+    assert (fill(world) is not None) is started
+    assert sorted(+world.slots.held) == (names if started else names[:3])
     world.run()
 
 
@@ -238,7 +337,7 @@ def test_those_that_the_host_ended_do_not_count():
 
 
 def test_an_end_token_that_the_device_found_a_moment_ago_is_no_obstacle():
-    world = World(two_calls=True)
+    world = World(goes_ahead=True)
     group = [world.add(8, max_tokens=20, stop_ids=ids) for ids in ((7 * 9 % 9, 7 * 10 % 9), ())]
     world.step()
     launch(world)
@@ -352,15 +451,18 @@ def test_rows_whose_newest_tokens_are_not_known_are_not_started_from_what_the_ho
     trap(Scheduler, "_decode", anew, long_run)
 
 
-def test_a_prompt_is_not_prefilled_twice_at_a_time(trap):
-    real = Scheduler.ahead
+def test_a_chunk_is_not_computed_twice_at_a_time(trap):
+    real = Scheduler.full_prefill
 
-    def prefill_behind_prefill(self, under_way):
-        return self._plan_prefill() if isinstance(under_way, Prefill) else real(self, under_way)
+    def forgetting(self):
+        for s in self._prefilling:
+            s.started = s.computed
+        return real(self)
 
     def check():
         world, _ = decoding(12)
-        world.add(30)
+        for _ in range(6):
+            world.add(30)
         world.run()
 
-    trap(Scheduler, "ahead", prefill_behind_prefill, check)
+    trap(Scheduler, "full_prefill", forgetting, check)
