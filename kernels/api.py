@@ -344,3 +344,51 @@ def draw(
     check(alive_B.dtype == jnp.bool_, f"alive_B has dtype {alive_B.dtype}; allowed: bool")
     debug.check_range("index_B", index_B, logits_RV.shape[0])
     return dispatch.run("draw", implementation, logits_RV, index_B, temperature_B, seed_B, position_B, alive_B)
+
+
+def write_pages(
+    a_LPDR: jax.Array,
+    c_LPR: jax.Array,
+    b_LPRF: jax.Array,
+    slabs: Sequence[jax.Array],
+    page_K: jax.Array,
+    *,
+    at: int = 0,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Write rank pages of one site in all layers, from K slabs, each to its own page.
+
+    Args:
+        a_LPDR: the site's pools, bfloat16, float16 or float32; to write in place, donate them.
+        c_LPR: float32.
+        b_LPRF: as ``a_LPDR``.
+        slabs: K arrays ``[L, W]`` of that dtype. A row holds, from element ``at`` on, a page's A ``[D, R]``, its B
+            ``[R, F]`` and the bits of its c, one after the other; W may be larger.
+        page_K: int32, where each goes. A slab for page 0, the null page, must hold zeros; several may.
+        at: where a slab's rows begin.
+        implementation: see the module.
+
+    Returns:
+        The pools.
+    """
+    check_array("a_LPDR", a_LPDR, 4, jnp.floating)
+    check_array("b_LPRF", b_LPRF, 4, jnp.floating)
+    check_array("c_LPR", c_LPR, 3, jnp.floating)
+    layers, pages, d, r = a_LPDR.shape
+    check(b_LPRF.shape[:3] == (layers, pages, r), f"b_LPRF has shape {b_LPRF.shape}; a_LPDR has {a_LPDR.shape}")
+    check(c_LPR.shape == (layers, pages, r), f"c_LPR has shape {c_LPR.shape}; expected {(layers, pages, r)}")
+    check(c_LPR.dtype == jnp.float32, f"c_LPR has dtype {c_LPR.dtype}; allowed: float32")
+    check(a_LPDR.dtype == b_LPRF.dtype, f"b_LPRF has dtype {b_LPRF.dtype}; a_LPDR has {a_LPDR.dtype}")
+    check(len(slabs) > 0, "slabs is empty; give one at least")
+    width = r * (d + b_LPRF.shape[3]) + r * 4 // a_LPDR.dtype.itemsize
+    for k, slab_LW in enumerate(slabs):
+        check_array(f"slabs[{k}]", slab_LW, 2, jnp.floating)
+        check(slab_LW.dtype == a_LPDR.dtype, f"slabs[{k}] has dtype {slab_LW.dtype}; a_LPDR has {a_LPDR.dtype}")
+        check(
+            slab_LW.shape == (layers, slabs[0].shape[1]) and 0 <= at <= slab_LW.shape[1] - width,
+            f"slabs[{k}] has shape {slab_LW.shape}; expected {layers} rows of {width} elements and more from {at} on",
+        )
+    check_array("page_K", page_K, 1, jnp.integer)
+    check(len(page_K) == len(slabs), f"page_K has {len(page_K)} pages; there are {len(slabs)} slabs")
+    debug.check_range("page_K", page_K, pages)
+    return dispatch.run("write_pages", implementation, a_LPDR, c_LPR, b_LPRF, tuple(slabs), page_K, at=at)

@@ -36,6 +36,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
     "decode_edit": ("xla", "triton", "pallas_tpu"),
     "paged_attention": ("xla", "triton", "pallas_tpu"),
     "draw": ("xla", "triton"),
+    "write_pages": ("xla", "triton"),
 }
 """The implementations of each operation."""
 

@@ -6,7 +6,6 @@ writing of rank pages in two forms, and prefill that scores its tokens. Logits p
 in one buffer with as many rows as ever draw together.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import api
 from kernels.types import Array
 from preft_jax import forward
 from preft_jax.bank import Bank, PackedSite, Pools
@@ -187,30 +187,16 @@ def write_slabs(bank: Bank, slabs: Mapping[str, Sequence[jax.Array]], page: dict
 
     A slab of zeros for page 0 writes nothing: that page is null.
     """
-
-    def write(pools: Pools, slabs: Sequence[jax.Array], page_K: jax.Array) -> Pools:
-        layers, _, d, r = pools.a_LPDR.shape
-        f = pools.b_LPRF.shape[3]
-        for k, slab_LW in enumerate(slabs):
-            a, b, c = jnp.split(slab_LW, (r * d, r * (d + f)), axis=1)
-            c = jax.lax.bitcast_convert_type(c.reshape(layers, r, -1), jnp.float32)
-            new = a.reshape(layers, 1, d, r), c.reshape(layers, 1, r), b.reshape(layers, 1, r, f)
-            # One slice after the other: a scatter of them all takes three times as long on a GPU.
-            pools = Pools(
-                *(jax.lax.dynamic_update_slice_in_dim(p, x, page_K[k], 1) for p, x in zip(pools, new, strict=True))
-            )
-        return pools
-
-    written = {site: write(bank.sites[site], some, page[site]) for site, some in slabs.items()}
+    written = {site: Pools(*api.write_pages(*bank.sites[site], some, page[site])) for site, some in slabs.items()}
     return Bank(bank.sites | written)
 
 
 def write_whole_slabs(bank: Bank, slabs: Sequence[jax.Array], page: dict[str, jax.Array]) -> Bank:
     """Write rank pages as ``write_slabs`` does, from K slabs that each hold all linears, one after the other."""
-    widths = []
+    written, at = {}, 0
     for site in LINEAR_SITES:
         pools = bank.sites[site]
+        written[site] = Pools(*api.write_pages(*pools, slabs, page[site], at=at))
         _, _, d, r = pools.a_LPDR.shape
-        widths.append(slab_width(d, pools.b_LPRF.shape[3], r, pools.a_LPDR.dtype))
-    parts = [jnp.split(slab_LW, list(itertools.accumulate(widths))[:-1], axis=1) for slab_LW in slabs]
-    return write_slabs(bank, {site: [part[i] for part in parts] for i, site in enumerate(LINEAR_SITES)}, page)
+        at += slab_width(d, pools.b_LPRF.shape[3], r, pools.a_LPDR.dtype)
+    return Bank(bank.sites | written)

@@ -15,3 +15,4 @@ from kernels.triton.fused import rope_kv as rope_kv
 from kernels.triton.fused import silu_mul_shrink as silu_mul_shrink
 from kernels.triton.lowrank import expand as expand
 from kernels.triton.lowrank import shrink as shrink
+from kernels.triton.pages import write_pages as write_pages

@@ -12,3 +12,4 @@ from kernels.xla.fused import silu_mul_shrink as silu_mul_shrink
 from kernels.xla.lowrank import decode_edit as decode_edit
 from kernels.xla.lowrank import expand as expand
 from kernels.xla.lowrank import shrink as shrink
+from kernels.xla.pages import write_pages as write_pages

@@ -182,7 +182,7 @@ def test_tokens_fill_a_call_too():
 
 def test_chunks_that_follow_those_under_way_are_in_it():
     world = queued(30, 8, 8)
-    assert [shape(call.plan) for call in world.calls][0] == ("prefill", [(1, 0, 12), (2, 0, 8), (3, 0, 8)])
+    assert shape(world.calls[0].plan) == ("prefill", [(1, 0, 12), (2, 0, 8), (3, 0, 8)])
     assert fill(world) is None, "one chunk does not fill a call"
     for _ in range(2):
         world.add(8)

@@ -9,8 +9,8 @@ from scheduler_world import World
 from serve.scheduler import Decode, Prefill
 
 BEHIND = (
-    "steps_behind_prefill", "prefills_behind_decode", "further_steps", "prefills_behind_both", "prefills_behind_prefill",
-    "cancelled_beside", "failed_beside",
+    "steps_behind_prefill", "prefills_behind_decode", "further_steps", "prefills_behind_both",
+    "prefills_behind_prefill", "cancelled_beside", "failed_beside",
 )  # fmt: skip
 """What happens with several calls under way only."""
 

@@ -1,0 +1,37 @@
+"""Writing rank pages to a bank, in place, as fast as memory copies."""
+
+from collections.abc import Sequence
+
+import jax
+
+from kernels.triton.call import call, ceil_div, require
+from kernels.triton.device.pages import write_pages_kernel
+
+MOST = 8
+"""Slabs that one kernel writes."""
+
+
+def write_pages(
+    a_LPDR: jax.Array, c_LPR: jax.Array, b_LPRF: jax.Array, slabs: Sequence[jax.Array], page_K: jax.Array, *, at: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See ``kernels.api.write_pages``."""
+    layers, pages, d, r = a_LPDR.shape
+    f, size = b_LPRF.shape[3], a_LPDR.dtype.itemsize
+    require(len(slabs) <= MOST, f"slabs has {len(slabs)} arrays; it takes up to {MOST}")
+
+    def words(elements: int) -> int:
+        require(elements * size % 4 == 0, f"{elements} elements of {size} bytes are no whole number of 4 bytes")
+        return elements * size // 4
+
+    pools = a_LPDR, c_LPR, b_LPRF
+    block = 4096
+    a, c, b = call(
+        write_pages_kernel,
+        *slabs, *slabs[:1] * (MOST - len(slabs)), page_K, *pools,
+        out=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
+        aliases={MOST + 1 + n: n for n in range(3)},
+        grid=(ceil_div(words(r * (d + f)), block), layers, len(slabs)),
+        warps=4,
+        P=pages, WIDTH=words(slabs[0].shape[1]), AT=words(at), A=words(r * d), B=words(r * f), R=r, BLOCK=block,
+    )  # fmt: skip
+    return a, c, b
