@@ -1,6 +1,8 @@
 """Calls that the device works on: how a plan becomes one, and what comes of it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,20 +67,31 @@ class Starter:
             WriteError: if its adapters cannot be brought to the device.
         """
         if isinstance(plan, Prefill):
-            return self._prefill(plan)
+            return self.prepare(plan)()
         if plan.drawing is not None and before is not None:
             return self._further(plan, before)
         return self._decode(plan)
 
-    def _prefill(self, plan: Prefill) -> Call:
+    def prepare(self, plan: Prefill) -> Callable[[], Call]:
+        """Do all for a prefill call but start it; returns what does.
+
+        Raises:
+            WriteError: as ``start``.
+        """
         self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
         places = [{} if s.adapter is None else self._adapters.place(s.adapter) for s in plan.sequences]
+        scored = any(sequence.score for sequence in plan.sequences)
+        begin = self._staging.copies(self._scheduler.next_adapters(2))
+        tokens = self._runner.config.prefill_tokens if scored else plan.num_tokens
+        batch = self._runner.pack(plan.chunks, places, tokens, begin)
+        return functools.partial(self._prefill, plan, batch, scored)
+
+    def _prefill(self, plan: Prefill, batch: Any, scored: bool) -> Call:
         scores = None
-        if any(sequence.score for sequence in plan.sequences):
-            done, rows, scores = self._runner.score(plan.chunks, places)
+        if scored:
+            done, rows, scores = self._runner.score(plan.chunks, batch)
         else:
-            begin = self._staging.copies(self._scheduler.next_adapters(2))
-            done, rows = self._runner.prefill(plan.chunks, places, plan.num_tokens, begin)
+            done, rows = self._runner.prefill(plan.chunks, batch)
         drawing: list[tuple[int, Sequence]] = []
         for row, chunk in zip(rows, plan.chunks, strict=True):
             if chunk.last:

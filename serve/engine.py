@@ -5,10 +5,11 @@ the device computed, plans and starts the next call, and only then turns tokens 
 """
 
 import collections
+import contextlib
 import dataclasses
 import heapq
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 
 import jax
@@ -133,8 +134,10 @@ class Engine:
         self._live: dict[int, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._early: list[News] = []
-        # What the device works on, oldest first: two calls, or three if the last one is full prefill.
+        # What the device works on, oldest first: two calls at most.
         self._calls: collections.deque[Call] = collections.deque()
+        # A call that is started as soon as the oldest one is over.
+        self._prepared: tuple[Prefill, Callable[[], Call]] | None = None
         self._goes_ahead = goes_ahead
         self._results_at = 0.0
         self._asleep = False
@@ -342,21 +345,35 @@ class Engine:
         if len(self._calls) == 1:
             self._run(self.scheduler.ahead(self._calls[0].plan))
         kinds = [type(call.plan) for call in self._calls]
-        if kinds in ([Prefill], [Prefill, Decode]):
+        if kinds == [Prefill]:
             self._run(self.scheduler.full_prefill())
+        elif kinds == [Prefill, Decode]:
+            # Not started before the first one is over: a GPU's queue holds the kernels of two calls, hardly of three.
+            plan = self.scheduler.full_prefill()
+            if plan is not None:
+                with self._recovering(plan):
+                    self._prepared = plan, self._starter.prepare(plan)
 
     def _run(self, plan: Prefill | Decode | None) -> None:
         """Start a call on the device."""
-        if plan is None:
-            return
-        try:
-            started = self._clock()
+        if plan is not None:
             before = self._calls[-1] if self._calls else None
-            call = self._starter.start(plan, before)
+            self._launch(plan, lambda: self._starter.start(plan, before))
+
+    def _launch(self, plan: Prefill | Decode, start: Callable[[], Call]) -> None:
+        with self._recovering(plan):
+            started = self._clock()
+            call = start()
             call.started = started
             self._calls.append(call)
             self._count(plan)
             self._staging.settle(self.scheduler.next_adapters(2))
+
+    @contextlib.contextmanager
+    def _recovering(self, plan: Prefill | Decode) -> Iterator[None]:
+        """Catch failures of what is done for a call, and begin again without it."""
+        try:
+            yield
         except WriteError as error:
             self._recover_from_write(error)
         except Exception as error:
@@ -383,6 +400,11 @@ class Engine:
         except Exception as error:
             self._recover([call.plan], error)
             return news + self._take_early()
+        if self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            self._launch(*prepared)
+            if not self._calls:  # It failed, and what was computed is lost.
+                return news + self._take_early()
         self._trust(call.plan)
         now = self._clock()
         seconds, self._results_at = now - max(call.started, self._results_at), now
@@ -437,6 +459,7 @@ class Engine:
 
     def _forget_device(self) -> None:
         self._calls.clear()
+        self._prepared = None
         self.adapters.reset()
         self._staging.reset()
         self.scheduler.reset()

@@ -238,26 +238,30 @@ class Runner:
 
     # Prefill
 
-    def prefill(
-        self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int, begin: Begin = None
-    ) -> tuple[jax.Array, list[int]]:
-        """Compute chunks; return something to wait for, and the row of the logits of each chunk's last token.
-
-        ``begin``: see ``Begin``.
-        """
+    def pack(self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int, begin: Begin = None) -> Any:
+        """Return what ``prefill`` and ``score`` take, on its way to the device; ``begin``: see ``Begin``."""
         tokens = next(count for count in self.token_counts if count >= num_tokens)
         batch = self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks])
-        batch = _ahead_of(begin, batch)
+        batch = jax.device_put(batch)
+        if begin is not None:
+            begin()
+        return batch
+
+    def prefill(self, chunks: Many[Chunk], batch: Any) -> tuple[jax.Array, list[int]]:
+        """Compute chunks; return something to wait for, and the row of the logits of each chunk's last token."""
+        tokens = len(batch.tokens_T)
         self.cache, self._logits, done = self.programs[f"prefill-{tokens}"](
             self.params, self.bank, self.cache, self._logits, batch
         )
         return done, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks])
 
     def score(
-        self, chunks: Many[Chunk], places: Many[AdapterPages]
+        self, chunks: Many[Chunk], batch: Any
     ) -> tuple[jax.Array, list[int], tuple[jax.Array, jax.Array, jax.Array]]:
-        """``prefill`` that also returns the log-probability of each token's successor, and the most likely ones."""
-        batch = self._pack(self._spans(chunks, places), self.config.prefill_tokens, [chunk.at for chunk in chunks])
+        """``prefill`` that also returns the log-probability of each token's successor, and the most likely ones.
+
+        ``batch`` has room for ``prefill_tokens``.
+        """
         next_T = np.zeros(self.config.prefill_tokens, np.int32)
         for chunk in chunks:
             following = chunk.sequence.tokens[chunk.start + 1 : chunk.end + 1]
@@ -469,15 +473,6 @@ class Runner:
             self._empty_slabs = {s: jnp.zeros((layers, width), self.dtype) for s, width in widths.items()}
         nowhere = {site: np.zeros(self._writes, np.int32) for site in SITES}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
-
-
-def _ahead_of(begin: Begin, arguments: Any) -> Any:
-    """Return a call's arguments, on their way to the device if copies begin behind them."""
-    if begin is None:
-        return arguments
-    arguments = jax.device_put(arguments)
-    begin()
-    return arguments
 
 
 def _compile(traced: Any) -> tuple[Any, float]:

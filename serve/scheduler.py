@@ -222,7 +222,7 @@ class Scheduler:
         return plan
 
     def full_prefill(self) -> Prefill | None:
-        """Return a prefill call to start behind prefill that is under way, and a step after it, if it is a full one.
+        """Return a prefill call to go behind prefill that is under way, and a step after it, if it is a full one.
 
         Nothing that is under way changes what would be in it: prompts that wait fill it, pages and adapters have room
         beside what is under way. A call that is not full is planned as late as possible, for prompts that may come.

@@ -27,7 +27,7 @@ def write_pages(
     block = 4096
     a, c, b = call(
         write_pages_kernel,
-        *slabs, *slabs[:1] * (MOST - len(slabs)), page_K, *pools,
+        *slabs, *[slabs[0]] * (MOST - len(slabs)), page_K, *pools,
         out=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
         aliases={MOST + 1 + n: n for n in range(3)},
         grid=(ceil_div(words(r * (d + f)), block), layers, len(slabs)),

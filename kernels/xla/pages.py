@@ -21,7 +21,6 @@ def write_pages(
         c = jax.lax.bitcast_convert_type(c.reshape(shape), jnp.float32)
         new = a.reshape(layers, 1, d, r), c.reshape(layers, 1, r), b.reshape(layers, 1, r, f)
         # One slice after the other: a scatter of them all takes three times as long on a GPU.
-        pools = tuple(
-            jax.lax.dynamic_update_slice_in_dim(p, x, page_K[k], 1) for p, x in zip(pools, new, strict=True)
-        )
-    return pools
+        pools = [jax.lax.dynamic_update_slice_in_dim(p, x, page_K[k], 1) for p, x in zip(pools, new, strict=True)]
+    a_LPDR, c_LPR, b_LPRF = pools
+    return a_LPDR, c_LPR, b_LPRF

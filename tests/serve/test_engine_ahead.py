@@ -52,22 +52,31 @@ class Watched:
 
     def __init__(self, engine):
         self.engine, self.started, self.wholes = engine, [], {}
-        self.ended_in_flight, self.wrong, self.behind_two = set(), [], 0
+        self.ended_in_flight, self.wrong, self.behind_two, self.starting = set(), [], 0, False
         self._start = engine._starter.start
         engine._starter.start = self.start
+        self._prepare = engine._starter.prepare
+        engine._starter.prepare = self.prepare
 
     def start(self, plan, before):
         # The engine takes what is raised here for a failure of the device.
-        kinds = [kind(call.plan) for call in self.engine._calls]
-        if len(kinds) > 1 and (kinds, kind(plan)) != (["prefill", "decode"], "prefill"):
-            self.wrong.append(f"{kind(plan)} behind {kinds}")
+        if list(self.engine._calls) != ([] if before is None else [before]):
+            self.wrong.append("more than two calls")
         apart = any(s.cohort is not None for group in self.engine._live.values() for s in group)
         if apart and (before is not None or len({s.cohort for s in plan.sequences}) > 1):
             self.wrong.append("those whose call failed do not run apart from others")
-        self.behind_two += len(kinds) == 2
+        self.starting = True
         call = self._start(plan, before)
+        self.starting = False
         self.started.append((before and kind(before.plan), kind(plan)))
         return call
+
+    def prepare(self, plan):
+        if not self.starting:
+            self.behind_two += 1
+            if [kind(call.plan) for call in self.engine._calls] != ["prefill", "decode"]:
+                self.wrong.append("it should have been started at once")
+        return self._prepare(plan)
 
     def count(self, before, plan):
         return self.started.count((before, plan))
