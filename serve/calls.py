@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -51,6 +51,21 @@ class Call:
         return drawn, None if self.scores is None else jax.device_get(self.scores)
 
 
+class Prepared(NamedTuple):
+    """A prefill call of which all is done but two things, in this order.
+
+    ``begin_copies`` of later prompts' adapters, which raises ``WriteError`` if it cannot; ``start`` of the call.
+    """
+
+    plan: Prefill
+    begin_copies: Callable[[], None]
+    start: Callable[[], Call]
+
+
+def _nothing() -> None:
+    pass
+
+
 class Starter:
     """Starts calls."""
 
@@ -67,13 +82,15 @@ class Starter:
             WriteError: if its adapters cannot be brought to the device.
         """
         if isinstance(plan, Prefill):
-            return self.prepare(plan)()
+            prepared = self.prepare(plan)
+            prepared.begin_copies()
+            return prepared.start()
         if plan.drawing is not None and before is not None:
             return self._further(plan, before)
         return self._decode(plan)
 
-    def prepare(self, plan: Prefill) -> Callable[[], Call]:
-        """Do all for a prefill call but start it; returns what does.
+    def prepare(self, plan: Prefill) -> Prepared:
+        """Write the adapters of a prefill call and send its arguments to the device.
 
         Raises:
             WriteError: as ``start``.
@@ -81,10 +98,10 @@ class Starter:
         self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
         places = [{} if s.adapter is None else self._adapters.place(s.adapter) for s in plan.sequences]
         scored = any(sequence.score for sequence in plan.sequences)
-        begin = self._staging.copies(self._scheduler.next_adapters(2))
         tokens = self._runner.config.prefill_tokens if scored else plan.num_tokens
-        batch = self._runner.pack(plan.chunks, places, tokens, begin)
-        return functools.partial(self._prefill, plan, batch, scored)
+        batch = self._runner.pack(plan.chunks, places, tokens)
+        copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
+        return Prepared(plan, copies, functools.partial(self._prefill, plan, batch, scored))
 
     def _prefill(self, plan: Prefill, batch: Any, scored: bool) -> Call:
         scores = None

@@ -25,7 +25,7 @@ from preft_jax.programs import Drawn
 from serve.adapter_store import AdapterStore
 from serve.adapters import AdapterBank, Known, pack, pin
 from serve.background import BackgroundWork
-from serve.calls import Call, Starter
+from serve.calls import Call, Prepared, Starter
 from serve.claims import Claims
 from serve.config import EngineConfig
 from serve.metrics import CompileCounter
@@ -137,7 +137,7 @@ class Engine:
         # What the device works on, oldest first: two calls at most.
         self._calls: collections.deque[Call] = collections.deque()
         # A call that is started as soon as the oldest one is over.
-        self._prepared: tuple[Prefill, Callable[[], Call]] | None = None
+        self._prepared: Prepared | None = None
         self._goes_ahead = goes_ahead
         self._results_at = 0.0
         self._asleep = False
@@ -341,18 +341,23 @@ class Engine:
             self.cancel(heapq.heappop(self._deadlines)[1], "its deadline passed")
 
     def _run_ahead(self) -> None:
-        """Start calls behind those under way, so that the device need not wait for the host."""
-        if len(self._calls) == 1:
-            self._run(self.scheduler.ahead(self._calls[0].plan))
-        kinds = [type(call.plan) for call in self._calls]
-        if kinds == [Prefill]:
-            self._run(self.scheduler.full_prefill())
-        elif kinds == [Prefill, Decode]:
-            # Not started before the first one is over: a GPU's queue holds the kernels of two calls, hardly of three.
-            plan = self.scheduler.full_prefill()
-            if plan is not None:
-                with self._recovering(plan):
-                    self._prepared = plan, self._starter.prepare(plan)
+        """Start calls behind the one under way, so that the device need not wait for the host."""
+        if len(self._calls) != 1:
+            return
+        under_way = self._calls[0].plan
+        plan = self.scheduler.ahead(under_way)
+        full = self.scheduler.full_prefill() if isinstance(under_way, Prefill) else None
+        if plan is None or full is None:
+            self._run(plan or full)
+            return
+        # Its arguments go to the device before copies that begin behind the step's start, or they would be held up;
+        # it is started when the oldest call is over: a GPU's queue holds the kernels of two calls, hardly of three.
+        with self._recovering(full):
+            prepared = self._starter.prepare(full)
+            self._run(plan)
+            if self._calls:
+                prepared.begin_copies()
+                self._prepared = prepared
 
     def _run(self, plan: Prefill | Decode | None) -> None:
         """Start a call on the device."""
@@ -402,7 +407,7 @@ class Engine:
             return news + self._take_early()
         if self._prepared is not None:
             prepared, self._prepared = self._prepared, None
-            self._launch(*prepared)
+            self._launch(prepared.plan, prepared.start)
             if not self._calls:  # It failed, and what was computed is lost.
                 return news + self._take_early()
         self._trust(call.plan)

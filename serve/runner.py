@@ -238,14 +238,10 @@ class Runner:
 
     # Prefill
 
-    def pack(self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int, begin: Begin = None) -> Any:
-        """Return what ``prefill`` and ``score`` take, on its way to the device; ``begin``: see ``Begin``."""
+    def pack(self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int) -> Any:
+        """Return what ``prefill`` and ``score`` take, on its way to the device."""
         tokens = next(count for count in self.token_counts if count >= num_tokens)
-        batch = self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks])
-        batch = jax.device_put(batch)
-        if begin is not None:
-            begin()
-        return batch
+        return jax.device_put(self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks]))
 
     def prefill(self, chunks: Many[Chunk], batch: Any) -> tuple[jax.Array, list[int]]:
         """Compute chunks; return something to wait for, and the row of the logits of each chunk's last token."""
