@@ -16,78 +16,27 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, keep, load, ready
 from bench.kernel_timing import Ceilings, measure_ceilings
-from preft_jax.adapter import Adapter, AdapterConfig, adapter_shapes
-from preft_jax.bank import PackedSite
-from preft_jax.chat import EncodedPrompt
+from preft_jax.adapter import Adapter
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
-from preft_jax.loading import Model, load_model, serving_model
-from preft_jax.sampling import SamplingParams
-from preft_jax.shapes import RANK_PAGE
-from serve.adapters import Known, pack, pin
-from serve.config import EngineConfig
+from preft_jax.loading import load_model, serving_model
 from serve.contest import MODES
-from serve.engine import Engine
-from serve.load import EngineTarget, LoadRequest
+from serve.load import LoadRequest
 from serve.metrics import environment, paired_ratio, summarize
-from serve.request import Output, Request
 from serve.workload import DISTRIBUTIONS, draw_users
 
 SCHEMA = "preft-jax/headline/1"
-
-
-class Adapters:
-    """Random adapters that cost no time to make: each is a window of one random buffer, and named by its number."""
-
-    def __init__(self, model: ModelConfig, kind: str, rank: int, dtype: Any, count: int):
-        if rank % RANK_PAGE:
-            raise ConfigError(f"--rank is {rank}; give a multiple of {RANK_PAGE}")
-        self._model = model
-        self._pages = rank // RANK_PAGE
-        self._config = AdapterConfig(kind=kind, rank=rank)
-        longest = max(self._size(*model.site_shape(site)) for site in self._config.targets)
-        noise = np.random.default_rng(0).standard_normal(longest + 64 * count, np.float32)
-        self._noise = (noise * 0.02).astype(dtype)
-
-    def _size(self, *widths: int) -> int:
-        return self._model.num_hidden_layers * self._pages * RANK_PAGE * max(widths)
-
-    def make(self, number: int, positions: str) -> Adapter:
-        """Return an adapter whose parameters are not to be looked at: only its rank pages are real."""
-        config = dataclasses.replace(self._config, positions=positions)
-        shapes = adapter_shapes(config, self._model)
-        leaves = jax.tree.map(
-            lambda s: np.broadcast_to(np.float32(0), s), shapes, is_leaf=lambda s: isinstance(s, tuple)
-        )
-        adapter = Adapter(config, leaves)
-        adapter.__dict__["digest"] = f"{positions}-{number}"
-        return adapter
-
-    def known(self, number: int) -> Known:
-        """Return an adapter as it lies in host memory."""
-        return pin(pack(self._packed(number), self._noise.dtype))
-
-    def _packed(self, number: int) -> dict[str, PackedSite]:
-        layers, sites = self._model.num_hidden_layers, {}
-        for site in self._config.targets:
-            d, f = self._model.site_shape(site)
-            a = self._noise[64 * number :][: self._size(d)].reshape(layers, self._pages, d, RANK_PAGE)
-            b = self._noise[64 * number :][: self._size(f)].reshape(layers, self._pages, RANK_PAGE, f)
-            sites[site] = PackedSite(a, np.zeros((layers, self._pages, RANK_PAGE), np.float32), b, (0,) * self._pages)
-        return sites
 
 
 def make_requests(
@@ -112,37 +61,11 @@ def make_requests(
     ]
 
 
-class _Watched(Engine):
-    """An engine that remembers how many sequences ran at a time."""
-
-    most_running = 0
-
-    def step(self) -> list[Output]:
-        """See ``Engine``."""
-        outputs = super().step()
-        self.most_running = max(self.most_running, self.scheduler.num_running)
-        return outputs
-
-
-def serve(engine: _Watched, requests: Sequence[LoadRequest], adapters: Sequence[Adapter], most: int) -> dict[str, Any]:
+def serve(
+    engine: WatchedEngine, requests: Sequence[LoadRequest], adapters: Sequence[Adapter], most: int
+) -> dict[str, Any]:
     """Serve requests, at most ``most`` in the engine at a time, and return what was measured."""
-
-    def make(load: LoadRequest) -> Request:
-        return Request(
-            prompt=EncodedPrompt(load.prompt, ()),
-            adapter=None if load.user is None else adapters[load.user],
-            sampling=SamplingParams(temperature=0.0, ignore_eos=True),
-            max_tokens=load.max_tokens,
-        )
-
-    target = EngineTarget(engine, make, max_concurrency=most)
-    before, engine.most_running = target.counters(), 0
-    result = target.run(requests)
-    after = target.counters()
-    failed = next((record for record in result.records if record.status != "completed"), None)
-    if failed is not None:
-        raise ConfigError(f"a request {failed.status}: {failed.error}")
-    spent = {name: after[name] - before[name] for name in after}
+    result, spent = load(engine, requests, adapters, most)
     figures = summarize([result])
     return {
         "seconds": figures["duration"],
@@ -155,8 +78,7 @@ def serve(engine: _Watched, requests: Sequence[LoadRequest], adapters: Sequence[
         "host_seconds": round(result.duration - spent["prefill_seconds"] - spent["decode_seconds"], 3),
         "mean_tpot_ms": figures["mean_tpot_ms"],
         "mean_ttft_ms": figures["mean_ttft_ms"],
-        "most_running": engine.most_running,
-        **{name: spent[name] for name in ("preemptions", "adapter_loads", "adapter_waits", "recompiles")},
+        **{name: spent[name] for name in COUNTED},
     }
 
 
@@ -187,26 +109,6 @@ def floors(model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Na
     }
 
 
-def engine_for(model: Model, mode: str, bank_adapters: int, args: argparse.Namespace) -> _Watched:
-    """Return a warm engine for a mode."""
-    pages = 1 if mode == "base" else 1 + bank_adapters * args.rank // RANK_PAGE
-    return _Watched(
-        model,
-        EngineConfig(
-            max_num_seqs=args.max_num_seqs,
-            max_model_len=args.input_len + args.output_len,
-            prefill_tokens=args.prefill_tokens,
-            prefill_seqs=max(1, min(args.prefill_tokens // args.input_len, args.max_num_seqs)),
-            chunk_tokens=min(args.prefill_tokens, 2048),
-            max_rank=args.rank,
-            bank_pages=pages,
-            all_token=mode == "all-token",
-            memory_utilization=args.memory_utilization,
-            prefix_caching=False,
-        ),
-    )
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
     console = Console(stderr=True)
@@ -216,22 +118,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)
     adapters = Adapters(model.config, args.adapter_kind, args.rank, dtype, max(counts))
-    known: dict[int, Known] = {}
     contenders: list[_Contender] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
-        start = time.perf_counter()
-        engine = engine_for(model, mode, bank_adapters, args)
-        engine.warm_up()
-        seconds = time.perf_counter() - start
-        console.print(f"{mode}: ready in {seconds:.0f} s, {engine.runner.num_kv_pages} KV pages", soft_wrap=True)
-        console.print(engine.runner.compile_seconds, soft_wrap=True)
-        positions = "all" if mode == "all-token" else "prompt"
-        own = [adapters.make(i, positions) for i in range(max(wanted))]
-        with ThreadPoolExecutor() as pool:
-            missing = [i for i in range(len(own)) if i not in known]
-            known |= dict(zip(missing, pool.map(adapters.known, missing), strict=True))
-        for i, adapter in enumerate(own):
-            engine.adapters.put(adapter.digest, known[i])
+        longest, together = args.input_len + args.output_len, args.prefill_tokens // args.input_len
+        config = engine_config(args, mode, bank_adapters, max_model_len=longest, prefill_seqs=together)
+        engine, seconds = ready(model, config, mode, console)
+        own = adapters.put(engine, max(wanted), mode)
         engine.sleep()  # Engines take turns with the device's memory.
         for count in wanted:
             distributions = args.adapter_distribution.split(",") if count else ("round-robin",)
@@ -265,9 +157,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             console.print(f"round {number}: {contender.named}: {contender.rounds[-1]}", soft_wrap=True)
             measured = [one for one in contenders if one.rounds]
             figures["rows"] = [row(one, measured[0]) for one in measured]
-            if args.output_json is not None:  # Whatever stops a long run, what was measured is kept.
-                args.output_json.parent.mkdir(parents=True, exist_ok=True)
-                args.output_json.write_text(json.dumps(figures, allow_nan=False) + "\n")
+            keep(figures, args.output_json)
     return figures
 
 
@@ -275,7 +165,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 class _Contender:
     """An engine with adapters, its name as a row has it, and what each round gave."""
 
-    engine: _Watched
+    engine: WatchedEngine
     adapters: Sequence[Adapter]
     named: dict[str, Any]
     rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)

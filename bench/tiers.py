@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.headline import Adapters
+from bench.engine_contenders import Adapters
 from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
 from preft_jax.bank import BankAllocator, num_rank_pages
 from preft_jax.batch import round_up

@@ -1,0 +1,168 @@
+"""What benchmarks of the engine share: random adapters that cost no time to make, warm engines, and how one is loaded.
+
+Contenders with engines of their own take turns with the device's memory: an engine sleeps while it is not its turn.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from preft_jax.adapter import Adapter, AdapterConfig, adapter_shapes
+from preft_jax.bank import PackedSite
+from preft_jax.chat import EncodedPrompt
+from preft_jax.config import ModelConfig
+from preft_jax.errors import ConfigError
+from preft_jax.loading import Model
+from preft_jax.sampling import SamplingParams
+from preft_jax.shapes import RANK_PAGE
+from serve.adapters import Known, pack, pin
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.load import EngineTarget, LoadRequest
+from serve.metrics import LoadResult
+from serve.request import Output, Request
+
+COUNTED = ("most_running", "preemptions", "adapter_loads", "adapter_waits", "recompiles")
+"""Of what ``load`` counts, that which the figures of each contender have."""
+
+
+class Adapters:
+    """Random adapters that cost no time to make: each is a window of one random buffer, and named by its number."""
+
+    def __init__(self, model: ModelConfig, kind: str, rank: int, dtype: Any, count: int):
+        if rank % RANK_PAGE:
+            raise ConfigError(f"--rank is {rank}; give a multiple of {RANK_PAGE}")
+        self._model = model
+        self._pages = rank // RANK_PAGE
+        self._config = AdapterConfig(kind=kind, rank=rank)
+        longest = max(self._size(*model.site_shape(site)) for site in self._config.targets)
+        noise = np.random.default_rng(0).standard_normal(longest + 64 * count, np.float32)
+        self._noise = (noise * 0.02).astype(dtype)
+        self._pinned: dict[int, Known] = {}
+
+    def _size(self, *widths: int) -> int:
+        return self._model.num_hidden_layers * self._pages * RANK_PAGE * max(widths)
+
+    def make(self, number: int, positions: str) -> Adapter:
+        """Return an adapter whose parameters are not to be looked at: only its rank pages are real."""
+        config = dataclasses.replace(self._config, positions=positions)
+        shapes = adapter_shapes(config, self._model)
+        leaves = jax.tree.map(
+            lambda s: np.broadcast_to(np.float32(0), s), shapes, is_leaf=lambda s: isinstance(s, tuple)
+        )
+        adapter = Adapter(config, leaves)
+        adapter.__dict__["digest"] = f"{positions}-{number}"
+        return adapter
+
+    def known(self, number: int) -> Known:
+        """Return an adapter as it lies in host memory."""
+        return pin(pack(self._packed(number), self._noise.dtype))
+
+    def _packed(self, number: int) -> dict[str, PackedSite]:
+        layers, sites = self._model.num_hidden_layers, {}
+        for site in self._config.targets:
+            d, f = self._model.site_shape(site)
+            a = self._noise[64 * number :][: self._size(d)].reshape(layers, self._pages, d, RANK_PAGE)
+            b = self._noise[64 * number :][: self._size(f)].reshape(layers, self._pages, RANK_PAGE, f)
+            sites[site] = PackedSite(a, np.zeros((layers, self._pages, RANK_PAGE), np.float32), b, (0,) * self._pages)
+        return sites
+
+    def put(self, engine: Engine, count: int, mode: str) -> list[Adapter]:
+        """Make the first ``count`` known to an engine of a mode and return them; engines share them in host memory."""
+        own = [self.make(i, "all" if mode == "all-token" else "prompt") for i in range(count)]
+        missing = [i for i in range(count) if i not in self._pinned]
+        with ThreadPoolExecutor() as pool:
+            self._pinned |= dict(zip(missing, pool.map(self.known, missing), strict=True))
+        for i, adapter in enumerate(own):
+            engine.adapters.put(adapter.digest, self._pinned[i])
+        return own
+
+
+class WatchedEngine(Engine):
+    """An engine that remembers how many sequences ran at a time."""
+
+    most_running = 0
+
+    def step(self) -> list[Output]:
+        """See ``Engine``."""
+        outputs = super().step()
+        self.most_running = max(self.most_running, self.scheduler.num_running)
+        return outputs
+
+
+def engine_config(
+    args: argparse.Namespace, mode: str, bank_adapters: int, *, max_model_len: int, prefill_seqs: int
+) -> EngineConfig:
+    """Return the sizes of a mode's engine, those of the options and those that the requests need."""
+    return EngineConfig(
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=max_model_len,
+        prefill_tokens=args.prefill_tokens,
+        prefill_seqs=max(1, min(prefill_seqs, args.max_num_seqs)),
+        chunk_tokens=min(args.prefill_tokens, 2048),
+        max_rank=args.rank,
+        bank_pages=1 if mode == "base" else 1 + bank_adapters * args.rank // RANK_PAGE,
+        all_token=mode == "all-token",
+        memory_utilization=args.memory_utilization,
+        prefix_caching=False,
+    )
+
+
+def ready(model: Model, config: EngineConfig, mode: str, console: Console) -> tuple[WatchedEngine, float]:
+    """Return a warm engine, and in how many seconds it was made; it is to be put to sleep until its turn."""
+    start = time.perf_counter()
+    engine = WatchedEngine(model, config)
+    engine.warm_up()
+    seconds = time.perf_counter() - start
+    console.print(f"{mode}: ready in {seconds:.0f} s, {engine.runner.num_kv_pages} KV pages", soft_wrap=True)
+    console.print(engine.runner.compile_seconds, soft_wrap=True)
+    return engine, seconds
+
+
+def load(
+    engine: WatchedEngine, requests: Sequence[LoadRequest], adapters: Sequence[Adapter], most: int | None = None
+) -> tuple[LoadResult, dict[str, float]]:
+    """Serve requests greedily and in full length; return their records, and what the engine counted meanwhile.
+
+    Args:
+        engine: what serves them.
+        requests: with the numbers of their adapters.
+        adapters: by number.
+        most: requests in the engine at a time; None takes what has arrived.
+
+    Raises:
+        ConfigError: if a request did not complete.
+    """
+
+    def make(request: LoadRequest) -> Request:
+        return Request(
+            prompt=EncodedPrompt(request.prompt, ()),
+            adapter=None if request.user is None else adapters[request.user],
+            sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+            max_tokens=request.max_tokens,
+        )
+
+    target = EngineTarget(engine, make, max_concurrency=most)
+    before, engine.most_running = target.counters(), 0
+    result = target.run(requests)
+    after = target.counters()
+    failed = next((record for record in result.records if record.status != "completed"), None)
+    if failed is not None:
+        raise ConfigError(f"a request {failed.status}: {failed.error}")
+    return result, {name: after[name] - before[name] for name in after} | {"most_running": engine.most_running}
+
+
+def keep(figures: dict[str, Any], path: Path | None) -> None:
+    """Write what there is: whatever stops a long run, what was measured is kept."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, allow_nan=False) + "\n")
