@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json`` by the
 function of that name here, so that no figure in the text is written by hand. ``--check`` changes nothing and fails if
-a table is out of date.
+a table is out of date. A block that is empty stays so while its file is not there.
 """
 
 import argparse
@@ -383,7 +383,10 @@ def render(text: str) -> str:
         name = match.group(2)
         if name not in TABLES:
             raise SystemExit(f"there is no table {name!r}; allowed: {', '.join(TABLES)}")
-        figures = json.loads((RESULTS / f"{name}.json").read_text())
+        path = RESULTS / f"{name}.json"
+        if not path.exists() and not match.group(3):
+            return match.group(0)  # Its place is kept until it is measured.
+        figures = json.loads(path.read_text())
         return match.group(1) + TABLES[name](figures) + match.group(4)
 
     return _BLOCK.sub(block, text)

@@ -22,3 +22,11 @@ def test_the_serve_table_reads_both_schemas_with_and_without_interval(schema):
 
 def test_every_committed_table_is_what_its_figures_say():
     assert tables.main(["--check"]) == 0
+
+
+def test_a_table_that_is_not_measured_yet_keeps_its_place(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    empty = "before\n<!-- table h100-tiers -->\n<!-- end -->\nafter\n"
+    assert tables.render(empty) == empty
+    with pytest.raises(FileNotFoundError):
+        tables.render(empty.replace("<!-- end", "| goodput |\n<!-- end"))
