@@ -205,6 +205,41 @@ def engine(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
 
 
+def trace(figures: dict[str, Any]) -> str:
+    """Contenders of ``bench.trace``, one row each, and what they were offered."""
+    options, capacity, offered = figures["options"], figures["capacity"], figures["offered_requests_per_s"]
+    rows = [
+        [
+            _contender(row),
+            f"**{row['request_goodput']:.2f}**",
+            "" if row["goodput_ratio_to_base"] is None else f"{row['goodput_ratio_to_base']:.2f}",
+            f"{row['goodput_fraction']:.1%}",
+            f"{row['output_throughput']:,.0f}",
+            f"{row['median_ttft_ms']:,.0f} ({row['p99_ttft_ms']:,.0f})",
+            f"{row['median_tpot_ms']:.1f} ({row['p99_tpot_ms']:.1f})",
+            str(row["most_running"]),
+        ]
+        for row in figures["rows"]
+    ]
+    header = [
+        f"{options['model']}, {figures['trace']['requests']:,} requests of a trace",
+        "goodput, requests/s",
+        "vs base",
+        "within bounds",
+        "output tokens/s",
+        "TTFT, ms (p99)",
+        "TPOT, ms (p99)",
+        "at a time",
+    ]
+    pace = f"{figures['speedup']:.3g} times as fast as recorded"
+    if offered is not None:
+        pace = f"{offered:.2f} requests/s, {pace}"
+    if capacity is not None:
+        pace += f", {options['load']:.0%} of the base's capacity ({capacity['requests_per_s']:.2f} requests/s)"
+    bounds = "bounds: TTFT {ttft_ms:,g} ms, TPOT {tpot_ms:g} ms".format(**options)
+    return f"{_markdown(header, rows)}\n{pace}; {bounds}; {_machine(figures)}.\n"
+
+
 def tiers(figures: dict[str, Any]) -> str:
     """TTFT by where an adapter is, and staged prompts beside others."""
     options = figures["options"]
@@ -372,6 +407,7 @@ TABLES = {
     "h100-sft-jobs": sft,
     "h100-sft-remat": sft,
     "h100-tiers": tiers,
+    "h100-trace": trace,
     "tpu-programs": tpu_programs,
 }
 
