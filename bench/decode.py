@@ -81,11 +81,9 @@ class Decoding:
         start = time.perf_counter()
         decode = jax.jit(functools.partial(device.decode, model.config, rows), donate_argnums=(1, 2))
         args = self._params, self.cache, self._logits, self._rows, self._plan
-        self._decode = decode.lower(
-            *args,
-        ).compile()
+        self._decode = decode.lower(*args).compile(device.compiler_options())
         args = self._logits, self._index, self._rows, self._plan, self._sampling
-        self._draw = jax.jit(device.draw_plain).lower(*args).compile()
+        self._draw = jax.jit(device.draw_plain).lower(*args).compile(device.compiler_options())
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> Any:

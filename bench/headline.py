@@ -1,6 +1,6 @@
 """``python -m bench.headline``: base, prefill-only and all-token adapters through the engine, beside computed floors.
 
-A closed workload: ``--num-prompts`` requests of ``--input-len`` tokens, each generating ``--output-len``, at most
+``--num-prompts`` requests of ``--input-len`` tokens, each generating ``--output-len``, all offered at once, at most
 ``--max-num-seqs`` at a time, request i with adapter i modulo the number of adapters, or as ``--adapter-distribution``
 says. Adapters are random, of rank ``--rank``: LoRA on all seven linears, or DiReFT. Each contender serves it whole,
 after a few unmeasured requests; contenders take turns, ``--rounds`` times with other prompts each, and figures are
@@ -62,9 +62,9 @@ def make_requests(
 
 
 def serve(
-    engine: WatchedEngine, requests: Sequence[LoadRequest], adapters: Sequence[Adapter], most: int
+    engine: WatchedEngine, requests: Sequence[LoadRequest], adapters: Sequence[Adapter], most: int | None = None
 ) -> dict[str, Any]:
-    """Serve requests, at most ``most`` in the engine at a time, and return what was measured."""
+    """Serve requests, offering ``most`` at a time or all at once, and return what was measured."""
     result, spent = load(engine, requests, adapters, most)
     figures = summarize([result])
     return {
@@ -82,8 +82,19 @@ def serve(
     }
 
 
-def floors(model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    """Return the least seconds of a whole prefill and of a decode step at full concurrency and mean context."""
+def floors(
+    model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Namespace, rows: int = 0, adapters: int = 0
+) -> dict[str, float]:
+    """Return the least seconds of a whole prefill and of a decode step, at mean context.
+
+    Args:
+        model: shapes.
+        ceilings: of the device.
+        dtype: of weights, KV and adapters.
+        args: the options.
+        rows: that decode at a time; 0: as many as may.
+        adapters: all-token adapters in use: a decode step reads each of those of its rows once.
+    """
     rate = ceilings.flops_per_s[dtype]
     size = np.dtype("float32" if dtype == "float32" else "float16").itemsize
     widths = [model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -92,12 +103,13 @@ def floors(model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Na
     head = model.hidden_size * model.vocab_size
     kv = 2 * model.num_hidden_layers * model.kv_size * size
     heads = model.num_attention_heads * model.head_dim
-    tokens, rows = args.num_prompts * args.input_len, min(args.max_num_seqs, args.num_prompts)
+    tokens, rows = args.num_prompts * args.input_len, rows or min(args.max_num_seqs, args.num_prompts)
     attention = 2 * 2 * model.num_hidden_layers * heads * args.input_len / 2
     prefill = (tokens * (2 * weights + attention) + args.num_prompts * 2 * head) / rate
     context = args.input_len + args.output_len / 2
     matmuls = max(2 * rows * (weights + head) / rate, (weights + head) * size / ceilings.bytes_per_s)
-    decode = matmuls + rows * context * kv / ceilings.bytes_per_s
+    edits = args.rank * size * model.num_hidden_layers * sum(d + f for d, f in widths)
+    decode = matmuls + (rows * context * kv + min(adapters, rows) * edits) / ceilings.bytes_per_s
     waves = args.num_prompts / rows
     return {
         "prefill_seconds": round(prefill, 3),
@@ -152,11 +164,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             count, distribution = contender.named["num_adapters"], contender.named["distribution"]
             serve(contender.engine, make_requests(vocab, count, few, (args.input_len, 4), 1), contender.adapters, few)
             requests = make_requests(vocab, count, args.num_prompts, lengths, number, distribution)
-            contender.rounds.append(serve(contender.engine, requests, contender.adapters, args.max_num_seqs))
+            contender.rounds.append(serve(contender.engine, requests, contender.adapters, args.max_concurrency))
             contender.engine.sleep()
             console.print(f"round {number}: {contender.named}: {contender.rounds[-1]}", soft_wrap=True)
             measured = [one for one in contenders if one.rounds]
             figures["rows"] = [row(one, measured[0]) for one in measured]
+            for found in figures["rows"]:
+                if found["mode"] == "all-token":
+                    rows = int(found["most_running"]), found["num_adapters"]
+                    found["floor"] = floors(model.config, ceilings, dtype.name, args, *rows)
             keep(figures, args.output_json)
     return figures
 
@@ -238,7 +254,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-prompts", type=int, default=1024, help="(default: %(default)s)")
     add("--input-len", type=int, default=256, help="tokens (default: %(default)s)")
     add("--output-len", type=int, default=256, help="tokens (default: %(default)s)")
-    add("--max-num-seqs", type=int, default=512, help="requests at a time (default: %(default)s)")
+    add("--max-num-seqs", type=int, default=512, help="requests that run at a time (default: %(default)s)")
+    add("--max-concurrency", type=int, default=None, help="requests offered at a time (default: all)")
     add("--prefill-tokens", type=int, default=8192, help="tokens of a prefill call (default: %(default)s)")
     add("--memory-utilization", type=float, default=0.95, help="of what the process may take (default: %(default)s)")
     add("--rounds", type=int, default=1, help="turns of each contender (default: %(default)s)")

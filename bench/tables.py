@@ -167,12 +167,12 @@ def _contender(row: dict[str, Any]) -> str:
 def engine(figures: dict[str, Any]) -> str:
     """Contenders of ``bench.headline``, one row each, and the computed floors."""
     floor = figures["floors"]
-    base = next(row for row in figures["rows"] if row["mode"] == "base")
+    base = next((row["output_throughput"] for row in figures["rows"] if row["mode"] == "base"), float("nan"))
     rows = [
         [
             _contender(row),
             f"{row['output_throughput']:,.0f}",
-            f"{row.get('ratio_to_base', {}).get('mean', row['output_throughput'] / base['output_throughput']):.2f}",
+            f"{row.get('ratio_to_base', {}).get('mean', row['output_throughput'] / base):.3f}".replace("nan", ""),
             f"{row['prefill_tokens_per_s']:,.0f}",
             f"{row['decode_step_ms']:.1f}",
             f"{row['mean_tpot_ms']:.1f}",
@@ -181,16 +181,19 @@ def engine(figures: dict[str, Any]) -> str:
         ]
         for row in figures["rows"]
     ]
-    rows.append(
+    floors = [("floor of base", floor)]
+    floors += [(f"floor of {_contender(row)}", row["floor"]) for row in figures["rows"] if "floor" in row]
+    rows += [
         [
-            "floor of base",
-            f"{floor['output_throughput']:,.0f}",
+            name,
+            f"{one['output_throughput']:,.0f}",
             "",
-            f"{floor['prefill_tokens_per_s']:,.0f}",
-            f"{floor['decode_step_ms']:.1f}",
+            f"{one['prefill_tokens_per_s']:,.0f}",
+            f"{one['decode_step_ms']:.1f}",
             *[""] * 3,
         ]
-    )
+        for name, one in floors
+    ]
     options = figures["options"]
     header = [
         "{model}, {num_prompts} requests, {input_len} in, {output_len} out".format(**options),

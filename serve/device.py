@@ -26,6 +26,15 @@ from preft_jax.sampling import MAX_LOGPROBS, History, SamplingArrays, sample, sa
 from preft_jax.shapes import LINEAR_SITES
 
 
+def compiler_options() -> dict[str, Any] | None:
+    """Return what XLA is to be told about these programs.
+
+    On a GPU: cuBLAS does all matrix products. Of a few rows, XLA's own kernels are slower, and add split sums up in
+    kernels of their own.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+
+
 class Rows(NamedTuple):
     """Where rows are: what their next token is drawn from.
 

@@ -473,4 +473,4 @@ class Runner:
 
 def _compile(traced: Any) -> tuple[Any, float]:
     start = time.perf_counter()
-    return traced.lower().compile(), time.perf_counter() - start
+    return traced.lower().compile(device.compiler_options()), time.perf_counter() - start

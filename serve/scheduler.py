@@ -11,7 +11,7 @@ and while prompts fill whole prefill calls a further one behind both (``full_pre
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from typing import Protocol
 
@@ -160,7 +160,6 @@ class Scheduler:
         self._chunk_tokens = chunk_tokens
         self._tile = tile
         self._tile_entries = tile_entries
-        self._decode_steps = decode_steps
         # A prompt that comes waits for the calls that were started: two have as many steps together as one alone.
         self._quiet_steps = max(1, decode_steps // 2) if goes_ahead else decode_steps
         self._waiting = _Waiting()
@@ -259,15 +258,18 @@ class Scheduler:
         return len(taken) == len(adapters)
 
     def _further(self, under_way: Decode) -> Decode | None:
-        """Return more steps of the same rows, if they are all that is to be done, and half of them go on at least."""
+        """Return more steps of the same rows, if they are all that is to be done, and half of them go on at least.
+
+        While somebody waits for room, all of them: one that ends makes room.
+        """
         rows = under_way.sequences
         alive = [sequence for sequence in rows if sequence.status is Status.RUNNING]
-        if self._prefilling or self._waiting or len(alive) < len(self._running):
+        if self._prefilling or self._may_admit() or len(alive) < len(self._running):
             return None
         drawing = {s: under_way.most(s) for s in alive if s.remaining > under_way.most(s)}
-        if not drawing or 2 * len(drawing) < len(rows):
+        if not drawing or (len(drawing) < len(rows) if self._waiting else 2 * len(drawing) < len(rows)):
             return None
-        return self._decode(rows, self._quiet_steps, drawing)
+        return self._decode(rows, self._steps(s.remaining - drawn for s, drawn in drawing.items()), drawing)
 
     def computed(self, chunk: Chunk) -> None:
         """Note that a chunk's KV is in the cache; a sequence that ends with it decodes from now on."""
@@ -440,17 +442,18 @@ class Scheduler:
         while self._running:
             cohort = next((s.cohort for s in self._running if s.cohort is not None), None)
             rows = [s for s in self._running if s.cohort == cohort]
-            for steps in dict.fromkeys((self._steps(), 1)):
+            for steps in dict.fromkeys((self._steps(s.remaining for s in rows), 1)):
                 plan = self._decode(rows, steps)
                 if plan is not None:
                     return plan
             self._preempt(max([*self._prefilling, *self._running], key=lambda s: s.rank))
         return None
 
-    def _steps(self) -> int:
+    def _steps(self, remaining: Iterable[int]) -> int:
+        """Return the steps of a call whose rows may draw so many tokens; somebody who waits is let in when one ends."""
         if self._prefilling or self._may_admit():
             return 1
-        return self._decode_steps if self._waiting else self._quiet_steps
+        return min(self._quiet_steps, *remaining) if self._waiting else self._quiet_steps
 
     def _decode(self, rows: list[Sequence], steps: int, drawing: dict[Sequence, int] | None = None) -> Decode | None:
         """Return up to so many steps, with KV pages allotted for them; None if there is no room.

@@ -87,5 +87,5 @@ def for_silu_mul(tile: int, tokens: int, width: int, entries: int, dtype: Any) -
     rows = min(tile, 64)
     block, stages = (64, 2) if entries == 1 else (32, 3)
     block = block_of(width, block, "half the width of gate_up_TF")
-    parts = _parts(width, block, max(8, -(-1056 // -(-tokens // rows))))
+    parts = _parts(width, block, max(8, -(-3168 // -(-tokens // rows))), 32)
     return Blocks(rows=rows, block=block, parts=parts, stages=_stages(stages, dtype))

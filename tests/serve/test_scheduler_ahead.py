@@ -253,11 +253,15 @@ def test_two_calls_have_as_many_steps_together_as_one_alone(decode_steps, each):
     world.run()
 
 
-def test_while_somebody_waits_without_room_a_call_has_all_steps():
-    world, _ = decoding(20, max_num_seqs=1)
+def test_while_somebody_waits_without_room_calls_end_with_the_first_who_makes_room():
+    world, _ = decoding(4, 9, max_num_seqs=2)
     world.add(8)
-    assert shape(launch(world)) == ("decode", 4, [0])
-    assert ahead(world) is None
+    assert shape(launch(world)) == ("decode", 2, [0, 1])
+    assert ahead(world) == ("decode", 1, [0, 1])
+    world.commit()
+    assert ahead(world) is None, "one of them ends"
+    world.commit()
+    assert shape(launch(world)) == ("prefill", [(2, 0, 8)])
     world.run()
 
 
