@@ -75,8 +75,13 @@ class Starter:
         self._adapters = adapters
         self._staging = staging
 
-    def start(self, plan: Prefill | Decode, before: Call | None) -> Call:
-        """Start a plan; ``before`` is the call under way, which a decode plan with ``drawing`` goes on with.
+    def start(self, plan: Prefill | Decode, before: Call | None, *, copies: bool = True) -> Call:
+        """Start a plan.
+
+        Args:
+            plan: what is to be done.
+            before: the call under way, which a decode plan with ``drawing`` goes on with.
+            copies: whether later prompts' adapters may be copied beside a decode call.
 
         Raises:
             WriteError: if its adapters cannot be brought to the device.
@@ -87,7 +92,7 @@ class Starter:
             return prepared.start()
         if plan.drawing is not None and before is not None:
             return self._further(plan, before)
-        return self._decode(plan)
+        return self._decode(plan, copies)
 
     def prepare(self, plan: Prefill) -> Prepared:
         """Write the adapters of a prefill call and send its arguments to the device.
@@ -122,13 +127,14 @@ class Starter:
             parts.append(Part(sequences=sequences, drawn=[drawn]))
         return Call(plan=plan, parts=parts, done=done, scores=scores)
 
-    def _decode(self, plan: Decode) -> Call:
+    def _decode(self, plan: Decode, copies: bool) -> Call:
         adapted = [s for s in plan.sequences if s.all_token]
         plain = [s for s in plan.sequences if not s.all_token]
         if adapted and plain and self._merging_is_cheaper(len(plain), len(adapted)):
             adapted, plain = plan.sequences, []
         # A single step is soon over, and the next call's arguments wait for the copies: only for those it needs anyway.
-        begin = self._staging.copies(self._scheduler.next_adapters(1 if plan.steps == 1 else 2))
+        upcoming = self._scheduler.next_adapters(1 if plan.steps == 1 else 2)
+        begin = self._staging.copies(upcoming) if copies else None
         parts = []
         if plain:
             parts.append(self._part(plain, plan.steps, False, begin))

@@ -354,16 +354,16 @@ class Engine:
         # it is started when the oldest call is over: a GPU's queue holds the kernels of two calls, hardly of three.
         with self._recovering(full):
             prepared = self._starter.prepare(full)
-            self._run(plan)
+            self._run(plan, copies=False)
             if self._calls:
                 prepared.begin_copies()
                 self._prepared = prepared
 
-    def _run(self, plan: Prefill | Decode | None) -> None:
-        """Start a call on the device."""
+    def _run(self, plan: Prefill | Decode | None, *, copies: bool = True) -> None:
+        """Start a call on the device; ``copies``: see ``Starter.start``."""
         if plan is not None:
             before = self._calls[-1] if self._calls else None
-            self._launch(plan, lambda: self._starter.start(plan, before))
+            self._launch(plan, lambda: self._starter.start(plan, before, copies=copies))
 
     def _launch(self, plan: Prefill | Decode, start: Callable[[], Call]) -> None:
         with self._recovering(plan):

@@ -58,7 +58,7 @@ class Watched:
         self._prepare = engine._starter.prepare
         engine._starter.prepare = self.prepare
 
-    def start(self, plan, before):
+    def start(self, plan, before, **options):
         # The engine takes what is raised here for a failure of the device.
         if list(self.engine._calls) != ([] if before is None else [before]):
             self.wrong.append("more than two calls")
@@ -66,7 +66,7 @@ class Watched:
         if apart and (before is not None or len({s.cohort for s in plan.sequences}) > 1):
             self.wrong.append("those whose call failed do not run apart from others")
         self.starting = True
-        call = self._start(plan, before)
+        call = self._start(plan, before, **options)
         self.starting = False
         self.started.append((before and kind(before.plan), kind(plan)))
         return call
@@ -188,8 +188,16 @@ def test_prompts_that_fill_prefill_calls(lively, adapters, rng):
         for i in range(18)
     ]  # fmt: skip
     watched = Watched(Engine(lively, dataclasses.replace(TIGHT, max_num_seqs=8, num_kv_pages=60, bank_pages=9)))
+    copy, copied = watched.engine.runner.copy_adapters, collections.Counter()
+
+    def copy_adapters(loads):
+        copied.update(load.digest for load in loads)
+        return copy(loads)
+
+    watched.engine.runner.copy_adapters = copy_adapters
     assert_as_alone(lively, requests, watched.serve(requests))
     assert watched.behind_two > 1
+    assert copied == {adapters[kind].digest: 1 for kind in kinds if kind is not None}
     assert watched.count("prefill", "prefill") > 0
 
 
@@ -228,8 +236,8 @@ def test_all_token_adapters_and_plain_rows_go_on_together_and_apart(merged, watc
     parts = set()
     real = watched._start
 
-    def start(plan, before):
-        call = real(plan, before)
+    def start(plan, before, **options):
+        call = real(plan, before, **options)
         if kind(plan) == "further":
             parts.add(tuple(len(part.sequences) for part in call.parts))
         return call
@@ -387,13 +395,13 @@ def test_after_a_call_that_fails_beside_another_everybody_finishes(pair, where, 
     requests[3] = dataclasses.replace(requests[3], n=2)
     engine, real, failed = watched.engine, watched._start, []
 
-    def start(plan, before):
+    def start(plan, before, **options):
         fails = not failed and before is not None and (kind(before.plan), kind(plan)) == pair
         if fails:
             failed.append(plan)
         if fails and where == "the start":
             raise BrokenError(where)
-        call = real(plan, before)
+        call = real(plan, before, **options)
         if fails and where == "behind the start":
             raise BrokenError(where)
         if fails:
@@ -409,8 +417,8 @@ def test_one_whose_calls_fail_again_and_again_ends_alone(watched, lively, rng):
     requests = long_ones(rng, 3)
     real = watched._start
 
-    def start(plan, before):
-        call = real(plan, before)
+    def start(plan, before, **options):
+        call = real(plan, before, **options)
         if isinstance(plan, Decode) and any(s.request_id == 1 and s.generated > 4 for s in plan.sequences):
             call.results = broken
         return call
