@@ -13,6 +13,7 @@ import pytest
 
 import preft_jax
 from preft_jax import AdapterConfig, Limits
+from preft_jax.config import PRESETS
 from preft_jax.forward import train_forward
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
 from serve import runner
@@ -52,7 +53,11 @@ def rng(request):
 
 @pytest.fixture(scope="session")
 def tiny():
-    return preft_jax.load_model("tiny")
+    """Return a small float32 model; on a GPU its heads are as wide as kernels there need, and no product is rounded."""
+    if jax.default_backend() == "gpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
+        pytest.MonkeyPatch().setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], head_dim=32))
+    return preft_jax.load_model("tiny", dtype="float32")
 
 
 @pytest.fixture(scope="session")

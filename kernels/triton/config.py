@@ -73,8 +73,8 @@ def for_expand(tile: int, tokens: int, width: int, entries: int) -> Blocks:
 
 def for_norm(width: int, dtype: Any) -> Blocks:
     """Few rows, for many programs; two warps, so that many of them wait for memory side by side."""
-    block = block_of(width, 256 if jnp.dtype(dtype).itemsize == 2 else 64, "the width of x_TD")
-    return Blocks(rows=16, block=block, warps=2, stages=_stages(2, dtype))
+    block = block_of(width, 128 if jnp.dtype(dtype).itemsize == 2 else 64, "the width of x_TD")
+    return Blocks(rows=16, block=block, warps=2, stages=_stages(3, dtype))
 
 
 def for_rope(tile: int, tokens: int, entries: int) -> Blocks:

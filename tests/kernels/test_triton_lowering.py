@@ -27,7 +27,7 @@ from preft_jax.config import PRESETS
 from preft_jax.layout import fused_layout
 from preft_jax.model import abstract_params
 from preft_jax.sampling import SamplingParams, sampling_arrays
-from preft_jax.shapes import NUM_GROUPS
+from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
 from serve import device
 
 MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
@@ -95,6 +95,19 @@ def test_drawing_compiles_for_hopper_and_branches_nowhere(compiled):
     assert not re.search(r"stablehlo\.(case|if|while)", text)
     (kernel,) = compiled
     assert kernel.shared_mem_bytes <= SHARED_BYTES
+
+
+def test_rank_pages_are_written_in_place_by_a_kernel_a_site(compiled):
+    config, f = PRESETS["smollm2-135m"], jax.ShapeDtypeStruct
+    bank = jax.eval_shape(lambda: init_bank(config, 5, jnp.bfloat16))
+    widths = [device.slab_width(*config.site_shape(site), 16, jnp.bfloat16) for site in LINEAR_SITES]
+    slabs = [f((config.num_hidden_layers, sum(widths)), jnp.bfloat16)] * 8
+    page = {site: np.zeros(8, np.int32) for site in bank.sites}
+    with dispatch.preferring("triton"):
+        text = lower(device.write_whole_slabs, bank, slabs, page, donate_argnums=0)
+    assert text.count("@triton_kernel_call") == len(LINEAR_SITES) >= len(compiled)
+    assert text.count("output_operand_alias<") == 3 * len(LINEAR_SITES)
+    assert "dynamic_update_slice" not in text
 
 
 @pytest.fixture(scope="module")
