@@ -48,7 +48,8 @@ def draw(found: dict[str, dict[int, float]], title: str, path: Path) -> None:
     for name, line in found.items():
         style = STYLES[name]
         own = sorted(count for count in line if count)
-        axes.plot(own, [line[count] for count in own], linewidth=2, markersize=7, **style)
+        if own:
+            axes.plot(own, [line[count] for count in own], linewidth=2, markersize=7, **style)
         if 0 in line:
             who = "vLLM's base" if name == "vllm" else "base, no adapters"
             color = style["color"] if name == "vllm" else "#222222"
@@ -62,6 +63,7 @@ def draw(found: dict[str, dict[int, float]], title: str, path: Path) -> None:
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("distinct adapters")
     axes.set_ylabel("output tokens/s")
     axes.set_title(title, loc="left", fontsize=11)

@@ -7,8 +7,10 @@ names: loading costs the same. The last line of its output is one JSON object.
 """
 
 import argparse
+import datetime
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -78,7 +80,11 @@ def main() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }  # fmt: skip
 
+    # This folder's modules are not those that vLLM's packages mean by the same names.
+    sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+
     import numpy as np
+    import torch  # pyright: ignore[reportMissingImports]
     import vllm  # pyright: ignore[reportMissingImports]
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
@@ -124,7 +130,9 @@ def main() -> None:
     rates = [args.num_prompts * args.output_len / seconds for seconds in wholes]
     figures = {
         "who": "vllm",
-        "versions": {"vllm": vllm.__version__},
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "device": {"kind": torch.cuda.get_device_name()},
+        "date": datetime.date.today().isoformat(),
         **{key: value for key, value in vars(args).items() if key != "output_json"},
         "ready_s": round(ready, 1),
         "loading_s": round(loading, 1),

@@ -388,6 +388,46 @@ def decode(figures: dict[str, Any]) -> str:
     return f"{_markdown([*header, 'kernels'], rows)}\n{_machine(figures)}; ceilings: {ceilings}.\n"
 
 
+def headline(figures: dict[str, Any]) -> str:
+    """All contenders beside the peer: ``bench.headline`` without and with all-token adapters, one machine."""
+    every, peer = (json.loads((RESULTS / f"h100-{name}.json").read_text()) for name in ("all-token", "peer"))
+    base = next(row["output_throughput"] for row in figures["rows"] if row["mode"] == "base")
+    rows = []
+    for row in (*figures["rows"], *every["rows"]):
+        rate = row["output_throughput"]
+        rows.append(
+            [
+                _contender(row),
+                f"{rate:,.0f}",
+                f"{row.get('ratio_to_base', {}).get('mean', rate / base):.3f}",
+                f"{rate / peer['output_throughput']:.3f}",
+                f"{row['prefill_tokens_per_s']:,.0f}",
+                f"{row['decode_step_ms']:.1f}",
+                f"{row['mean_tpot_ms']:.1f}",
+                str(row["most_running"]),
+            ]
+        )
+    rate, prefill = peer["output_throughput"], peer["prefill_tokens_per_s"]
+    name = f"vLLM {peer['versions']['vllm']}, base"
+    rows.append([name, f"{rate:,.0f}", f"{rate / base:.3f}", "1.000", f"{prefill:,.0f}", "", "", "512"])
+    floors = [("floor of base", figures["floors"])]
+    floors += [(f"floor of {_contender(row)}", row["floor"]) for row in every["rows"]]
+    for name, one in floors:
+        values = f"{one['output_throughput']:,.0f}", "", "", f"{one['prefill_tokens_per_s']:,.0f}"
+        rows.append([name, *values, f"{one['decode_step_ms']:.1f}", "", ""])
+    header = [
+        "{model}, {num_prompts} requests, {input_len} in, {output_len} out".format(**figures["options"]),
+        "output tokens/s",
+        "vs base",
+        "vs vLLM's base",
+        "prefill tokens/s",
+        "decode step, ms",
+        "mean TPOT, ms",
+        "at a time",
+    ]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+
+
 TABLES = {
     "cpu-accuracy": accuracy,
     "cpu-generation": cpu_generation,
@@ -399,11 +439,10 @@ TABLES = {
     "cpu-tiers": tiers,
     "h100-decode": decode,
     "h100-direft": engine,
-    "h100-engine": engine,
+    "h100-headline": headline,
     "h100-kernels": kernels,
     "h100-lora": engine,
     "h100-prefill-plain": prefill,
-    "h100-lora-before": engine,
     "h100-prefill": prefill,
     "h100-sft": sft,
     "h100-sft-16k": sft,
