@@ -130,7 +130,7 @@ class Starter:
     def _decode(self, plan: Decode, copies: bool) -> Call:
         adapted = [s for s in plan.sequences if s.all_token]
         plain = [s for s in plan.sequences if not s.all_token]
-        if adapted and plain and self._merging_is_cheaper(len(plain), len(adapted)):
+        if self._go_together(len(plain), len(adapted)):
             adapted, plain = plan.sequences, []
         # A single step is soon over, and the next call's arguments wait for the copies: only for those it needs anyway.
         upcoming = self._scheduler.next_adapters(1 if plan.steps == 1 else 2)
@@ -161,9 +161,17 @@ class Starter:
         held = sequence.all_token and sequence.adapter and sequence.status is Status.RUNNING
         return self._adapters.place(sequence.adapter) if held and sequence.adapter else {}
 
-    def _merging_is_cheaper(self, plain: int, adapted: int) -> bool:
-        """Whether one call that knows adapters is quicker than two calls, by the times measured at warm-up."""
+    def _go_together(self, plain: int, adapted: int) -> bool:
+        """Whether all rows go to a program that knows adapters.
+
+        That is if those without are too many for their own, or if one call is quicker than two, by the times measured
+        at warm-up.
+        """
         runner = self._runner
+        if plain > runner.row_counts[-1]:
+            return True
+        if not plain or not adapted:
+            return False
         together = runner.step_seconds[runner.adapted_program(plain + adapted)]
         apart = runner.step_seconds[runner.plain_program(plain)] + runner.step_seconds[runner.adapted_program(adapted)]
         return together < apart

@@ -84,6 +84,8 @@ class Runner:
         self.table_width = pages_for(config.max_model_len, config.page_size or 1)
         self._adapters = config.bank_pages > 1
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
+        # Rank pages that may be copied ahead: about those of a prefill call, fewer where memory is short.
+        self.staged_pages = max(config.prefill_seqs, self._writes)
         self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
         self._choose_programs()
         self.num_kv_pages = config.num_kv_pages or self._room_for_pages()
@@ -107,7 +109,11 @@ class Runner:
         self.draw_counts = self.row_counts[-1:] if few else self.row_counts
         self.adapted_row_counts: list[int] = []
         if all_token:
-            self.adapted_row_counts = self.row_counts[-1:] if config.scoring or gpu else self.row_counts
+            self.adapted_row_counts = self.row_counts[-1:] if config.scoring else self.row_counts
+            if gpu and not config.scoring:
+                # Adapters leave room for few rows: of more plain ones, the program with adapters takes all.
+                self.row_counts = self.row_counts[:1]
+                self.adapted_row_counts = sorted({max(bucket(config.max_num_seqs) // 2, 1), config.max_num_seqs})
         parts = (4, 1) if all_token or (config.scoring and gpu) else (8, 2, 1)
         self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in parts})
         # A gap between two sequences takes a row of the batch.
@@ -136,9 +142,11 @@ class Runner:
         working = 2 * layer + 6 * 4 * self._logit_rows * shape.vocab_size
         if self._adapters:
             widths = sum(map(sum, map(shape.site_shape, SITES)))
+            slab = RANK_PAGE * widths * shape.num_hidden_layers * size
+            free = int(stats["bytes_limit"] * config.memory_utilization) - used - working
+            self.staged_pages = max(self._writes, min(self.staged_pages, free // 8 // slab))
             # Copies that wait to be written, and those being written.
-            slabs = self.staged_pages + (config.tile_entries or 1) + self._writes
-            working += slabs * RANK_PAGE * widths * shape.num_hidden_layers * size
+            working += (self.staged_pages + (config.tile_entries or 1) + self._writes) * slab
         page = 2 * shape.num_hidden_layers * shape.kv_size * size * (config.page_size or 1)
         room = int(stats["bytes_limit"] * config.memory_utilization - used - working) // page
         if room < self.table_width:
@@ -425,11 +433,6 @@ class Runner:
         return tokens
 
     # Bank
-
-    @property
-    def staged_pages(self) -> int:
-        """Rank pages that may be copied ahead: about those of a prefill call."""
-        return max(self.config.prefill_seqs, self._writes)
 
     def copy_adapters(self, loads: Many[Load]) -> list[Load]:
         """Begin to copy adapters' rank pages to the device; returns the loads with the copies."""

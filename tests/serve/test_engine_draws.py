@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from engine_runs import TIGHT, alone, request, serve
+from engine_runs import TIGHT, alone, serve
+from engine_runs import request as make
 
 from preft_jax.sampling import SamplingParams
 from serve.engine import Engine
@@ -19,12 +20,18 @@ OTHERS = (
 
 @pytest.fixture
 def plainly(monkeypatch):
-    """Let runners have the programs that they have on a GPU; returns how each call draws, in a list."""
-    calls, choose, draw = [], Runner._choose_programs, Runner._draw
+    """Let runners have the programs that they have on a GPU; returns how calls draw and what decodes, in a list."""
+    calls, choose, draw, decode = [], Runner._choose_programs, Runner._draw, Runner._call_decode
 
     def gpu_programs(self):
         choose(self)
         self.draws_plainly, self.draw_counts = True, self.row_counts[-1:]
+        self.row_counts, self.adapted_row_counts = self.row_counts[:1], [4, 6]
+
+    def named(self, name, sequences, *args, **options):
+        if sequences:
+            calls.append(name)
+        return decode(self, name, sequences, *args, **options)
 
     def counted(self, index, rows, plan, sampling, history):
         calls.append("plain" if history is None else "full")
@@ -32,6 +39,7 @@ def plainly(monkeypatch):
 
     monkeypatch.setattr(Runner, "_choose_programs", gpu_programs)
     monkeypatch.setattr(Runner, "_draw", counted)
+    monkeypatch.setattr(Runner, "_call_decode", named)
     return calls
 
 
@@ -45,7 +53,7 @@ def close(sample, other):
 def some(rng, adapters, samplings):
     kinds = (None, "lora", "direft", "lora_all")
     return [
-        request(
+        make(
             rng.integers(0, 250, 5 + 3 * i), adapters.get(kinds[i % 4]), sampling=samplings[i % len(samplings)],
             max_tokens=5 + i, n=1 + (i == 2), seed=i,
         )
@@ -57,6 +65,8 @@ def some(rng, adapters, samplings):
 def asked(request, lively, adapters, rng):
     """Return requests, what each is alone where all is drawn in full, and how they may be drawn."""
     requests = some(rng, adapters, request.param)
+    # Plain rows alone, more than the plain program takes.
+    requests += [make(rng.integers(0, 250, 6 + i), max_tokens=20, seed=i) for i in range(5)]
     wanted = [[alone(lively, one, index) for index in range(one.n)] for one in requests]
     return requests, wanted, {"plain"} if request.param is PLAIN else {"plain", "full"}
 
@@ -67,4 +77,4 @@ def test_requests_are_served_as_alone_and_in_full(asked, plainly, lively):
     for group, others in zip(found, wanted, strict=True):
         for sample, other in zip(group, others, strict=True):
             close(sample, other)
-    assert set(plainly) == ways
+    assert set(plainly) == ways | {"decode-2", "decode-adapted-4", "decode-adapted-6"}
