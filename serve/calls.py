@@ -95,16 +95,17 @@ class Starter:
         return self._decode(plan, copies)
 
     def prepare(self, plan: Prefill) -> Prepared:
-        """Write the adapters of a prefill call and send its arguments to the device.
+        """Send the arguments of a prefill call to the device, and write its adapters.
 
         Raises:
             WriteError: as ``start``.
         """
-        self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
         places = [{} if s.adapter is None else self._adapters.place(s.adapter) for s in plan.sequences]
         scored = any(sequence.score for sequence in plan.sequences)
         tokens = self._runner.config.prefill_tokens if scored else plan.num_tokens
+        # Ahead of all copies, which would hold them up.
         batch = self._runner.pack(plan.chunks, places, tokens)
+        self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
         return Prepared(plan, copies, functools.partial(self._prefill, plan, batch, scored))
 

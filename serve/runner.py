@@ -84,8 +84,8 @@ class Runner:
         self.table_width = pages_for(config.max_model_len, config.page_size or 1)
         self._adapters = config.bank_pages > 1
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
-        # Rank pages that may be copied ahead: about those of a prefill call, fewer where memory is short.
-        self.staged_pages = max(config.prefill_seqs, self._writes)
+        # Rank pages that may be copied ahead: those of a prefill call, fewer where memory is short.
+        self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
         self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
         self._choose_programs()
         self.num_kv_pages = config.num_kv_pages or self._room_for_pages()
@@ -144,7 +144,7 @@ class Runner:
             widths = sum(map(sum, map(shape.site_shape, SITES)))
             slab = RANK_PAGE * widths * shape.num_hidden_layers * size
             free = int(stats["bytes_limit"] * config.memory_utilization) - used - working
-            self.staged_pages = max(self._writes, min(self.staged_pages, free // 8 // slab))
+            self.staged_pages = max(self._writes, min(self.staged_pages, free // 6 // slab))
             # Copies that wait to be written, and those being written.
             working += (self.staged_pages + (config.tile_entries or 1) + self._writes) * slab
         page = 2 * shape.num_hidden_layers * shape.kv_size * size * (config.page_size or 1)
