@@ -33,8 +33,8 @@ class Ceilings(NamedTuple):
         return seconds[bound], bound
 
 
-def _median_call(call: Callable[..., Any], state: Any, *arguments: Any, repeats: int, batch: int = 4) -> float:
-    """Return the median seconds of ``state = call(state, ...)``, ``batch`` of them queued before each wait."""
+def _best_call(call: Callable[..., Any], state: Any, *arguments: Any, repeats: int, batch: int = 4) -> float:
+    """Return the least seconds of ``state = call(state, ...)``, ``batch`` of them queued before each wait."""
     state = jax.block_until_ready(call(state, *arguments))
     seconds = []
     for _ in range(repeats):
@@ -43,7 +43,7 @@ def _median_call(call: Callable[..., Any], state: Any, *arguments: Any, repeats:
             state = call(state, *arguments)
         jax.block_until_ready(state)
         seconds.append((time.perf_counter() - start) / batch)
-    return float(np.median(seconds))
+    return min(seconds)
 
 
 def measure_ceilings(dtypes: Sequence[str], repeats: int) -> Ceilings:
@@ -52,12 +52,12 @@ def measure_ceilings(dtypes: Sequence[str], repeats: int) -> Ceilings:
     rng = np.random.default_rng(0)
     x = normal(rng, ((1 << 26) if cpu else (1 << 28),), "float32")
     moved = 2 * x.nbytes
-    bandwidth = moved / _median_call(jax.jit(lambda x: x + 1, donate_argnums=0), x, repeats=repeats)
+    bandwidth = moved / _best_call(jax.jit(lambda x: x + 1, donate_argnums=0), x, repeats=repeats)
     size = 1024 if cpu else 8192
     rates = {}
     for dtype in dtypes:
         a, b = (normal(rng, (size, size), dtype, size**-0.25) for _ in range(2))
-        rates[dtype] = 2 * size**3 / _median_call(jax.jit(lambda a, b: a @ b), a, b, repeats=repeats)
+        rates[dtype] = 2 * size**3 / _best_call(jax.jit(lambda a, b: a @ b), a, b, repeats=repeats)
     return Ceilings(bandwidth, rates)
 
 
