@@ -13,32 +13,27 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 
 import jax
-import numpy as np
 
-from preft_jax.adapter import FOLD_VERSION, Adapter, AdapterConfig
+from preft_jax.adapter import Adapter
 from preft_jax.bank import pack_adapter
-from preft_jax.edit_mask import extend_edit_mask
-from preft_jax.errors import AdapterError, ConfigError, RequestError
-from preft_jax.generator import check_base, prompt_edit_mask
+from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
 from preft_jax.programs import Drawn
 from serve.adapter_store import AdapterStore
 from serve.adapters import AdapterBank, Known, pack, pin
+from serve.admission import Admission
 from serve.background import BackgroundWork
 from serve.calls import Call, Prepared, Starter
 from serve.claims import Claims
 from serve.config import EngineConfig
 from serve.metrics import CompileCounter
-from serve.outputs import Info, News, keep_scores, read, to_output
+from serve.outputs import News, keep_scores, read, to_output
 from serve.pages import PageManager
-from serve.prefix import PageKeys, cache_salt
-from serve.registry import Registered
 from serve.request import Output, Request
 from serve.runner import Runner
 from serve.scheduler import Decode, Prefill, Scheduler
 from serve.sequence import Sequence, Status
 from serve.staging import STRIKES, Staging, WriteError
-from serve.text import TextStream
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -121,13 +116,13 @@ class Engine:
             goes_ahead=goes_ahead,
         )
         self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging)
+        self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.dtype), seed)
         self._claims = Claims(self.adapters, store)
         if store is not None:
-            store.check = self._check_config
+            store.check = self._admission.check_config
         self._background = background
         self._background_seconds = background_seconds
         self._idle_seconds = idle_seconds
-        self._seeds = np.random.default_rng(seed)
         self._clock = clock
         self._stats = Stats()
         self._compiles = CompileCounter()
@@ -188,7 +183,7 @@ class Engine:
     def load_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Fold adapters now and keep them on the host, so that requests need not wait for it."""
         for adapter in adapters:
-            self._check_adapter(adapter)
+            self._admission.check_adapter(adapter)
             self.adapters.hold(adapter)
 
     def add(self, request: Request) -> int:
@@ -197,8 +192,8 @@ class Engine:
         Raises:
             RequestError, AdapterError: if it can never be served; nothing else is affected.
         """
-        sequences = self._sequences(request)
-        request_id = sequences[0].request_id
+        request_id = self._next_id
+        sequences = self._admission.sequences(request, request_id)
         is_here = self._claims.claim(request_id, request.adapter)
         for sequence in sequences:
             sequence.adapter = None if request.adapter is None else request.adapter.digest
@@ -225,89 +220,6 @@ class Engine:
         for sequence in self._live.get(request_id, []):
             if sequence.status is not Status.FINISHED:
                 self._end(News(sequence=sequence, finish="abort", error=error))
-
-    def _sequences(self, request: Request) -> list[Sequence]:
-        """Check a request and return its samples."""
-        prompt, sampling, model = request.prompt.token_ids, request.sampling, self.model.config
-        longest = len(prompt) + request.max_tokens
-        if longest > self.config.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}: together more than "
-                f"max_model_len {self.config.max_model_len}; shorten the prompt, or raise max_model_len"
-            )
-        if longest > self.pages.num_pages * self.pages.page_size:
-            raise RequestError(
-                f"the request needs room for {longest} tokens and the whole KV cache holds "
-                f"{self.pages.num_pages * self.pages.page_size}; lower max_tokens, or raise num_kv_pages"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-            raise RequestError(
-                f"the prompt holds token ids outside 0 to {model.vocab_size - 1}, the model's vocabulary"
-            )
-        if request.prompt_logprobs is not None and not self.config.scoring:
-            raise RequestError("prompt_logprobs is not served by this engine; make it with EngineConfig(scoring=True)")
-        if request.stop and self.model.tokenizer is None:
-            raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
-        entries = 0 if request.adapter is None else self._check_adapter(request.adapter)
-        prompt_mask = prompt_edit_mask(request.prompt, request.adapter)
-        positions = "prompt" if request.adapter is None else request.adapter.config.positions
-        mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)
-        eos = () if sampling.ignore_eos else model.eos_token_ids
-        salt = cache_salt(
-            base=self.model.digest,
-            kv_dtype=str(self.runner.dtype),
-            adapter=None if request.adapter is None else request.adapter.digest,
-            fold_version=FOLD_VERSION,
-        )
-        given = (seed for seed in (sampling.seed, request.seed) if seed is not None)
-        first_seed = next(given, None)
-        if first_seed is None:
-            first_seed = int(self._seeds.integers(2**32))
-        sequences = []
-        for index in range(request.n):
-            keys = PageKeys(salt, self.pages.page_size) if self.config.prefix_caching else None
-            info = Info(
-                request=request,
-                sampling=sampling,
-                seed=(first_seed + index) % 2**32,
-                text=TextStream(self.model.tokenizer, request.stop),
-                logprobs=request.logprobs,
-            )
-            sequence = Sequence(
-                request_id=self._next_id,
-                index=index,
-                order=self._next_id,
-                priority=request.priority,
-                tokens=list(prompt),
-                prompt_len=len(prompt),
-                mask=mask,
-                max_tokens=request.max_tokens,
-                stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
-                entries=entries,
-                all_token=request.adapter is not None and not request.adapter.config.prefill_only,
-                keys=keys,
-                score=request.prompt_logprobs is not None and index == 0,
-                info=info,
-                status=Status.FORKING if index else Status.NEW,
-            )
-            sequences.append(sequence)
-        sequences[0].followers = sequences[1:]
-        return sequences
-
-    def _check_adapter(self, adapter: Adapter | Registered) -> int:
-        if isinstance(adapter, Adapter) and not self.adapters.knows(adapter.digest):
-            check_base(adapter, self.model)
-        return self._check_config(adapter.config)
-
-    def _check_config(self, config: AdapterConfig) -> int:
-        """Return how many rank pages an adapter puts on a tile's list; raise if it can never be served."""
-        if not config.prefill_only and not self.config.all_token:
-            raise AdapterError(
-                "the adapter edits every token (positions 'all', as an adapter of PEFT does unless it says otherwise) "
-                "and this engine serves prompt-only adapters; make it with EngineConfig(all_token=True), a server "
-                "with --all-token"
-            )
-        return self.adapters.check(config)
 
     def _pack(self, adapter: Adapter) -> Known:
         return pin(pack(pack_adapter(adapter, self.model.config, self.runner.dtype), self.runner.dtype))

@@ -186,7 +186,8 @@ def test_the_models_end_token_ends_a_sample_unless_it_is_ignored(engine, lively,
     one = request(some(rng, 9), sampling=lettered(5), max_tokens=16)
     whole = alone(lively, one)
     end = whole.token_ids[6]
-    engine.model = dataclasses.replace(lively, config=dataclasses.replace(lively.config, eos_token_ids=(255, end)))
+    config = dataclasses.replace(lively.config, eos_token_ids=(255, end))
+    engine._admission._model = dataclasses.replace(lively, config=config)
     ignoring = dataclasses.replace(one, sampling=dataclasses.replace(one.sampling, ignore_eos=True))
     (ended,), (ignored,) = run_all(engine, [one, ignoring])
     assert (ended.finish_reason, ended.stop_reason) == ("stop", end)

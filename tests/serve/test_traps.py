@@ -11,8 +11,7 @@ from engine_outputs import TIGHT, advance, assert_released, drain, request, run_
 
 from preft_jax import Adapter, AdapterConfig, SamplingParams, random_adapter
 from preft_jax.cache import NO_SLOT
-from serve import engine as engine_module
-from serve import prefix, runner
+from serve import admission, prefix, runner
 from serve.engine import Engine
 from serve.scheduler import Scheduler
 
@@ -153,7 +152,7 @@ def test_no_user_is_served_from_anothers_cache(lively, adapters, rng, trap):
         return prefix.cache_salt(**{**parts, "adapter": None})
 
     trap(
-        engine_module, "cache_salt", tokens_only,
+        admission, "cache_salt", tokens_only,
         lambda: served_in_turn(lively, [request(prompt, adapters.get(kind)) for kind in kinds]),
     )  # fmt: skip
 
@@ -166,7 +165,7 @@ def test_an_adapter_reloaded_under_its_name_gets_a_cache_of_its_own(lively, lora
         return prefix.cache_salt(**{**parts, "adapter": parts["adapter"] and "alice"})
 
     trap(
-        engine_module, "cache_salt", named,
+        admission, "cache_salt", named,
         lambda: served_in_turn(lively, [request(prompt, adapter) for adapter in (lora, new, lora)]),
     )  # fmt: skip
 
