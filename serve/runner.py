@@ -188,6 +188,8 @@ class Runner:
                 _shared[key] = dict(zip(traced, pool.map(_compile, traced.values()), strict=True))
         self.programs = {name: compiled for name, (compiled, _) in _shared[key].items()}
         self.compile_seconds = {name: round(seconds, 3) for name, (_, seconds) in _shared[key].items()}
+        if self._adapters:
+            self._no_writes()  # A program makes its zeros, which may have to be compiled even if the others are shared.
         self._time_decode()
 
     def _trace(self) -> Any:

@@ -165,6 +165,15 @@ def test_nothing_is_compiled_after_warm_up(config, lively, adapters, many, rng):
     assert engine.stats.recompiles == 0
 
 
+def test_nothing_is_compiled_after_warm_up_where_programs_are_shared(lively, many, rng):
+    """Whatever else JAX has forgotten of what the engine before compiled."""
+    run_one(Engine(lively, TIGHT), request(some(rng, 9), many[0]))
+    engine = Engine(lively, TIGHT)
+    jax.clear_caches()
+    run_one(engine, request(some(rng, 9), many[0]))
+    assert engine.stats.recompiles == 0
+
+
 def test_requests_of_one_adapter_under_two_objects_share_it(lively, many, rng):
     twin = dataclasses.replace(many[0])
     prompt = some(rng, 20)
