@@ -19,7 +19,7 @@ PAGES, PAGE_SIZE, WIDTH, ROWS = 37, 8, 6, 4
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny):
+def compiled(tiny, compiled_here):
     """Return the optimised HLO of prefill, decode and decode_adapted."""
     cache = init_cache(tiny.config, PAGES, PAGE_SIZE, jnp.float32)
     bank = init_bank(tiny.config, 5, jnp.float32)
