@@ -2,9 +2,6 @@
 
 import dataclasses
 import gc
-import importlib.metadata
-import importlib.util
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -34,39 +31,24 @@ def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="draw other random inputs; each test has a stream of its own")
 
 
-WORKERS = 2
-"""Processes that run the tests, each some GiB large."""
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Share the files out among ``WORKERS`` processes, if pytest-xdist is there and ``-n`` does not say otherwise."""
+    """With ``-n``, share whole files out: a file's tests share models, engines and programs."""
     option = config.option
-    if not hasattr(option, "numprocesses") or "PYTEST_XDIST_WORKER" in os.environ:
-        return  # There is no pytest-xdist, or this is one of its processes.
-    if option.numprocesses is None and not option.usepdb and option.capture != "no" and _several_fit(config.args):
-        option.numprocesses = min(WORKERS, len(os.sched_getaffinity(0)))
-    if option.numprocesses and option.dist == "no":
-        option.dist = "loadfile"  # A file's tests share models, engines and programs.
-
-
-def _several_fit(args):
-    """Return whether there is more than a file to run, and no accelerator, which several processes cannot have."""
-    files = {Path(arg.split("::")[0]) for arg in args}
-    if len(files) == 1 and files.pop().is_file():
-        return False
-    plugins = bool(importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"))
-    return os.environ.get("JAX_PLATFORMS") == "cpu" or not plugins
+    if getattr(option, "numprocesses", None) and option.dist == "no":
+        option.dist = "loadfile"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _programs_of_this_run(request, tmp_path_factory):
-    """Keep what takes long to compile on disk while this run lasts: its processes compile a program once.
+    """With ``-n``, keep what takes long to compile on disk while this run lasts: its processes compile a program once.
 
     The key is the program itself, so that one that was changed is compiled anew. A cache of bounded size has a lock.
     """
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if hasattr(request.config, "workerinput") else root
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    root = tmp_path_factory.getbasetemp().parent
     options = {
         "jax_compilation_cache_dir": str(root / "programs"),
         "jax_compilation_cache_max_size": 4 * 2**30,
