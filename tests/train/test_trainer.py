@@ -34,6 +34,13 @@ def close(one, other, atol=ATOL):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
+@pytest.fixture(scope="module")
+def lively(lively):
+    """Return ``lively`` with two layers, which compile sooner than three."""
+    config = dataclasses.replace(lively.config, num_hidden_layers=2)
+    return dataclasses.replace(lively, config=config, params={**lively.params, "layers": lively.params["layers"][:2]})
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_ordinary_lora_is_trained_as_peft_and_torch_do(masked):
     model = preft_jax.load_model(FIXTURES / "models" / "llama3")
@@ -57,16 +64,32 @@ def test_ordinary_lora_is_trained_as_peft_and_torch_do(masked):
         close(cases.released(trainer, job), load_adapter(FIXTURES / "training" / "final", model), atol=1e-4)
 
 
+MIXED = {
+    "lora_pattern": (
+        dataclasses.replace(
+            ADAPTER_CONFIGS["lora_pattern"], layers=(1,), rank_pattern={"q_proj": 40, "layers.1.mlp.up_proj": 17}
+        ),
+        {"max_steps": 3, "batches": {"batch_size": 1}},
+    ),
+    "lora_all": (
+        dataclasses.replace(ADAPTER_CONFIGS["lora_all"], targets=("q", "down")),
+        {"max_steps": 5, "batches": {"batch_size": 1}, "gradient_accumulation_steps": 2},
+    ),
+    "direft_free": (
+        ADAPTER_CONFIGS["direft_free"],
+        {"max_steps": 4, "batches": {"batch_size": 2}, "gradient_accumulation_steps": 2},
+    ),
+    "loreft_f3l2": (ADAPTER_CONFIGS["loreft_f3l2"], {"max_steps": 3, "batches": {"batch_size": 5}}),
+}
+"""Where the first one ends the last one joins, which has most of the rows: batches have two sizes."""
+
+
 def mixed(model, rng, **fields):
     """Return makers of jobs of every kind, with data, lengths, rates and clocks of their own."""
     made = {}
-    for i, name in enumerate(("lora_pattern", "direft_free", "loreft_f3l2", "lora_all")):
-        config = ADAPTER_CONFIGS[name]
+    for i, (name, (config, own)) in enumerate(MIXED.items()):
         data = cases.examples(config, rng, 7)
-        own = {
-            "max_steps": 3 + i % 4, "optimizer": {"learning_rate": 1e-3 * (1 + i % 3)},
-            "batches": {"batch_size": 1 + i % 3, "seed": i}, "gradient_accumulation_steps": 1 + i % 2,
-        }  # fmt: skip
+        own = {**own, "optimizer": {"learning_rate": 1e-3 * (1 + i % 3)}, "batches": {**own["batches"], "seed": i}}
         made[name] = lambda name=name, config=config, data=data, own=own: cases.job(
             model, config, data, name=name, **own, **fields
         )
@@ -74,14 +97,13 @@ def mixed(model, rng, **fields):
 
 
 def test_jobs_together_end_as_each_alone(lively, rng):
-    """Some finish before others; with room for three at a time, others join while they run."""
+    """Some finish before others; with room for three at a time, one joins while others run."""
     make = mixed(lively, rng)
     alone = {name: cases.train(lively, [one()]) for name, one in make.items()}
-    for max_jobs in (0, 3):
-        together, losses = cases.train(lively, [one() for one in make.values()], max_jobs=max_jobs)
-        for name, (adapters, own) in alone.items():
-            np.testing.assert_allclose(losses[name], own[name], atol=1e-5)
-            close(together[name], adapters[name])
+    together, losses = cases.train(lively, [one() for one in make.values()], max_jobs=3)
+    for name, (adapters, own) in alone.items():
+        np.testing.assert_allclose(losses[name], own[name], atol=1e-5)
+        close(together[name], adapters[name])
     assert np.ptp([own[name][0] for name, (_, own) in alone.items()]) > 0.01, "they differ"
 
 
@@ -147,9 +169,8 @@ def test_dropout_is_drawn_from_the_seed_alone(lively, rng):
     (one,) = cases.train(lively, [make()])[0].values()
     (same,) = cases.train(lively, [make()])[0].values()
     close(one, same, atol=0)
-    long = cases.job(
-        lively, AdapterConfig(rank=4), [cases.example(AdapterConfig(), rng, 40, 9)], name="long", max_steps=4
-    )
+    long = AdapterConfig(rank=4, targets=("q",))
+    long = cases.job(lively, long, [cases.example(long, rng, 40, 9)], name="long", max_steps=4)
     close(cases.train(lively, [long, make()])[0]["adapter"], one)
     plain = dataclasses.replace(config, dropout=0.0)
     (without,) = cases.train(lively, [make(config=plain)])[0].values()
@@ -235,31 +256,28 @@ from train.trainer import Trainer
 
 model = preft_jax.load_model("tiny")
 config = AdapterConfig(rank=8)
-job = cases.job(model, config, cases.examples(config, np.random.default_rng(0), 9), batches={"batch_size": 3})
-trainer = Trainer(model, [job], placement=Placement.parse(sys.argv[1]))
-losses = [trainer.step() for _ in range(6)][1:] + [trainer.finish()]
-sharding = trainer._base["layers"][0]["down"].sharding
-parts = len({tuple(map(str, index)) for index in sharding.devices_indices_map((96, 64)).values()})
-sums = [float(np.abs(leaf).sum()) for leaf in cases.leaves(cases.released(trainer, job))]
-print(json.dumps({"losses": [one.results[0].loss for one in losses], "parts": parts, "sums": sums}))
+for mesh in sys.argv[1:]:
+    job = cases.job(model, config, cases.examples(config, np.random.default_rng(0), 9), batches={"batch_size": 3})
+    trainer = Trainer(model, [job], placement=Placement.parse(mesh))
+    losses = [trainer.step() for _ in range(6)][1:] + [trainer.finish()]
+    sharding = trainer._base["layers"][0]["down"].sharding
+    parts = len({tuple(map(str, index)) for index in sharding.devices_indices_map((96, 64)).values()})
+    sums = [float(np.abs(leaf).sum()) for leaf in cases.leaves(cases.released(trainer, job))]
+    print(json.dumps({"losses": [one.results[0].loss for one in losses], "parts": parts, "sums": sums}))
 """
 
 
 def test_four_devices_train_as_one():
     """Each of them has a quarter of every weight."""
-    found = {}
-    for mesh in ("fsdp=1", "fsdp=4"):
-        here = str(Path(__file__).parents[1])
-        environment = {
-            **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent), os.environ.get("PYTHONPATH", "")]),
-        }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", SHARDED, mesh], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        found[mesh] = json.loads(done.stdout.splitlines()[-1])
-    one, four = found.values()
+    here = str(Path(__file__).parents[1])
+    environment = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    command = [sys.executable, "-c", SHARDED, "fsdp=1", "fsdp=4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, four = map(json.loads, done.stdout.splitlines())
     assert (one["parts"], four["parts"]) == (1, 4)
     np.testing.assert_allclose(four["losses"], one["losses"], atol=1e-5)
     np.testing.assert_allclose(four["sums"], one["sums"], rtol=1e-4)
