@@ -20,11 +20,12 @@ SIZES = (
 
 
 class Program:
-    """The program in a process of its own."""
+    """The program in a process of its own; ``cache``: a directory of compiled programs in place of the tests' own."""
 
-    def __init__(self, *arguments, cache, run=("-m", "serve.api")):
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    def __init__(self, *arguments, cache=None, run=("-m", "serve.api")):
+        environment = {**os.environ}
+        if cache is not None:
+            environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, *run, "--port", "0", *SIZES, *KEYS, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines = []

@@ -105,10 +105,10 @@ class Registering:
 
 def test_what_was_answered_survives_kills_and_nothing_is_half_there(directories, tmp_path):
     root, digests = directories
-    state, cache = tmp_path / "state", tmp_path / "cache"
+    state = tmp_path / "state"
     known, before = {}, {}
     for life in range(LIVES):
-        with api_program.Program(*options(root, state), cache=cache) as program:
+        with api_program.Program(*options(root, state)) as program:
             program.until_ready()
             assert not [path.name for path in (state / "pages").iterdir() if path.name.endswith(".tmp")]
             _check_served(program, known, before)

@@ -13,14 +13,14 @@ from serve import api
 
 
 def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
-    adapters, cache = tmp_path / "adapters", tmp_path / "cache"
+    adapters = tmp_path / "adapters"
     api_server.adapter_directory(adapters, "watched", tiny, 0)
     api_server.adapter_directory(adapters / "more", "loaded", tiny, 1)
     (adapters / "bad").mkdir()
     (adapters / "bad" / "adapter_config.json").write_text("{}")
     options = ("--adapter-dir", str(adapters), "--state-dir", str(tmp_path / "state"), "--allow-runtime-lora-updating",
                "--adapter-root", str(adapters), "--drain-seconds", "60")  # fmt: skip
-    with api_program.Program(*options, cache=cache) as program:
+    with api_program.Program(*options) as program:
         assert [line["adapter"] for line in program.events("adapter refused")] == ["bad"]
         program.until_ready()
         with program.client(api_server.ADMIN) as admin:
@@ -37,7 +37,7 @@ def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
         assert json.loads(first.removeprefix("data: "))["model"] == "kept"
         assert program.end() == 0
         assert [line["route"] for line in program.events("request")][-1] == "/v1/completions"
-    with api_program.Program(*options[2:], cache=cache) as program:
+    with api_program.Program(*options[2:]) as program:
         with program.client(api_server.ALICE) as alice:
             names = [model["id"] for model in alice.get("/v1/models").json()["data"]]
             assert names == ["tiny", "kept", "watched"]

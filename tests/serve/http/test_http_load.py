@@ -130,7 +130,7 @@ def check_load(tiny, root, *, adapters, requests, room, text):
         "--adapter-root", str(root / "adapters"), "--bank-pages", str(room + 1), "--max-num-seqs", "8",
         "--adapter-memory-gib", str(adapters / 5 * BYTES / 2**30), "--no-enable-prefix-caching",
     )  # fmt: skip
-    with api_program.Program(*options, cache=root / "cache") as program:
+    with api_program.Program(*options) as program:
         program.until_ready()
         first = requests // 5
         loads = [Load(program, adapters, count, text, seed) for seed, count in enumerate((first, requests - first))]

@@ -32,8 +32,8 @@ async def overload(url):
         return await answers, seen
 
 
-def test_the_queue_is_bounded_and_those_who_are_let_in_are_served(tmp_path):
-    with api_program.Program("--max-waiting", str(WAITING), cache=tmp_path / "cache") as program:
+def test_the_queue_is_bounded_and_those_who_are_let_in_are_served():
+    with api_program.Program("--max-waiting", str(WAITING)) as program:
         program.until_ready()
         with program.client(api_server.ALICE) as alice:
             alone = [alice.post("/v1/completions", json=body(number)).json() for number in range(3)]
