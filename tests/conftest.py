@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -33,9 +34,17 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """With ``-n``, share whole files out: a file's tests share models, engines and programs."""
+    """Run the whole suite in two processes, and give each whole files: a file's tests share models and programs.
+
+    Paths, ``-n``, ``--pdb`` and tests of a GPU, which has one memory, are left as they were asked for.
+    """
     option = config.option
-    if getattr(option, "numprocesses", None) and option.dist == "no":
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "not gpu" in option.markexpr
+    if option.numprocesses is None and whole and not option.usepdb and not option.collectonly:
+        option.numprocesses = 2
+    if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"
 
 
