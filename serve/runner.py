@@ -184,8 +184,10 @@ class Runner:
         key = self.model.config, config, str(abstract)
         if key not in _shared:
             traced = dict(self._trace())
+            self.release()  # XLA tries matrix products out while it compiles, and needs memory for it.
             with ThreadPoolExecutor() as pool:
                 _shared[key] = dict(zip(traced, pool.map(_compile, traced.values()), strict=True))
+            self.reset()
         self.programs = {name: compiled for name, (compiled, _) in _shared[key].items()}
         self.compile_seconds = {name: round(seconds, 3) for name, (_, seconds) in _shared[key].items()}
         if self._adapters:

@@ -39,7 +39,7 @@ def pytest_cmdline_main(config):
     Paths, ``-n``, ``--pdb`` and tests of a GPU, which has one memory, are left as they were asked for.
     """
     option = config.option
-    if not config.pluginmanager.hasplugin("xdist"):
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "not gpu" in option.markexpr
     if option.numprocesses is None and whole and not option.usepdb and not option.collectonly:

@@ -7,6 +7,7 @@ import pytest
 from engine_outputs import SCORING, TIGHT, alone, assert_as_alone, drain, lettered, request, run_all, run_one, some
 
 from preft_jax import AdapterConfig, SamplingParams, random_adapter
+from serve import runner
 from serve.config import EngineConfig
 from serve.engine import Engine
 
@@ -172,6 +173,23 @@ def test_nothing_is_compiled_after_warm_up_where_programs_are_shared(lively, man
     jax.clear_caches()
     run_one(engine, request(some(rng, 9), many[0]))
     assert engine.stats.recompiles == 0
+
+
+def test_compilers_have_the_memory_that_calls_work_on(lively, monkeypatch):
+    """XLA tries matrix products out while it compiles; cache, bank and logits are there again when it is done."""
+    engine = Engine(lively, TIGHT)
+
+    def held():
+        return jax.tree.leaves((engine.runner.cache, engine.runner.bank, engine.runner._logits))
+
+    compiling = []
+    monkeypatch.setattr(runner, "_shared", {})
+    monkeypatch.setattr(runner, "_compile", lambda traced: (compiling.extend(x.is_deleted() for x in held()), 0.0))
+    monkeypatch.setattr(runner.Runner, "_time_decode", lambda self: None)
+    engine.runner.warm_up()
+    assert compiling
+    assert all(compiling)
+    assert not any(x.is_deleted() for x in held())
 
 
 def test_requests_of_one_adapter_under_two_objects_share_it(lively, many, rng):
