@@ -165,26 +165,37 @@ def rope_kv(
     check_array("kv_PSJC", kv_PSJC, 4, jnp.floating)
     check_array("slots_T", slots_T, 1, jnp.integer)
     tokens, width = qkv_TF.shape
-    kv_heads2, channels = kv_PSJC.shape[2:]
-    check(kv_heads2 % 2 == 0, f"kv_PSJC has {kv_heads2} heads; keys and values alternate, so it must be even")
-    heads = width // channels - kv_heads2
-    check(
-        width % channels == 0 and heads > 0 and heads % (kv_heads2 // 2) == 0,
-        f"qkv_TF has width {width}; with {kv_heads2 // 2} KV heads of size {channels} expected a multiple of "
-        f"{kv_heads2 // 2 * channels} beyond {kv_heads2 * channels}",
-    )
-    check(channels % 2 == 0, f"kv_PSJC has odd head size {channels}; rotary channels come in pairs")
-    for name, table in (("cos_TX", cos_TX), ("sin_TX", sin_TX)):
-        check(table.shape == (tokens, channels // 2), f"{name} has shape {table.shape}; expected "
-              f"({tokens}, {channels // 2})")  # fmt: skip
+    channels = _check_heads("qkv_TF", width, kv_PSJC)
+    _check_rope(cos_TX, sin_TX, ("cos_TX", "sin_TX"), tokens, channels)
     check(slots_T.shape == (tokens,), f"slots_T has shape {slots_T.shape}; expected ({tokens},)")
     check(len(edits) == 3, f"edits has {len(edits)} entries; expected three, of q, k and v")
-    widths = (heads * channels, kv_heads2 // 2 * channels, kv_heads2 // 2 * channels)
+    kv_width = kv_PSJC.shape[2] // 2 * channels
+    widths = (width - 2 * kv_width, kv_width, kv_width)
     for edit, own in zip(edits, widths, strict=True):
         if edit is not None:
             check_shrunk(edit, tokens, own)
             debug.check_tiles(edit.site, tokens)
     return dispatch.run("rope_kv", implementation, qkv_TF, tuple(edits), cos_TX, sin_TX, kv_PSJC, slots_T)
+
+
+def _check_heads(name: str, width: int, kv_PSJC: jax.Array) -> int:
+    """Raise unless a width holds the heads of fused queries, keys and values of a pool; return the size of a head."""
+    kv_heads2, channels = kv_PSJC.shape[2:]
+    check(kv_heads2 % 2 == 0, f"kv_PSJC has {kv_heads2} heads; keys and values alternate, so it must be even")
+    check(channels % 2 == 0, f"kv_PSJC has odd head size {channels}; rotary channels come in pairs")
+    heads = width // channels - kv_heads2
+    check(
+        width % channels == 0 and heads > 0 and heads % (kv_heads2 // 2) == 0,
+        f"{name} has width {width}; with {kv_heads2 // 2} KV heads of size {channels} expected a multiple of "
+        f"{kv_heads2 // 2 * channels} beyond {kv_heads2 * channels}",
+    )
+    return channels
+
+
+def _check_rope(cos: jax.Array, sin: jax.Array, names: tuple[str, str], tokens: int, channels: int) -> None:
+    for name, table in zip(names, (cos, sin), strict=True):
+        expected = (tokens, channels // 2)
+        check(table.shape == expected, f"{name} has shape {table.shape}; expected {expected}")
 
 
 def silu_mul_shrink(
@@ -302,6 +313,50 @@ def paged_attention(
     return dispatch.run(
         "paged_attention", implementation, q_THC, kv_PSJC, page_table_BP, query_start_B1, kv_len_B,
         max_query_len=max_query_len, scale=channels**-0.5 if scale is None else scale,
+    )  # fmt: skip
+
+
+def decode_attention(
+    qkv_BF: jax.Array,
+    cos_BX: jax.Array,
+    sin_BX: jax.Array,
+    kv_PSJC: jax.Array,
+    page_table_BP: jax.Array,
+    position_B: jax.Array,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``rope_kv`` and ``paged_attention`` of one token a row, without edits, in one pass over the keys.
+
+    Args:
+        qkv_BF: ``[B, (H + 2K) C]``, the query, key and value heads of each row's token side by side.
+        cos_BX: float32 ``[B, C / 2]``.
+        sin_BX: likewise.
+        kv_PSJC: KV pool ``[pages, page size, 2K, C]``, heads k0 v0 k1 v1 ...; updated in place where it is donated.
+        page_table_BP: int32, the pages of each row in order; entries past its token may be any valid page.
+        position_B: int32, where each row's token stands: its key and value are written there, and it attends to the
+            keys up to there. Below 0 the row is idle: nothing is written.
+        scale: multiplies the scores; ``C ** -0.5`` if None.
+        implementation: see the module.
+
+    Returns:
+        ``[B, H, C]`` in the dtype of ``qkv_BF``, zero in idle rows, and the pool; softmax in float32.
+    """
+    check_activations("qkv_BF", qkv_BF)
+    check_array("kv_PSJC", kv_PSJC, 4, jnp.floating)
+    check_array("page_table_BP", page_table_BP, 2, jnp.integer)
+    check_array("position_B", position_B, 1, jnp.integer)
+    batch = qkv_BF.shape[0]
+    channels = _check_heads("qkv_BF", qkv_BF.shape[1], kv_PSJC)
+    _check_rope(cos_BX, sin_BX, ("cos_BX", "sin_BX"), batch, channels)
+    for name, array in (("page_table_BP", page_table_BP), ("position_B", position_B)):
+        check(array.shape[0] == batch, f"{name} has {array.shape[0]} rows; qkv_BF has {batch}")
+    debug.check_range("page_table_BP", page_table_BP, kv_PSJC.shape[0])
+    debug.check_range("position_B + 1", position_B + 1, page_table_BP.shape[1] * kv_PSJC.shape[1] + 1)
+    return dispatch.run(
+        "decode_attention", implementation, qkv_BF, cos_BX, sin_BX, kv_PSJC, page_table_BP, position_B,
+        scale=channels**-0.5 if scale is None else scale,
     )  # fmt: skip
 
 

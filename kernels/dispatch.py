@@ -35,6 +35,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
     "silu_mul_shrink": ("xla", "triton"),
     "decode_edit": ("xla", "triton", "pallas_tpu"),
     "paged_attention": ("xla", "triton", "pallas_tpu"),
+    "decode_attention": ("xla", "triton"),
     "draw": ("xla", "triton"),
     "write_pages": ("xla", "triton"),
 }

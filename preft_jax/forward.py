@@ -155,20 +155,16 @@ def _fused_hidden(
     cache: KVCache,
     tokens_T: jax.Array,
     positions_T: jax.Array,
-    slots_T: jax.Array,
-    ragged: tuple[jax.Array, jax.Array, jax.Array],
+    places: fused.Packed | fused.Decoding,
     *,
     mask_TG: jax.Array,
     tiles: Mapping[str, TilePages],
-    max_query_len: int,
     rows: RowEdits | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Return the normed stream after the last layer, by the fused kernels, and the cache."""
     cos_T1X, sin_T1X = rope_table(config, positions_T)
-    batch = fused.Batch(slots_T, *ragged, mask_TG, cos_T1X[:, 0], sin_T1X[:, 0], tiles)
-    h_TD, kv = fused.hidden(
-        config, params, bank, cache.kv, params["embed"][tokens_T], batch, max_query_len=max_query_len, rows=rows
-    )  # fmt: skip
+    batch = fused.Batch(places, mask_TG, cos_T1X[:, 0], sin_T1X[:, 0], tiles)
+    h_TD, kv = fused.hidden(config, params, bank, cache.kv, params["embed"][tokens_T], batch, rows=rows)
     return h_TD, KVCache(kv)
 
 
@@ -177,10 +173,12 @@ def _prefill_hidden(
 ) -> tuple[jax.Array, KVCache]:
     """Return the normed stream ``[T, D]`` after the last layer, and the cache."""
     if fused.applies(config, params):
-        ragged = batch.page_table_BP, batch.query_start_B1, batch.kv_len_B
+        places = fused.Packed(
+            batch.slots_T, batch.page_table_BP, batch.query_start_B1, batch.kv_len_B, max_query_len
+        )  # fmt: skip
         return _fused_hidden(
-            config, params, bank, cache, batch.tokens_T, batch.positions_T, batch.slots_T, ragged,
-            mask_TG=batch.edit_mask_TG, tiles=batch.tiles, max_query_len=max_query_len,
+            config, params, bank, cache, batch.tokens_T, batch.positions_T, places,
+            mask_TG=batch.edit_mask_TG, tiles=batch.tiles,
         )  # fmt: skip
     attention = PagedAttention(
         cache,
@@ -263,23 +261,20 @@ def _decode(
     size = batch.tokens_B.shape[0]
     active_B = batch.positions_B >= 0
     position_B = jnp.maximum(batch.positions_B, 0)
-    page_B = jnp.take_along_axis(batch.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
-    slots_B = jnp.where(active_B, page_B * cache.page_size + position_B % cache.page_size, NO_SLOT)
-    ragged = batch.page_table_BP, jnp.arange(size + 1, dtype=jnp.int32), position_B + 1
     if isinstance(edits, NoEdits | RowEdits) and fused.applies(config, params):
         h_BD, cache = _fused_hidden(
-            config, params, None, cache, batch.tokens_B, position_B, slots_B, ragged,
-            mask_TG=fused.no_mask(size), tiles={}, max_query_len=1,
-            rows=edits if isinstance(edits, RowEdits) else None,
+            config, params, None, cache, batch.tokens_B, position_B,
+            fused.Decoding(batch.page_table_BP, batch.positions_B),
+            mask_TG=fused.no_mask(size), tiles={}, rows=edits if isinstance(edits, RowEdits) else None,
         )  # fmt: skip
         return lm_head(params, h_BD), cache
-    page_table_BP, query_start_B1, kv_len_B = ragged
+    page_B = jnp.take_along_axis(batch.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
     attention = PagedAttention(
         cache,
-        slots_T=slots_B,
-        page_table_BP=page_table_BP,
-        query_start_B1=query_start_B1,
-        kv_len_B=kv_len_B,
+        slots_T=jnp.where(active_B, page_B * cache.page_size + position_B % cache.page_size, NO_SLOT),
+        page_table_BP=batch.page_table_BP,
+        query_start_B1=jnp.arange(size + 1, dtype=jnp.int32),
+        kv_len_B=position_B + 1,
         max_query_len=1,
     )
     x_BD = _hidden(config, params, batch.tokens_B, position_B, attention, edits)

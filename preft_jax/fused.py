@@ -19,17 +19,34 @@ from preft_jax.layout import linear
 from preft_jax.model import Params
 
 
-class Batch(NamedTuple):
-    """What the layers need of a packed batch.
+class Packed(NamedTuple):
+    """Where the tokens of packed requests stand: int32 arrays as in ``PrefillBatch``.
 
-    int32 ``slots_T``, ``page_table_BP``, ``query_start_B1`` and ``kv_len_B`` as in ``PrefillBatch``; bool ``mask_TG``;
-    float32 ``cos_TX`` and ``sin_TX``; ``tiles`` by site, empty without a bank.
+    ``max_query_len`` is a static bound on the tokens of one request in the batch.
     """
 
     slots_T: jax.Array
     page_table_BP: jax.Array
     query_start_B1: jax.Array
     kv_len_B: jax.Array
+    max_query_len: int
+
+
+class Decoding(NamedTuple):
+    """Where one token of each row stands: int32 ``page_table_BP`` and ``position_B``, as in ``DecodeBatch``."""
+
+    page_table_BP: jax.Array
+    position_B: jax.Array
+
+
+class Batch(NamedTuple):
+    """What the layers need of a batch.
+
+    ``places`` says where its tokens stand; bool ``mask_TG``; float32 ``cos_TX`` and ``sin_TX``; ``tiles`` by site,
+    empty without a bank.
+    """
+
+    places: Packed | Decoding
     mask_TG: jax.Array
     cos_TX: jax.Array
     sin_TX: jax.Array
@@ -50,7 +67,6 @@ def hidden(
     x_TD: jax.Array,
     batch: Batch,
     *,
-    max_query_len: int,
     rows: RowEdits | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
@@ -63,7 +79,6 @@ def hidden(
         kv: the KV pool of each layer, ``kv_PSJC``.
         x_TD: embedded tokens.
         batch: see ``Batch``.
-        max_query_len: static bound on the tokens of one request in the batch.
         rows: all-token adapters of a decode step; then there is no bank.
         implementation: of all kernels; None takes the best of each.
 
@@ -103,19 +118,7 @@ def hidden(
             if config.qkv_bias:
                 qkv = qkv + w["qkv_bias"]
             qkv = edited(("q", "k", "v"), h, qkv)
-            q, kv[layer] = api.rope_kv(
-                qkv,
-                _edits(held, shrunk),
-                batch.cos_TX,
-                batch.sin_TX,
-                kv[layer],
-                batch.slots_T,
-                implementation=implementation,
-            )
-            mixed = api.paged_attention(
-                q, kv[layer], batch.page_table_BP, batch.query_start_B1, batch.kv_len_B,
-                max_query_len=max_query_len, implementation=implementation,
-            )  # fmt: skip
+            mixed, kv[layer] = _attend(qkv, _edits(held, shrunk), kv[layer], batch, implementation)
             mixed = mixed.reshape(mixed.shape[0], -1)
             held = _present(sites("o"))
             shrunk = api.shrink(
@@ -151,6 +154,21 @@ def hidden(
         x_TD, pending, block, params["norm"], eps, (), batch.mask_TG, add_TD=added, implementation=implementation
     )
     return h, kv
+
+
+def _attend(
+    qkv_TF: jax.Array, edits: list[Shrunk | None], kv_PSJC: jax.Array, batch: Batch, implementation: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Rotate, keep keys and values, attend; returns ``[T, H, C]`` and the KV pool."""
+    places, rope = batch.places, (batch.cos_TX, batch.sin_TX)
+    if isinstance(places, Decoding):
+        return api.decode_attention(qkv_TF, *rope, kv_PSJC, *places, implementation=implementation)
+    q_THC, kv_PSJC = api.rope_kv(qkv_TF, edits, *rope, kv_PSJC, places.slots_T, implementation=implementation)
+    mixed_THC = api.paged_attention(
+        q_THC, kv_PSJC, places.page_table_BP, places.query_start_B1, places.kv_len_B,
+        max_query_len=places.max_query_len, implementation=implementation,
+    )  # fmt: skip
+    return mixed_THC, kv_PSJC
 
 
 def _present(sites: Sequence[Site | None]) -> tuple[Site, ...]:

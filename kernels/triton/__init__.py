@@ -4,6 +4,7 @@ Importing needs jax-triton, triton and JAX's CUDA plugin (``pip install preft-ja
 makes programs for a GPU that is not there.
 """
 
+from kernels.triton.attention import decode_attention as decode_attention
 from kernels.triton.attention import paged_attention as paged_attention
 from kernels.triton.backward import expand_backward as expand_backward
 from kernels.triton.backward import shrink_backward as shrink_backward

@@ -1,16 +1,17 @@
-"""Attention over pages: one kernel for decode (keys split over programs) and for chunked prefill (queries in blocks).
+"""Attention over pages: of packed queries in blocks, and of a decode step, which rotates and keeps its own tokens too.
 
 A program takes a block of queries of one request, for all query heads that share a KV head, and runs an online softmax
 (Milakov and Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691) over its share of the keys.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels.triton.call import call, check_dtype, power_of_two, require
-from kernels.triton.device.attention import attend_kernel, combine_kernel
+from kernels.triton.device.attention import attend_kernel, combine_kernel, decode_attend_kernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,7 @@ def paged_attention(
     size, kv_heads = kv_PSJC.shape[1], kv_PSJC.shape[2] // 2
     batch, width = page_table_BP.shape
     group = heads // kv_heads
-    require(
-        channels in (32, 64, 128, 256),
-        f"q_THC has head size {channels}; supported: 32, 64, 128, 256",
-    )
+    _check_channels("q_THC", channels)
     if config is None:
         config = config_for(
             batch=batch, kv_heads=kv_heads, group=group, max_query_len=max_query_len, max_keys=width * size
@@ -111,10 +109,60 @@ def paged_attention(
         G=group, GP=group_padded, M=max(16, group_padded * config.queries), BQ=config.queries, BN=config.keys,
         SPLITS=splits,
     )  # fmt: skip
-    if whole:
-        return out
-    (combined,) = call(
-        combine_kernel, out, lse, out=[same], grid=(tokens * heads,), warps=1,
+    return out if whole else _combine(out, lse, q_THC.dtype)
+
+
+def _combine(out_UTHC: jax.Array, lse_UTH2: jax.Array, dtype: Any) -> jax.Array:
+    """Return the mean of the splits' results, weighed by their softmax sums."""
+    splits, tokens, heads, channels = out_UTHC.shape
+    (combined_THC,) = call(
+        combine_kernel, out_UTHC, lse_UTH2, out=[jax.ShapeDtypeStruct((tokens, heads, channels), dtype)],
+        grid=(tokens * heads,), warps=1,
         ROWS=tokens * heads, C=channels, SPLITS=splits, SP=power_of_two(splits),
     )  # fmt: skip
-    return combined
+    return combined_THC
+
+
+def decode_attention(
+    qkv_BF: jax.Array,
+    cos_BX: jax.Array,
+    sin_BX: jax.Array,
+    kv_PSJC: jax.Array,
+    page_table_BP: jax.Array,
+    position_B: jax.Array,
+    *,
+    scale: float,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See ``kernels.api.decode_attention``. ``config`` is chosen by the shapes if None."""
+    check_dtype("qkv_BF", qkv_BF)
+    batch, width = page_table_BP.shape
+    _, size, kv_heads2, channels = kv_PSJC.shape
+    kv_heads, heads = kv_heads2 // 2, qkv_BF.shape[1] // channels - kv_heads2
+    _check_channels("kv_PSJC", channels)
+    group = heads // kv_heads
+    if config is None:
+        config = config_for(batch=batch, kv_heads=kv_heads, group=group, max_query_len=1, max_keys=width * size)
+    splits = config.splits
+    whole = splits == 1
+    out, lse, kv_PSJC = call(
+        decode_attend_kernel,
+        qkv_BF, cos_BX, sin_BX, kv_PSJC, jnp.asarray(page_table_BP, jnp.int32), jnp.asarray(position_B, jnp.int32),
+        out=[
+            jax.ShapeDtypeStruct((batch, heads, channels), qkv_BF.dtype)
+            if whole
+            else jax.ShapeDtypeStruct((splits, batch, heads, channels), jnp.float32),
+            jax.ShapeDtypeStruct((1,) if whole else (splits, batch, heads, 2), jnp.float32),
+            jax.ShapeDtypeStruct(kv_PSJC.shape, kv_PSJC.dtype),
+        ],
+        aliases={3: 2},
+        grid=(kv_heads, batch, splits),
+        warps=config.warps, stages=config.stages,
+        SCALE=scale, B=batch, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width, G=group,
+        M=max(16, power_of_two(group)), BN=config.keys, SPLITS=splits,
+    )  # fmt: skip
+    return (out if whole else _combine(out, lse, qkv_BF.dtype)), kv_PSJC
+
+
+def _check_channels(name: str, channels: int) -> None:
+    require(channels in (32, 64, 128, 256), f"{name} has head size {channels}; supported: 32, 64, 128, 256")

@@ -149,11 +149,11 @@ def test_programs_write_the_kv_cache_in_place(programs, name):
     assert all("output_operand_alias" in line for line in writes)
 
 
-@pytest.mark.parametrize(("name", "calls"), [("prefill", 6), ("decode", 5), ("decode_adapted", 13)])
+@pytest.mark.parametrize(("name", "calls"), [("prefill", 6), ("decode", 4), ("decode_adapted", 12)])
 def test_programs_are_made_of_the_fused_kernels(programs, name, calls):
     """Two norms, rope, attention and SiLU in a layer, and the shrink of ``o`` with edits; one norm at the end.
 
-    All-token adapters edit seven linears and the stream apart.
+    A decode step rotates where it attends. All-token adapters edit seven linears and the stream apart.
     """
     config, texts = programs
     found = texts[name].count("@triton_kernel_call")
@@ -182,6 +182,10 @@ def test_kernels_are_right_in_tritons_interpreter():
     """A case of each operation, of those with which a GPU is tested too (``pytest -m gpu``)."""
     tests = [f"tests/kernels/test_implementations.py::{test}" for test in INTERPRETED]
     tests += ["tests/kernels/test_pages.py"]
+    tests += [
+        f"tests/kernels/test_decode_attention.py::test_it_is_attention_with_the_own_token_rotated_and_kept[triton-{case}]"
+        for case in ("mixed/bf16", "page-64", "idle-rows", "split")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},

@@ -59,7 +59,10 @@ def test_every_operation_of_the_engine_is_a_kernel_and_gives_what_plain_jax_give
     requests = asked(rng, adapters)
     ours = serve(Engine(lively, ROOMY), requests)
     assert not refused
-    operations = {"norm_shrink", "rope_kv", "silu_mul_shrink", "decode_edit", "paged_attention", "draw", "write_pages"}
+    operations = {
+        "norm_shrink", "rope_kv", "silu_mul_shrink", "decode_edit", "paged_attention", "decode_attention", "draw",
+        "write_pages",
+    }  # fmt: skip
     assert operations <= {op for op, _ in found}
     assert {name for _, name in found} == {"triton"}
     found.clear()

@@ -68,6 +68,92 @@ def attend_kernel(
 
 
 @triton.jit
+def decode_attend_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, table_ptr, position_ptr, out_ptr, lse_ptr, kv_out,
+    SCALE: tl.constexpr, B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
+    WIDTH: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """A program: the G query heads of one KV head of a row, over a split of the keys before its token.
+
+    The last split rotates the token's own key, writes it and its value to the pool, and attends to them from registers.
+    """
+    head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    position = tl.load(position_ptr + row)
+    m = tl.arange(0, M)
+    c = tl.arange(0, C)
+    # Channel c turns with c + C / 2: first halves subtract, second halves add.
+    other = (c + C // 2) % C
+    cos = tl.load(cos_ptr + row * (C // 2) + c % (C // 2))
+    sin = tl.load(sin_ptr + row * (C // 2) + c % (C // 2))
+    sin = tl.where(c < C // 2, -sin, sin)
+    token = qkv_ptr + row * ((H + 2 * K) * C)
+    live = m < G
+    at_head = (head * G + m)[:, None] * C
+    q = tl.load(token + at_head + c[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    q_other = tl.load(token + at_head + other[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    q = (q * cos[None, :] + q_other * sin[None, :]).to(dtype)
+    own = position >= 0
+    if SPLITS > 1:
+        own = own & (split == SPLITS - 1)
+    token += (H + head) * C
+    own_k = tl.load(token + c, mask=own, other=0.0).to(tl.float32) * cos
+    own_k += tl.load(token + other, mask=own, other=0.0).to(tl.float32) * sin
+    own_k = own_k.to(dtype).to(kv_ptr.dtype.element_ty)
+    own_v = tl.load(token + K * C + c, mask=own, other=0.0).to(kv_ptr.dtype.element_ty)
+    stop = position
+    first = 0
+    if SPLITS > 1:
+        run = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
+        first = split * run
+        stop = tl.minimum(stop, first + run)
+    best = tl.full([M], -1.0e30, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, C], tl.float32)
+    for at in range(first, stop, BN):
+        n = at + tl.arange(0, BN)
+        seen = n < stop
+        if PAGE % BN == 0:
+            page = tl.load(table_ptr + row * WIDTH + at // PAGE).to(tl.int64)
+            place = page * PAGE + at % PAGE + tl.arange(0, BN)
+        else:
+            page = tl.load(table_ptr + row * WIDTH + n // PAGE, mask=seen, other=0).to(tl.int64)
+            place = page * PAGE + n % PAGE
+        base = kv_ptr + (place[:, None] * (2 * K) + 2 * head) * C + c[None, :]
+        k = tl.load(base, mask=seen[:, None], other=0.0).to(dtype)
+        v = tl.load(base + C, mask=seen[:, None], other=0.0).to(dtype)
+        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (SCALE * 1.4426950408889634)
+        score = tl.where(seen[None, :], score, -1.0e30)
+        new = tl.maximum(best, tl.max(score, 1))
+        weight = tl.exp2(score - new[:, None])
+        old = tl.exp2(best - new)
+        total = total * old + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(dtype), v, acc * old[:, None], input_precision="tf32x3")
+        best = new
+    if own:
+        page = tl.load(table_ptr + row * WIDTH + position // PAGE).to(tl.int64)
+        at_own = kv_out + ((page * PAGE + position % PAGE) * (2 * K) + 2 * head) * C + c
+        tl.store(at_own, own_k)
+        tl.store(at_own + C, own_v)
+        score = tl.sum(q.to(tl.float32) * own_k.to(dtype).to(tl.float32)[None, :], 1) * (SCALE * 1.4426950408889634)
+        new = tl.maximum(best, score)
+        weight = tl.exp2(score - new)
+        old = tl.exp2(best - new)
+        total = total * old + weight
+        acc = acc * old[:, None] + weight[:, None] * own_v.to(dtype).to(tl.float32)[None, :]
+        best = new
+    at_out = row * H + head * G + m
+    if SPLITS > 1:
+        at_split = split.to(tl.int64) * (B * H) + at_out
+        tl.store(out_ptr + at_split[:, None] * C + c[None, :], acc, mask=live[:, None])
+        tl.store(lse_ptr + at_split * 2, best, mask=live)
+        tl.store(lse_ptr + at_split * 2 + 1, total, mask=live)
+    else:
+        acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
+        tl.store(out_ptr + at_out[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
 def combine_kernel(part_ptr, lse_ptr, out_ptr, ROWS: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
              SP: tl.constexpr):  # fmt: skip
     """A program: one head of one query; weighs the splits by their softmax sums."""
