@@ -88,8 +88,9 @@ class Runner:
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
         self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
         self._choose_programs()
+        self._working_bytes = 0
         self.num_kv_pages = config.num_kv_pages or self._room_for_pages()
-        self.cache = self._new_cache()
+        self.cache = self._first_cache()
         self._logits = self._new_logits()
         self.programs: dict[str, Any] = {}
         self.compile_seconds: dict[str, float] = {}
@@ -128,6 +129,20 @@ class Runner:
     def _new_cache(self) -> KVCache:
         return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.dtype)
 
+    def _first_cache(self) -> KVCache:
+        """Make the cache, with fewer pages if memory that is free lies in pieces too small for it."""
+        while True:
+            cache = room = None
+            try:
+                cache, room = self._new_cache(), jnp.zeros(self._working_bytes, jnp.uint8)
+                jax.block_until_ready((cache, room))
+                return cache
+            except jax.errors.JaxRuntimeError as error:
+                fewer = self.num_kv_pages * 31 // 32
+                if "RESOURCE_EXHAUSTED" not in str(error) or self.config.num_kv_pages or fewer < self.table_width:
+                    raise
+            self.num_kv_pages = fewer
+
     def _room_for_pages(self) -> int:
         """Return how many KV pages fit: enough for all rows, or what an accelerator's memory leaves."""
         config, shape = self.config, self.model.config
@@ -147,6 +162,7 @@ class Runner:
             self.staged_pages = max(self._writes, min(self.staged_pages, free // 6 // slab))
             # Copies that wait to be written, and those being written.
             working += (self.staged_pages + (config.tile_entries or 1) + self._writes) * slab
+        self._working_bytes = working
         page = 2 * shape.num_hidden_layers * shape.kv_size * size * (config.page_size or 1)
         room = int(stats["bytes_limit"] * config.memory_utilization - used - working) // page
         if room < self.table_width:

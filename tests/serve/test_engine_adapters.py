@@ -7,6 +7,7 @@ import pytest
 from engine_outputs import SCORING, TIGHT, alone, assert_as_alone, drain, lettered, request, run_all, run_one, some
 
 from preft_jax import AdapterConfig, SamplingParams, random_adapter
+from preft_jax.cache import init_cache
 from serve import runner
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -173,6 +174,29 @@ def test_nothing_is_compiled_after_warm_up_where_programs_are_shared(lively, man
     jax.clear_caches()
     run_one(engine, request(some(rng, 9), many[0]))
     assert engine.stats.recompiles == 0
+
+
+def test_a_cache_that_memory_has_no_room_for_in_one_piece_gets_fewer_pages(lively, monkeypatch, rng):
+    most, asked = 25, []
+
+    def cramped(config, pages, *rest):
+        asked.append(pages)
+        if pages > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.69GiB")
+        return init_cache(config, pages, *rest)
+
+    monkeypatch.setattr(runner, "init_cache", cramped)
+    config = dataclasses.replace(TIGHT, num_kv_pages=None)
+    engine = Engine(lively, config)
+    assert engine.runner.num_kv_pages <= most < asked[-2]
+    assert asked == sorted(set(asked), reverse=True)
+    one = request(some(rng, 9))
+    assert run_one(engine, one).token_ids == alone(lively, one).token_ids
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        Engine(lively, dataclasses.replace(config, num_kv_pages=most + 1))
+    most = 1
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        Engine(lively, config)
 
 
 def test_compilers_have_the_memory_that_calls_work_on(lively, monkeypatch):
