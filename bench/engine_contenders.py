@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,18 @@ class Adapters:
             sites[site] = PackedSite(a, np.zeros((layers, self._pages, RANK_PAGE), np.float32), b, (0,) * self._pages)
         return sites
 
-    def put(self, engine: Engine, count: int, mode: str) -> list[Adapter]:
-        """Make the first ``count`` known to an engine of a mode and return them; engines share them in host memory."""
+    def put(self, engine: Engine, count: int, mode: str, used: Collection[int] | None = None) -> list[Adapter]:
+        """Make the first ``count`` and return them, and known to an engine of a mode those that are used (None: all).
+
+        Engines share them in host memory.
+        """
         own = [self.make(i, "all" if mode == "all-token" else "prompt") for i in range(count)]
-        missing = [i for i in range(count) if i not in self._pinned]
+        numbers = sorted(range(count) if used is None else set(range(count)).intersection(used))
+        missing = [i for i in numbers if i not in self._pinned]
         with ThreadPoolExecutor() as pool:
             self._pinned |= dict(zip(missing, pool.map(self.known, missing), strict=True))
-        for i, adapter in enumerate(own):
-            engine.adapters.put(adapter.digest, self._pinned[i])
+        for i in numbers:
+            engine.adapters.put(own[i].digest, self._pinned[i])
         return own
 
 

@@ -141,7 +141,12 @@ def draw(trace: Trace, users: Sequence[int], vocab_size: int, max_model_len: int
 
 
 def make_contenders(
-    model: Model, modes: Sequence[str], args: argparse.Namespace, max_model_len: int, console: Console
+    model: Model,
+    modes: Sequence[str],
+    args: argparse.Namespace,
+    workload: Workload,
+    max_model_len: int,
+    console: Console,
 ) -> list[Contender]:
     """Return a warm engine for each mode, asleep, with its adapters."""
     adapters = Adapters(model.config, "lora", args.rank, model.params["embed"].dtype, args.num_adapters)
@@ -151,7 +156,8 @@ def make_contenders(
         bank = min(args.bank_adapters, count)
         config = engine_config(args, mode, bank, max_model_len=max_model_len, prefill_seqs=PREFILL_SEQS)
         engine, seconds = ready(model, config, mode, console)
-        own = adapters.put(engine, count, mode)
+        used = {*workload.users, *(one.user for one in workload.warming(count) if one.user is not None)}
+        own = adapters.put(engine, count, mode, used)
         engine.sleep()  # Engines take turns with the device's memory.
         named: dict[str, Any] = {"mode": mode, "num_adapters": count, "bank_adapters": bank}
         if count:
@@ -215,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     workload = draw(trace, users, model.config.vocab_size, longest, min(WARM_UPS, args.max_num_seqs))
     texts = workload.texts
     console.print(f"{texts.clipped} of {count} requests were clipped to {longest} tokens", soft_wrap=True)
-    contenders = make_contenders(model, modes, args, longest, console)
+    contenders = make_contenders(model, modes, args, workload, longest, console)
     found, speedup = None, args.speedup
     if speedup is None:
         found = capacity(contenders[0], workload, args.capacity_prompts)
