@@ -13,6 +13,8 @@ the part of all requests that met both bounds stands beside it.
 
 Adapters are random LoRA on all seven linears. They lie folded in host memory; a bank of ``--bank-adapters`` holds
 those being prefilled (for all-token adapters, all that are in use).
+
+Contenders may also run one command after the other, on one machine: ``--continue-json`` takes what the first one wrote.
 """
 
 import argparse
@@ -108,8 +110,10 @@ def check(args: argparse.Namespace) -> list[str]:
     for mode in modes:
         if mode not in MODES:
             raise ConfigError(f"--modes has {mode!r}; allowed: {', '.join(MODES)}")
-    if "base" not in modes and args.speedup is None:
-        raise ConfigError(f"--modes is {args.modes}; capacity is that of the base: add base, or give --speedup")
+    if "base" not in modes and args.speedup is None and args.continue_json is None:
+        raise ConfigError(
+            f"--modes is {args.modes}; capacity is that of the base: add base, or give --speedup or --continue-json"
+        )
     return [mode for mode in MODES if mode in modes]
 
 
@@ -138,6 +142,39 @@ def draw(trace: Trace, users: Sequence[int], vocab_size: int, max_model_len: int
         for seed, one in enumerate((trace, few))
     )
     return Workload(trace=trace, texts=texts, warm_ups=warm_ups, users=users)
+
+
+def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that the figures hold, by name."""
+    own = ("output_json", "continue_json")
+    return {name: value for name, value in vars(args).items() if name not in own} | {"trace": args.trace.name}
+
+
+def read_earlier(args: argparse.Namespace, modes: Sequence[str]) -> dict[str, Any] | None:
+    """Return the figures that this run goes on with, or None; raise ``ConfigError`` if they are of something else."""
+    path: Path | None = args.continue_json
+    if path is None:
+        return None
+    try:
+        earlier = json.loads(path.read_text())
+        options, rows = earlier["options"], earlier["rows"]
+        speedup = earlier["speedup"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--continue-json: {path} holds no figures of bench.trace: {error!r}") from None
+    wanted = shared_options(args)
+    other = sorted(name for name in wanted if name not in ("modes", "speedup") and wanted[name] != options.get(name))
+    if other:
+        said = ", ".join(f"{name} {options.get(name)!r}" for name in other)
+        raise ConfigError(f"--continue-json: {path} was made with {said}; give the same options, modes aside")
+    if args.speedup is not None and args.speedup != speedup:
+        raise ConfigError(f"--speedup is {args.speedup:g}; that of {path} is {speedup:g}")
+    if both := {row["mode"] for row in rows} & set(modes):
+        raise ConfigError(f"--modes has {', '.join(sorted(both))}, which {path} has already")
+    return earlier
+
+
+def _joined(earlier: dict[str, Any], args: argparse.Namespace) -> str:
+    return f"{earlier['options']['modes']},{args.modes}"
 
 
 def make_contenders(
@@ -208,9 +245,10 @@ def measure(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
     modes, console = check(args), Console(stderr=True)
+    earlier = read_earlier(args, modes)
     trace = read_trace(args.trace, minutes=args.minutes, limit=args.limit)
     count, rate = len(trace.arrivals), rate_of(trace)
-    if args.speedup is None and not rate < math.inf:
+    if args.speedup is None and earlier is None and not rate < math.inf:
         raise ConfigError(
             f"{count} requests of {args.trace} are used and all arrive at once, so that no load can be offered; take "
             "more with --minutes or --limit, or give --speedup"
@@ -223,16 +261,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console.print(f"{texts.clipped} of {count} requests were clipped to {longest} tokens", soft_wrap=True)
     contenders = make_contenders(model, modes, args, workload, longest, console)
     found, speedup = None, args.speedup
-    if speedup is None:
+    if earlier is not None:
+        found, speedup = earlier["capacity"], earlier["speedup"]
+    elif speedup is None:
         found = capacity(contenders[0], workload, args.capacity_prompts)
-        speedup = args.load * found["requests_per_s"] / rate
+        speedup = round(args.load * found["requests_per_s"] / rate, 4)
         console.print(f"capacity: {found}", soft_wrap=True)
     seconds = trace.arrivals[-1] / speedup
     console.print(f"speedup {speedup:.4g}: {count} requests arrive in {seconds:.1f} s", soft_wrap=True)
     figures: dict[str, Any] = {
         "schema": SCHEMA,
-        "options": {name: value for name, value in vars(args).items() if name != "output_json"}
-        | {"trace": args.trace.name},
+        "options": shared_options(args) | ({} if earlier is None else {"modes": _joined(earlier, args)}),
         "trace": {
             "requests": count,
             "seconds": round(trace.arrivals[-1], 3),
@@ -243,10 +282,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         "max_model_len": longest,
         "capacity": found,
-        "speedup": round(speedup, 4),
+        "speedup": speedup,
         "offered_seconds": round(seconds, 3),
         "offered_requests_per_s": round(rate * speedup, 4) if rate < math.inf else None,
-        "rows": [],
+        "rows": [] if earlier is None else list(earlier["rows"]),
         **environment(),
     }
     goodput = {"ttft": args.ttft_ms, "tpot": args.tpot_ms}
@@ -315,6 +354,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--prefill-tokens", type=int, default=8192, help="tokens of a prefill call (default: %(default)s)")
     add("--memory-utilization", type=float, default=0.94, help="of what the process may take (default: %(default)s)")
+    add("--continue-json", type=Path, default=None, help="go on with the load and the rows of an earlier run")
     add("--output-json", type=Path, default=None, help="also write the JSON line here, after each turn what there is")
     return parser
 

@@ -6,6 +6,7 @@ weight once a step, so it fuses the linears that share an input (``qkv``, ``gate
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -35,12 +36,14 @@ def linear(x: jax.Array, weight: jax.Array | Transposed, dtype: Any = None) -> j
     return jax.lax.dot_general(x, w, contract, preferred_element_type=dtype or x.dtype)
 
 
-def fused_layout(params: Params, *, transpose: bool) -> Params:
+def fused_layout(params: Params, *, transpose: bool, consume: bool = False) -> Params:
     """Return the serving tree: q, k, v fused to ``qkv``, gate and up to ``gate_up``, biases likewise.
 
     Args:
-        params: the canonical tree; not changed. A serving tree comes back as it is.
+        params: the canonical tree. A serving tree comes back as it is.
         transpose: store linears as ``[output, input]``.
+        consume: delete the linears of each layer once they are fused, so that the next layer's go where they were:
+            else both trees are in memory, and the first leaves it in pieces. ``params`` cannot be used afterwards.
     """
 
     def stored(w_DF: jax.Array) -> jax.Array | Transposed:
@@ -54,6 +57,11 @@ def fused_layout(params: Params, *, transpose: bool) -> Params:
             out[name] = stored(layer[name])
         if "q_bias" in layer:
             out["qkv_bias"] = jnp.concatenate([layer["q_bias"], layer["k_bias"], layer["v_bias"]])
+        if consume:
+            jax.block_until_ready(out)
+            for name in (*itertools.chain(*FUSED.values()), *(("o", "down") if transpose else ())):
+                if isinstance(layer[name], jax.Array):
+                    layer[name].delete()
         return out
 
     if "qkv" in params["layers"][0]:

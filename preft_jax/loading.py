@@ -150,7 +150,7 @@ def serving_params(model: Model, max_num_seqs: int) -> Params:
 
     A CPU multiplies a matrix with one token fastest from ``[output, input]`` and with several from ``[input, output]``.
     """
-    transpose = jax.default_backend() == "cpu" and max_num_seqs == 1
+    transpose = _transposed(max_num_seqs)
     made = _serving_params.get(model)
     if made is None or made[0] != transpose:
         made = _serving_params[model] = (transpose, fused_layout(model.params, transpose=transpose))
@@ -158,5 +158,13 @@ def serving_params(model: Model, max_num_seqs: int) -> Params:
 
 
 def serving_model(model: Model, max_num_seqs: int) -> Model:
-    """Return a model that holds its weights in the serving layout alone: drop the one given to free its memory."""
-    return dataclasses.replace(model, params=serving_params(model, max_num_seqs))
+    """Return a model that holds its weights in the serving layout alone; the one given is used up.
+
+    Its weights change place layer by layer, so that both are never in memory, and free memory stays in one piece.
+    """
+    params = fused_layout(model.params, transpose=_transposed(max_num_seqs), consume=True)
+    return dataclasses.replace(model, params=params)
+
+
+def _transposed(max_num_seqs: int) -> bool:
+    return jax.default_backend() == "cpu" and max_num_seqs == 1

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from typing import Protocol
 
+from serve.packing import Packing, call_size
 from serve.pages import PageManager
 from serve.sequence import Sequence, Status
 
@@ -81,31 +82,6 @@ class Decode:
         return min(self.steps, sequence.remaining)
 
 
-class _Packing:
-    """Where chunks go in a prefill batch: one after the other, but no tile lists more rank pages than it may."""
-
-    def __init__(self, budget: int, tile: int, max_entries: int):
-        self._budget = budget
-        self._tile = tile
-        self._max_entries = max_entries
-        self._end = 0
-        self._entries = 0
-
-    def place(self, wanted: int, entries: int) -> tuple[int, int]:
-        """Return where the next chunk begins and how many of the wanted tokens fit there; it is then taken."""
-        at = self._end
-        if at % self._tile == 0 or self._entries + entries > self._max_entries:
-            at, held = -(-at // self._tile) * self._tile, 0
-        else:
-            held = self._entries
-        count = min(wanted, self._budget - at)
-        if count > 0:
-            self._end = at + count
-            same_tile = at // self._tile == (self._end - 1) // self._tile
-            self._entries = entries + (held if same_tile else 0)
-        return at, count
-
-
 class _Waiting:
     """Sequences in the order in which they are served; those of one rank as they came."""
 
@@ -151,11 +127,14 @@ class Scheduler:
         tile_entries: int,
         decode_steps: int,
         goes_ahead: bool = False,
+        prefill_sizes: Many[int] = (),
     ):
         self.pages = pages
         self._adapters = adapters
         self._max_num_seqs = max_num_seqs
         self._prefill_tokens = prefill_tokens
+        # Tokens of the programs that compute prompts, ascending: a call costs what its program does.
+        self._prefill_sizes = prefill_sizes or (prefill_tokens,)
         self._prefill_seqs = prefill_seqs
         self._chunk_tokens = chunk_tokens
         self._tile = tile
@@ -356,7 +335,7 @@ class Scheduler:
 
     def _plan_prefill(self) -> Prefill | None:
         chunks: list[Chunk] = []
-        packing = _Packing(self._prefill_tokens, self._tile, self._tile_entries)
+        packing = Packing(call_size(self._queued_tokens(), self._prefill_sizes), self._tile, self._tile_entries)
         room = all(self._take_chunk(sequence, chunks, packing) for sequence in self._prefilling)
         admitted: list[Sequence] = []
         refused: list[Sequence] = []
@@ -384,6 +363,15 @@ class Scheduler:
         self._refused = looked and not chunks
         return Prefill(chunks) if chunks else None
 
+    def _queued_tokens(self) -> int:
+        """Return the tokens that wait for a call, up to those of the largest one."""
+        tokens = 0
+        for sequence in itertools.chain(self._prefilling, self._waiting):
+            tokens += min(len(sequence.tokens) - sequence.started, self._chunk_tokens)
+            if tokens >= self._prefill_tokens or sequence.score:  # Scores have the largest program alone.
+                return self._prefill_tokens
+        return tokens
+
     def _is_reserved(self, refused: Many[Sequence]) -> bool:
         """Whether what others give back is kept for the first one that was refused: it was overtaken often enough.
 
@@ -391,7 +379,7 @@ class Scheduler:
         """
         return bool(refused) and refused[0].overtaken >= PATIENCE and self._holders > 0
 
-    def _take_chunk(self, sequence: Sequence, chunks: list[Chunk], packing: _Packing) -> bool:
+    def _take_chunk(self, sequence: Sequence, chunks: list[Chunk], packing: Packing) -> bool:
         """Add a sequence's next chunk, if it may be computed with the others; False if the batch is full."""
         if chunks and chunks[0].sequence.cohort != sequence.cohort:
             return True

@@ -112,6 +112,34 @@ def test_a_speedup_that_is_given_measures_no_capacity(recorded, loads, capsys):
     assert "of the base's capacity" not in tables.trace(figures)
 
 
+def test_contenders_may_run_one_command_after_the_other(recorded, loads, capsys, tmp_path):
+    first, both = tmp_path / "base.json", tmp_path / "both.json"
+    assert run(recorded, "--load", "2", "--modes", "base", "--output-json", str(first)) == 0
+    one = json.loads(first.read_text())
+    go_on = ("--load", "2", "--continue-json", str(first), "--output-json", str(both))
+    assert run(recorded, *go_on, "--modes", "prefill-only") == 0
+    two = json.loads(both.read_text())
+    assert (two["capacity"], two["speedup"], two["rows"][0]) == (one["capacity"], one["speedup"], one["rows"][0])
+    assert [row["mode"] for row in two["rows"]] == ["base", "prefill-only"]
+    assert two["rows"][1]["goodput_ratio_to_base"] == pytest.approx(
+        two["rows"][1]["request_goodput"] / one["rows"][0]["request_goodput"], abs=1e-3
+    )
+    assert two["options"] == one["options"] | {"modes": "base,prefill-only"}
+    (base, _), (adapted, _) = loads[3], loads[5]
+    assert [request.arrival for request in base] == [request.arrival for request in adapted]
+    capsys.readouterr()
+    for options, told in (
+        (("--modes", "base"), "--modes has base, which"),
+        (("--modes", "prefill-only", "--rank", "32"), "was made with rank 16; give the same options"),
+        (("--modes", "prefill-only", "--speedup", "99"), "--speedup is 99; that of"),
+    ):
+        assert run(recorded, *go_on, *options) == 1
+        assert told in capsys.readouterr().err
+    first.write_text("{}")
+    assert run(recorded, *go_on, "--modes", "prefill-only") == 1
+    assert "holds no figures of bench.trace" in capsys.readouterr().err
+
+
 def test_what_was_measured_is_kept(recorded, monkeypatch, capsys, tmp_path):
     out, real = tmp_path / "deep" / "figures.json", trace.load
 

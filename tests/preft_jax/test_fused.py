@@ -137,6 +137,20 @@ def test_when_the_fused_layers_apply(lively):
         assert not fused.applies(lively.config, params)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_consumed_tree_leaves_nothing_but_the_fused_one(lively, transpose):
+    given = jax.tree.map(jnp.array, lively.params)
+    wanted = jax.tree.map(np.asarray, fused_layout(lively.params, transpose=transpose))
+    made = fused_layout(given, transpose=transpose, consume=True)
+    for one, other in zip(*map(jax.tree.leaves, (made, wanted)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), other)
+    gone = {"q", "k", "v", "gate", "up", *(("o", "down") if transpose else ())}
+    for layer in given["layers"]:
+        assert {name for name, leaf in layer.items() if leaf.is_deleted()} == gone
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(lively.params))
+    assert fused_layout(made, transpose=transpose, consume=True) is made
+
+
 def test_decode_steps_with_all_token_adapters(lively, batch, monkeypatch):
     """Rows with LoRA, without, and with ReFT, whose edit lies between a layer and the next one's norm."""
     config, params = lively.config, fused_layout(lively.params, transpose=False)

@@ -237,7 +237,7 @@ def test_a_request_is_given_up_at_its_deadline(lively, rng):
     now = [5.0]
     engine = Engine(lively, TIGHT, clock=lambda: now[0])
     patient, hasty = (engine.add(request(some(rng, 9), max_tokens=20, deadline=d)) for d in (60.0, 3.0))
-    wholes = advance(engine, {}, 3)
+    wholes = advance(engine, {}, 5)
     now[0] = 8.0
     drain(engine, wholes)
     assert wholes[patient, 0].finish_reason == "length"

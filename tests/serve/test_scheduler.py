@@ -8,7 +8,8 @@ import sys
 import pytest
 from scheduler_world import PAGE, Slots, World, shape
 
-from serve.scheduler import PATIENCE, Decode, Prefill, _Packing
+from serve.packing import Packing, call_size
+from serve.scheduler import PATIENCE, Decode, Prefill
 from serve.sequence import Status
 
 
@@ -23,6 +24,32 @@ def test_a_prompt_is_cut_to_chunks_and_calls_to_the_budget():
         [(0, 12, 24), (1, 12, 20), (2, 8, 16)],
         [(0, 24, 30)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"),
+    [(0, 8), (1, 8), (8, 8), (9, 8), (23, 8), (24, 32), (32, 32), (40, 32), (47, 32), (48, 64), (64, 64), (99, 64)],
+)
+def test_a_program_that_would_be_filled_badly_is_not_taken(tokens, size):
+    assert call_size(tokens, (8, 32, 64)) == size
+
+
+def test_tokens_that_would_leave_a_program_half_empty_go_with_the_next_call():
+    world = World(chunk_tokens=32, prefill_tokens=32, prefill_sizes=(8, 32))
+    world.add(20, max_tokens=1)
+    calls = [shape(plan)[1] for plan in world.run()]
+    assert calls == [[(0, 0, 8)], [(0, 8, 16)], [(0, 16, 20)]]
+    world.add(20, max_tokens=1)
+    world.add(30, max_tokens=1)
+    assert shape(world.step())[1] == [(1, 0, 20), (2, 0, 12)], "together they fill it"
+    world.run()
+
+
+def test_prompts_that_are_scored_are_not_cut_to_smaller_programs():
+    world = World(chunk_tokens=32, prefill_tokens=32, prefill_sizes=(8, 32))
+    world.add(20, max_tokens=1, score=True)
+    assert shape(world.step())[1] == [(0, 0, 20)]
+    world.run()
 
 
 def test_nobody_is_admitted_to_a_full_batch():
@@ -113,7 +140,7 @@ def test_lower_priority_numbers_go_first_then_arrival():
     ],
 )
 def test_packing(wanted, entries, expected):
-    packing = _Packing(32, 8, 3)
+    packing = Packing(32, 8, 3)
     assert [packing.place(*pair) for pair in zip(wanted, entries, strict=True)] == expected
 
 
@@ -122,7 +149,7 @@ def test_packing_never_lists_too_many_rank_pages():
     for _ in range(500):
         tile, most = draw.choice((4, 8)), draw.randint(1, 4)
         budget = tile * draw.randint(1, 6)
-        packing, lists, end = _Packing(budget, tile, most), collections.Counter(), 0
+        packing, lists, end = Packing(budget, tile, most), collections.Counter(), 0
         while end < budget:
             wanted, entries = draw.randint(1, 2 * tile), draw.randint(0, most)
             at, count = packing.place(wanted, entries)

@@ -56,6 +56,7 @@ def run_at_random(draw, total, goes_ahead):
         prefill_seqs=draw.choice((1, 3)),
         tile_entries=draw.choice((3, 5)),
         decode_steps=draw.choice((1, 4)),
+        prefill_sizes=draw.choice(((), (4, 16, 32))),
         goes_ahead=goes_ahead,
     )
     arriving = draw.choice((0.1, 0.3))
