@@ -389,7 +389,7 @@ def decode(figures: dict[str, Any]) -> str:
 
 
 def headline(figures: dict[str, Any]) -> str:
-    """All contenders beside the peer: ``bench.headline`` without and with all-token adapters, one machine."""
+    """All contenders beside the peer: ``bench.headline`` without and with all-token adapters."""
     every, peer = (json.loads((RESULTS / f"h100-{name}.json").read_text()) for name in ("all-token", "peer"))
     base = next(row["output_throughput"] for row in figures["rows"] if row["mode"] == "base")
     rows = []
@@ -425,7 +425,8 @@ def headline(figures: dict[str, Any]) -> str:
         "mean TPOT, ms",
         "at a time",
     ]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+    beside = "" if every["commit"] == figures["commit"] else f"; all-token on another machine: {_machine(every)}"
+    return f"{_markdown(header, rows)}\n{_machine(figures)}{beside}.\n"
 
 
 TABLES = {
@@ -440,6 +441,10 @@ TABLES = {
     "h100-decode": decode,
     "h100-direft": engine,
     "h100-headline": headline,
+    "h100-headline-direft": engine,
+    "h100-headline-long-prompts": engine,
+    "h100-headline-lora-r64": engine,
+    "h100-headline-qwen": engine,
     "h100-kernels": kernels,
     "h100-lora": engine,
     "h100-prefill-plain": prefill,
