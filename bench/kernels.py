@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,17 @@ def contenders(case: Case, names: Sequence[str] | None) -> dict[str, Contender]:
     }
 
 
-def run_case(case: Case, ceilings: Ceilings, names: Sequence[str] | None, repeats: int) -> dict[str, Any]:
-    """Time a case's contenders in turn and return its row."""
+def run_case(
+    case: Case, ceilings: Ceilings, contending: Mapping[str, Contender], repeats: int, reference: str = "xla"
+) -> dict[str, Any]:
+    """Time contenders on a case in turn and return its row; results are compared with those of ``reference``."""
     flops, moved = case.flops(), case.bytes()
     floor, bound = ceilings.floor(flops, moved, case.dtype)
     runs, batch = plan(moved, floor)
     sets = make_sets(case, runs)
     programs: dict[str, TimedProgram] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name, contender in contenders(case, names).items():
+    for name, contender in contending.items():
         results[name] = {}
         try:
             prepared = [contender.prepare(case, inputs) for inputs in sets]
@@ -73,11 +75,11 @@ def run_case(case: Case, ceilings: Ceilings, names: Sequence[str] | None, repeat
                 results[name]["reason"] = _one_line(error)
                 del programs[name]
     for name, program in programs.items():
-        if "xla" in programs:
-            found = float(difference(program.result(), programs["xla"].result()))
+        if reference in programs:
+            found = float(difference(program.result(), programs[reference].result()))
             results[name]["difference"] = float(f"{found:.2g}")
             if not found < LARGEST_DIFFERENCE:
-                results[name]["reason"] = f"wrong: its result is {found:.2g} from that of xla"
+                results[name]["reason"] = f"wrong: its result is {found:.2g} from that of {reference}"
                 continue
         median = float(np.median(seconds[name][1:]))
         results[name] |= {
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
     console.print(f"ceilings: copy {bandwidth} GB/s, matrix product {rates} TFLOP/s")
     rows = []
     for case in cases:
-        rows.append(run_case(case, ceilings, args.implementations, args.repeats))
+        rows.append(run_case(case, ceilings, contenders(case, args.implementations), args.repeats))
         found = {name: result.get("ratio_to_floor", "-") for name, result in rows[-1]["results"].items()}
         console.print(f"{case.name}: x floor {found}", soft_wrap=True)
     figures = environment()
