@@ -25,6 +25,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from bench.output import emit
 from preft_jax.adapter import Adapter, AdapterConfig
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError, did_you_mean
@@ -321,11 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.accuracy: {error}", file=sys.stderr)
         return 1
     _print(found, console)
-    line = json.dumps(found, allow_nan=False)
-    if args.output_json is not None:
-        args.output_json.parent.mkdir(parents=True, exist_ok=True)
-        args.output_json.write_text(line + "\n")
-    print(line)
+    emit(found, args.output_json)
     return 0
 
 

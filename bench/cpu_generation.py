@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.output import emit
 from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
 from preft_jax.bank import num_rank_pages
 from preft_jax.batch import round_up
@@ -203,10 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "" if row["same_text"] is None else f"{row['same_text']:.0%}",
         )
     Console().print(table)
-    line = json.dumps(figures)
-    if args.output_json is not None:
-        args.output_json.write_text(line + "\n")
-    print(line)
+    emit(figures, args.output_json)
     return 0
 
 

@@ -9,7 +9,6 @@ line.
 
 import argparse
 import functools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from bench.kernel_profile import breakdown, print_kernels, profile
 from bench.kernel_timing import Ceilings, measure_ceilings
+from bench.output import emit
 from preft_jax.cache import init_cache, pages_for
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
@@ -172,11 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.decode: {error}", file=sys.stderr)
         return 1
     _print(figures)
-    line = json.dumps(figures, allow_nan=False)
-    if args.output_json is not None:
-        args.output_json.parent.mkdir(parents=True, exist_ok=True)
-        args.output_json.write_text(line + "\n")
-    print(line)
+    emit(figures, args.output_json)
     return 0
 
 

@@ -5,11 +5,9 @@ Contenders with engines of their own take turns with the device's memory: an eng
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -163,10 +161,3 @@ def load(
     if failed is not None:
         raise ConfigError(f"a request {failed.status}: {failed.error}")
     return result, {name: after[name] - before[name] for name in after} | {"most_running": engine.most_running}
-
-
-def keep(figures: dict[str, Any], path: Path | None) -> None:
-    """Write what there is: whatever stops a long run, what was measured is kept."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, allow_nan=False) + "\n")

@@ -13,7 +13,6 @@ measured copy bandwidth, summed over matmuls and attention, nothing overlapped.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, keep, load, ready
+from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.kernel_timing import Ceilings, measure_ceilings
+from bench.output import emit, keep
 from preft_jax.adapter import Adapter
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
@@ -271,11 +271,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--rounds is {args.rounds}; give at least 1")
         figures = run(args)
         print_table(figures, Console())
-        line = json.dumps(figures, allow_nan=False)
     except (PreftError, OSError) as error:
         print(f"bench.headline: {error}", file=sys.stderr)
         return 1
-    print(line)
+    emit(figures, None)  # The file has them already.
     return 0
 
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from bench.kernel_cases import Case, EditCase, select
 from bench.kernel_contenders import PEERS, Contender, ours
 from bench.kernel_timing import Ceilings, TimedProgram, difference, make_sets, measure_ceilings, plan
+from bench.output import emit
 from kernels.dispatch import MODULES
 from preft_jax.cli import hyphenated
 from serve.metrics import environment
@@ -247,15 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = keep_rows(figures, args.output_json)
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table(figures))
-    line = json.dumps(figures)
-    if args.output_json is not None:
-        args.output_json.parent.mkdir(parents=True, exist_ok=True)
-        args.output_json.write_text(line + "\n")
+    emit(figures, args.output_json)
     if args.plot is not None:
         from bench.roofline import plot
 
         plot(figures, args.plot)
-    print(line)
     wrong = [r for row in figures["cases"] for r in row["results"].values() if r.get("reason", "").startswith("wrong")]
     return int(bool(wrong))
 

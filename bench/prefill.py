@@ -9,7 +9,6 @@ bank. ``--implementations`` adds the same with the kernels of another implementa
 import argparse
 import dataclasses
 import functools
-import json
 import re
 import sys
 import time
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernel_profile import breakdown, print_kernels, profile
+from bench.output import emit
 from kernels import dispatch
 from preft_jax import forward
 from preft_jax.bank import Bank, Pools, SitePages, init_bank, num_rank_pages
@@ -277,11 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--cases {args.cases.pattern!r} matches no case of --selection {args.selection}")
     figures = run(args)
     Console().print(table(figures))
-    line = json.dumps(figures)
-    if args.output_json:
-        args.output_json.parent.mkdir(parents=True, exist_ok=True)
-        args.output_json.write_text(line + "\n")
-    print(line)
+    emit(figures, args.output_json)
     return 0
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.output import emit
 from preft_jax.adapter import AdapterConfig
 from preft_jax.chat import EncodedPrompt
 from preft_jax.cli import hyphenated
@@ -184,11 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     _print(args, rows)
     options = {name: value for name, value in vars(args).items() if name not in ("output_json", "peer_python")}
-    line = json.dumps({"schema": SCHEMA, "options": options, "rows": rows, **environment()}, allow_nan=False)
-    if args.output_json is not None:
-        args.output_json.parent.mkdir(parents=True, exist_ok=True)
-        args.output_json.write_text(line + "\n")
-    print(line)
+    emit({"schema": SCHEMA, "options": options, "rows": rows, **environment()}, args.output_json)
     return 0
 
 

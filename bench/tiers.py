@@ -13,7 +13,6 @@ Random adapters of one kind and rank are written to a temporary directory and se
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine_contenders import Adapters
+from bench.output import emit
 from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
 from preft_jax.bank import BankAllocator, num_rank_pages
 from preft_jax.batch import round_up
@@ -313,14 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.lengths = [int(length) for length in args.lengths.split(",")]
         figures = run(args)
         print_tables(figures, Console())
-        line = json.dumps(figures, allow_nan=False)
-        if args.output_json is not None:
-            args.output_json.parent.mkdir(parents=True, exist_ok=True)
-            args.output_json.write_text(line + "\n")
+        emit(figures, args.output_json)
     except (PreftError, OSError, ValueError) as error:
         print(f"bench.tiers: {error}", file=sys.stderr)
         return 1
-    print(line)
     return 0
 
 

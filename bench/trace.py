@@ -30,7 +30,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, keep, load, ready
+from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
+from bench.output import emit, keep
 from preft_jax.adapter import Adapter
 from preft_jax.batch import round_up
 from preft_jax.cli import hyphenated
@@ -366,11 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = run(args)
         out = Console()
         print_table(figures, out if out.is_terminal else Console(width=160))
-        line = json.dumps(figures, allow_nan=False)
     except (PreftError, OSError) as error:
         print(f"bench.trace: {error}", file=sys.stderr)
         return 1
-    print(line)
+    emit(figures, None)  # The file has them already.
     return 0
 
 

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from bench.kernel_cases import Case, select
 from bench.kernel_contenders import Contender, ours
 from bench.kernel_timing import measure_ceilings
 from bench.kernels import run_case
+from bench.output import emit
 from kernels.dispatch import MODULES
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError
@@ -155,10 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     out = Console()
     (out if out.is_terminal else Console(width=160)).print(table(figures, args.most))
-    line = json.dumps(figures, allow_nan=False)
-    print(line)
-    if args.output_json is not None:
-        args.output_json.write_text(line + "\n")
+    emit(figures, args.output_json)
     return 0
 
 

@@ -1,0 +1,19 @@
+"""Where figures go: one JSON line, printed and written to a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def keep(figures: dict[str, Any], path: Path | None) -> str:
+    """Write figures to a file, if one is given, and return them as one line; what is no number in JSON is an error."""
+    line = json.dumps(figures, allow_nan=False)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line + "\n")
+    return line
+
+
+def emit(figures: dict[str, Any], path: Path | None) -> None:
+    """Write figures to a file, if one is given, and print them as one line."""
+    print(keep(figures, path))
