@@ -114,7 +114,7 @@ class Engine:
             tile_entries=config.tile_entries or 1,
             decode_steps=config.decode_steps,
             goes_ahead=goes_ahead,
-            prefill_sizes=self.runner.token_counts,
+            prefill_sizes=self.runner.filled_counts,
         )
         self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging)
         self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.dtype), seed)

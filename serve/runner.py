@@ -69,6 +69,10 @@ class _Write(NamedTuple):
     page: dict[str, int]
 
 
+READS_WEIGHTS = 512
+"""Tokens of a prefill call below which an accelerator takes as long as it reads the weights: fewer save nothing."""
+
+
 _shared: dict[Any, dict[str, tuple[Any, float]]] = {}
 """Compiled programs and the seconds that each took, by everything that their shapes depend on."""
 
@@ -117,6 +121,8 @@ class Runner:
                 self.adapted_row_counts = sorted({max(bucket(config.max_num_seqs) // 2, 1), config.max_num_seqs})
         parts = (4, 1) if all_token or (config.scoring and gpu) else (8, 2, 1)
         self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in parts})
+        least = 0 if jax.default_backend() == "cpu" else READS_WEIGHTS
+        self.filled_counts = [count for count in self.token_counts[:-1] if count >= least] + self.token_counts[-1:]
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         self._logit_rows = max(config.max_num_seqs, self._prefill_rows)

@@ -133,7 +133,7 @@ class Scheduler:
         self._adapters = adapters
         self._max_num_seqs = max_num_seqs
         self._prefill_tokens = prefill_tokens
-        # Tokens of the programs that compute prompts, ascending: a call costs what its program does.
+        # Tokens of the programs that are worth filling, ascending: a call costs what its program does.
         self._prefill_sizes = prefill_sizes or (prefill_tokens,)
         self._prefill_seqs = prefill_seqs
         self._chunk_tokens = chunk_tokens

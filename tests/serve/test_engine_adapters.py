@@ -176,6 +176,16 @@ def test_nothing_is_compiled_after_warm_up_where_programs_are_shared(lively, man
     assert engine.stats.recompiles == 0
 
 
+def test_programs_that_only_read_weights_are_not_worth_filling(lively, monkeypatch):
+    sizes = Engine(lively, dataclasses.replace(TIGHT, prefill_tokens=32)).runner
+    assert sizes.filled_counts == sizes.token_counts
+    assert len(sizes.token_counts) > 1
+    monkeypatch.setattr(runner, "READS_WEIGHTS", 20)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    sizes._choose_programs()
+    assert sizes.filled_counts == sizes.token_counts[-1:] == [32]
+
+
 def test_a_cache_that_memory_has_no_room_for_in_one_piece_gets_fewer_pages(lively, monkeypatch, rng):
     most, asked = 25, []
 
