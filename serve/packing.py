@@ -7,13 +7,13 @@ WELL_FILLED = 0.75
 
 
 def call_size(tokens: int, sizes: Sequence[int]) -> int:
-    """Return the tokens that a call takes of those that wait.
+    """Return how many of the tokens that could go with a call it takes.
 
     A call costs what its program costs, padding included: if the smallest program that takes all would be filled
     badly, the largest one that they fill is taken, and the rest waits for the next call.
 
     Args:
-        tokens: that wait.
+        tokens: of all chunks that could go, gaps between them included.
         sizes: tokens of the programs, ascending.
     """
     enough = next((size for size in sizes if size >= tokens), sizes[-1])

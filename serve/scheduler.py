@@ -335,7 +335,7 @@ class Scheduler:
 
     def _plan_prefill(self) -> Prefill | None:
         chunks: list[Chunk] = []
-        packing = Packing(call_size(self._queued_tokens(), self._prefill_sizes), self._tile, self._tile_entries)
+        packing = Packing(self._prefill_tokens, self._tile, self._tile_entries)
         room = all(self._take_chunk(sequence, chunks, packing) for sequence in self._prefilling)
         admitted: list[Sequence] = []
         refused: list[Sequence] = []
@@ -361,16 +361,22 @@ class Scheduler:
         if refused and any(s.adapter is not None and s.rank > refused[0].rank for s in admitted):
             refused[0].overtaken += 1
         self._refused = looked and not chunks
-        return Prefill(chunks) if chunks else None
+        return Prefill(self._trimmed(chunks)) if chunks else None
 
-    def _queued_tokens(self) -> int:
-        """Return the tokens that wait for a call, up to those of the largest one."""
-        tokens = 0
-        for sequence in itertools.chain(self._prefilling, self._waiting):
-            tokens += min(len(sequence.tokens) - sequence.started, self._chunk_tokens)
-            if tokens >= self._prefill_tokens or sequence.score:  # Scores have the largest program alone.
-                return self._prefill_tokens
-        return tokens
+    def _trimmed(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Return what the call takes of chunks: no program that they would leave half empty; the rest goes first later.
+
+        Scores have the largest program alone.
+        """
+        if any(chunk.sequence.score for chunk in chunks):
+            return chunks
+        size, kept = call_size(Prefill(chunks).num_tokens, self._prefill_sizes), []
+        for chunk in chunks:
+            end = min(chunk.end, chunk.start + max(0, size - chunk.at))
+            chunk.sequence.started = end
+            if end > chunk.start:
+                kept.append(dataclasses.replace(chunk, end=end))
+        return kept
 
     def _is_reserved(self, refused: Many[Sequence]) -> bool:
         """Whether what others give back is kept for the first one that was refused: it was overtaken often enough.

@@ -88,8 +88,9 @@ class Staging:
             digests: those of the next prompts, in their order.
         """
         self._take_placed()
-        missing = [digest for digest in digests if not self._bank.holds(digest)]
-        wanted = [self._bank.load(digest) for digest in dict.fromkeys([*self._placed, *missing])]
+        missing = [self._bank.load(digest) for digest in dict.fromkeys(digests) if not self._bank.holds(digest)]
+        # One that has a place may be on the host no more: whoever wanted it was cancelled.
+        wanted = [*self._placed.values(), *missing]
         some = self._that_fit([load for load in wanted if load.digest not in self._copied])
         return (lambda: self._copy(some)) if some else None
 

@@ -4,7 +4,19 @@ import dataclasses
 
 import jax
 import pytest
-from engine_outputs import SCORING, TIGHT, alone, assert_as_alone, drain, lettered, request, run_all, run_one, some
+from engine_outputs import (
+    SCORING,
+    TIGHT,
+    advance,
+    alone,
+    assert_as_alone,
+    drain,
+    lettered,
+    request,
+    run_all,
+    run_one,
+    some,
+)
 
 from preft_jax import AdapterConfig, SamplingParams, random_adapter
 from preft_jax.cache import init_cache
@@ -174,6 +186,27 @@ def test_nothing_is_compiled_after_warm_up_where_programs_are_shared(lively, man
     jax.clear_caches()
     run_one(engine, request(some(rng, 9), many[0]))
     assert engine.stats.recompiles == 0
+
+
+def test_an_adapter_whose_request_is_cancelled_before_it_came_to_the_device_is_no_failure(lively, many, rng):
+    """It has a place in the bank already, and is on the host no more."""
+    engine = Engine(lively, dataclasses.replace(TIGHT, decode_steps=2))
+    running = [engine.add(request(some(rng, 4), max_tokens=40)) for _ in range(TIGHT.max_num_seqs)]
+    wholes = advance(engine, {}, 8)
+    late = engine.add(request(some(rng, 4), many[0]))
+    advance(engine, wholes, 4)
+    assert engine.adapters.holds(many[0].digest)
+    engine.cancel(late)
+    advance(engine, wholes)
+    assert not engine.adapters.knows(many[0].digest)
+    other = request(some(rng, 4), many[1])
+    asked = engine.add(other)
+    drain(engine, wholes)
+    assert engine.stats.device_failures == 0
+    assert [wholes[number, 0].finish_reason for number in running] == ["length"] * len(running)
+    assert_as_alone(lively, other, [wholes[asked, 0]])
+    again = request(some(rng, 4), many[0])
+    assert run_one(engine, again).token_ids == alone(lively, again).token_ids
 
 
 def test_programs_that_only_read_weights_are_not_worth_filling(lively, monkeypatch):

@@ -45,6 +45,23 @@ def test_tokens_that_would_leave_a_program_half_empty_go_with_the_next_call():
     world.run()
 
 
+def test_gaps_fill_a_program_too_and_rows_that_are_taken_do_not():
+    """Prompts with adapters have a tile each; what finds no row counts for nothing."""
+    sizes = {"prefill_seqs": 8, "chunk_tokens": 64, "prefill_tokens": 64, "prefill_sizes": (16, 64)}
+    world = World(room=9, max_num_seqs=8, **sizes)
+    for adapter in "ccccccc":
+        world.add(2, adapter=adapter, max_tokens=1)
+    assert [at for _, at, _ in shape(world.step())[1]] == [0] * 7, "seven tiles of eight: one call"
+    world.run()
+    world = World(
+        max_num_seqs=2, prefill_seqs=8, chunk_tokens=64, prefill_tokens=64, prefill_sizes=(16, 64), num_pages=99
+    )
+    for _ in range(8):
+        world.add(10, max_tokens=2)
+    assert shape(world.step())[1] == [(0, 0, 10), (1, 0, 6)], "two rows: twenty tokens, not eighty"
+    world.run()
+
+
 def test_prompts_that_are_scored_are_not_cut_to_smaller_programs():
     world = World(chunk_tokens=32, prefill_tokens=32, prefill_sizes=(8, 32))
     world.add(20, max_tokens=1, score=True)
