@@ -161,7 +161,12 @@ def serving_model(model: Model, max_num_seqs: int) -> Model:
     """Return a model that holds its weights in the serving layout alone; the one given is used up.
 
     Its weights change place layer by layer, so that both are never in memory, and free memory stays in one piece.
+
+    Raises:
+        ModelError: if it was used up before.
     """
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(model.params) if isinstance(leaf, jax.Array)):
+        raise ModelError("this model's weights were moved to a serving layout before; load it again")
     params = fused_layout(model.params, transpose=_transposed(max_num_seqs), consume=True)
     return dataclasses.replace(model, params=params)
 

@@ -145,8 +145,14 @@ class Runner:
                 return cache
             except jax.errors.JaxRuntimeError as error:
                 fewer = self.num_kv_pages * 31 // 32
-                if "RESOURCE_EXHAUSTED" not in str(error) or self.config.num_kv_pages or fewer < self.table_width:
+                if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
+                if self.config.num_kv_pages or fewer < self.table_width:
+                    raise ConfigError(
+                        f"memory has no room for {self.num_kv_pages} KV pages beside the weights and "
+                        f"{self.config.bank_pages} rank pages: lower num_kv_pages, bank_pages, max_model_len, "
+                        "prefill_tokens or max_num_seqs"
+                    ) from error
             self.num_kv_pages = fewer
 
     def _room_for_pages(self) -> int:
@@ -180,12 +186,25 @@ class Runner:
         return min(room, wanted)
 
     def reset(self) -> None:
-        """Make cache and bank anew: a call that failed may have consumed them. The old ones are let go first."""
+        """Make cache and bank anew: a call that failed may have consumed them. The old ones are let go first.
+
+        Raises:
+            ConfigError: if memory has no room for them any more, since others took it or it lies in pieces.
+        """
         self.release()
-        self.cache = self._new_cache()
-        self._logits = self._new_logits()
-        if self._adapters:
-            self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)
+        try:
+            if self._adapters:
+                self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)
+            self.cache = self._new_cache()
+            self._logits = self._new_logits()
+            jax.block_until_ready((self.bank, self.cache, self._logits))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ConfigError(
+                f"the {self.num_kv_pages} KV pages that fitted at first have no room any more: lower "
+                f"memory_utilization, which is {self.config.memory_utilization:g}, or num_kv_pages"
+            ) from error
 
     def release(self) -> None:
         """Free what calls work on, until ``reset``: the cache, the bank and the logits."""

@@ -174,3 +174,11 @@ def test_check_finite_shows_a_few_of_many(directory):
 
 def test_check_finite_passes_good_weights(directory):
     assert load_model(directory, check_finite=True).config.qk_norm
+
+
+def test_a_model_that_was_used_up_is_named():
+    model = load_model("tiny")
+    served = loading.serving_model(model, 2)
+    assert loading.serving_params(served, 2)["layers"][0]["qkv"].shape[0] == model.config.hidden_size
+    with pytest.raises(ModelError, match="this model's weights were moved to a serving layout before; load it again"):
+        loading.serving_model(model, 2)
