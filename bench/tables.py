@@ -161,7 +161,8 @@ def _contender(row: dict[str, Any]) -> str:
     if row["mode"] == "base":
         return "base"
     drawn = row.get("distribution", "round-robin")
-    return f"{row['mode']}, {row['num_adapters']:,} adapters{'' if drawn == 'round-robin' else f', {drawn}'}"
+    count = row["num_adapters"]
+    return f"{row['mode']}, {count:,} adapter{'s' * (count != 1)}{'' if drawn == 'round-robin' else f', {drawn}'}"
 
 
 def engine(figures: dict[str, Any]) -> str:
@@ -177,7 +178,7 @@ def engine(figures: dict[str, Any]) -> str:
             f"{row['decode_step_ms']:.1f}",
             f"{row['mean_tpot_ms']:.1f}",
             f"{row['host_seconds'] / row['seconds']:.0%}",
-            str(row["most_running"]),
+            f"{row['most_running']:.0f}",
         ]
         for row in figures["rows"]
     ]
@@ -220,7 +221,7 @@ def trace(figures: dict[str, Any]) -> str:
             f"{row['output_throughput']:,.0f}",
             f"{row['median_ttft_ms']:,.0f} ({row['p99_ttft_ms']:,.0f})",
             f"{row['median_tpot_ms']:.1f} ({row['p99_tpot_ms']:.1f})",
-            str(row["most_running"]),
+            f"{row['most_running']:.0f}",
         ]
         for row in figures["rows"]
     ]
@@ -370,7 +371,7 @@ def accuracy(figures: dict[str, Any]) -> str:
 
 def decode(figures: dict[str, Any]) -> str:
     """A decode step beside its floor, and where it goes."""
-    kinds = ("matrix products", "attention", "norms", "rotation and cache", "activation", "the rest")
+    kinds = ("matrix products", "attention", "norms", "activation", "the rest")
     rows = [
         [
             f"{row['rows']} x {row['context']}",
@@ -384,27 +385,31 @@ def decode(figures: dict[str, Any]) -> str:
         for row in figures["rows"]
     ]
     header = [f"{figures['options']['model']}, rows x context", "step, ms", "floor", "over floor", *kinds, "idle"]
-    ceilings = "{copy_gb_per_s} GB/s, {matmul_tflop_per_s} TFLOP/s".format(**figures["ceilings"])
-    return f"{_markdown([*header, 'kernels'], rows)}\n{_machine(figures)}; ceilings: {ceilings}.\n"
+    return f"{_markdown([*header, 'kernels'], rows)}\n{_machine(figures)}; ceilings: {_ceilings(figures)}.\n"
+
+
+def _ceilings(figures: dict[str, Any]) -> str:
+    return "{copy_gb_per_s:,.0f} GB/s, {matmul_tflop_per_s:,.0f} TFLOP/s".format(**figures["ceilings"])
 
 
 def headline(figures: dict[str, Any]) -> str:
     """All contenders beside the peer: ``bench.headline`` without and with all-token adapters."""
     every, peer = (json.loads((RESULTS / f"h100-{name}.json").read_text()) for name in ("all-token", "peer"))
+    together = every["ceilings"] == figures["ceilings"]
     base = next(row["output_throughput"] for row in figures["rows"] if row["mode"] == "base")
     rows = []
     for row in (*figures["rows"], *every["rows"]):
-        rate = row["output_throughput"]
+        rate, beside = row["output_throughput"], together or row["mode"] != "all-token"
         rows.append(
             [
                 _contender(row),
                 f"{rate:,.0f}",
-                f"{row.get('ratio_to_base', {}).get('mean', rate / base):.3f}",
-                f"{rate / peer['output_throughput']:.3f}",
+                f"{row.get('ratio_to_base', {}).get('mean', rate / base):.3f}" if beside else "",
+                f"{rate / peer['output_throughput']:.3f}" if beside else "",
                 f"{row['prefill_tokens_per_s']:,.0f}",
                 f"{row['decode_step_ms']:.1f}",
                 f"{row['mean_tpot_ms']:.1f}",
-                str(row["most_running"]),
+                f"{row['most_running']:.0f}",
             ]
         )
     rate, prefill = peer["output_throughput"], peer["prefill_tokens_per_s"]
@@ -425,8 +430,9 @@ def headline(figures: dict[str, Any]) -> str:
         "mean TPOT, ms",
         "at a time",
     ]
-    beside = "" if every["commit"] == figures["commit"] else f"; all-token on another machine: {_machine(every)}"
-    return f"{_markdown(header, rows)}\n{_machine(figures)}{beside}.\n"
+    notes = [f"{_machine(one)}; ceilings: {_ceilings(one)}" for one in (figures, every)]
+    note = notes[0] if together else f"{notes[0]}. All-token on another machine: {notes[1]}"
+    return f"{_markdown(header, rows)}\n{note}.\n"
 
 
 TABLES = {
