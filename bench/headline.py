@@ -121,11 +121,35 @@ def floors(
     }
 
 
+def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """Return the modes, the base first, and the numbers of adapters; raise ``ConfigError`` for what is out of range."""
+    for name in (
+        "bank_adapters", "rank", "num_prompts", "input_len", "output_len", "max_num_seqs", "prefill_tokens", "rounds",
+    ):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    if args.max_concurrency is not None and args.max_concurrency < 1:
+        raise ConfigError(f"--max-concurrency is {args.max_concurrency}; give at least 1, or leave it out for all")
+    modes = list(MODES) if args.modes == "all" else args.modes.split(",")
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(f"--modes has {mode!r}; allowed: {', '.join(MODES)}, or all")
+    try:
+        counts = [int(text) for text in args.num_adapters.split(",")]
+    except ValueError:
+        raise ConfigError(f"--num-adapters is {args.num_adapters!r}; give numbers with commas") from None
+    if min(counts) < 1:
+        raise ConfigError(f"--num-adapters has {min(counts)}; give at least 1")
+    for name in args.adapter_distribution.split(","):
+        if name not in DISTRIBUTIONS:
+            raise ConfigError(f"--adapter-distribution has {name!r}; allowed: {', '.join(DISTRIBUTIONS)}")
+    return [mode for mode in MODES if mode in modes], list(dict.fromkeys(counts))
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
+    modes, counts = check(args)
     console = Console(stderr=True)
-    counts = [int(n) for n in args.num_adapters.split(",")]
-    modes = MODES if args.modes == "all" else args.modes.split(",")
     model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)
@@ -267,10 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     try:
-        if args.rounds < 1:
-            raise ConfigError(f"--rounds is {args.rounds}; give at least 1")
         figures = run(args)
-        print_table(figures, Console())
+        out = Console()
+        print_table(figures, out if out.is_terminal else Console(width=160))
     except (PreftError, OSError) as error:
         print(f"bench.headline: {error}", file=sys.stderr)
         return 1

@@ -89,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = (
             "{model}, {num_prompts} requests, {input_len} in, {output_len} out, {max_num_seqs} at a time, LoRA r{rank}"
         )
-        draw(points(files), f"{title.format(**ours['options'])}\n{ours['device']['kind']}", args.output)
+        try:
+            found, title = points(files), title.format(**ours["options"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"one of the files is of another program: it has no {error}") from None
+        draw(found, f"{title}\n{ours['device']['kind']}", args.output)
     except (PreftError, OSError, ValueError) as error:
         print(f"bench.headline_plot: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ Contenders may also run one command after the other, on one machine: ``--continu
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -118,6 +119,11 @@ def check(args: argparse.Namespace) -> list[str]:
     return [mode for mode in MODES if mode in modes]
 
 
+def digest_of(trace: Trace) -> str:
+    """Return what tells a trace from others."""
+    return hashlib.sha256(repr(dataclasses.astuple(trace)).encode()).hexdigest()[:16]
+
+
 def rate_of(trace: Trace) -> float:
     """Return the arrivals per second of a trace from its first request to its last; infinity if there is no between."""
     return (len(trace.arrivals) - 1) / trace.arrivals[-1] if trace.arrivals[-1] else math.inf
@@ -151,7 +157,7 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in own} | {"trace": args.trace.name}
 
 
-def read_earlier(args: argparse.Namespace, modes: Sequence[str]) -> dict[str, Any] | None:
+def read_earlier(args: argparse.Namespace, modes: Sequence[str], trace: Trace) -> dict[str, Any] | None:
     """Return the figures that this run goes on with, or None; raise ``ConfigError`` if they are of something else."""
     path: Path | None = args.continue_json
     if path is None:
@@ -159,7 +165,7 @@ def read_earlier(args: argparse.Namespace, modes: Sequence[str]) -> dict[str, An
     try:
         earlier = json.loads(path.read_text())
         options, rows = earlier["options"], earlier["rows"]
-        speedup = earlier["speedup"]
+        speedup, device, digest = earlier["speedup"], earlier["device"], earlier["trace"]["digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--continue-json: {path} holds no figures of bench.trace: {error!r}") from None
     wanted = shared_options(args)
@@ -167,15 +173,15 @@ def read_earlier(args: argparse.Namespace, modes: Sequence[str]) -> dict[str, An
     if other:
         said = ", ".join(f"{name} {options.get(name)!r}" for name in other)
         raise ConfigError(f"--continue-json: {path} was made with {said}; give the same options, modes aside")
+    if digest != digest_of(trace):
+        raise ConfigError(f"--continue-json: {path} was made with another trace of that name")
+    if device != environment()["device"]:
+        raise ConfigError(f"--continue-json: {path} was made on {device}; go on there")
     if args.speedup is not None and args.speedup != speedup:
         raise ConfigError(f"--speedup is {args.speedup:g}; that of {path} is {speedup:g}")
     if both := {row["mode"] for row in rows} & set(modes):
         raise ConfigError(f"--modes has {', '.join(sorted(both))}, which {path} has already")
     return earlier
-
-
-def _joined(earlier: dict[str, Any], args: argparse.Namespace) -> str:
-    return f"{earlier['options']['modes']},{args.modes}"
 
 
 def make_contenders(
@@ -246,8 +252,8 @@ def measure(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
     modes, console = check(args), Console(stderr=True)
-    earlier = read_earlier(args, modes)
     trace = read_trace(args.trace, minutes=args.minutes, limit=args.limit)
+    earlier = read_earlier(args, modes, trace)
     count, rate = len(trace.arrivals), rate_of(trace)
     if args.speedup is None and earlier is None and not rate < math.inf:
         raise ConfigError(
@@ -272,8 +278,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console.print(f"speedup {speedup:.4g}: {count} requests arrive in {seconds:.1f} s", soft_wrap=True)
     figures: dict[str, Any] = {
         "schema": SCHEMA,
-        "options": shared_options(args) | ({} if earlier is None else {"modes": _joined(earlier, args)}),
+        "options": shared_options(args),
         "trace": {
+            "digest": digest_of(trace),
             "requests": count,
             "seconds": round(trace.arrivals[-1], 3),
             "requests_per_s": round(rate, 4) if rate < math.inf else None,
@@ -292,8 +299,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     goodput = {"ttft": args.ttft_ms, "tpot": args.tpot_ms}
     for contender in contenders:
         rows = figures["rows"]
-        base = rows[0] if rows and rows[0]["mode"] == "base" else None
+        base = next((row for row in rows if row["mode"] == "base"), None)
         rows.append(measure(contender, workload, speedup, goodput, base))
+        figures["options"]["modes"] = ",".join(row["mode"] for row in rows)
         console.print(f"{contender.named['mode']}: {rows[-1]}", soft_wrap=True)
         keep(figures, args.output_json)
     return figures

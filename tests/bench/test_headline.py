@@ -36,6 +36,31 @@ def test_all_token_adapters_must_all_fit_the_bank():
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--modes", "foo"), "--modes has 'foo'; allowed: base, prefill-only, all-token, or all"),
+        (("--num-adapters", "abc"), "--num-adapters is 'abc'; give numbers with commas"),
+        (("--num-adapters", "2,-1"), "--num-adapters has -1; give at least 1"),
+        (("--input-len", "0"), "--input-len is 0; give at least 1"),
+        (("--num-prompts", "0"), "--num-prompts is 0; give at least 1"),
+        (("--bank-adapters", "0"), "--bank-adapters is 0; give at least 1"),
+        (("--rounds", "0"), "--rounds is 0; give at least 1"),
+        (("--max-concurrency", "0"), "--max-concurrency is 0; give at least 1, or leave it out for all"),
+        (("--modes", "base", "--adapter-distribution", "even"), "--adapter-distribution has 'even'; allowed: uniform"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_runs(options, told, capsys, monkeypatch):
+    monkeypatch.setattr(headline, "load_model", None)
+    assert headline.main([*TINY.split(), *options]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_the_base_comes_first_and_once():
+    args = headline.make_parser().parse_args(["--modes", "prefill-only,base,base", "--num-adapters", "8,1,8"])
+    assert headline.check(args) == (["base", "prefill-only"], [8, 1])
+
+
 def test_a_rank_that_fills_no_pages_is_refused(capsys):
     assert headline.main([*TINY.split(), "--rank", "12"]) == 1
     assert "--rank is 12" in capsys.readouterr().err

@@ -135,6 +135,14 @@ def test_contenders_may_run_one_command_after_the_other(recorded, loads, capsys,
     ):
         assert run(recorded, *go_on, *options) == 1
         assert told in capsys.readouterr().err
+    changed = dict(one, device={"kind": "another"})
+    first.write_text(json.dumps(changed))
+    assert run(recorded, *go_on, "--modes", "prefill-only") == 1
+    assert "was made on {'kind': 'another'}; go on there" in capsys.readouterr().err
+    first.write_text(json.dumps(one))
+    recorded.write_text(recorded.read_text().replace(",30,5", ",31,5"))
+    assert run(recorded, *go_on, "--modes", "prefill-only") == 1
+    assert "was made with another trace of that name" in capsys.readouterr().err
     first.write_text("{}")
     assert run(recorded, *go_on, "--modes", "prefill-only") == 1
     assert "holds no figures of bench.trace" in capsys.readouterr().err
