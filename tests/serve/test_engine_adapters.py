@@ -106,7 +106,7 @@ def count_rows(runner, name):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_all_token_and_plain_rows_in_one_call_and_in_two(merged, lively, adapters, rng):
-    kinds = (None, "lora_all", "lora", "loreft_all", None)
+    kinds = (None, "lora_all", "lora", "loreft_all")  # Of two plain rows a GPU has a program of their own.
     requests = [
         request(some(rng, 7 + i), adapters.get(kind), sampling=SamplingParams(seed=i), max_tokens=12)
         for i, kind in enumerate(kinds)
@@ -118,8 +118,8 @@ def test_all_token_and_plain_rows_in_one_call_and_in_two(merged, lively, adapter
     calls = {name: count_rows(engine.runner, name) for name in ("decode", "decode_adapted")}
     for one, samples in zip(requests, run_all(engine, requests), strict=True):
         assert_as_alone(lively, one, samples)
-    assert max(calls["decode_adapted"]) == (5 if merged else 2)
-    assert max(calls["decode"], default=0) < 3 if merged else max(calls["decode"]) == 3
+    assert max(calls["decode_adapted"]) == (4 if merged else 2)
+    assert max(calls["decode"], default=0) == (0 if merged else 2)
 
 
 def test_at_most_ten_programs_and_each_has_a_name_and_its_seconds(lively):
