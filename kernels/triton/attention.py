@@ -105,7 +105,7 @@ def paged_attention(
         ],
         grid=(kv_heads, request_N.shape[0], splits),
         warps=config.warps, stages=config.stages,
-        SCALE=scale, B=batch, T=tokens, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width,
+        SCALE=scale, T=tokens, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width,
         G=group, GP=group_padded, M=max(16, group_padded * config.queries), BQ=config.queries, BN=config.keys,
         SPLITS=splits,
     )  # fmt: skip

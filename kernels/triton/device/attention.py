@@ -7,9 +7,9 @@ import triton.language as tl
 @triton.jit
 def attend_kernel(
     q_ptr, kv_ptr, table_ptr, request_ptr, offset_ptr, start_ptr, len_ptr, out_ptr, lse_ptr,
-    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    PAGE: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, BQ: tl.constexpr,
-    BN: tl.constexpr, SPLITS: tl.constexpr,
+    SCALE: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
+    WIDTH: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A program: BQ queries of one request for the G query heads of one KV head, over a split of the keys."""
     block = tl.program_id(1)
