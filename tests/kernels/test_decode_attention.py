@@ -39,13 +39,6 @@ CASES = {
 """Keys of each row, its own token included (0: an idle row), and what differs from a case's defaults."""
 
 
-@pytest.fixture(params=("xla", pytest.param("triton", marks=pytest.mark.gpu)))
-def implementation(request):
-    if request.param == "triton" and jax.default_backend() != "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton needs an NVIDIA GPU, or its interpreter (TRITON_INTERPRET=1)")
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def full_float32():
     with jax.default_matmul_precision("highest"):

@@ -1,8 +1,5 @@
 """Drawing tokens without branches: the tokens and log-probabilities of ``sampling.sample``, by every implementation."""
 
-import os
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,13 +8,6 @@ from kernels import api
 from preft_jax.sampling import INVALID, SamplingParams, is_plain, sample, sample_plain, sampling_arrays
 
 ROWS, VOCAB = 9, 5003
-
-
-@pytest.fixture(params=("xla", pytest.param("triton", marks=pytest.mark.gpu)))
-def implementation(request):
-    if request.param == "triton" and jax.default_backend() != "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton needs an NVIDIA GPU, or its interpreter (TRITON_INTERPRET=1)")
-    return request.param
 
 
 def arrays(rng, temperatures):

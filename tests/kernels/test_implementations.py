@@ -10,7 +10,6 @@ on both sides, and an operation rounds its intermediate results (8 bits, 2e-3 ea
 """
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,6 @@ from bench.edit_case import NORM_EPS, EditCase, run_edit
 from bench.kernel_cases import select
 from kernels import api
 from kernels.types import PagePool, Site
-
-IMPLEMENTATIONS = ("xla", pytest.param("triton", marks=pytest.mark.gpu))
-"""``pallas_tpu`` has tests of its own, since it runs in an interpreter."""
 
 EDITS = [case for case in select("test") if isinstance(case, EditCase)]
 ATTENTION = [case for case in select("test") if isinstance(case, AttentionCase)]
@@ -42,13 +38,6 @@ def named(name):
 
 def over(cases):
     return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    if request.param == "triton" and jax.default_backend() != "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton needs an NVIDIA GPU, or its interpreter (TRITON_INTERPRET=1)")
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """Writing rank pages to a bank, by every implementation."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,6 @@ import pytest
 from kernels import api
 
 LAYERS, PAGES, R = 3, 6, 16
-
-
-@pytest.fixture(params=("xla", pytest.param("triton", marks=pytest.mark.gpu)))
-def implementation(request):
-    if request.param == "triton" and jax.default_backend() != "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton needs an NVIDIA GPU, or its interpreter (TRITON_INTERPRET=1)")
-    return request.param
 
 
 def bits(array):
