@@ -6,6 +6,15 @@ WELL_FILLED = 0.75
 """Part of a program's tokens that must be real for it to be taken rather than a smaller one, filled."""
 
 
+READS_WEIGHTS = 512
+"""Tokens of a prefill call below which an accelerator takes as long as it reads the weights: fewer save nothing."""
+
+
+def worth_filling(sizes: Sequence[int], least: int) -> list[int]:
+    """Return those of the programs' tokens, ascending, that are worth filling: ``least`` or more, and the largest."""
+    return [size for size in sizes[:-1] if size >= least] + list(sizes[-1:])
+
+
 def call_size(tokens: int, sizes: Sequence[int]) -> int:
     """Return how many of the tokens that could go with a call it takes.
 

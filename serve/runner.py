@@ -24,9 +24,10 @@ from preft_jax.loading import Model, serving_params
 from preft_jax.programs import Drawn
 from preft_jax.sampling import is_penalised, is_plain, sampling_arrays
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
-from serve import device
+from serve import device, memory
 from serve.adapters import ALL_LINEARS, Load
 from serve.config import EngineConfig
+from serve.packing import READS_WEIGHTS, worth_filling
 from serve.scheduler import Chunk
 from serve.sequence import Sequence, Status
 
@@ -69,10 +70,6 @@ class _Write(NamedTuple):
     page: dict[str, int]
 
 
-READS_WEIGHTS = 512
-"""Tokens of a prefill call below which an accelerator takes as long as it reads the weights: fewer save nothing."""
-
-
 _shared: dict[Any, dict[str, tuple[Any, float]]] = {}
 """Compiled programs and the seconds that each took, by everything that their shapes depend on."""
 
@@ -92,8 +89,9 @@ class Runner:
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
         self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
         self._choose_programs()
-        self._working_bytes = 0
-        self.num_kv_pages = config.num_kv_pages or self._room_for_pages()
+        room = self._room()
+        self.staged_pages, self._working_bytes = room.staged_pages, room.working_bytes
+        self.num_kv_pages = config.num_kv_pages or room.kv_pages
         self.cache = self._first_cache()
         self._logits = self._new_logits()
         self.programs: dict[str, Any] = {}
@@ -122,7 +120,7 @@ class Runner:
         parts = (4, 1) if all_token or (config.scoring and gpu) else (8, 2, 1)
         self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in parts})
         least = 0 if jax.default_backend() == "cpu" else READS_WEIGHTS
-        self.filled_counts = [count for count in self.token_counts[:-1] if count >= least] + self.token_counts[-1:]
+        self.filled_counts = worth_filling(self.token_counts, least)
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         self._logit_rows = max(config.max_num_seqs, self._prefill_rows)
@@ -134,6 +132,14 @@ class Runner:
 
     def _new_cache(self) -> KVCache:
         return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.dtype)
+
+    def _room(self) -> memory.Room:
+        if self.config.num_kv_pages or memory.limit() is None:
+            return memory.Room(self.config.max_num_seqs * self.table_width, self.staged_pages, 0)
+        return memory.share_out(
+            self.model.config, self.config, self.dtype, held=(self.params, self.bank), table_width=self.table_width,
+            logit_rows=self._logit_rows, staged_pages=self.staged_pages if self._adapters else 0, writes=self._writes,
+        )  # fmt: skip
 
     def _first_cache(self) -> KVCache:
         """Make the cache, with fewer pages if memory that is free lies in pieces too small for it."""
@@ -154,36 +160,6 @@ class Runner:
                         "prefill_tokens or max_num_seqs"
                     ) from error
             self.num_kv_pages = fewer
-
-    def _room_for_pages(self) -> int:
-        """Return how many KV pages fit: enough for all rows, or what an accelerator's memory leaves."""
-        config, shape = self.config, self.model.config
-        wanted = config.max_num_seqs * self.table_width
-        stats = jax.devices()[0].memory_stats() or {}
-        if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
-            return wanted
-        jax.block_until_ready((self.params, self.bank))
-        used = (jax.devices()[0].memory_stats() or {})["bytes_in_use"]
-        size = self.dtype.itemsize
-        layer = config.prefill_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * size
-        working = 2 * layer + 6 * 4 * self._logit_rows * shape.vocab_size
-        if self._adapters:
-            widths = sum(map(sum, map(shape.site_shape, SITES)))
-            slab = RANK_PAGE * widths * shape.num_hidden_layers * size
-            free = int(stats["bytes_limit"] * config.memory_utilization) - used - working
-            self.staged_pages = max(self._writes, min(self.staged_pages, free // 6 // slab))
-            # Copies that wait to be written, and those being written.
-            working += (self.staged_pages + (config.tile_entries or 1) + self._writes) * slab
-        self._working_bytes = working
-        page = 2 * shape.num_hidden_layers * shape.kv_size * size * (config.page_size or 1)
-        room = int(stats["bytes_limit"] * config.memory_utilization - used - working) // page
-        if room < self.table_width:
-            raise ConfigError(
-                f"{room} KV pages of {page >> 10} KiB fit beside the weights and {config.bank_pages} rank pages; one "
-                f"sequence of max_model_len {config.max_model_len} needs {self.table_width}: lower bank_pages, "
-                "max_model_len, prefill_tokens or max_num_seqs"
-            )
-        return min(room, wanted)
 
     def reset(self) -> None:
         """Make cache and bank anew: a call that failed may have consumed them. The old ones are let go first.

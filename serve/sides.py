@@ -18,6 +18,7 @@ from preft_jax.io.hf import read_config
 from preft_jax.io.tokenizer import load_tokenizer
 from preft_jax.loading import Model, load_model
 from preft_jax.sampling import SamplingParams
+from serve import memory
 from serve.client import HttpTarget, ServedModel, list_models
 from serve.config import EngineConfig
 from serve.contest import Contender
@@ -31,10 +32,8 @@ _LEAST_BANK = 64
 
 def memory_in_use() -> float | None:
     """Return which part of an accelerator's memory is in use; None where that means nothing, as on a CPU."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
-        return None
-    return stats["bytes_in_use"] / stats["bytes_limit"]
+    most = memory.limit()
+    return None if most is None else memory.in_use() / most
 
 
 @dataclasses.dataclass(frozen=True)
