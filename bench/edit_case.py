@@ -5,8 +5,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,8 +57,8 @@ class EditInputs(NamedTuple):
     """Arguments of an operation of low-rank edits; None where it has no such argument.
 
     ``x_TD`` is what comes first (``qkv`` of ``rope_kv``, ``gate_up`` of ``silu_mul_shrink``); ``y_TF`` what is added
-    to, and of ``backward`` the cotangent of the edited y; ``sites`` shrink, ``edits`` are shrunk already; the rest as
-    in ``kernels.api``.
+    to, and of ``backward`` the cotangent of the edited y; ``sites`` shrink, ``edits`` are shrunk already; ``pages`` is
+    of ``decode_edit``, for each of the ``sites``; the rest as in ``kernels.api``.
     """
 
     x_TD: jax.Array | None = None
@@ -71,7 +72,7 @@ class EditInputs(NamedTuple):
     sin_TX: jax.Array | None = None
     kv_PSJC: jax.Array | None = None
     slots_T: jax.Array | None = None
-    page_BE: jax.Array | None = None
+    pages: tuple[jax.Array, ...] = ()
 
     def all_sites(self) -> tuple[Site, ...]:
         """Return every site among the arguments."""
@@ -109,7 +110,12 @@ def run_edit(op: str, inputs: EditInputs, implementation: str | None) -> Any:
             )
             return dx_TD, da_PDR, dc_PR, db_PRF
         case _:
-            return api.decode_edit(x, y, pools[0], rest.page_BE, **how)
+            return api.decode_edit(x, y, pools, rest.pages, columns=columns_of(pools), **how)
+
+
+def columns_of(pools: Sequence[PagePool]) -> list[int]:
+    """Return where the outputs of linears begin that lie side by side."""
+    return list(itertools.accumulate((pool.b_PRF.shape[2] for pool in pools[:-1]), initial=0))
 
 
 class Layout(NamedTuple):
@@ -147,8 +153,8 @@ class EditCase:
         tags: of ``test`` (small enough for a float64 reference on a CPU), ``odd`` (a kernel may refuse its shapes, but
             not compute them wrong), ``bench`` (real sizes) and ``small`` (the benchmark on a CPU).
         model: key of ``MODELS``; gives the widths.
-        sites: that shrink in this operation; the one site of ``expand``, ``lowrank_edit``, ``backward`` and
-            ``decode_edit``, where ``qkv`` and ``gate_up`` are fused linears.
+        sites: that shrink in this operation; the one site of ``expand``, ``lowrank_edit`` and ``backward``; those of
+            ``decode_edit``, whose outputs lie side by side, ``qkv`` and ``gate_up`` being a fused linear with one edit.
         edits: sites whose shrunk edits the operation adds; for ``rope_kv`` any of q, k, v and for ``silu_mul_shrink``
             any of gate, up.
         block: is the residual stream edited (``norm_shrink``)?
@@ -319,14 +325,12 @@ class EditCase:
             case "rope_kv":
                 return self._rope_inputs(rng, layout, common)
             case _:
-                (site,) = self.sites
-                d, f = self.widths(site)
-                (pool, _), number_of = self._site(rng, layout, site)
+                own = [self._site(rng, layout, site) for site in self.sites]
                 return EditInputs(
-                    x_TD=draw((tokens, d), self.dtype),
-                    y_TF=draw((tokens, f), self.dtype),
-                    sites=(Site(pool, None),),  # type: ignore[arg-type]
-                    page_BE=jnp.asarray(number_of[layout.rows]),
+                    x_TD=draw((tokens, self.widths(self.sites[0])[0]), self.dtype),
+                    y_TF=draw((tokens, sum(self.widths(site)[1] for site in self.sites)), self.dtype),
+                    sites=tuple(Site(site.pool, None) for site, _ in own),  # type: ignore[arg-type]
+                    pages=tuple(jnp.asarray(number_of[layout.rows]) for _, number_of in own),
                 )
 
     def _rope_inputs(self, rng: np.random.Generator, layout: Layout, common: EditInputs) -> EditInputs:
@@ -367,9 +371,8 @@ class EditCase:
         if self.op in ("expand", "lowrank_edit"):
             expands = self.sites
         if self.op in ("backward", "decode_edit"):
-            (site,) = self.sites
             times = 2 if self.op == "backward" else 1
-            return 2 * RANK_PAGE * pairs * times * sum(self.widths(site))
+            return 2 * RANK_PAGE * pairs * times * sum(sum(self.widths(site)) for site in self.sites)
         wide = sum(self.widths(s)[0] for s in shrinks) + sum(self.widths(s)[1] for s in expands)
         wide += sum(self.widths("block")) if self.block else 0
         return 2 * RANK_PAGE * pairs * wide
@@ -411,7 +414,8 @@ class EditCase:
                 written = total * d * size + pool * RANK_PAGE * ((d + f) * size + 4)
                 return tokens * (d + f) * size + s_bytes + a_bytes[site] + b_bytes[site] + written
             case _:
-                return tokens * d * size + 2 * total * f * size + a_bytes[self.sites[0]] + b_bytes[self.sites[0]]
+                moved = 2 * total * size * sum(self.widths(site)[1] for site in self.sites)
+                return tokens * d * size + moved + sum(a_bytes[site] + b_bytes[site] for site in self.sites)
 
 
 def _bucket(n: int) -> int:

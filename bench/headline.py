@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             contenders += [
                 _Contender(engine, own[:count], {
                     "mode": mode, "num_adapters": count, "distribution": distribution, "bank_adapters": bank_adapters,
-                    "ready_s": round(seconds, 1),
+                    "ready_s": round(seconds, 1), "kv_tokens": engine.runner.num_kv_pages * (config.page_size or 1),
                 })
                 for distribution in distributions
             ]  # fmt: skip

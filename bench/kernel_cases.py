@@ -112,8 +112,8 @@ def _labelled(cases: Iterable[EditCase], *labels: str) -> list[EditCase]:
 def _decode_tests() -> list[EditCase]:
     def case(label: str, model: str = "narrow", site: str = "qkv", **changes: object) -> EditCase:
         changes = {"lengths": (1,) * 7, "tags": ("test",), **changes}
-        return EditCase(name=f"decode_edit/{model}/{site}/{label}", op="decode_edit", model=model, sites=(site,),
-                        **changes)  # type: ignore[arg-type]  # fmt: skip
+        return EditCase(name=f"decode_edit/{model}/{site}/{label}", op="decode_edit", model=model,
+                        sites=tuple(site.split("+")), **changes)  # type: ignore[arg-type]  # fmt: skip
 
     mixed = {"ranks": (16, 4, 48, 0, 256, 8, 33), "base_fraction": 0.3, "lengths": (1,) * 20}
     return [
@@ -127,6 +127,11 @@ def _decode_tests() -> list[EditCase]:
         case("base-only", base_fraction=1.0),
         case("one-adapter", adapters=1, lengths=(1,) * 33),
         case("more-adapters-than-rows", adapters=40, spare_pages=0),
+        case("mixed", site="q+k+v", **mixed),
+        case("mixed/bf16", "smollm2-135m", "q+k+v", **mixed, dtype="bfloat16"),
+        case("mixed", site="gate+up", **mixed),
+        case("rank-16/bf16", "llama3-8b", "q+k+v", lengths=(1,) * 9, dtype="bfloat16"),
+        case("many-rows/bf16", site="q+k+v", adapters=5, lengths=(1,) * 208, base_fraction=0.3, dtype="bfloat16"),
     ]
 
 
@@ -207,11 +212,11 @@ def _edit_benchmarks() -> list[EditCase]:
             shape = {**_BATCHES["32x256-r16"], "adapters": adapters}
             name = f"backward/llama3-8b/{site}/{batch}"
             found.append(EditCase(name=name, op="backward", sites=(site,), **_LLAMA | shape))
-    for site in ("qkv", "gate_up"):
+    for sites in ("q+k+v", "o", "gate+up", "down"):
         for rows in (64, 256, 512):
-            name = f"decode_edit/llama3-8b/{site}/{rows}-rows-of-512-r16"
+            name = f"decode_edit/llama3-8b/{sites}/{rows}-rows-of-512-r16"
             shape = {"lengths": (1,) * rows, "adapters": 512}
-            found.append(EditCase(name=name, op="decode_edit", sites=(site,), **_LLAMA | shape))
+            found.append(EditCase(name=name, op="decode_edit", sites=tuple(sites.split("+")), **_LLAMA | shape))
     return found
 
 

@@ -79,7 +79,7 @@ def make_sets(case: Case, runs: int) -> list[Any]:
         inputs = case.inputs(np.random.default_rng([0, i]))
         if sets and isinstance(inputs, AttentionInputs) and inputs.kv_PSJC.nbytes > CACHE_BYTES:
             inputs = inputs._replace(kv_PSJC=sets[0].kv_PSJC)
-        elif sets and isinstance(inputs, EditInputs) and inputs.page_BE is not None:
+        elif sets and isinstance(inputs, EditInputs) and inputs.pages:
             inputs = inputs._replace(sites=sets[0].sites)
         sets.append(inputs)
     return sets

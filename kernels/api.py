@@ -236,29 +236,44 @@ def silu_mul_shrink(
 def decode_edit(
     x_BD: jax.Array,
     y_BF: jax.Array,
-    pool: PagePool,
-    page_BE: jax.Array,
+    pools: Sequence[PagePool],
+    pages: Sequence[jax.Array],
     *,
-    column: int | None = None,
+    columns: Sequence[int] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """The edit of one token a row, each row with its own list of pages ``page_BE`` (int32; 0 is null).
+    """The edits of one token a row at linears that read the same ``x_BD``: what all-token adapters pay at every step.
 
-    What all-token adapters pay at every decode step. Returns the shape and dtype of ``y_BF``. With ``column``, ``y_BF``
-    is the output of several linears side by side, and the edited one begins at that column; the others stay as they
-    are.
+    Args:
+        x_BD: what the linears read.
+        y_BF: their outputs side by side, un-edited.
+        pools: the rank pages of each linear.
+        pages: of each linear, the list of pages of each row, int32 ``[B, E]``; 0 is null.
+        columns: where the output of each linear begins in ``y_BF``; None: there is one, and it is all of ``y_BF``.
+            What lies between them stays as it is.
+        implementation: see the module.
+
+    Returns:
+        The shape and dtype of ``y_BF``.
     """
     check_activations("x_BD", x_BD)
     check_activations("y_BF", y_BF)
-    check_array("page_BE", page_BE, 2, jnp.integer)
-    check_pool(pool, x_BD.shape[1], y_BF.shape[1] if column is None else None)
-    if column is not None:
+    check(len(pools) == len(pages), f"pools has {len(pools)} linears, pages {len(pages)}")
+    if columns is None:
+        check(len(pools) == 1, f"pools has {len(pools)} linears; give the columns where their outputs begin")
+    starts = (0,) if columns is None else tuple(columns)
+    check(len(starts) == len(pools), f"columns has {len(starts)} linears, pools {len(pools)}")
+    check(y_BF.shape[0] == x_BD.shape[0], f"y_BF has {y_BF.shape[0]} rows; x_BD has {x_BD.shape[0]}")
+    for n, (pool, page_BE, start) in enumerate(zip(pools, pages, starts, strict=True)):
+        check_array(f"pages[{n}]", page_BE, 2, jnp.integer)
+        check_pool(pool, x_BD.shape[1], y_BF.shape[1] if columns is None else None)
         last = y_BF.shape[1] - pool.b_PRF.shape[2]
-        check(0 <= column <= last, f"column is {column}; allowed for these widths of y_BF and the pool: 0 to {last}")
-    for name, array in (("y_BF", y_BF), ("page_BE", page_BE)):
-        check(array.shape[0] == x_BD.shape[0], f"{name} has {array.shape[0]} rows; x_BD has {x_BD.shape[0]}")
-    debug.check_range("page_BE", page_BE, pool.a_PDR.shape[0])
-    return dispatch.run("decode_edit", implementation, x_BD, y_BF, pool, page_BE, column=column or 0)
+        check(0 <= start <= last, f"columns[{n}] is {start}; allowed for these widths of y_BF and pool: 0 to {last}")
+        check(page_BE.shape[0] == x_BD.shape[0], f"pages[{n}] has {page_BE.shape[0]} rows; x_BD has {x_BD.shape[0]}")
+        debug.check_range(f"pages[{n}]", page_BE, pool.a_PDR.shape[0])
+    if not pools:
+        return y_BF
+    return dispatch.run("decode_edit", implementation, x_BD, y_BF, tuple(pools), tuple(pages), columns=starts)
 
 
 def paged_attention(
@@ -282,7 +297,7 @@ def paged_attention(
         query_start_B1: int32 ``[B + 1]``, where each request's queries start, ending with their total.
         kv_len_B: int32, keys of each request, its queries' own included; its queries are its last positions.
         max_query_len: static bound on the queries of one request (1 for decode).
-        scale: multiplies the scores; ``C ** -0.5`` if None.
+        scale: multiplies the scores, positive; ``C ** -0.5`` if None.
         implementation: see the module.
 
     Returns:
@@ -312,8 +327,13 @@ def paged_attention(
     debug.check_lengths("query_start_B1", query_start_B1, max_query_len)
     return dispatch.run(
         "paged_attention", implementation, q_THC, kv_PSJC, page_table_BP, query_start_B1, kv_len_B,
-        max_query_len=max_query_len, scale=channels**-0.5 if scale is None else scale,
+        max_query_len=max_query_len, scale=_scale(scale, channels),
     )  # fmt: skip
+
+
+def _scale(scale: float | None, channels: int) -> float:
+    check(scale is None or scale > 0, f"scale is {scale}; give a positive number, or None for head size ** -0.5")
+    return channels**-0.5 if scale is None else scale
 
 
 def decode_attention(
@@ -337,7 +357,7 @@ def decode_attention(
         page_table_BP: int32, the pages of each row in order; entries past its token may be any valid page.
         position_B: int32, where each row's token stands: its key and value are written there, and it attends to the
             keys up to there. Below 0 the row is idle: nothing is written.
-        scale: multiplies the scores; ``C ** -0.5`` if None.
+        scale: multiplies the scores, positive; ``C ** -0.5`` if None.
         implementation: see the module.
 
     Returns:
@@ -356,7 +376,7 @@ def decode_attention(
     debug.check_range("position_B + 1", position_B + 1, page_table_BP.shape[1] * kv_PSJC.shape[1] + 1)
     return dispatch.run(
         "decode_attention", implementation, qkv_BF, cos_BX, sin_BX, kv_PSJC, page_table_BP, position_B,
-        scale=channels**-0.5 if scale is None else scale,
+        scale=_scale(scale, channels),
     )  # fmt: skip
 
 

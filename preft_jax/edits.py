@@ -4,6 +4,7 @@ All have ``apply(layer, sites, x, ys)``: ``ys`` are the un-edited outputs of ``s
 edited outputs come back. At ``block``, x and y are the same array: every edit reads it before any is added.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,6 @@ from kernels import api
 from kernels.types import PagePool, Site, TilePages
 from preft_jax.adapter import LowRankEdit
 from preft_jax.bank import Bank
-from preft_jax.config import ModelConfig
 from preft_jax.shapes import SITES
 
 
@@ -62,21 +62,20 @@ class RowEdits(NamedTuple):
 
     def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Edit ``ys [B, F]``."""
-        return tuple(
-            api.decode_edit(x, y, *self.bank.at(layer, site, self.pages[site])) if site in self.bank.sites else y
-            for site, y in zip(sites, ys, strict=True)
-        )
+        return tuple(self.apply_beside((y.shape[1],), layer, (site,), x, y) for site, y in zip(sites, ys, strict=True))
 
     def apply_beside(
-        self, config: ModelConfig, layer: int, sites: Sequence[str], x: jax.Array, y_BW: jax.Array
+        self, widths: Sequence[int], layer: int, sites: Sequence[str], x: jax.Array, y_BW: jax.Array
     ) -> jax.Array:
-        """Edit the outputs of linears that lie side by side in ``y_BW``, in the order of ``sites``."""
-        column = 0
-        for site in sites:
-            if site in self.bank.sites:
-                y_BW = api.decode_edit(x, y_BW, *self.bank.at(layer, site, self.pages[site]), column=column)
-            column += config.site_shape(site)[1]
-        return y_BW
+        """Edit the outputs of linears that lie side by side in ``y_BW``, in the order of ``sites``, ``widths`` each."""
+        starts = itertools.accumulate(widths, initial=0)
+        held = [(site, column) for site, column in zip(sites, starts, strict=False) if site in self.bank.sites]
+        pools, pages = [], []
+        for site, _ in held:
+            pool, page_BE = self.bank.at(layer, site, self.pages[site])
+            pools.append(pool)
+            pages.append(page_BE)
+        return api.decode_edit(x, y_BW, pools, pages, columns=[column for _, column in held])
 
 
 class Dropout(NamedTuple):

@@ -99,7 +99,9 @@ def hidden(
             return [bank.site(layer, name, batch.tiles[name]) if name in bank.sites else None for name in names]
 
         def edited(names: tuple[str, ...], x: jax.Array, y: jax.Array, layer: int = layer) -> jax.Array:
-            return y if rows is None else rows.apply_beside(config, layer, names, x, y)
+            if rows is None:
+                return y
+            return rows.apply_beside([config.site_shape(name)[1] for name in names], layer, names, x, y)
 
         with jax.named_scope("attention"):
             held = sites("q", "k", "v")

@@ -63,7 +63,8 @@ def share_out(
     working = 2 * layer + 6 * 4 * logit_rows * model.vocab_size
     if staged_pages:
         slab = RANK_PAGE * sum(map(sum, map(model.site_shape, SITES))) * model.num_hidden_layers * size
-        staged_pages = max(writes, min(staged_pages, (free - working) // 6 // slab))
+        # With all-token adapters, memory is what limits the rows of a step, and a bank seldom changes.
+        staged_pages = max(writes, min(staged_pages, (free - working) // (16 if config.all_token else 6) // slab))
         # Copies that wait to be written, and those being written.
         working += (staged_pages + (config.tile_entries or 1) + writes) * slab
     page = 2 * model.num_hidden_layers * model.kv_size * size * (config.page_size or 1)

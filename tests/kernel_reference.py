@@ -100,12 +100,15 @@ def silu_mul_shrink(gate_up, edits, sites, mask):
     return h, tuple(shrink(h, site, mask) for site in sites)
 
 
-def decode_edit(x, y, pool, pages):
-    a, c, b = map(f64, pool)
-    out = y.copy()
-    for row, own in enumerate(np.asarray(pages)):
-        for page in own[own > 0]:
-            out[row] += (x[row] @ a[page] + c[page]) @ b[page]
+def decode_edit(x, y, pools, pages):
+    """Edit outputs of linears side by side, row by row."""
+    out, column = y.copy(), 0
+    for pool, rows in zip(pools, pages, strict=True):
+        a, c, b = map(f64, pool)
+        for row, own in enumerate(np.asarray(rows)):
+            for page in own[own > 0]:
+                out[row, column : column + b.shape[2]] += (x[row] @ a[page] + c[page]) @ b[page]
+        column += b.shape[2]
     return out
 
 
@@ -131,7 +134,7 @@ def edit_op(op, inputs):
         case "backward":
             return lowrank_gradients(x, edits[0].site, mask, y, f64(edits[0].s_TER))
         case "decode_edit":
-            return decode_edit(x, y, sites[0].pool, inputs.page_BE)
+            return decode_edit(x, y, [site.pool for site in sites], inputs.pages)
     raise ValueError(op)
 
 

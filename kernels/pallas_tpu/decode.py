@@ -100,15 +100,27 @@ def _kernel(rows: int, slots: int, page_ref: Any, x_ref: Any, y_ref: Any, c_ref:
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
-def decode_edit(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array, *, column: int = 0) -> jax.Array:
+def decode_edit(
+    x_BD: jax.Array,
+    y_BF: jax.Array,
+    pools: tuple[PagePool, ...],
+    pages: tuple[jax.Array, ...],
+    *,
+    columns: tuple[int, ...],
+) -> jax.Array:
     """See ``kernels.api.decode_edit``.
 
     Raises:
         Unsupported: a dtype, width or page list that the kernel cannot take.
     """
-    if pool.b_PRF.shape[2] < y_BF.shape[1]:
+    for pool, page_BE, column in zip(pools, pages, columns, strict=True):
         here = slice(column, column + pool.b_PRF.shape[2])
-        return y_BF.at[:, here].set(decode_edit(x_BD, y_BF[:, here], pool, page_BE))
+        edited = _edit_rows(x_BD, y_BF[:, here], pool, page_BE)
+        y_BF = edited if edited.shape == y_BF.shape else y_BF.at[:, here].set(edited)
+    return y_BF
+
+
+def _edit_rows(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:
     (batch, width_in), width_out = x_BD.shape, y_BF.shape[1]
     for name, array in (("x_BD", x_BD), ("y_BF", y_BF), ("pool.a_PDR", pool.a_PDR), ("pool.b_PRF", pool.b_PRF)):
         check_dtype(name, array.dtype)

@@ -58,12 +58,23 @@ def expand(edit: Shrunk, y_TF: jax.Array) -> jax.Array:
     return (y_TF.astype(jnp.float32) + edit_delta(edit, y_TF.dtype)).astype(y_TF.dtype)
 
 
-def decode_edit(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array, *, column: int = 0) -> jax.Array:
+def decode_edit(
+    x_BD: jax.Array,
+    y_BF: jax.Array,
+    pools: tuple[PagePool, ...],
+    pages: tuple[jax.Array, ...],
+    *,
+    columns: tuple[int, ...],
+) -> jax.Array:
     """``y + (x @ A + c) @ B`` with one token and its own list of pages in each row; null pages add nothing."""
-    width = pool.b_PRF.shape[2]
-    if width < y_BF.shape[1]:
-        here = slice(column, column + width)
-        return y_BF.at[:, here].set(decode_edit(x_BD, y_BF[:, here], pool, page_BE))
+    for pool, page_BE, column in zip(pools, pages, columns, strict=True):
+        here = slice(column, column + pool.b_PRF.shape[2])
+        edited = _edit_rows(x_BD, y_BF[:, here], pool, page_BE)
+        y_BF = edited if edited.shape == y_BF.shape else y_BF.at[:, here].set(edited)
+    return y_BF
+
+
+def _edit_rows(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:
     a_BEDR = pool.a_PDR[page_BE].astype(x_BD.dtype)
     s_BER = jnp.einsum("bd,bedr->ber", x_BD, a_BEDR, preferred_element_type=jnp.float32)
     s_BER = jnp.where((page_BE != 0)[..., None], s_BER + pool.c_PR[page_BE].astype(jnp.float32), 0.0)

@@ -84,8 +84,8 @@ def test_spans_beyond_a_tile_and_groups_beyond_the_mask_are_named(name, value, j
 def test_wrong_pages_of_a_decoding_row_are_named(jit, rng):
     case = case_named("decode_edit/narrow/qkv/mixed")
     inputs = case.inputs(rng)
-    inputs = inputs._replace(page_BE=inputs.page_BE.at[3, 0].set(10**6))
-    with debug.enabled(), pytest.raises(Exception, match="page_BE holds 1000000; allowed: 0 to"):
+    inputs = inputs._replace(pages=(inputs.pages[0].at[3, 0].set(10**6),))
+    with debug.enabled(), pytest.raises(Exception, match=r"pages\[0\] holds 1000000; allowed: 0 to"):
         run(case, inputs, jit=jit)
 
 

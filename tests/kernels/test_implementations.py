@@ -92,8 +92,10 @@ def run_twice(program, *arguments):
 def spoil_pages(inputs):
     """Put NaN into the rank pages that no token names; the null page stays as it is."""
 
+    rows = {id(site.pool): pages for site, pages in zip(inputs.sites, inputs.pages, strict=False)}
+
     def spoiled(site):
-        named = inputs.page_BE if site.tiles is None else site.tiles.page_NE
+        named = rows[id(site.pool)] if site.tiles is None else site.tiles.page_NE
         unused = np.setdiff1d(np.arange(1, len(site.pool.c_PR)), np.asarray(named))
         if not unused.size:
             return site
@@ -375,26 +377,51 @@ def test_the_cases_hold_the_edges_that_they_are_for(rng):
 
 
 @pytest.mark.parametrize("batch", [5, 208])
-def test_a_decode_edit_of_some_columns_leaves_the_others(batch, implementation, rng):
-    """Few rows are cut up; many take a program each."""
+@pytest.mark.parametrize("edited", [(0, 1, 2), (0, 2), (1,)])
+def test_a_decode_edit_of_some_columns_leaves_the_others(batch, edited, implementation, rng):
+    """Few rows are cut up; many take a program each. Linears have pages of their own."""
     widths, pages = (64, 96, 32), 6
     x = rng.standard_normal((batch, 128)).astype(np.float32)
     y = rng.standard_normal((batch, sum(widths))).astype(np.float32)
-    page = rng.integers(0, pages, (batch, 1)).astype(np.int32)
-    column = 0
-    for width in widths:
-        a, c, b = (rng.standard_normal(shape) for shape in ((pages, 128, 16), (pages, 16), (pages, 16, width)))
+    wanted, pools, lists = y.astype(np.float64), [], []
+    columns = [sum(widths[:n]) for n in edited]
+    for n, column in zip(edited, columns, strict=True):
+        page = rng.integers(0, pages, (batch, 1)).astype(np.int32)
+        a, c, b = (rng.standard_normal(shape) for shape in ((pages, 128, 16), (pages, 16), (pages, 16, widths[n])))
         pool = PagePool(*(jnp.asarray(array, jnp.float32).at[0].set(0) for array in (a, c, b)))
-        found = api.decode_edit(x, jnp.asarray(y), pool, page, column=column, implementation=implementation)
-        wanted, own = y.astype(np.float64), page[:, 0]
-        s = np.einsum("bd,bdr->br", x, f64(pool.a_PDR)[own]) + f64(pool.c_PR)[own]
-        wanted[:, column : column + width] += np.einsum("br,brf->bf", s, f64(pool.b_PRF)[own])
-        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-        column += width
+        s = np.einsum("bd,bdr->br", x, f64(pool.a_PDR)[page[:, 0]]) + f64(pool.c_PR)[page[:, 0]]
+        wanted[:, column : column + widths[n]] += np.einsum("br,brf->bf", s, f64(pool.b_PRF)[page[:, 0]])
+        pools.append(pool)
+        lists.append(page)
+    found = api.decode_edit(x, jnp.asarray(y), pools, lists, columns=columns, implementation=implementation)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("column", [-1, 33])
-def test_columns_that_are_not_there_are_refused(column):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": [-1]}, r"columns\[0\] is -1; allowed for these widths of y_BF and pool: 0 to 32"),
+        ({"columns": [33]}, r"columns\[0\] is 33; allowed for these widths of y_BF and pool: 0 to 32"),
+        ({"columns": [0, 32]}, "columns has 2 linears, pools 1"),
+        ({"pages": []}, "pools has 1 linears, pages 0"),
+        ({"columns": None}, r"pool.b_PRF has output width 32; y has 64"),
+    ],
+)
+def test_linears_of_a_decode_edit_that_do_not_fit_are_refused(changes, message):
     pool = PagePool(jnp.zeros((2, 32, 16)), jnp.zeros((2, 16)), jnp.zeros((2, 16, 32)))
-    with pytest.raises(ValueError, match=f"column is {column}; allowed for these widths of y_BF and the pool: 0 to 32"):
-        api.decode_edit(jnp.zeros((3, 32)), jnp.zeros((3, 64)), pool, jnp.zeros((3, 1), jnp.int32), column=column)
+    options = {"pools": [pool], "pages": [jnp.zeros((3, 1), jnp.int32)], "columns": [0], **changes}
+    with pytest.raises(ValueError, match=message):
+        api.decode_edit(jnp.zeros((3, 32)), jnp.zeros((3, 64)), **options)
+
+
+def test_a_decode_edit_without_linears_changes_nothing():
+    y = jnp.ones((3, 64))
+    assert api.decode_edit(jnp.zeros((3, 32)), y, [], [], columns=[]) is y
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    (case,) = select("test", "attention/decode/one-row")
+    inputs = case.inputs(np.random.default_rng(0))
+    with pytest.raises(ValueError, match=f"scale is {scale}; give a positive number"):
+        api.paged_attention(*inputs, max_query_len=1, scale=scale)

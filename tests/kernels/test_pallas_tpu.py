@@ -231,7 +231,7 @@ def test_each_row_has_its_own_pages(dtype, rng):
     x, y = (jnp.asarray(rng.standard_normal((5, width)), dtype) for width in (72, 160))
     pool = make_pool(rng, 72, 160, dtype)
     bad = PagePool(*(leaf.at[3].set(jnp.nan) for leaf in pool))
-    ours = interpreted(api.decode_edit, x, y, bad, ROWS, implementation="pallas_tpu")
+    ours = interpreted(api.decode_edit, x, y, [bad], [ROWS], implementation="pallas_tpu")
     assert ours.dtype == dtype
     assert np.isnan(f64(ours[3])).all()
     rest = [0, 1, 2, 4]
@@ -245,7 +245,7 @@ def test_rows_with_many_pages_and_wide_axes(rng):
     pool, rows = make_pool(rng, 1100, 1288), rng.choice([0, 1, 2, 3, 5], (2, 9)).astype(np.int32)
     rows[0, 8] = 2
     close(
-        interpreted(api.decode_edit, x, y, pool, rows, implementation="pallas_tpu"), decode64(x, y, pool, rows)
+        interpreted(api.decode_edit, x, y, [pool], [rows], implementation="pallas_tpu"), decode64(x, y, pool, rows)
     )  # fmt: skip
 
 
@@ -478,7 +478,7 @@ def test_without_a_tpu_the_kernels_say_so():
     x = abstract(4, 128)
     pool = PagePool(abstract(3, 128, RANK), abstract(3, RANK), abstract(3, RANK, 128))
     with pytest.raises(Unsupported, match="'pallas_tpu' needs a TPU; the default backend is 'cpu'"):
-        trace(api.decode_edit, x, x, pool, abstract(4, 1, dtype=jnp.int32), implementation="pallas_tpu")
+        trace(api.decode_edit, x, x, [pool], [abstract(4, 1, dtype=jnp.int32)], implementation="pallas_tpu")
 
 
 def test_a_preferred_implementation_is_traced_unless_another_is_named():
@@ -486,7 +486,7 @@ def test_a_preferred_implementation_is_traced_unless_another_is_named():
 
     def traced(width=128, **options):
         x = abstract(4, 128, dtype=jnp.float16 if width != 128 else jnp.float32)
-        return "pallas_call" in str(trace(api.decode_edit, x, x, pool, abstract(4, 1, dtype=jnp.int32), **options))
+        return "pallas_call" in str(trace(api.decode_edit, x, x, [pool], [abstract(4, 1, dtype=jnp.int32)], **options))
 
     assert not traced()
     with dispatch.preferring("pallas_tpu"):
@@ -503,7 +503,7 @@ def test_jit_traces_anew_for_another_preference():
     x, program = abstract(4, 128), jax.jit(api.decode_edit)
 
     def traced():
-        return "pallas_call" in str(program.trace(x, x, pool, abstract(4, 1, dtype=jnp.int32)).jaxpr)
+        return "pallas_call" in str(program.trace(x, x, [pool], [abstract(4, 1, dtype=jnp.int32)]).jaxpr)
 
     assert not traced()
     with dispatch.preferring("pallas_tpu"):

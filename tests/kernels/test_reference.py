@@ -219,7 +219,7 @@ def decode_edit64(x, y, pool, rows):
 def test_each_row_has_its_own_pages(rng):
     x, y = rng.standard_normal((5, D)).astype(np.float32), rng.standard_normal((5, F)).astype(np.float32)
     pool = make_pool(rng)
-    ours = decode_edit(x, y, pool, ROWS)
+    ours = decode_edit(x, y, [pool], [ROWS])
     np.testing.assert_allclose(ours, decode_edit64(x, y, pool, ROWS), atol=ATOL)
     np.testing.assert_array_equal(ours[1], y[1])
     assert np.abs(np.asarray(ours) - y)[[0, 2, 3, 4]].max(axis=1).min() > 0.1
@@ -228,7 +228,7 @@ def test_each_row_has_its_own_pages(rng):
 def test_a_row_sees_no_other_rows_pages(rng):
     x, y = rng.standard_normal((5, D)).astype(np.float32), rng.standard_normal((5, F)).astype(np.float32)
     pool = make_pool(rng)
-    ours = np.asarray(decode_edit(x, y, spoil(pool, [3]), ROWS))
+    ours = np.asarray(decode_edit(x, y, [spoil(pool, [3])], [ROWS]))
     assert np.isnan(ours[3]).all()
     np.testing.assert_allclose(
         np.delete(ours, 3, 0), np.delete(decode_edit64(x, y, pool, ROWS), 3, 0), atol=ATOL
@@ -238,7 +238,7 @@ def test_a_row_sees_no_other_rows_pages(rng):
 def test_decode_in_bfloat16(rng):
     x, y = (jnp.asarray(rng.standard_normal((5, width)), jnp.bfloat16) for width in (D, F))
     pool = make_pool(rng)
-    ours = decode_edit(x, y, pool, ROWS)
+    ours = decode_edit(x, y, [pool], [ROWS])
     assert ours.dtype == jnp.bfloat16
     expected = decode_edit64(x, y, pool, ROWS)
     np.testing.assert_allclose(f64(ours), expected, atol=2e-2 * np.abs(expected).max())
@@ -406,10 +406,10 @@ def test_wrong_arguments_of_shrink_and_decode_are_named(rng):
     x, y, pool, tiles, mask = arguments(rng)
     with pytest.raises(ValueError, match="pools has 2 sites, tiles 1"):
         api.shrink(x, (pool, pool), (tiles,), mask)
-    with pytest.raises(ValueError, match="page_BE has 4 rows; x_BD has 24"):
-        api.decode_edit(x, y, pool, ROWS[:4])
+    with pytest.raises(ValueError, match=r"pages\[0\] has 4 rows; x_BD has 24"):
+        api.decode_edit(x, y, [pool], [ROWS[:4]])
     with pytest.raises(ValueError, match=r"pool\.a_PDR has input width 10; x has 6"):
-        api.decode_edit(y, y, pool, ROWS[:4])
+        api.decode_edit(y, y, [pool], [ROWS[:4]])
 
 
 @pytest.mark.parametrize(
@@ -460,10 +460,13 @@ def test_what_is_no_such_array_is_named(change, text, rng):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda x, y, p, r: (x, y[:1], p, r), "y_BF has 1 rows; x_BD has 5"),
-        (lambda x, y, p, r: (x, y, p, r[:, 0]), "page_BE has shape .*; expected 2 axes"),
-        (lambda x, y, p, r: (x, y, p, r.astype(np.float32)), "page_BE has dtype float32; it must be an integer"),
-        (lambda x, y, p, r: (x, y, pages_of_rank_8(p), r), "rank 8"),
+        (lambda x, y, p, r: (x, y[:1], [p], [r]), "y_BF has 1 rows; x_BD has 5"),
+        (lambda x, y, p, r: (x, y, [p], [r[:, 0]]), r"pages\[0\] has shape .*; expected 2 axes"),
+        (
+            lambda x, y, p, r: (x, y, [p], [r.astype(np.float32)]),
+            r"pages\[0\] has dtype float32; it must be an integer",
+        ),
+        (lambda x, y, p, r: (x, y, [pages_of_rank_8(p)], [r]), "rank 8"),
     ],
 )
 def test_wrong_rows_of_a_decode_edit_are_named(change, text, rng):
@@ -492,7 +495,7 @@ def test_an_unknown_implementation_is_refused_with_those_there_are(rng):
         lambda: api.shrink(x, (pool,), (tiles,), mask, implementation="cuda"),
         lambda: api.expand(np.zeros((T, 4, RANK), np.float32), y, pool, tiles, implementation="cuda"),
         lambda: api.lowrank_edit(x, y, pool, tiles, mask, implementation="cuda"),
-        lambda: api.decode_edit(x, y, pool, np.zeros((T, 1), np.int32), implementation="cuda"),
+        lambda: api.decode_edit(x, y, [pool], [np.zeros((T, 1), np.int32)], implementation="cuda"),
         lambda: Ragged(rng, MIXED).ours(implementation="cuda"),
     ]
     for call in calls:

@@ -5,6 +5,45 @@ import triton.language as tl
 
 
 @triton.jit
+def _attend_keys(
+    q, kv_ptr, table_ptr, at, last, stop, best, total, acc,
+    SCALE: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """A step of the online softmax: BN keys from ``at`` on; ``kv_ptr`` and ``table_ptr`` of the head and the request.
+
+    With MASK, keys from ``stop`` on and those after the ``last`` of a query are not seen.
+    """
+    n = at + tl.arange(0, BN)
+    c = tl.arange(0, C)
+    if PAGE % BN == 0:
+        page = tl.load(table_ptr + at // PAGE).to(tl.int64)
+        place = page * PAGE + at % PAGE + tl.arange(0, BN)
+    elif MASK:
+        page = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0).to(tl.int64)
+        place = page * PAGE + n % PAGE
+    else:
+        page = tl.load(table_ptr + n // PAGE).to(tl.int64)
+        place = page * PAGE + n % PAGE
+    base = kv_ptr + place[:, None] * (2 * K * C) + c[None, :]
+    if MASK:
+        k = tl.load(base, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
+        v = tl.load(base + C, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
+    else:
+        k = tl.load(base).to(q.dtype)
+        v = tl.load(base + C).to(q.dtype)
+    score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    if MASK:
+        score = tl.where((n[None, :] <= last[:, None]) & (n < stop)[None, :], score, float("-inf"))
+    log2: tl.constexpr = SCALE * 1.4426950408889634
+    new = tl.maximum(best, tl.max(score, 1) * log2)
+    weight = tl.exp2(score * log2 - new[:, None])
+    old = tl.exp2(best - new)
+    total = total * old + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(q.dtype), v, acc * old[:, None], input_precision="tf32x3")
+    return new, total, acc
+
+
+@triton.jit
 def attend_kernel(
     q_ptr, kv_ptr, table_ptr, request_ptr, offset_ptr, start_ptr, len_ptr, out_ptr, lse_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
@@ -26,36 +65,29 @@ def attend_kernel(
     live = (m // GP < BQ) & (query < queries) & (m % GP < G)
     row = (start + query).to(tl.int64) * H + head * G + m % GP
     q = tl.load(q_ptr + row[:, None] * C + c[None, :], mask=live[:, None], other=0.0)
-    last = keys - queries + query
-    stop = tl.minimum(keys, keys - queries + offset + BQ)
+    prefix = keys - queries
+    last = prefix + query
+    stop = tl.minimum(keys, prefix + offset + BQ)
+    first = 0
     if SPLITS > 1:
         run = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
         first = split * run
         stop = tl.minimum(stop, first + run)
-    else:
-        first = 0
+    # Up to here every query sees every key of a step.
+    whole = first + tl.maximum(tl.minimum(stop, prefix + offset + 1) - first, 0) // BN * BN
     best = tl.full([M], -1.0e30, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, C], tl.float32)
-    for at in range(first, stop, BN):
-        n = at + tl.arange(0, BN)
-        if PAGE % BN == 0:
-            page = tl.load(table_ptr + request * WIDTH + at // PAGE).to(tl.int64)
-            place = page * PAGE + at % PAGE + tl.arange(0, BN)
-        else:
-            page = tl.load(table_ptr + request * WIDTH + n // PAGE, mask=n < stop, other=0).to(tl.int64)
-            place = page * PAGE + n % PAGE
-        base = kv_ptr + (place[:, None] * (2 * K) + 2 * head) * C + c[None, :]
-        k = tl.load(base, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
-        v = tl.load(base + C, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
-        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (SCALE * 1.4426950408889634)
-        score = tl.where((n[None, :] <= last[:, None]) & (n < stop)[None, :], score, -1.0e30)
-        new = tl.maximum(best, tl.max(score, 1))
-        weight = tl.exp2(score - new[:, None])
-        old = tl.exp2(best - new)
-        total = total * old + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(q.dtype), v, acc * old[:, None], input_precision="tf32x3")
-        best = new
+    table_ptr += request * WIDTH
+    kv_ptr += 2 * head * C
+    for at in range(first, whole, BN):
+        best, total, acc = _attend_keys(
+            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, False
+        )
+    for at in range(whole, stop, BN):
+        best, total, acc = _attend_keys(
+            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True
+        )
     if SPLITS > 1:
         seen = best > -1.0e29
         at_split = (split.to(tl.int64) * T * H) + row
@@ -110,26 +142,12 @@ def decode_attend_kernel(
     best = tl.full([M], -1.0e30, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, C], tl.float32)
+    last = tl.zeros([M], tl.int32) + stop
     for at in range(first, stop, BN):
-        n = at + tl.arange(0, BN)
-        seen = n < stop
-        if PAGE % BN == 0:
-            page = tl.load(table_ptr + row * WIDTH + at // PAGE).to(tl.int64)
-            place = page * PAGE + at % PAGE + tl.arange(0, BN)
-        else:
-            page = tl.load(table_ptr + row * WIDTH + n // PAGE, mask=seen, other=0).to(tl.int64)
-            place = page * PAGE + n % PAGE
-        base = kv_ptr + (place[:, None] * (2 * K) + 2 * head) * C + c[None, :]
-        k = tl.load(base, mask=seen[:, None], other=0.0).to(dtype)
-        v = tl.load(base + C, mask=seen[:, None], other=0.0).to(dtype)
-        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (SCALE * 1.4426950408889634)
-        score = tl.where(seen[None, :], score, -1.0e30)
-        new = tl.maximum(best, tl.max(score, 1))
-        weight = tl.exp2(score - new[:, None])
-        old = tl.exp2(best - new)
-        total = total * old + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(dtype), v, acc * old[:, None], input_precision="tf32x3")
-        best = new
+        best, total, acc = _attend_keys(
+            q, kv_ptr + 2 * head * C, table_ptr + row * WIDTH, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN,
+            True,
+        )  # fmt: skip
     if own:
         page = tl.load(table_ptr + row * WIDTH + position // PAGE).to(tl.int64)
         at_own = kv_out + ((page * PAGE + position % PAGE) * (2 * K) + 2 * head) * C + c
