@@ -50,6 +50,11 @@ class Adapters:
     def _size(self, *widths: int) -> int:
         return self._model.num_hidden_layers * self._pages * RANK_PAGE * max(widths)
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What the adapters edit."""
+        return self._config.targets
+
     def make(self, number: int, positions: str) -> Adapter:
         """Return an adapter whose parameters are not to be looked at: only its rank pages are real."""
         config = dataclasses.replace(self._config, positions=positions)
@@ -102,9 +107,18 @@ class WatchedEngine(Engine):
 
 
 def engine_config(
-    args: argparse.Namespace, mode: str, bank_adapters: int, *, max_model_len: int, prefill_seqs: int
+    args: argparse.Namespace,
+    mode: str,
+    bank_adapters: int,
+    sites: tuple[str, ...],
+    *,
+    max_model_len: int,
+    prefill_seqs: int,
 ) -> EngineConfig:
-    """Return the sizes of a mode's engine, those of the options and those that the requests need."""
+    """Return the sizes of a mode's engine, those of the options and those that the requests need.
+
+    ``sites``: those that adapters edit.
+    """
     return EngineConfig(
         max_num_seqs=args.max_num_seqs,
         max_model_len=max_model_len,
@@ -113,6 +127,7 @@ def engine_config(
         chunk_tokens=min(args.prefill_tokens, 2048),
         max_rank=args.rank,
         bank_pages=1 if mode == "base" else 1 + bank_adapters * args.rank // RANK_PAGE,
+        bank_sites=sites,
         all_token=mode == "all-token",
         memory_utilization=args.memory_utilization,
         prefix_caching=False,

@@ -157,16 +157,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     contenders: list[_Contender] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
         longest, together = args.input_len + args.output_len, args.prefill_tokens // args.input_len
-        config = engine_config(args, mode, bank_adapters, max_model_len=longest, prefill_seqs=together)
+        config = engine_config(args, mode, bank_adapters, adapters.sites, max_model_len=longest, prefill_seqs=together)
         engine, seconds = ready(model, config, mode, console)
         own = adapters.put(engine, max(wanted), mode)
         engine.sleep()  # Engines take turns with the device's memory.
+        kv_tokens = engine.runner.num_kv_pages * (engine.config.page_size or 1)
         for count in wanted:
             distributions = args.adapter_distribution.split(",") if count else ("round-robin",)
             contenders += [
                 _Contender(engine, own[:count], {
                     "mode": mode, "num_adapters": count, "distribution": distribution, "bank_adapters": bank_adapters,
-                    "ready_s": round(seconds, 1), "kv_tokens": engine.runner.num_kv_pages * (config.page_size or 1),
+                    "ready_s": round(seconds, 1), "kv_tokens": kv_tokens,
                 })
                 for distribution in distributions
             ]  # fmt: skip

@@ -198,7 +198,7 @@ def make_contenders(
     for mode in modes:
         count = 0 if mode == "base" else args.num_adapters
         bank = min(args.bank_adapters, count)
-        config = engine_config(args, mode, bank, max_model_len=max_model_len, prefill_seqs=PREFILL_SEQS)
+        config = engine_config(args, mode, bank, adapters.sites, max_model_len=max_model_len, prefill_seqs=PREFILL_SEQS)
         engine, seconds = ready(model, config, mode, console)
         used = {*workload.users, *(one.user for one in workload.warming(count) if one.user is not None)}
         own = adapters.put(engine, count, mode, used)

@@ -6,7 +6,7 @@ stay after that until their room is needed.
 """
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from preft_jax.adapter import Adapter, AdapterConfig
 from preft_jax.bank import AdapterPages, BankAllocator, PackedSite, adapter_page_counts
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError
-from preft_jax.shapes import LINEAR_SITES
+from preft_jax.shapes import LINEAR_SITES, SITES
 from serve.device import slab
 
 ALL_LINEARS = "linears"
@@ -79,8 +79,16 @@ def pin(known: Known) -> Known:
 class AdapterBank:
     """Books of the adapters on the host and of the bank's pages; ``pending`` is what must be written to the device."""
 
-    def __init__(self, model: ModelConfig, bank_pages: int, max_pages: int, pack: Callable[[Adapter], Known]):
+    def __init__(
+        self,
+        model: ModelConfig,
+        bank_pages: int,
+        max_pages: int,
+        pack: Callable[[Adapter], Known],
+        sites: Sequence[str] = SITES,
+    ):
         self._model = model
+        self._sites = tuple(sites)
         self._bank_pages = bank_pages
         self._max_pages = max_pages
         self._pack = pack
@@ -90,7 +98,7 @@ class AdapterBank:
 
     def reset(self) -> None:
         """Forget what is on the device."""
-        self._allocator = BankAllocator(self._bank_pages)
+        self._allocator = BankAllocator(self._bank_pages, self._sites)
         self._places: collections.OrderedDict[str, AdapterPages] = collections.OrderedDict()
         self._pins: collections.Counter[str] = collections.Counter()
         self.pending: list[Load] = []
@@ -103,6 +111,11 @@ class AdapterBank:
             AdapterError: if it can never be served with this bank.
         """
         counts = adapter_page_counts(config, self._model)
+        if missing := [site for site in counts if site not in self._sites]:
+            raise AdapterError(
+                f"the adapter edits {', '.join(missing)} and the engine serves edits of {', '.join(self._sites)}; name "
+                "them in bank_sites (a server's --bank-sites)"
+            )
         most = max(counts.values(), default=0)
         if most > self._max_pages:
             raise AdapterError(

@@ -25,7 +25,7 @@ from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
-from preft_jax.shapes import RANK_PAGE
+from preft_jax.shapes import RANK_PAGE, SITES
 from serve.adapter_directory import AdapterDirectory
 from serve.adapter_files import AdapterFiles
 from serve.adapter_store import AdapterStore
@@ -71,6 +71,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="largest file of an adapter's tensors (default: what --max-lora-rank takes on all linears in float32)",
     )
     add("--bank-pages", type=int, default=33, help="rank pages of 16 on the device (default: %(default)s)")
+    add(
+        "--bank-sites",
+        default=",".join(SITES),
+        help="what adapters may edit; what none edits leaves its memory to the KV cache (default: %(default)s)",
+    )
     add("--adapter-memory-gib", type=float, default=4.0, help="host memory for adapters (default: %(default)s)")
     add("--all-token", action="store_true", help="also serve adapters that edit every token")
     add("--allow-runtime-lora-updating", action="store_true", help="let the admin load and unload adapters")
@@ -128,6 +133,7 @@ def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         memory_utilization=args.memory_utilization,
         max_rank=args.max_lora_rank,
         bank_pages=args.bank_pages,
+        bank_sites=tuple(args.bank_sites.split(",")),
         all_token=args.all_token,
         prefix_caching=args.enable_prefix_caching,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from preft_jax.errors import ConfigError
-from preft_jax.shapes import RANK_PAGE
+from preft_jax.shapes import RANK_PAGE, SITES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class EngineConfig:
         tile_entries: rank pages that one list may hold (as many as ``max_rank`` takes); every tile pays for all.
         max_rank: largest rank of an adapter, over its position groups together.
         bank_pages: rank pages for each layer and site, the null page included; 1: no adapters.
+        bank_sites: what adapters may edit, of q, k, v, o, gate, up, down and block (all); what none edits leaves its
+            memory to the KV cache.
         all_token: whether all-token adapters are served (one program more).
         scoring: whether ``prompt_logprobs`` is served (one program more).
         decode_steps: decode steps between two looks at the prompts that wait, while none can go on: of one call, or
@@ -43,6 +45,7 @@ class EngineConfig:
     tile_entries: int | None = None
     max_rank: int = 64
     bank_pages: int = 1
+    bank_sites: tuple[str, ...] = SITES
     all_token: bool = False
     scoring: bool = False
     decode_steps: int = 8
@@ -54,6 +57,10 @@ class EngineConfig:
             if field.name == "memory_utilization":
                 if not isinstance(value, int | float) or not 0 < value <= 1:
                     raise ConfigError(f"memory_utilization is {value!r}; it must be above 0 and at most 1")
+            elif field.name == "bank_sites":
+                if isinstance(value, str) or not value or set(value) - set(SITES):
+                    raise ConfigError(f"bank_sites is {value!r}; give some of {', '.join(SITES)}")
+                object.__setattr__(self, field.name, tuple(site for site in SITES if site in value))
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ConfigError(f"{field.name} is {value!r}; it must be True or False")

@@ -101,7 +101,9 @@ class Engine:
         self.config = config = config.resolve(jax.default_backend())
         self.runner = Runner(model, config)
         self.pages = PageManager(self.runner.num_kv_pages, config.page_size or 1)
-        self.adapters = AdapterBank(model.config, config.bank_pages, config.tile_entries or 1, self._pack)
+        self.adapters = AdapterBank(
+            model.config, config.bank_pages, config.tile_entries or 1, self._pack, config.bank_sites
+        )
         self._staging = Staging(self.adapters, self.runner, self.runner.staged_pages)
         self.scheduler = Scheduler(
             self.pages,

@@ -7,7 +7,7 @@ import numpy as np
 
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
-from preft_jax.shapes import RANK_PAGE, SITES
+from preft_jax.shapes import RANK_PAGE
 from serve.config import EngineConfig
 
 
@@ -62,7 +62,7 @@ def share_out(
     layer = config.prefill_tokens * (4 * model.hidden_size + 3 * model.intermediate_size) * size
     working = 2 * layer + 6 * 4 * logit_rows * model.vocab_size
     if staged_pages:
-        slab = RANK_PAGE * sum(map(sum, map(model.site_shape, SITES))) * model.num_hidden_layers * size
+        slab = RANK_PAGE * sum(map(sum, map(model.site_shape, config.bank_sites))) * model.num_hidden_layers * size
         # With all-token adapters, memory is what limits the rows of a step, and a bank seldom changes.
         staged_pages = max(writes, min(staged_pages, (free - working) // (16 if config.all_token else 6) // slab))
         # Copies that wait to be written, and those being written.

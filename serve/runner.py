@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from preft_jax.bank import AdapterPages, init_bank
+from preft_jax.bank import AdapterPages, Bank, init_bank
 from preft_jax.batch import Span, bucket, pack_prefill, pack_rows, round_up, rows_of
 from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
 from preft_jax.programs import Drawn
 from preft_jax.sampling import is_penalised, is_plain, sampling_arrays
-from preft_jax.shapes import LINEAR_SITES, RANK_PAGE, SITES
+from preft_jax.shapes import LINEAR_SITES, RANK_PAGE
 from serve import device, memory
 from serve.adapters import ALL_LINEARS, Load
 from serve.config import EngineConfig
@@ -87,7 +87,7 @@ class Runner:
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
         # Rank pages that may be copied ahead: those of a prefill call, fewer where memory is short.
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
-        self.bank = init_bank(model.config, config.bank_pages, self.dtype) if self._adapters else None
+        self.bank = self._new_bank()
         self._choose_programs()
         room = self._room()
         self.staged_pages, self._working_bytes = room.staged_pages, room.working_bytes
@@ -130,6 +130,12 @@ class Runner:
     def _new_logits(self) -> jax.Array:
         return jnp.zeros((self._logit_rows, self.model.config.vocab_size), jnp.float32)
 
+    def _new_bank(self) -> Bank | None:
+        config = self.config
+        return (
+            init_bank(self.model.config, config.bank_pages, self.dtype, config.bank_sites) if self._adapters else None
+        )
+
     def _new_cache(self) -> KVCache:
         return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.dtype)
 
@@ -169,8 +175,7 @@ class Runner:
         """
         self.release()
         try:
-            if self._adapters:
-                self.bank = init_bank(self.model.config, self.config.bank_pages, self.dtype)
+            self.bank = self._new_bank()
             self.cache = self._new_cache()
             self._logits = self._new_logits()
             jax.block_until_ready((self.bank, self.cache, self._logits))
@@ -249,10 +254,9 @@ class Runner:
         yield "copy-pages", trace(device.copy_pages, self.cache, none, none, donate=0)
         if self._adapters:
             slabs, page = self._no_writes()
-            yield (
-                "write-whole-pages",
-                trace(device.write_whole_slabs, self.bank, slabs.pop(ALL_LINEARS), page, donate=0),
-            )
+            whole = slabs.pop(ALL_LINEARS, None)
+            if whole is not None:
+                yield "write-whole-pages", trace(device.write_whole_slabs, self.bank, whole, page, donate=0)
             yield "write-pages", trace(device.write_slabs, self.bank, slabs, page, donate=0)
 
     def _time_decode(self) -> None:
@@ -348,6 +352,7 @@ class Runner:
             page_size=config.page_size or 1,
             tile=config.tile,
             min_entries=config.tile_entries or 1,
+            sites=config.bank_sites,
             starts=starts,
         )
 
@@ -412,7 +417,9 @@ class Runner:
         return Decoded(steps_drawn, state)
 
     def _row_pages(self, places: Many[AdapterPages], rows: int) -> dict[str, np.ndarray]:
-        return pack_rows([*places, *[{}] * (rows - len(places))], min_entries=self.config.tile_entries or 1)
+        empty: list[AdapterPages] = [{}] * (rows - len(places))
+        config = self.config
+        return pack_rows([*places, *empty], min_entries=config.tile_entries or 1, sites=config.bank_sites)
 
     def _row_args(self, sequences: Many[Sequence], size: int) -> tuple[device.Rows, device.RowPlan, Any]:
         """Return what the host knows of rows, what it says of them, and their sampling parameters."""
@@ -478,20 +485,21 @@ class Runner:
                         slabs[site][n] = slab
                     for site, number in write.page.items():
                         page[site][n] = number
-                given = slabs[ALL_LINEARS] if name == "write-whole-pages" else {site: slabs[site] for site in SITES}
-                self.bank = self.programs[name](self.bank, given, page)
+                linears = slabs.pop(ALL_LINEARS, None)
+                self.bank = self.programs[name](self.bank, linears if name == "write-whole-pages" else slabs, page)
 
     def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
         """Return arguments of calls that write nothing but zeros to the null page."""
         if not self._empty_slabs:
             layers = self.model.config.num_hidden_layers
             widths = {}
-            for site in SITES:
+            for site in self.config.bank_sites:
                 d, f = self.model.config.site_shape(site)
                 widths[site] = device.slab_width(d, f, RANK_PAGE, self.dtype)
-            widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
+            if set(LINEAR_SITES) <= set(widths):
+                widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
             self._empty_slabs = {s: jnp.zeros((layers, width), self.dtype) for s, width in widths.items()}
-        nowhere = {site: np.zeros(self._writes, np.int32) for site in SITES}
+        nowhere = {site: np.zeros(self._writes, np.int32) for site in self.config.bank_sites}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
 
 

@@ -159,11 +159,12 @@ class EngineSide:
         )
         if mode == "base":
             return config
-        ranks = [adapter.config.rank for own in self._adapters.values() for adapter in own]
+        kinds = [adapter.config for own in self._adapters.values() for adapter in own]
         return dataclasses.replace(
             config,
             bank_pages=args.bank_pages or self._bank_pages(),
-            max_rank=max(ranks),
+            bank_sites=tuple({site for kind in kinds for site in kind.targets}),
+            max_rank=max(kind.rank for kind in kinds),
             all_token="all-token" in self.modes,
         )
 

@@ -37,7 +37,7 @@ class Config:
             raise ValueError(f"queries {self.queries} and keys {self.keys} must be powers of two, keys from 16")
 
 
-def config_for(*, batch: int, kv_heads: int, group: int, max_query_len: int, max_keys: int) -> Config:
+def config_for(*, batch: int, kv_heads: int, group: int, max_query_len: int, max_keys: int, bytes_each: int) -> Config:
     """Return a configuration: decode wants bytes in flight, prefill wants large products."""
     if max_query_len == 1:
         programs = batch * kv_heads
@@ -45,8 +45,11 @@ def config_for(*, batch: int, kv_heads: int, group: int, max_query_len: int, max
         while programs * splits < 1056 and splits * 256 < max_keys:
             splits *= 2
         return Config(queries=1, keys=64, splits=splits, warps=4, stages=3)
-    rows = max(1, 64 // power_of_two(group))
-    return Config(queries=min(rows, power_of_two(max_query_len)), keys=32, splits=1, warps=4, stages=3)
+    # Many keys are worth large products, which short prompts would leave half empty.
+    long = max_keys >= 1024 and bytes_each == 2
+    rows, keys = (128, 64) if long else (64, 32)
+    queries = min(max(1, rows // power_of_two(group)), power_of_two(max_query_len))
+    return Config(queries=queries, keys=keys, splits=1, warps=4, stages=3)
 
 
 def query_blocks(
@@ -87,7 +90,8 @@ def paged_attention(
     _check_channels("q_THC", channels)
     if config is None:
         config = config_for(
-            batch=batch, kv_heads=kv_heads, group=group, max_query_len=max_query_len, max_keys=width * size
+            batch=batch, kv_heads=kv_heads, group=group, max_query_len=max_query_len, max_keys=width * size,
+            bytes_each=q_THC.dtype.itemsize,
         )  # fmt: skip
     request_N, offset_N = query_blocks(query_start_B1, tokens, batch, config.queries, max_query_len)
     starts = jnp.concatenate([query_start_B1, jnp.full((1,), tokens, query_start_B1.dtype)]).astype(jnp.int32)
@@ -142,7 +146,10 @@ def decode_attention(
     _check_channels("kv_PSJC", channels)
     group = heads // kv_heads
     if config is None:
-        config = config_for(batch=batch, kv_heads=kv_heads, group=group, max_query_len=1, max_keys=width * size)
+        config = config_for(
+            batch=batch, kv_heads=kv_heads, group=group, max_query_len=1, max_keys=width * size,
+            bytes_each=qkv_BF.dtype.itemsize,
+        )  # fmt: skip
     splits = config.splits
     whole = splits == 1
     out, lse, kv_PSJC = call(

@@ -153,7 +153,8 @@ def test_programs_write_the_kv_cache_in_place(programs, name):
 def test_programs_are_made_of_the_fused_kernels(programs, name, calls):
     """Two norms, rope, attention and SiLU in a layer, and the shrink of ``o`` with edits; one norm at the end.
 
-    A decode step rotates where it attends. All-token adapters edit linears that read the same in two launches, and the stream in two.
+    A decode step rotates where it attends. All-token adapters edit linears that read the same
+    in two launches, and the stream in two.
     """
     config, texts = programs
     found = texts[name].count("@triton_kernel_call")

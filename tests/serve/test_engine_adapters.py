@@ -20,7 +20,8 @@ from engine_outputs import (
 
 from preft_jax import AdapterConfig, SamplingParams, random_adapter
 from preft_jax.cache import init_cache
-from preft_jax.errors import ConfigError
+from preft_jax.errors import AdapterError, ConfigError
+from preft_jax.shapes import LINEAR_SITES
 from serve import runner
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -57,6 +58,28 @@ def test_more_adapters_than_the_bank_holds(lively, many, adapters, rng):
         assert_as_alone(lively, one, samples)
     assert engine.stats.adapter_loads >= 10
     assert engine.stats.recompiles == 0
+
+
+@pytest.mark.parametrize("sites", [LINEAR_SITES, ("v", "q")])
+def test_an_engine_for_some_sites_serves_their_adapters_and_refuses_others(sites, lively, rng):
+    engine = Engine(lively, dataclasses.replace(TIGHT, bank_sites=sites))
+    assert set(engine.runner.bank.sites) == set(sites)
+    kinds = [AdapterConfig(rank=8, targets=sites, positions=positions) for positions in ("prompt", "all")]
+    own = [random_adapter(kind, lively.config, jax.random.key(i), strength=0.7) for i, kind in enumerate(kinds)]
+    requests = [request(some(rng, 9), adapter, max_tokens=5) for adapter in (*own, None)]
+    for one, samples in zip(requests, run_all(engine, requests), strict=True):
+        assert_as_alone(lively, one, samples)
+    other = random_adapter(AdapterConfig(kind="loreft", rank=4), lively.config, jax.random.key(2))
+    served = "q, v;" if len(sites) == 2 else "q, k, v, o, gate, up, down;"
+    with pytest.raises(AdapterError, match=f"edits block and the engine serves edits of {served} name them in bank_si"):
+        engine.load_adapters([other])
+    assert run_one(engine, requests[0])
+
+
+@pytest.mark.parametrize("sites", ["q", (), ("q", "head")])
+def test_sites_that_are_not_there_are_refused(sites):
+    with pytest.raises(ConfigError, match=r"bank_sites is .*; give some of q, k, v, o, gate, up, down, block"):
+        EngineConfig(bank_sites=sites)
 
 
 def test_the_hosts_copy_is_dropped_with_its_last_request(lively, many, rng):

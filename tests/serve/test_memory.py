@@ -7,6 +7,7 @@ import pytest
 
 from preft_jax.config import PRESETS
 from preft_jax.errors import ConfigError
+from preft_jax.shapes import LINEAR_SITES
 from serve import memory
 from serve.config import EngineConfig
 
@@ -56,3 +57,19 @@ def test_no_room_for_one_sequence_is_said(given):
     given["in_use"] = 71 * 10**9
     with pytest.raises(ConfigError, match="KV pages of 8192 KiB fit beside the weights and 1 rank pages"):
         share_out()
+
+
+def test_a_bank_for_some_sites_has_smaller_pages(given):
+    linears = dataclasses.replace(CONFIG, bank_sites=LINEAR_SITES)
+    with_block, without = share_out(staged_pages=32), share_out(linears, staged_pages=32)
+    assert with_block.working_bytes - without.working_bytes == (32 + 1 + 8) * 16 * 32 * 2 * 2 * MODEL.hidden_size
+    assert without.kv_pages > with_block.kv_pages
+
+
+def test_all_token_adapters_leave_memory_to_the_rows(given):
+    given["in_use"] = 60 * 10**9
+    prefill_only, all_token = (
+        share_out(dataclasses.replace(CONFIG, all_token=all_token), staged_pages=32) for all_token in (False, True)
+    )
+    assert 8 <= all_token.staged_pages < prefill_only.staged_pages
+    assert all_token.kv_pages > prefill_only.kv_pages
