@@ -99,6 +99,11 @@ class WatchedEngine(Engine):
 
     most_running = 0
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.runner.num_kv_pages * (self.config.page_size or 1)
+
     def step(self) -> list[Output]:
         """See ``Engine``."""
         outputs = super().step()
@@ -135,12 +140,21 @@ def engine_config(
 
 
 def ready(model: Model, config: EngineConfig, mode: str, console: Console) -> tuple[WatchedEngine, float]:
-    """Return a warm engine, and in how many seconds it was made; it is to be put to sleep until its turn."""
+    """Return a warm engine, and in how many seconds it was made; it is to be put to sleep until its turn.
+
+    An engine for all-token adapters, which leave less memory to the KV cache, gets no more rows than the cache holds
+    with three quarters of each in use: the programs of more rows would only be slower.
+    """
     start = time.perf_counter()
     engine = WatchedEngine(model, config)
+    while config.all_token and engine.kv_tokens < config.max_num_seqs * config.max_model_len * 3 // 4:
+        config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs // 2)
+        engine.runner.release()
+        engine = WatchedEngine(model, config)
     engine.warm_up()
     seconds = time.perf_counter() - start
-    console.print(f"{mode}: ready in {seconds:.0f} s, {engine.runner.num_kv_pages} KV pages", soft_wrap=True)
+    sizes = f"{engine.config.max_num_seqs} rows, {engine.kv_tokens} KV tokens"
+    console.print(f"{mode}: ready in {seconds:.0f} s, {sizes}", soft_wrap=True)
     console.print(engine.runner.compile_seconds, soft_wrap=True)
     return engine, seconds
 

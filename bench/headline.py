@@ -161,13 +161,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         engine, seconds = ready(model, config, mode, console)
         own = adapters.put(engine, max(wanted), mode)
         engine.sleep()  # Engines take turns with the device's memory.
-        kv_tokens = engine.runner.num_kv_pages * (engine.config.page_size or 1)
         for count in wanted:
             distributions = args.adapter_distribution.split(",") if count else ("round-robin",)
             contenders += [
                 _Contender(engine, own[:count], {
                     "mode": mode, "num_adapters": count, "distribution": distribution, "bank_adapters": bank_adapters,
-                    "ready_s": round(seconds, 1), "kv_tokens": kv_tokens,
+                    "ready_s": round(seconds, 1), "kv_tokens": engine.kv_tokens,
                 })
                 for distribution in distributions
             ]  # fmt: skip

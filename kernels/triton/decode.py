@@ -71,6 +71,8 @@ def decode_edit(
     sites, widths = len(pools), [pool.b_PRF.shape[2] for pool in pools]
     entries = [page_BE.shape[1] for page_BE in pages]
     config = config or config_for(batch, sites, width_in, math.gcd(*widths), max(entries))
+    for name, size, divided in (("shrink", config.shrink, [width_in]), ("expand", config.expand, widths)):
+        require(all(n % size == 0 for n in divided), f"{name} is {size}, which does not divide {divided}")
     # A launch has arguments for as many linears; what stands for those that are not there is not read.
     spare = LINEARS - sites
     pools += pools[:1] * spare

@@ -2,9 +2,13 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bench import headline, headline_plot, tables
+from bench.engine_contenders import ready
+from preft_jax import load_model
 from preft_jax.errors import ConfigError
+from serve.config import EngineConfig
 
 TINY = (
     "--model tiny --num-prompts 8 --input-len 32 --output-len 6 --max-num-seqs 4 --prefill-tokens 64 "
@@ -34,6 +38,17 @@ def test_all_token_adapters_must_all_fit_the_bank():
         ("all-token", 64, [1, 64]),
         ("all-token", 512, [512]),
     ]
+
+
+@pytest.mark.parametrize(("all_token", "rows"), [(True, 4), (False, 8)])
+def test_all_token_engines_have_as_many_rows_as_their_cache_holds(all_token, rows):
+    model = load_model("tiny")
+    config = EngineConfig(
+        max_num_seqs=8, max_model_len=64, page_size=16, num_kv_pages=12, prefill_tokens=64, bank_pages=3, max_rank=16,
+        all_token=all_token,
+    )  # fmt: skip
+    engine, _ = ready(model, config, "any", Console(quiet=True))
+    assert (engine.config.max_num_seqs, engine.kv_tokens) == (rows, 192)
 
 
 @pytest.mark.parametrize(

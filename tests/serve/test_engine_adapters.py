@@ -235,9 +235,11 @@ def test_an_adapter_whose_request_is_cancelled_before_it_came_to_the_device_is_n
 
 def test_programs_that_only_read_weights_are_not_worth_filling(lively, monkeypatch):
     sizes = Engine(lively, dataclasses.replace(TIGHT, prefill_tokens=32)).runner
+    monkeypatch.setattr(runner, "READS_WEIGHTS", 20)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    sizes._choose_programs()
     assert sizes.filled_counts == sizes.token_counts
     assert len(sizes.token_counts) > 1
-    monkeypatch.setattr(runner, "READS_WEIGHTS", 20)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     sizes._choose_programs()
     assert sizes.filled_counts == sizes.token_counts[-1:] == [32]
