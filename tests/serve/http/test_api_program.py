@@ -62,6 +62,7 @@ def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
         (("--model", "tiny", "--lora-modules", "a=/nowhere"), "/nowhere"),
         (("--model", "tiny", "--adapter-dir", "/nowhere"), "/nowhere"),
         (("--model", "tiny", "--max-model-len", "5000"), "max_model_len 5000"),
+        (("--model", "tiny", "--bank-sites", "q,head"), "bank_sites is ('q', 'head'); give some of q, k, v"),
     ],
 )
 def test_what_cannot_work_ends_with_one_line(capsys, monkeypatch, arguments, message):
@@ -90,6 +91,15 @@ def test_an_adapter_beyond_the_limits_is_refused_before_it_is_read(tmp_path, tin
         with pytest.raises(preft_jax.AdapterError, match=message):
             store.register("a", tmp_path / "a")
     store.close()
+
+
+def test_a_server_for_some_sites_refuses_adapters_of_others(capsys, monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(api, "_start_log", lambda level: None)
+    config = preft_jax.AdapterConfig(rank=4, targets=("q", "o"))
+    preft_jax.save_adapter(tmp_path / "a", preft_jax.init_adapter(config, tiny.config, jax.random.key(0)))
+    options = [*api_program.SIZES, "--bank-sites", "v,q", "--lora-modules", f"mine={tmp_path / 'a'}"]
+    assert api.main(["--port", "0", *options], environment={}) == 1
+    assert "edits o and the engine serves edits of q, v; name them in bank_sites" in capsys.readouterr().err
 
 
 def test_usage_errors_have_their_status():
