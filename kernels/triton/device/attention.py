@@ -51,9 +51,9 @@ def attend_kernel(
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A program: BQ queries of one request for the G query heads of one KV head, over a split of the keys."""
-    block = tl.program_id(1)
-    head = tl.program_id(0)
-    split = tl.program_id(2)
+    head, split = tl.program_id(0), tl.program_id(2)
+    # The last queries see most keys: whoever begins with them has the short ones left to fill the end.
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
     request = tl.load(request_ptr + block)
     offset = tl.load(offset_ptr + block)
     start = tl.load(start_ptr + request)
