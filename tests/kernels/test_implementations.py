@@ -379,7 +379,7 @@ def test_the_cases_hold_the_edges_that_they_are_for(rng):
 @pytest.mark.parametrize("batch", [5, 208])
 @pytest.mark.parametrize("edited", [(0, 1, 2), (0, 2), (1,)])
 def test_a_decode_edit_of_some_columns_leaves_the_others(batch, edited, implementation, rng):
-    """Few rows are cut up; many take a program each. Linears have pages of their own."""
+    """Linears have pages of their own."""
     widths, pages = (64, 96, 32), 6
     x = rng.standard_normal((batch, 128)).astype(np.float32)
     y = rng.standard_normal((batch, sum(widths))).astype(np.float32)

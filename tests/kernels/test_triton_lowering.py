@@ -19,6 +19,7 @@ import pytest
 from bench.edit_case import EditCase
 from bench.kernel_cases import select
 from kernels import dispatch
+from kernels.types import PagePool, Unsupported
 from preft_jax import forward
 from preft_jax.bank import init_bank
 from preft_jax.batch import DecodeBatch, Span, pack_prefill
@@ -108,6 +109,24 @@ def test_rank_pages_are_written_in_place_by_a_kernel_a_site(compiled):
     assert text.count("@triton_kernel_call") == len(LINEAR_SITES) >= len(compiled)
     assert text.count("output_operand_alias<") == 3 * len(LINEAR_SITES)
     assert "dynamic_update_slice" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"shrink": 2048, "expand": 512}, r"shrink is 2048, which does not divide \[1024\]"),
+        ({"shrink": 1024, "expand": 1024}, r"expand is 1024, which does not divide \[2048, 512\]"),
+    ],
+)
+def test_blocks_that_do_not_divide_the_widths_of_a_decode_edit_are_refused(config, told):
+    """Programs would read and write beyond a linear."""
+    from kernels.triton.decode import Config, decode_edit
+
+    zeros = functools.partial(jnp.zeros, dtype=jnp.bfloat16)
+    pools = tuple(PagePool(zeros((2, 1024, 16)), jnp.zeros((2, 16)), zeros((2, 16, f))) for f in (2048, 512))
+    pages = (np.zeros((3, 1), np.int32),) * 2
+    with pytest.raises(Unsupported, match=told):
+        decode_edit(zeros((3, 1024)), zeros((3, 2560)), pools, pages, columns=(0, 2048), config=Config(**config))
 
 
 @pytest.fixture(scope="module")
