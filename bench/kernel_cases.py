@@ -282,6 +282,9 @@ CASES: tuple[Case, ...] = (
 
 
 def select(tag: str, pattern: str = "*") -> list[Case]:
-    """Return the cases with a tag whose names match a shell pattern; a pattern without ``*`` matches anywhere."""
-    pattern = pattern if "*" in pattern else f"*{pattern}*"
-    return [case for case in CASES if tag in case.tags and fnmatch.fnmatchcase(case.name, pattern)]
+    """Return the cases with a tag whose names match any of the shell patterns, with commas between them.
+
+    A pattern without ``*`` matches anywhere.
+    """
+    patterns = [one if "*" in one else f"*{one}*" for one in pattern.split(",")]
+    return [case for case in CASES if tag in case.tags and any(fnmatch.fnmatchcase(case.name, p) for p in patterns)]

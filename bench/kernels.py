@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", default="*", metavar="PATTERN", help="names to take: a shell pattern, or a part")
+    parser.add_argument("--cases", default="*", metavar="PATTERNS", help="names to take: shell patterns or parts")
     parser.add_argument(
         "--implementations", type=_names, metavar="A,B", help="default: those of this backend, and peers"
     )

@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("grid", nargs="+", metavar="FIELD=VALUES", help="values to try, such as warps=4,8")
-    parser.add_argument("--cases", required=True, help="a shell pattern of names of benchmark cases, or part of them")
+    parser.add_argument("--cases", required=True, help="shell patterns of names of benchmark cases, or parts")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: %(default)s)")
     parser.add_argument("--most", type=int, default=12, help="rows of a case in the table (default: %(default)s)")
     parser.add_argument("--output-json", type=Path, default=None, help="also write the JSON line here")

@@ -133,6 +133,11 @@ def test_work_counted_by_hand():
     assert prefill.flops() == 4 * (64 * 65 // 2) * 4 * 9 * 64
 
 
+def test_patterns_have_commas_between_them():
+    both = select("small", "decode_edit,attention/*/small")
+    assert [case.op for case in both] == ["decode_edit", "paged_attention", "paged_attention"]
+
+
 def test_cases_have_names_of_their_own_and_known_tags():
     assert len({case.name for case in CASES}) == len(CASES)
     assert {tag for case in CASES for tag in case.tags} == {"test", "odd", "bench", "small"}
