@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernel_profile import breakdown, print_kernels, profile
+from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.kernel_timing import Ceilings, measure_ceilings
 from bench.output import emit
 from preft_jax.cache import init_cache, pages_for
@@ -167,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if min(args.steps, args.repeats) < 1:
             raise ConfigError(f"--steps is {args.steps} and --repeats {args.repeats}; give at least 1 of each")
+        check_profiling(args.profile)
         figures = run(args)
     except (PreftError, OSError) as error:
         print(f"bench.decode: {error}", file=sys.stderr)

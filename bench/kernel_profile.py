@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
+from preft_jax.errors import ConfigError
+
 KINDS = {
     "attention": ("attend_kernel", "combine_kernel"),
     "norms": ("norm_kernel", "norm_shrink_kernel"),
@@ -34,12 +36,17 @@ class KernelTime(NamedTuple):
     seconds: float
 
 
+def check_profiling(kernels: int) -> None:
+    """Raise ``ConfigError`` if kernels are to be shown and there is no GPU to run them."""
+    if kernels and jax.default_backend() != "gpu":
+        raise ConfigError(f"--profile is {kernels} and needs a GPU; the default backend is {jax.default_backend()!r}")
+
+
 def profile(run: Callable[[], Any]) -> tuple[list[KernelTime], float]:
     """Run once under the profiler.
 
     Returns:
-        Kernels, the longest first, and the seconds between the first kernel's start and the last one's end. Nothing,
-        and 0, where there is no GPU.
+        Kernels, the longest first, and the seconds between the first kernel's start and the last one's end.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernel_profile import breakdown, print_kernels, profile
+from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.output import emit
 from kernels import dispatch
 from preft_jax import forward
@@ -31,6 +31,7 @@ from preft_jax.batch import Span, pack_prefill
 from preft_jax.cache import KVCache, init_cache, pages_for
 from preft_jax.cli import hyphenated
 from preft_jax.config import PRESETS, ModelConfig
+from preft_jax.errors import ConfigError
 from preft_jax.layout import fused_layout
 from preft_jax.model import init_params
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
@@ -275,6 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--implementations {', '.join(sorted(wrong))}: here run {', '.join(sorted(runs_here))}")
     if not any(args.cases.search(case.name) for case in (SMALL if args.selection == "small" else CASES)):
         parser.error(f"--cases {args.cases.pattern!r} matches no case of --selection {args.selection}")
+    try:
+        check_profiling(args.profile)
+    except ConfigError as error:
+        parser.error(str(error))
     figures = run(args)
     Console().print(table(figures))
     emit(figures, args.output_json)

@@ -378,14 +378,18 @@ def decode(figures: dict[str, Any]) -> str:
             f"{row['step_ms']:.1f}",
             f"{row['floor_ms']:.1f}",
             f"**{row['ratio']:.2f}**",
-            *(f"{row['kinds_ms'].get(kind, 0):.2f}" for kind in kinds),
-            f"{row['idle_ms']:.2f}",
-            str(row["kernels"]),
+            *_profiled(row, kinds),
         ]
         for row in figures["rows"]
     ]
     header = [f"{figures['options']['model']}, rows x context", "step, ms", "floor", "over floor", *kinds, "idle"]
     return f"{_markdown([*header, 'kernels'], rows)}\n{_machine(figures)}; ceilings: {_ceilings(figures)}.\n"
+
+
+def _profiled(row: dict[str, Any], kinds: Sequence[str]) -> list[str]:
+    if "kinds_ms" not in row:
+        return [""] * (len(kinds) + 2)
+    return [*(f"{row['kinds_ms'].get(kind, 0):.2f}" for kind in kinds), f"{row['idle_ms']:.2f}", str(row["kernels"])]
 
 
 def _ceilings(figures: dict[str, Any]) -> str:

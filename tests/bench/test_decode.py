@@ -4,14 +4,14 @@ import jax
 import pytest
 
 from bench import decode, tables
-from bench.kernel_profile import KernelTime, breakdown, kind_of, profile
+from bench.kernel_profile import KernelTime, breakdown, kind_of
 from bench.kernel_timing import Ceilings
 from preft_jax.config import PRESETS
 
 
 def test_a_step_is_timed_beside_its_floor(capsys, tmp_path):
     path = tmp_path / "figures.json"
-    command = ["--model", "tiny", "--sizes", "2x20,4x9", "--steps", "3", "--repeats", "2", "--profile", "2"]
+    command = ["--model", "tiny", "--sizes", "2x20,4x9", "--steps", "3", "--repeats", "2"]
     assert decode.main([*command, "--output-json", str(path)]) == 0
     figures = json.loads(path.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
@@ -44,9 +44,11 @@ def test_the_floor_grows_with_what_is_read():
         (["--sizes", "5"], "--sizes has '5'"),
         (["--sizes", "0x5"], "--sizes has '0x5'"),
         (["--steps", "0"], "--steps is 0"),
+        (["--profile", "3"], "--profile is 3 and needs a GPU; the default backend is 'tpu'"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(options, told, capsys):
+def test_what_cannot_be_timed_is_refused(options, told, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert decode.main(["--model", "tiny", *options]) == 1
     assert told in capsys.readouterr().err
 
@@ -59,6 +61,14 @@ def test_kernels_by_kind():
     assert (found["idle_ms"], found["kernels"]) == (50.0, 4)
 
 
-def test_where_there_is_no_gpu_a_profile_is_empty():
-    if jax.default_backend() == "cpu":
-        assert profile(lambda: jax.numpy.ones(3) + 1) == ([], 0.0)
+def test_a_profiled_step_has_its_kinds_in_the_table():
+    row = {"rows": 2, "context": 20, "step_ms": 1.0, "floor_ms": 0.5, "ratio": 2.0}
+    profiled = {**row, "kinds_ms": {"attention": 0.25}, "idle_ms": 0.125, "kernels": 7}
+    figures = {
+        "options": {"model": "tiny"}, "rows": [row, profiled], "date": "2026-11-27", "commit": None,
+        "ceilings": {"copy_gb_per_s": 1.0, "matmul_tflop_per_s": 1.0}, "device": {"kind": "x"},
+        "versions": {"jax": "1"},
+    }  # fmt: skip
+    lines = tables.decode(figures).splitlines()
+    assert lines[2].endswith("| **2.00** |  |  |  |  |  |  |  |")
+    assert lines[3].endswith("| 0.00 | 0.25 | 0.00 | 0.00 | 0.00 | 0.12 | 7 |")
