@@ -56,12 +56,14 @@ def draw(found: dict[str, dict[int, float]], title: str, path: Path) -> None:
             axes.axhline(line[0], color=color, linestyle="--", linewidth=1.2, label=f"{who}: {line[0]:,.0f}")
         if own:
             axes.annotate(
-                f"{line[own[-1]]:,.0f}", (own[-1], line[own[-1]]), textcoords="offset points", xytext=(0, -16),
-                ha="center", color=style["color"],
+                f"{line[own[-1]]:,.0f}", (own[-1], line[own[-1]]), textcoords="offset points", xytext=(9, 0),
+                ha="left", va="center", color=style["color"],
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
+    axes.margins(x=0.09)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("distinct adapters")
