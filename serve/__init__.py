@@ -1,1 +1,1 @@
-"""Serving: the benchmark program and what it is made of."""
+"""Serving: the engine with its host and device sides, the server, and the programs that load either."""

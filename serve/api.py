@@ -30,14 +30,14 @@ from serve.adapter_directory import AdapterDirectory
 from serve.adapter_files import AdapterFiles
 from serve.adapter_store import AdapterStore
 from serve.adapters import pin
-from serve.app import make_app
 from serve.async_engine import AsyncEngine
-from serve.auth import Keys, RuntimeLoading, parse_keys
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.registry import Registry
-from serve.serving import Serving
-from serve.slow_clients import timed_protocol
+from serve.server.app import make_app
+from serve.server.auth import Keys, RuntimeLoading, parse_keys
+from serve.server.serving import Serving
+from serve.server.slow_clients import timed_protocol
 
 _log = logging.getLogger("preft.server")
 

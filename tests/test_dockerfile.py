@@ -60,7 +60,7 @@ def test_the_server_starts_with_options_it_has():
 
 
 def test_the_health_check_is_python_that_asks_a_path_without_a_key():
-    from serve.middleware import OPEN_PATHS
+    from serve.server.middleware import OPEN_PATHS
 
     command = json.loads(of("HEALTHCHECK")[0].split("CMD", 1)[1])
     compile(command[2], "healthcheck", "exec")

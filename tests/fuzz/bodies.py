@@ -22,7 +22,7 @@ from fuzz import program
 from fuzz.mutate import change_bytes, change_tree, dump
 
 import preft_jax
-from serve.app import make_app
+from serve.server.app import make_app
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
 SAMPLING = {

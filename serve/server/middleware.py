@@ -12,9 +12,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.auth import Keys
-from serve.exposition import ServerMetrics
-from serve.failures import ApiError
+from serve.server.auth import Keys
+from serve.server.exposition import ServerMetrics
+from serve.server.failures import ApiError
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
 """Paths that need no key."""

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from preft_jax.sampling import SamplingParams
-from serve.failures import validation_error
-from serve.protocol import NEUTRAL, ChatBody, CompletionBody, LoadBody, TokenizeBody, as_dicts
+from serve.server.failures import validation_error
+from serve.server.protocol import NEUTRAL, ChatBody, CompletionBody, LoadBody, TokenizeBody, as_dicts
 
 TEXT = {"model": "m", "prompt": "hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from preft_jax.errors import ConfigError
-from serve.failures import ApiError
+from serve.server.failures import ApiError
 
 _LEAST_KEY = 8
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}")

@@ -13,7 +13,7 @@ import pytest
 from api_server import ALICE, BOB, client, is_idle, until
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.generation import EventStream
+from serve.server.generation import EventStream
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 

@@ -11,8 +11,8 @@ import browser
 import httpx
 import pytest
 
-from serve import page as page_module
-from serve.auth import Keys
+from serve.server import page as page_module
+from serve.server.auth import Keys
 
 in_browser = pytest.mark.browser
 

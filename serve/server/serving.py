@@ -12,10 +12,10 @@ from preft_jax.errors import RequestError, did_you_mean
 from preft_jax.loading import Model
 from serve.adapter_directory import AdapterDirectory
 from serve.async_engine import AsyncEngine
-from serve.auth import Identity, Keys, RuntimeLoading
-from serve.exposition import ServerMetrics
-from serve.failures import ApiError
 from serve.registry import Registered
+from serve.server.auth import Identity, Keys, RuntimeLoading
+from serve.server.exposition import ServerMetrics
+from serve.server.failures import ApiError
 
 
 class Adapters(Protocol):

@@ -1,8 +1,8 @@
 import pytest
 
 from preft_jax.errors import ConfigError
-from serve.auth import Identity, Keys, RuntimeLoading, parse_keys
-from serve.failures import ApiError
+from serve.server.auth import Identity, Keys, RuntimeLoading, parse_keys
+from serve.server.failures import ApiError
 
 ALICE, BOB, ROOT = "alice-key-1", "bob-key-22", "root-key-333"
 
