@@ -139,15 +139,17 @@ def engine_config(
     )
 
 
-def ready(model: Model, config: EngineConfig, mode: str, console: Console) -> tuple[WatchedEngine, float]:
+def ready(
+    model: Model, config: EngineConfig, mode: str, console: Console, *, held: int = 0
+) -> tuple[WatchedEngine, float]:
     """Return a warm engine, and in how many seconds it was made; it is to be put to sleep until its turn.
 
     An engine for all-token adapters, which leave less memory to the KV cache, gets no more rows than the cache holds
-    with three quarters of each in use: the programs of more rows would only be slower.
+    with ``held`` tokens in each, the mean of what is to be served: programs of more rows would only be slower.
     """
     start = time.perf_counter()
     engine = WatchedEngine(model, config)
-    while config.all_token and engine.kv_tokens < config.max_num_seqs * config.max_model_len * 3 // 4:
+    while config.all_token and config.max_num_seqs > 1 and engine.kv_tokens < config.max_num_seqs * held:
         config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs // 2)
         engine.runner.release()
         engine = WatchedEngine(model, config)

@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
         longest, together = args.input_len + args.output_len, args.prefill_tokens // args.input_len
         config = engine_config(args, mode, bank_adapters, adapters.sites, max_model_len=longest, prefill_seqs=together)
-        engine, seconds = ready(model, config, mode, console)
+        engine, seconds = ready(model, config, mode, console, held=args.input_len + args.output_len // 2)
         own = adapters.put(engine, max(wanted), mode)
         engine.sleep()  # Engines take turns with the device's memory.
         for count in wanted:
@@ -167,6 +167,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 _Contender(engine, own[:count], {
                     "mode": mode, "num_adapters": count, "distribution": distribution, "bank_adapters": bank_adapters,
                     "ready_s": round(seconds, 1), "kv_tokens": engine.kv_tokens,
+                    "max_num_seqs": engine.config.max_num_seqs,
                 })
                 for distribution in distributions
             ]  # fmt: skip

@@ -164,6 +164,7 @@ def _attention_tests() -> list[AttentionCase]:
         case("ragged/full-pool", queries, keys, pool_factor=1.0),
         case("ragged/shared-prefix", (8, 1, 5), (40, 33, 50), shared_pages=2),
         case("ragged/chunk-over-prefix/bf16", (64,), (300,), page_size=64, dtype=bf16, **llama),
+        case("ragged/long/bf16", (40, 7), (1100, 1300), page_size=64, dtype=bf16, **llama),
         case("decode/idle-rows", (1, 0, 1, 0), (20, 0, 40, 0), padding=2),
         case("decode/one-row", (1,), (1,)),
         case("decode/long", (1, 1), (1500, 3), dtype=bf16, **llama),

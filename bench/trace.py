@@ -207,6 +207,7 @@ def make_contenders(
         if count:
             named["distribution"] = args.adapter_distribution
         sizes = {"kv_pages": engine.runner.num_kv_pages, "kv_page_tokens": engine.config.page_size}
+        sizes["max_num_seqs"] = engine.config.max_num_seqs
         contenders.append(Contender(engine, own, {**named, **sizes, "ready_s": round(seconds, 1)}))
     return contenders
 

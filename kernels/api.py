@@ -8,6 +8,8 @@ raises ``NotImplementedError`` with the reason. Wrong arguments raise ``ValueErr
 order: the same inputs give the same bits.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -250,7 +252,7 @@ def decode_edit(
         pools: the rank pages of each linear.
         pages: of each linear, the list of pages of each row, int32 ``[B, E]``; 0 is null.
         columns: where the output of each linear begins in ``y_BF``; None: there is one, and it is all of ``y_BF``.
-            What lies between them stays as it is.
+            What lies between them stays as it is; they may not overlap.
         implementation: see the module.
 
     Returns:
@@ -271,6 +273,11 @@ def decode_edit(
         check(0 <= start <= last, f"columns[{n}] is {start}; allowed for these widths of y_BF and pool: 0 to {last}")
         check(page_BE.shape[0] == x_BD.shape[0], f"pages[{n}] has {page_BE.shape[0]} rows; x_BD has {x_BD.shape[0]}")
         debug.check_range(f"pages[{n}]", page_BE, pool.a_PDR.shape[0])
+    ends = sorted((start, start + pool.b_PRF.shape[2]) for start, pool in zip(starts, pools, strict=True))
+    for (_, end), (start, _) in itertools.pairwise(ends):
+        check(
+            end <= start, f"columns are {list(starts)}; the output before {start} ends at {end}, and none may overlap"
+        )
     if not pools:
         return y_BF
     return dispatch.run("decode_edit", implementation, x_BD, y_BF, tuple(pools), tuple(pages), columns=starts)
@@ -297,7 +304,7 @@ def paged_attention(
         query_start_B1: int32 ``[B + 1]``, where each request's queries start, ending with their total.
         kv_len_B: int32, keys of each request, its queries' own included; its queries are its last positions.
         max_query_len: static bound on the queries of one request (1 for decode).
-        scale: multiplies the scores, positive; ``C ** -0.5`` if None.
+        scale: static, multiplies the scores, positive; ``C ** -0.5`` if None.
         implementation: see the module.
 
     Returns:
@@ -332,7 +339,8 @@ def paged_attention(
 
 
 def _scale(scale: float | None, channels: int) -> float:
-    check(scale is None or scale > 0, f"scale is {scale}; give a positive number, or None for head size ** -0.5")
+    allowed = "give a positive number, or None for head size ** -0.5"
+    check(scale is None or 0 < scale < math.inf, f"scale is {scale}; {allowed}")
     return channels**-0.5 if scale is None else scale
 
 
@@ -357,7 +365,7 @@ def decode_attention(
         page_table_BP: int32, the pages of each row in order; entries past its token may be any valid page.
         position_B: int32, where each row's token stands: its key and value are written there, and it attends to the
             keys up to there. Below 0 the row is idle: nothing is written.
-        scale: multiplies the scores, positive; ``C ** -0.5`` if None.
+        scale: static, multiplies the scores, positive; ``C ** -0.5`` if None.
         implementation: see the module.
 
     Returns:

@@ -22,7 +22,7 @@ import uvicorn
 from preft_jax.adapter import MAX_RANK
 from preft_jax.bank import num_rank_pages
 from preft_jax.cli import hyphenated
-from preft_jax.errors import ConfigError, PreftError
+from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.shapes import RANK_PAGE, SITES
@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--bank-sites",
         default=",".join(SITES),
-        help="what adapters may edit; what none edits leaves its memory to the KV cache (default: %(default)s)",
+        help="what adapters may edit, with commas; the memory of others goes to the KV cache (default: %(default)s)",
     )
     add("--adapter-memory-gib", type=float, default=4.0, help="host memory for adapters (default: %(default)s)")
     add("--all-token", action="store_true", help="also serve adapters that edit every token")
@@ -133,7 +133,7 @@ def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         memory_utilization=args.memory_utilization,
         max_rank=args.max_lora_rank,
         bank_pages=args.bank_pages,
-        bank_sites=tuple(args.bank_sites.split(",")),
+        bank_sites=tuple(site.strip() for site in args.bank_sites.split(",")),
         all_token=args.all_token,
         prefix_caching=args.enable_prefix_caching,
     )
@@ -157,11 +157,16 @@ def _adapter_limits(args: argparse.Namespace, model: Model) -> AdapterLimits:
 
 
 def _register(store: AdapterStore, args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Register ``--lora-modules``.
+    """Register ``--lora-modules``, and tell of adapters registered earlier that are served no more.
 
     Raises:
         AdapterError, ConfigError: for one that cannot be served.
     """
+    for adapter in store.list():
+        try:
+            store.check(adapter.config)
+        except AdapterError as error:
+            _log.warning("adapter refused", extra={"facts": {"adapter": adapter.name, "reason": str(error)}})
     for item in args.lora_modules:
         name, equals, path = item.partition("=")
         if not (name and equals and path) or name in names:

@@ -58,8 +58,8 @@ class EngineConfig:
                 if not isinstance(value, int | float) or not 0 < value <= 1:
                     raise ConfigError(f"memory_utilization is {value!r}; it must be above 0 and at most 1")
             elif field.name == "bank_sites":
-                if isinstance(value, str) or not value or set(value) - set(SITES):
-                    raise ConfigError(f"bank_sites is {value!r}; give some of {', '.join(SITES)}")
+                if not isinstance(value, tuple | list) or not value or any(site not in SITES for site in value):
+                    raise ConfigError(f"bank_sites is {value!r}; give a tuple of some of {', '.join(SITES)}")
                 object.__setattr__(self, field.name, tuple(site for site in SITES if site in value))
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):

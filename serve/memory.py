@@ -73,6 +73,6 @@ def share_out(
         raise ConfigError(
             f"{fitting} KV pages of {page >> 10} KiB fit beside the weights and {config.bank_pages} rank pages; one "
             f"sequence of max_model_len {config.max_model_len} needs {table_width}: lower bank_pages, "
-            "max_model_len, prefill_tokens or max_num_seqs"
+            "bank_sites, max_model_len, prefill_tokens or max_num_seqs"
         )
     return Room(min(fitting, config.max_num_seqs * table_width), staged_pages, working)

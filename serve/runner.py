@@ -162,8 +162,8 @@ class Runner:
                 if self.config.num_kv_pages or fewer < self.table_width:
                     raise ConfigError(
                         f"memory has no room for {self.num_kv_pages} KV pages beside the weights and "
-                        f"{self.config.bank_pages} rank pages: lower num_kv_pages, bank_pages, max_model_len, "
-                        "prefill_tokens or max_num_seqs"
+                        f"{self.config.bank_pages} rank pages: lower num_kv_pages, bank_pages, bank_sites, "
+                        "max_model_len, prefill_tokens or max_num_seqs"
                     ) from error
             self.num_kv_pages = fewer
 

@@ -40,14 +40,16 @@ def test_all_token_adapters_must_all_fit_the_bank():
     ]
 
 
-@pytest.mark.parametrize(("all_token", "rows"), [(True, 4), (False, 8)])
-def test_all_token_engines_have_as_many_rows_as_their_cache_holds(all_token, rows):
+@pytest.mark.parametrize(
+    ("all_token", "held", "rows"), [(True, 48, 4), (True, 10**6, 1), (True, 24, 8), (False, 48, 8)]
+)
+def test_all_token_engines_have_as_many_rows_as_their_cache_holds(all_token, held, rows):
     model = load_model("tiny")
     config = EngineConfig(
         max_num_seqs=8, max_model_len=64, page_size=16, num_kv_pages=12, prefill_tokens=64, bank_pages=3, max_rank=16,
         all_token=all_token,
     )  # fmt: skip
-    engine, _ = ready(model, config, "any", Console(quiet=True))
+    engine, _ = ready(model, config, "any", Console(quiet=True), held=held)
     assert (engine.config.max_num_seqs, engine.kv_tokens) == (rows, 192)
 
 

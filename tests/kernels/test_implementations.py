@@ -379,18 +379,18 @@ def test_the_cases_hold_the_edges_that_they_are_for(rng):
 @pytest.mark.parametrize("batch", [5, 208])
 @pytest.mark.parametrize("edited", [(0, 1, 2), (0, 2), (1,)])
 def test_a_decode_edit_of_some_columns_leaves_the_others(batch, edited, implementation, rng):
-    """Linears have pages of their own."""
+    """Linears have pages of their own, one, two or three a row."""
     widths, pages = (64, 96, 32), 6
     x = rng.standard_normal((batch, 128)).astype(np.float32)
     y = rng.standard_normal((batch, sum(widths))).astype(np.float32)
     wanted, pools, lists = y.astype(np.float64), [], []
     columns = [sum(widths[:n]) for n in edited]
     for n, column in zip(edited, columns, strict=True):
-        page = rng.integers(0, pages, (batch, 1)).astype(np.int32)
+        page = rng.integers(0, pages, (batch, 1 + n)).astype(np.int32)
         a, c, b = (rng.standard_normal(shape) for shape in ((pages, 128, 16), (pages, 16), (pages, 16, widths[n])))
         pool = PagePool(*(jnp.asarray(array, jnp.float32).at[0].set(0) for array in (a, c, b)))
-        s = np.einsum("bd,bdr->br", x, f64(pool.a_PDR)[page[:, 0]]) + f64(pool.c_PR)[page[:, 0]]
-        wanted[:, column : column + widths[n]] += np.einsum("br,brf->bf", s, f64(pool.b_PRF)[page[:, 0]])
+        s = np.einsum("bd,bedr->ber", x, f64(pool.a_PDR)[page]) + f64(pool.c_PR)[page]
+        wanted[:, column : column + widths[n]] += np.einsum("ber,berf->bf", s, f64(pool.b_PRF)[page])
         pools.append(pool)
         lists.append(page)
     found = api.decode_edit(x, jnp.asarray(y), pools, lists, columns=columns, implementation=implementation)
@@ -404,12 +404,17 @@ def test_a_decode_edit_of_some_columns_leaves_the_others(batch, edited, implemen
         ({"columns": [33]}, r"columns\[0\] is 33; allowed for these widths of y_BF and pool: 0 to 32"),
         ({"columns": [0, 32]}, "columns has 2 linears, pools 1"),
         ({"pages": []}, "pools has 1 linears, pages 0"),
+        (
+            {"columns": [0, 16], "pools": 2, "pages": 2},
+            r"columns are \[0, 16\]; the output before 16 ends at 32, and none",
+        ),
         ({"columns": None}, r"pool.b_PRF has output width 32; y has 64"),
     ],
 )
 def test_linears_of_a_decode_edit_that_do_not_fit_are_refused(changes, message):
     pool = PagePool(jnp.zeros((2, 32, 16)), jnp.zeros((2, 16)), jnp.zeros((2, 16, 32)))
-    options = {"pools": [pool], "pages": [jnp.zeros((3, 1), jnp.int32)], "columns": [0], **changes}
+    options = {"pools": [pool], "pages": [jnp.zeros((3, 1), jnp.int32)], "columns": [0]}
+    options |= {name: options[name] * value if isinstance(value, int) else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
         api.decode_edit(jnp.zeros((3, 32)), jnp.zeros((3, 64)), **options)
 
@@ -419,7 +424,7 @@ def test_a_decode_edit_without_linears_changes_nothing():
     assert api.decode_edit(jnp.zeros((3, 32)), y, [], [], columns=[]) is y
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf")])
 def test_a_scale_that_is_not_positive_is_refused(scale):
     (case,) = select("test", "attention/decode/one-row")
     inputs = case.inputs(np.random.default_rng(0))

@@ -194,6 +194,7 @@ INTERPRETED = (
     "test_edit[triton-decode_edit/narrow/qkv/mixed]",
     "test_a_decode_edit_of_some_columns_leaves_the_others[triton-edited1-5]",
     "test_attention[triton-attention/ragged/multi-query]",
+    "test_attention[triton-attention/ragged/long/bf16]",
     "test_attention[triton-attention/decode/long-and-short/page-64]",
 )
 

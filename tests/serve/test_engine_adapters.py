@@ -76,9 +76,11 @@ def test_an_engine_for_some_sites_serves_their_adapters_and_refuses_others(sites
     assert run_one(engine, requests[0])
 
 
-@pytest.mark.parametrize("sites", ["q", (), ("q", "head")])
+@pytest.mark.parametrize("sites", ["q", (), ("q", "head"), 5, iter(["q"]), ["q", ["v"]]])
 def test_sites_that_are_not_there_are_refused(sites):
-    with pytest.raises(ConfigError, match=r"bank_sites is .*; give some of q, k, v, o, gate, up, down, block"):
+    with pytest.raises(
+        ConfigError, match=r"bank_sites is .*; give a tuple of some of q, k, v, o, gate, up, down, block"
+    ):
         EngineConfig(bank_sites=sites)
 
 

@@ -62,7 +62,10 @@ def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
         (("--model", "tiny", "--lora-modules", "a=/nowhere"), "/nowhere"),
         (("--model", "tiny", "--adapter-dir", "/nowhere"), "/nowhere"),
         (("--model", "tiny", "--max-model-len", "5000"), "max_model_len 5000"),
-        (("--model", "tiny", "--bank-sites", "q,head"), "bank_sites is ('q', 'head'); give some of q, k, v"),
+        (
+            ("--model", "tiny", "--bank-sites", "q, head"),
+            "bank_sites is ('q', 'head'); give a tuple of some of q, k, v",
+        ),
     ],
 )
 def test_what_cannot_work_ends_with_one_line(capsys, monkeypatch, arguments, message):
@@ -100,6 +103,24 @@ def test_a_server_for_some_sites_refuses_adapters_of_others(capsys, monkeypatch,
     options = [*api_program.SIZES, "--bank-sites", "v,q", "--lora-modules", f"mine={tmp_path / 'a'}"]
     assert api.main(["--port", "0", *options], environment={}) == 1
     assert "edits o and the engine serves edits of q, v; name them in bank_sites" in capsys.readouterr().err
+
+
+def test_adapters_of_an_earlier_run_that_are_served_no_more_are_told(caplog, tmp_path, tiny):
+    preft_jax.save_adapter(
+        tmp_path / "a", preft_jax.init_adapter(preft_jax.AdapterConfig(rank=4), tiny.config, jax.random.key(0))
+    )
+    args = api.make_parser().parse_args(api_program.SIZES)
+    store = api._make_store(args, tiny)
+    store.register("old", tmp_path / "a")
+
+    def refuse(config):
+        raise preft_jax.AdapterError("not any more")
+
+    store.check = refuse
+    api._register(store, args, ("tiny",))
+    store.close()
+    (record,) = caplog.records
+    assert (record.getMessage(), record.facts) == ("adapter refused", {"adapter": "old", "reason": "not any more"})
 
 
 def test_usage_errors_have_their_status():
