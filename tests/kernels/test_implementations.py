@@ -406,7 +406,7 @@ def test_a_decode_edit_of_some_columns_leaves_the_others(batch, edited, implemen
         ({"pages": []}, "pools has 1 linears, pages 0"),
         (
             {"columns": [0, 16], "pools": 2, "pages": 2},
-            r"columns are \[0, 16\]; the output before 16 ends at 32, and none",
+            r"columns are \[0, 16\]; the output before 16 ends at 32, and",
         ),
         ({"columns": None}, r"pool.b_PRF has output width 32; y has 64"),
     ],
