@@ -20,6 +20,7 @@ from kernels.pallas_tpu.common import (
     tiled_bytes,
 )
 from kernels.types import PagePool, Unsupported
+from kernels.xla.lowrank import side_by_side
 
 _CHUNK = 1024
 _MOST_SLOTS = 8
@@ -113,11 +114,7 @@ def decode_edit(
     Raises:
         Unsupported: a dtype, width or page list that the kernel cannot take.
     """
-    for pool, page_BE, column in zip(pools, pages, columns, strict=True):
-        here = slice(column, column + pool.b_PRF.shape[2])
-        edited = _edit_rows(x_BD, y_BF[:, here], pool, page_BE)
-        y_BF = edited if edited.shape == y_BF.shape else y_BF.at[:, here].set(edited)
-    return y_BF
+    return side_by_side(_edit_rows, x_BD, y_BF, pools, pages, columns)
 
 
 def _edit_rows(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:

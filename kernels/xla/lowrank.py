@@ -1,5 +1,6 @@
 """Low-rank edits in plain JAX."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,22 @@ def expand(edit: Shrunk, y_TF: jax.Array) -> jax.Array:
     return (y_TF.astype(jnp.float32) + edit_delta(edit, y_TF.dtype)).astype(y_TF.dtype)
 
 
+def side_by_side(
+    edit_rows: Callable[[jax.Array, jax.Array, PagePool, jax.Array], jax.Array],
+    x_BD: jax.Array,
+    y_BF: jax.Array,
+    pools: tuple[PagePool, ...],
+    pages: tuple[jax.Array, ...],
+    columns: tuple[int, ...],
+) -> jax.Array:
+    """Edit the outputs of linears that lie side by side one by one, by ``edit_rows`` of x, y, a pool and its pages."""
+    for pool, page_BE, column in zip(pools, pages, columns, strict=True):
+        here = slice(column, column + pool.b_PRF.shape[2])
+        edited = edit_rows(x_BD, y_BF[:, here], pool, page_BE)
+        y_BF = edited if edited.shape == y_BF.shape else y_BF.at[:, here].set(edited)
+    return y_BF
+
+
 def decode_edit(
     x_BD: jax.Array,
     y_BF: jax.Array,
@@ -67,11 +84,7 @@ def decode_edit(
     columns: tuple[int, ...],
 ) -> jax.Array:
     """``y + (x @ A + c) @ B`` with one token and its own list of pages in each row; null pages add nothing."""
-    for pool, page_BE, column in zip(pools, pages, columns, strict=True):
-        here = slice(column, column + pool.b_PRF.shape[2])
-        edited = _edit_rows(x_BD, y_BF[:, here], pool, page_BE)
-        y_BF = edited if edited.shape == y_BF.shape else y_BF.at[:, here].set(edited)
-    return y_BF
+    return side_by_side(_edit_rows, x_BD, y_BF, pools, pages, columns)
 
 
 def _edit_rows(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:
