@@ -26,16 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.output import emit
-from preft_jax.adapter import Adapter, AdapterConfig
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError, did_you_mean
 from preft_jax.loading import Model, load_model, serving_model
-from serve.metrics import environment
-from train.batches import BatchOptions
-from train.data import DataOptions, Example, make_examples
-from train.generation import answer
-from train.job import Job, JobConfig
+from serve.bench.environment import environment
+from train.data.batches import BatchOptions
+from train.data.rows import DataOptions, Example, make_examples
+from train.jobs import Job, JobConfig
 from train.optimizer import OptimizerConfig
+from train.run.generation import answer
 from train.trainer import Trainer
 
 SCHEMA = "preft-jax/accuracy/1"

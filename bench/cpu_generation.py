@@ -24,17 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.output import emit
-from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
-from preft_jax.bank import num_rank_pages
-from preft_jax.batch import round_up
-from preft_jax.chat import EncodedPrompt
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.init import random_adapter
+from preft_jax.adapters.pages import num_rank_pages
 from preft_jax.cli import hyphenated
 from preft_jax.generator import Generator, Limits, Request
 from preft_jax.io.adapter_files import save_adapter
 from preft_jax.io.hf import save_hf_model
 from preft_jax.loading import Model, load_model
-from preft_jax.sampling import SamplingParams
-from serve.metrics import environment
+from preft_jax.models.batch import round_up
+from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.text.chat import EncodedPrompt
+from serve.bench.environment import environment
 
 SCHEMA = "preft-jax/cpu-generation/1"
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from kernels import api, dispatch
 from kernels.types import PagePool, Shrunk, Site, TilePages
-from preft_jax.cache import NO_SLOT
 from preft_jax.config import PRESETS, ModelConfig
+from preft_jax.models.cache import NO_SLOT
 from preft_jax.shapes import NUM_GROUPS, RANK_PAGE
 
 OPS = ("shrink", "expand", "lowrank_edit", "norm_shrink", "rope_kv", "silu_mul_shrink", "backward", "decode_edit")

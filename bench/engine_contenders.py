@@ -14,20 +14,21 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from preft_jax.adapter import Adapter, AdapterConfig, adapter_shapes
-from preft_jax.bank import PackedSite
-from preft_jax.chat import EncodedPrompt
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import AdapterConfig, adapter_shapes
+from preft_jax.adapters.pages import PackedSite
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
-from preft_jax.sampling import SamplingParams
+from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import RANK_PAGE
-from serve.adapters import Known, pack, pin
-from serve.config import EngineConfig
-from serve.engine import Engine
-from serve.load import EngineTarget, LoadRequest
-from serve.metrics import LoadResult
-from serve.request import Output, Request
+from preft_jax.text.chat import EncodedPrompt
+from serve.bench.load import EngineTarget, LoadRequest
+from serve.bench.metrics import LoadResult
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.engine.request import Output, Request
+from serve.store.host_copy import Known, pack, pin
 
 COUNTED = ("most_running", "preemptions", "adapter_loads", "adapter_waits", "recompiles")
 """Of what ``load`` counts, that which the figures of each contender have."""

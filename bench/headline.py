@@ -26,15 +26,16 @@ from rich.table import Table
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.kernel_timing import Ceilings, measure_ceilings
 from bench.output import emit, keep
-from preft_jax.adapter import Adapter
+from preft_jax.adapters.adapter import Adapter
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
-from serve.contest import MODES
-from serve.load import LoadRequest
-from serve.metrics import environment, paired_ratio, summarize
-from serve.workload import DISTRIBUTIONS, draw_users
+from serve.bench.contest import MODES
+from serve.bench.environment import environment
+from serve.bench.load import LoadRequest
+from serve.bench.metrics import paired_ratio, summarize
+from serve.bench.workload import DISTRIBUTIONS, draw_users
 
 SCHEMA = "preft-jax/headline/1"
 

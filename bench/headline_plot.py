@@ -12,7 +12,7 @@ from typing import Any
 
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
-from serve.plots import check_plotting
+from serve.bench.plots import check_plotting
 
 STYLES: dict[str, dict[str, Any]] = {
     "prefill-only": {"color": "#0072b2", "marker": "o", "label": "prefill-only LoRA"},

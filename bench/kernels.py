@@ -29,7 +29,7 @@ from bench.kernel_timing import Ceilings, TimedProgram, difference, make_sets, m
 from bench.output import emit
 from kernels.dispatch import MODULES
 from preft_jax.cli import hyphenated
-from serve.metrics import environment
+from serve.bench.environment import environment
 
 SCHEMA = "preft-jax/kernels/1"
 TAGS = {"small": "small", "full": "bench"}

@@ -32,9 +32,9 @@ from rich.table import Table
 
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
-from serve.arrivals import draw_arrivals
-from serve.client import list_models
-from serve.metrics import environment
+from serve.bench.arrivals import draw_arrivals
+from serve.bench.client import list_models
+from serve.bench.environment import environment
 
 SCHEMA = "preft-jax/overload/1"
 RECOVERED = 1.5

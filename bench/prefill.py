@@ -25,17 +25,18 @@ from rich.table import Table
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.output import emit
 from kernels import dispatch
-from preft_jax import forward
-from preft_jax.bank import Bank, Pools, SitePages, init_bank, num_rank_pages
-from preft_jax.batch import Span, pack_prefill
-from preft_jax.cache import KVCache, init_cache, pages_for
+from preft_jax.adapters.bank import Bank, Pools, SitePages, init_bank
+from preft_jax.adapters.pages import num_rank_pages
 from preft_jax.cli import hyphenated
 from preft_jax.config import PRESETS, ModelConfig
 from preft_jax.errors import ConfigError
-from preft_jax.layout import fused_layout
-from preft_jax.model import init_params
+from preft_jax.models import forward
+from preft_jax.models.batch import Span, pack_prefill
+from preft_jax.models.cache import KVCache, init_cache, pages_for
+from preft_jax.models.layout import fused_layout
+from preft_jax.models.modules import init_params
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
-from serve.metrics import environment
+from serve.bench.environment import environment
 
 SCHEMA = "preft-jax/prefill/1"
 PAGE_SIZE, TILE = 64, 64

@@ -25,18 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.output import emit
-from preft_jax.adapter import AdapterConfig
-from preft_jax.chat import EncodedPrompt
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
-from preft_jax.forward import Remat
 from preft_jax.loading import load_model, serving_model
+from preft_jax.models.forward import Remat
 from preft_jax.shapes import NUM_GROUPS
-from serve.metrics import environment
-from train.batches import BatchOptions
-from train.data import DataOptions, Example
-from train.job import Job, JobConfig
-from train.log import peak_flops
+from preft_jax.text.chat import EncodedPrompt
+from serve.bench.environment import environment
+from train.data.batches import BatchOptions
+from train.data.rows import DataOptions, Example
+from train.jobs import Job, JobConfig
+from train.run.log import peak_flops
 from train.trainer import Trainer, TrainOptions
 
 SCHEMA = "preft-jax/sft/1"

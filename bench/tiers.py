@@ -29,24 +29,28 @@ from rich.table import Table
 
 from bench.engine_contenders import Adapters
 from bench.output import emit
-from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
-from preft_jax.bank import BankAllocator, num_rank_pages
-from preft_jax.batch import round_up
-from preft_jax.chat import EncodedPrompt
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.bank import BankAllocator
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.init import random_adapter
+from preft_jax.adapters.pages import num_rank_pages
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.adapter_files import save_adapter
 from preft_jax.loading import Model, load_model, serving_model
-from preft_jax.sampling import SamplingParams
-from serve.adapter_files import AdapterFiles
-from serve.adapter_store import AdapterStore
-from serve.adapters import Load, pin
-from serve.config import EngineConfig
-from serve.engine import Engine
-from serve.load import EngineTarget, LoadRequest
-from serve.metrics import environment
-from serve.registry import Registered, Registry
-from serve.request import Request
+from preft_jax.models.batch import round_up
+from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.text.chat import EncodedPrompt
+from serve.bench.environment import environment
+from serve.bench.load import EngineTarget, LoadRequest
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.engine.request import Request
+from serve.engine.residency import Load
+from serve.store.files import AdapterFiles
+from serve.store.host import AdapterStore
+from serve.store.host_copy import pin
+from serve.store.names import Registered, Registry
 
 SCHEMA = "preft-jax/tiers/1"
 

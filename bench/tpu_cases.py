@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 from kernels import api, dispatch
 from kernels.pallas_tpu import attention, decode, lowrank
 from kernels.types import PagePool, TilePages
-from preft_jax.bank import init_bank
-from preft_jax.batch import DecodeBatch, PrefillBatch
-from preft_jax.cache import init_cache
+from preft_jax.adapters.bank import init_bank
 from preft_jax.config import PRESETS, ModelConfig
-from preft_jax.forward import decode as decode_step
-from preft_jax.forward import prefill
-from preft_jax.layout import fused_layout
-from preft_jax.model import abstract_params
+from preft_jax.models.batch import DecodeBatch, PrefillBatch
+from preft_jax.models.cache import init_cache
+from preft_jax.models.forward import decode as decode_step
+from preft_jax.models.forward import prefill
+from preft_jax.models.layout import fused_layout
+from preft_jax.models.modules import abstract_params
 from preft_jax.shapes import NUM_GROUPS, RANK_PAGE, SITES
 
 AXIS = "chips"
@@ -230,7 +230,7 @@ def _program(
 
 
 def prefill_case(model: str, tokens: int, batch: int, chips: int, *, pages: int, partitioned: bool = False) -> Case:
-    """``preft_jax.forward.prefill`` of ``tokens`` tokens and ``batch`` requests a chip, a bank of all eight sites."""
+    """``forward.prefill`` of ``tokens`` tokens and ``batch`` requests a chip, a bank of all eight sites."""
     config = PRESETS[model]
     times = 1 if partitioned else chips
     table_width = pages // batch
@@ -259,7 +259,7 @@ def _cache(config: ModelConfig, pages: int) -> Any:
 
 
 def decode_case(model: str, batch: int, chips: int, *, pages: int, partitioned: bool = False) -> Case:
-    """``preft_jax.forward.decode`` of ``batch`` rows a chip."""
+    """``preft_jax.models.forward.decode`` of ``batch`` rows a chip."""
     config = PRESETS[model]
     times = 1 if partitioned else chips
     arrays = DecodeBatch(_ints(times * batch), _ints(times * batch), _ints(times * batch, pages // batch))

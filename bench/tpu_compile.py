@@ -29,7 +29,7 @@ from rich.table import Table
 from bench.tpu_cases import AXIS, SELECTIONS, Case
 from kernels import dispatch
 from preft_jax.cli import hyphenated
-from serve.metrics import environment
+from serve.bench.environment import environment
 
 SCHEMA = "preft-jax/tpu-compile/1"
 HBM_GIB = {"v5e": 16, "v6e": 32, "v5p": 95}

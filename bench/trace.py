@@ -33,16 +33,17 @@ from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.output import emit, keep
-from preft_jax.adapter import Adapter
-from preft_jax.batch import round_up
+from preft_jax.adapters.adapter import Adapter
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
-from serve.contest import MODES
-from serve.datasets import TRACE_COLUMNS, Trace, read_trace
-from serve.load import LoadRequest
-from serve.metrics import MetricOptions, environment, meets, summarize
-from serve.workload import DISTRIBUTIONS, Texts, draw_users, trace_texts
+from preft_jax.models.batch import round_up
+from serve.bench.contest import MODES
+from serve.bench.datasets import TRACE_COLUMNS, Trace, read_trace
+from serve.bench.environment import environment
+from serve.bench.load import LoadRequest
+from serve.bench.metrics import MetricOptions, meets, summarize
+from serve.bench.workload import DISTRIBUTIONS, Texts, draw_users, trace_texts
 
 SCHEMA = "preft-jax/trace/1"
 

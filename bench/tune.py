@@ -33,7 +33,7 @@ from bench.output import emit
 from kernels.dispatch import MODULES
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError
-from serve.metrics import environment
+from serve.bench.environment import environment
 
 SCHEMA = "preft-jax/tune/1"
 

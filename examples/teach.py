@@ -15,10 +15,11 @@ import numpy as np
 import optax
 
 import preft_jax
-from preft_jax.adapter import Adapter, fold_params
-from preft_jax.chat import encode_answer
-from preft_jax.edit_mask import extend_edit_mask, make_edit_mask
-from preft_jax.forward import train_forward
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.edit_mask import extend_edit_mask, make_edit_mask
+from preft_jax.adapters.fold import fold_params
+from preft_jax.models.forward import train_forward
+from preft_jax.text.chat import encode_answer
 
 STEPS, BATCH, LEARNING_RATE = 24, 8, 2e-3
 

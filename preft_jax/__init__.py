@@ -13,12 +13,12 @@ except ImportError as error:
         ) from error
     raise
 
-from preft_jax.adapter import Adapter as Adapter
-from preft_jax.adapter import AdapterConfig as AdapterConfig
-from preft_jax.adapter import LowRankEdit as LowRankEdit
-from preft_jax.adapter import fold as fold
-from preft_jax.adapter import init_adapter as init_adapter
-from preft_jax.adapter import random_adapter as random_adapter
+from preft_jax.adapters.adapter import Adapter as Adapter
+from preft_jax.adapters.adapter import fold as fold
+from preft_jax.adapters.config import AdapterConfig as AdapterConfig
+from preft_jax.adapters.fold import LowRankEdit as LowRankEdit
+from preft_jax.adapters.init import init_adapter as init_adapter
+from preft_jax.adapters.init import random_adapter as random_adapter
 from preft_jax.config import PRESETS as PRESETS
 from preft_jax.config import ModelConfig as ModelConfig
 from preft_jax.errors import AdapterError as AdapterError
@@ -36,7 +36,7 @@ from preft_jax.io.adapter_files import save_adapter as save_adapter
 from preft_jax.io.adapter_limits import AdapterLimits as AdapterLimits
 from preft_jax.loading import Model as Model
 from preft_jax.loading import load_model as load_model
-from preft_jax.model import Llama as Llama
-from preft_jax.sampling import SamplingParams as SamplingParams
+from preft_jax.models.modules import Llama as Llama
+from preft_jax.sampling.parameters import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"

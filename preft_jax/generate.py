@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from preft_jax.bank import adapter_page_counts
-from preft_jax.batch import bucket, round_up
-from preft_jax.chat import encode_prompt
+from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.generator import Completion, Generator, Limits, Request, check_base, check_request
 from preft_jax.loading import Model
-from preft_jax.sampling import SamplingParams
+from preft_jax.models.batch import bucket, round_up
+from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.text.chat import encode_prompt
 
 
 def _per_prompt(values: Any, count: int, what: str) -> list[Any]:

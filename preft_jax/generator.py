@@ -15,25 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from preft_jax.adapter import Adapter, AdapterConfig, check_fits
-from preft_jax.bank import (
-    AdapterPages,
-    BankAllocator,
-    PackedSite,
-    adapter_page_counts,
-    init_bank,
-    pack_adapter,
-    write_adapter,
-)
-from preft_jax.batch import Span, bucket, max_entries, pack_prefill, pack_rows, plan_chunks
-from preft_jax.cache import KVCache, init_cache, pages_for
-from preft_jax.chat import EncodedPrompt
-from preft_jax.edit_mask import extend_edit_mask, make_edit_mask
+from preft_jax.adapters.adapter import Adapter, check_fits
+from preft_jax.adapters.bank import AdapterPages, BankAllocator, init_bank, write_adapter
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.edit_mask import extend_edit_mask, make_edit_mask
+from preft_jax.adapters.pages import PackedSite, adapter_page_counts, pack_adapter
 from preft_jax.errors import AdapterError, ConfigError, RequestError
 from preft_jax.loading import Model, serving_params
-from preft_jax.logits import History
+from preft_jax.models.batch import Span, bucket, max_entries, pack_prefill, pack_rows, plan_chunks
+from preft_jax.models.cache import KVCache, init_cache, pages_for
 from preft_jax.programs import DecodeState, programs
-from preft_jax.sampling import INVALID, SamplingParams, sampling_arrays
+from preft_jax.sampling.arrays import sampling_arrays
+from preft_jax.sampling.device import INVALID
+from preft_jax.sampling.logits import History
+from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.text.chat import EncodedPrompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

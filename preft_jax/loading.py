@@ -15,10 +15,11 @@ from preft_jax.io.digest import model_digest, preset_digest
 from preft_jax.io.gguf import load_gguf
 from preft_jax.io.hf import load_hf_model, weight_files
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, hub_snapshot, packaged_gguf
-from preft_jax.io.tokenizer import byte_tokenizer
 from preft_jax.io.weights import MAX_DIFFERENCES
-from preft_jax.layout import fused_layout
-from preft_jax.model import Params, init_params
+from preft_jax.models.layout import fused_layout
+from preft_jax.models.modules import init_params
+from preft_jax.models.params import Params
+from preft_jax.text.tokenizer import byte_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes a model can be loaded in."""
@@ -33,7 +34,7 @@ class Model:
 
     Attributes:
         config: its shape.
-        params: the parameter tree (see ``preft_jax.model``), on the default device.
+        params: the parameter tree (see ``preft_jax.models.modules``), on the default device.
         tokenizer: a transformers ``PreTrainedTokenizerFast``, or ``None`` if the model came without one.
         digest: SHA-256 (hex) of config and weights, the same for every dtype it is loaded in.
         name: of the model, or what it was loaded as; empty if it was made by hand.

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels.types import Array
-from preft_jax import forward
-from preft_jax.bank import Bank
-from preft_jax.batch import DecodeBatch
-from preft_jax.cache import KVCache
+from preft_jax.adapters.bank import Bank
 from preft_jax.config import ModelConfig
-from preft_jax.model import Params
-from preft_jax.sampling import INVALID, MAX_LOGPROBS, History, Sample, SamplingArrays, sample, top_logprobs
+from preft_jax.models import forward
+from preft_jax.models.batch import DecodeBatch
+from preft_jax.models.cache import KVCache
+from preft_jax.models.params import Params
+from preft_jax.sampling.arrays import SamplingArrays
+from preft_jax.sampling.device import INVALID, History, Sample, sample, top_logprobs
+from preft_jax.sampling.parameters import MAX_LOGPROBS
 
 
 class DecodeState(NamedTuple):

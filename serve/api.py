@@ -19,25 +19,25 @@ from pathlib import Path
 
 import uvicorn
 
-from preft_jax.adapter import MAX_RANK
-from preft_jax.bank import num_rank_pages
+from preft_jax.adapters.config import MAX_RANK
+from preft_jax.adapters.pages import num_rank_pages
 from preft_jax.cli import hyphenated
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.shapes import RANK_PAGE, SITES
-from serve.adapter_directory import AdapterDirectory
-from serve.adapter_files import AdapterFiles
-from serve.adapter_store import AdapterStore
-from serve.adapters import pin
-from serve.async_engine import AsyncEngine
-from serve.config import EngineConfig
-from serve.engine import Engine
-from serve.registry import Registry
+from serve.engine.async_engine import AsyncEngine
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
 from serve.server.app import make_app
 from serve.server.auth import Keys, RuntimeLoading, parse_keys
 from serve.server.serving import Serving
 from serve.server.slow_clients import timed_protocol
+from serve.store.directory import AdapterDirectory
+from serve.store.files import AdapterFiles
+from serve.store.host import AdapterStore
+from serve.store.host_copy import pin
+from serve.store.names import Registry
 
 _log = logging.getLogger("preft.server")
 

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from preft_jax.adapter import Adapter, AdapterConfig, random_adapter
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.init import random_adapter
 from preft_jax.config import PRESETS
 
 MODEL = PRESETS["tiny"]

@@ -11,15 +11,15 @@ import openai
 import uvicorn
 
 import preft_jax
-from serve.adapter_files import AdapterFiles
-from serve.adapter_store import AdapterStore
 from serve.api import make_server
-from serve.async_engine import AsyncEngine
-from serve.config import EngineConfig
-from serve.engine import Engine
-from serve.registry import Registry
+from serve.engine.async_engine import AsyncEngine
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
 from serve.server.auth import Keys, RuntimeLoading
 from serve.server.serving import Serving
+from serve.store.files import AdapterFiles
+from serve.store.host import AdapterStore
+from serve.store.names import Registry
 
 CONFIG = EngineConfig(
     max_num_seqs=4, max_model_len=128, page_size=8, prefill_tokens=64, prefill_seqs=4, tile=32, max_rank=16,

@@ -16,9 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 import preft_jax
 from preft_jax import AdapterConfig, Limits
 from preft_jax.config import PRESETS
-from preft_jax.forward import train_forward
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
-from serve import runner
+from preft_jax.models.forward import train_forward
+from serve.engine import runner
 
 sys.path.append(str(Path(__file__).parent))
 

@@ -7,8 +7,8 @@ import numpy as np
 from engine_runs import STEPS, TIGHT, request
 
 from preft_jax import SamplingParams
-from serve.config import EngineConfig
-from serve.engine import Engine
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
 
 SCORING: EngineConfig = dataclasses.replace(TIGHT, scoring=True, prefix_caching=False)
 """``TIGHT`` with everything on that adds a program, and the prefix cache off."""

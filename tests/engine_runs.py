@@ -12,10 +12,10 @@ import pytest
 import reference
 
 from preft_jax import SamplingParams
-from preft_jax.chat import EncodedPrompt
-from serve.config import EngineConfig
-from serve.engine import Engine
-from serve.request import Request
+from preft_jax.text.chat import EncodedPrompt
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.engine.request import Request
 
 ATOL = 1e-4
 """Float32 rounding of log-probabilities through three layers and a head; measured at about 1e-5."""

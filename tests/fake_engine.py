@@ -3,7 +3,7 @@
 import dataclasses
 
 from preft_jax.errors import RequestError
-from serve.request import Output
+from serve.engine.request import Output
 
 
 class FakeClock:

@@ -5,10 +5,10 @@ import dataclasses
 
 import numpy as np
 
-from serve.pages import PageManager
-from serve.prefix import PageKeys, cache_salt
-from serve.scheduler import Decode, Prefill, Scheduler
-from serve.sequence import Sequence, Status
+from serve.engine.pages import PageManager
+from serve.engine.prefix import PageKeys, cache_salt
+from serve.engine.scheduler import Decode, Prefill, Scheduler
+from serve.engine.sequence import Sequence, Status
 
 PAGE = 4
 SIZES = {

@@ -53,7 +53,7 @@ def test_imports_run_one_way(package):
 
 def test_host_modules_import_no_jax():
     """The edit mask and the workload are plain data, tested and used without a device."""
-    for module in ("preft_jax/edit_mask.py", "preft_jax/errors.py", "preft_jax/shapes.py"):
+    for module in ("preft_jax/adapters/edit_mask.py", "preft_jax/errors.py", "preft_jax/shapes.py"):
         assert "jax" not in set(imported(ROOT / module)), module
 
 

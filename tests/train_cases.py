@@ -6,11 +6,12 @@ import json
 import numpy as np
 import reference
 
-from preft_jax.adapter import Adapter, AdapterConfig
-from preft_jax.chat import EncodedPrompt
-from train.batches import BatchOptions, Rows, collate
-from train.data import DataOptions, Example
-from train.job import Job, JobConfig
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.text.chat import EncodedPrompt
+from train.data.batches import BatchOptions, Rows, collate
+from train.data.rows import DataOptions, Example
+from train.jobs import Job, JobConfig
 from train.optimizer import OptimizerConfig
 from train.step import Group, Programs, empty_slots, fold_config
 from train.trainer import Trainer, TrainOptions

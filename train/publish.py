@@ -5,7 +5,7 @@ from pathlib import Path
 
 import httpx
 
-from preft_jax.adapter import Adapter
+from preft_jax.adapters.adapter import Adapter
 from preft_jax.errors import AdapterError
 from preft_jax.io.adapter_files import save_adapter
 

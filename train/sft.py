@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from preft_jax.cli import hyphenated
+from preft_jax.device.mesh import Placement
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
-from preft_jax.sharding import Placement
-from train.options import Settings, make_parser, settings
-from train.run import InterruptError, Run
+from train.run.loop import InterruptError, Run
+from train.run.options import Settings, make_parser, settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

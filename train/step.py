@@ -19,16 +19,17 @@ import numpy as np
 import optax
 
 from kernels.types import PagePool, TilePages
-from preft_jax.adapter import AdapterConfig, fold_params
-from preft_jax.attention import DenseKernel
-from preft_jax.bank import adapter_page_counts
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.edits import Dropout, Edits, FoldedEdits, RowsEdits
+from preft_jax.adapters.fold import fold_params
+from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.config import ModelConfig
-from preft_jax.edits import Dropout, Edits, FoldedEdits, RowsEdits
-from preft_jax.forward import Remat, train_hidden
-from preft_jax.model import Params
+from preft_jax.models.attention import DenseKernel
+from preft_jax.models.forward import Remat, train_hidden
+from preft_jax.models.params import Params
 from preft_jax.shapes import RANK_PAGE, SITES
-from train.batches import Batch
-from train.loss import token_losses
+from train.data.batches import Batch
+from train.losses import token_losses
 from train.optimizer import Numbers, init_state, transformation
 
 _TILE = 128

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from preft_jax.adapter import Adapter
-from preft_jax.attention import DenseKernel
-from preft_jax.batch import bucket
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.device.mesh import Placement
 from preft_jax.errors import ConfigError
-from preft_jax.forward import Remat
-from preft_jax.layout import fused_layout
 from preft_jax.loading import Model
-from preft_jax.sharding import Placement
-from train.batches import Rows, collate
-from train.data import Example
-from train.job import Job
+from preft_jax.models.attention import DenseKernel
+from preft_jax.models.batch import bucket
+from preft_jax.models.forward import Remat
+from preft_jax.models.layout import fused_layout
+from train.data.batches import Rows, collate
+from train.data.rows import Example
+from train.jobs import Job
 from train.optimizer import Numbers
 from train.step import Group, Programs, Report, Slots, empty_slots, fold_config
 
@@ -29,7 +29,7 @@ class TrainOptions:
     """How the device is used.
 
     Attributes:
-        gradient_checkpointing: what the backward pass computes again (``preft_jax.forward.Remat``): ``none``, ``cheap``
+        gradient_checkpointing: what the backward pass computes again (``models.forward.Remat``): ``none``, ``cheap``
             (all but matrix products) or ``full`` (whole layers: a quarter more time on an H100, docs/training.md).
         max_jobs: jobs that are trained at a time; others wait. 0: all.
         attention: ``xla``, ``cudnn``, or None for cuDNN's on a GPU in a 16-bit dtype.

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from preft_jax.adapter import PEFT_MODULES, Adapter, AdapterConfig, adapter_shapes
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig, adapter_shapes
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError, did_you_mean, plain, reject_unknown, shown
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from preft_jax.adapter import MAX_RANK
+from preft_jax.adapters.config import MAX_RANK
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 from preft_jax.shapes import LINEAR_SITES

@@ -17,10 +17,10 @@ import numpy as np
 
 from preft_jax.config import ModelConfig, RopeScaling
 from preft_jax.errors import ConfigError, ModelError, PreftError
-from preft_jax.forward import rope_frequencies
 from preft_jax.io.gguf_file import GGUFFile, open_gguf
-from preft_jax.io.tokenizer import gguf_tokenizer
 from preft_jax.io.weights import build_params, check_tensors, tensor_slots
+from preft_jax.models.forward import rope_frequencies
+from preft_jax.text.tokenizer import gguf_tokenizer
 
 GGUF_NAMES: Mapping[str, str] = {
     "embed": "token_embd.weight",

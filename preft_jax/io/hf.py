@@ -18,11 +18,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from preft_jax.adapter import PEFT_MODULES
+from preft_jax.adapters.config import PEFT_MODULES
 from preft_jax.config import ModelConfig, config_from_hf, config_to_hf
 from preft_jax.errors import ConfigError, ModelError
-from preft_jax.io.tokenizer import load_tokenizer
 from preft_jax.io.weights import build_params, check_tensors, raise_differences, tensor_slots, tensors_of
+from preft_jax.text.tokenizer import load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

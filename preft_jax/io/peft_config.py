@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from preft_jax.adapter import PEFT_MODULES, AdapterConfig
+from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig
+from preft_jax.adapters.patterns import Matcher, parse
 from preft_jax.errors import AdapterError, ConfigError, did_you_mean, shown
-from preft_jax.module_pattern import Matcher, parse
 from preft_jax.shapes import LINEAR_SITES
 
 PEFT_TYPE = "LORA"

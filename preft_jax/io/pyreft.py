@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from preft_jax.adapter import Adapter, AdapterConfig, check_fits
+from preft_jax.adapters.adapter import Adapter, check_fits
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError
 from preft_jax.io.safetensors_io import read_bytes

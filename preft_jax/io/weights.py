@@ -15,7 +15,7 @@ import numpy as np
 
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ModelError
-from preft_jax.model import abstract_params
+from preft_jax.models.modules import abstract_params
 from preft_jax.shapes import LINEAR_SITES
 
 MAX_DIFFERENCES = 8

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from serve.request import Output, TokenLogprobs
+from serve.engine.request import Output, TokenLogprobs
 
 _LEAST = -9999.0
 """Stands for minus infinity and for no number, which JSON has not."""

@@ -14,7 +14,6 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 import preft_jax
 from preft_jax.errors import AdapterError, RequestError
-from serve.registry import Registered
 from serve.server.exposition import bank_figures, engine_figures
 from serve.server.failures import ApiError, add_handlers, retry_after
 from serve.server.generation import add_generation
@@ -22,6 +21,7 @@ from serve.server.middleware import Front
 from serve.server.page import make_page
 from serve.server.protocol import DetokenizeBody, LoadBody, TokenizeBody, UnloadBody, as_dicts
 from serve.server.serving import Serving
+from serve.store.names import Registered
 
 
 class ErrorDetail(BaseModel):

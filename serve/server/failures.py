@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from preft_jax.errors import AdapterError, PreftError, RequestError
-from serve.async_engine import EngineStopped, Overloaded
+from serve.engine.async_engine import EngineStopped, Overloaded
 
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}

@@ -13,14 +13,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from preft_jax.errors import PreftError
-from serve.async_engine import OutputStream
-from serve.registry import Registered
-from serve.request import Request
+from serve.engine.async_engine import OutputStream
+from serve.engine.request import Request
 from serve.server.answers import ChatShape, CompletionShape, Sample, Shape, TokenTexts, usage
 from serve.server.failures import ApiError, retry_after, to_api_error
 from serve.server.middleware import unless_gone
 from serve.server.protocol import ChatBody, CompletionBody, as_dicts
 from serve.server.serving import Serving
+from serve.store.names import Registered
 
 _log = logging.getLogger("preft.server")
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from preft_jax.errors import did_you_mean
-from preft_jax.sampling import MAX_BIAS, MAX_LOGPROBS, SamplingParams
-from serve.request import MAX_SAMPLES
+from preft_jax.sampling.parameters import MAX_BIAS, MAX_LOGPROBS, SamplingParams
+from serve.engine.request import MAX_SAMPLES
 
 MAX_PROMPTS = 128
 """Prompts of one completion."""

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from preft_jax.chat import EncodedPrompt, encode_prompt, encode_text
 from preft_jax.errors import RequestError, did_you_mean
 from preft_jax.loading import Model
-from serve.adapter_directory import AdapterDirectory
-from serve.async_engine import AsyncEngine
-from serve.registry import Registered
+from preft_jax.text.chat import EncodedPrompt, encode_prompt, encode_text
+from serve.engine.async_engine import AsyncEngine
 from serve.server.auth import Identity, Keys, RuntimeLoading
 from serve.server.exposition import ServerMetrics
 from serve.server.failures import ApiError
+from serve.store.directory import AdapterDirectory
+from serve.store.names import Registered
 
 
 class Adapters(Protocol):

@@ -8,7 +8,7 @@ from bench import headline, headline_plot, tables
 from bench.engine_contenders import ready
 from preft_jax import load_model
 from preft_jax.errors import ConfigError
-from serve.config import EngineConfig
+from serve.engine.config import EngineConfig
 
 TINY = (
     "--model tiny --num-prompts 8 --input-len 32 --output-len 6 --max-num-seqs 4 --prefill-tokens 64 "

@@ -22,7 +22,9 @@ from adapter_dirs import CONFIG, FIXTURES, MODEL, TENSORS
 from fuzz import program
 from fuzz.mutate import change_bytes, change_tree, dump
 
-from preft_jax.adapter import AdapterConfig, check_fits, random_adapter
+from preft_jax.adapters.adapter import check_fits
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.init import random_adapter
 from preft_jax.errors import AdapterError
 from preft_jax.io.adapter_files import load_adapter, read_adapter, save_adapter
 

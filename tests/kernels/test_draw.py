@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from kernels import api
-from preft_jax.sampling import INVALID, SamplingParams, is_plain, sample, sample_plain, sampling_arrays
+from preft_jax.sampling.arrays import sampling_arrays
+from preft_jax.sampling.device import INVALID, sample, sample_plain
+from preft_jax.sampling.parameters import SamplingParams, is_plain
 
 ROWS, VOCAB = 9, 5003
 

@@ -20,16 +20,17 @@ from bench.edit_case import EditCase
 from bench.kernel_cases import select
 from kernels import dispatch
 from kernels.types import PagePool, Unsupported
-from preft_jax import forward
-from preft_jax.bank import init_bank
-from preft_jax.batch import DecodeBatch, Span, pack_prefill
-from preft_jax.cache import init_cache
+from preft_jax.adapters.bank import init_bank
 from preft_jax.config import PRESETS
-from preft_jax.layout import fused_layout
-from preft_jax.model import abstract_params
-from preft_jax.sampling import SamplingParams, sampling_arrays
+from preft_jax.models import forward
+from preft_jax.models.batch import DecodeBatch, Span, pack_prefill
+from preft_jax.models.cache import init_cache
+from preft_jax.models.layout import fused_layout
+from preft_jax.models.modules import abstract_params
+from preft_jax.sampling.arrays import sampling_arrays
+from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
-from serve import device
+from serve.engine import programs as device
 
 MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from preft_jax import load_model
-from preft_jax.chat import encode_prompt
+from preft_jax.text.chat import encode_prompt
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Spain is",

@@ -20,20 +20,21 @@ from hypothesis import strategies as st
 
 import preft_jax
 from preft_jax import AdapterConfig, AdapterError, Generator, Request, SamplingParams, random_adapter
-from preft_jax.bank import BankAllocator, init_bank, pack_adapter, write_adapter
-from preft_jax.batch import Span, pack_prefill
-from preft_jax.cache import init_cache
-from preft_jax.chat import EncodedPrompt, encode_prompt
+from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
+from preft_jax.adapters.edit_mask import extend_edit_mask
+from preft_jax.adapters.pages import pack_adapter
 from preft_jax.config import RopeScaling
-from preft_jax.edit_mask import extend_edit_mask
-from preft_jax.forward import decode
 from preft_jax.generator import RunShape, request_edit_mask
 from preft_jax.loading import serving_params
-from preft_jax.logits import History
-from preft_jax.model import abstract_params
+from preft_jax.models.batch import Span, pack_prefill
+from preft_jax.models.cache import init_cache
+from preft_jax.models.forward import decode
+from preft_jax.models.modules import abstract_params
 from preft_jax.programs import DecodeState, programs
-from preft_jax.sampling import SamplingArrays, sampling_arrays
+from preft_jax.sampling.arrays import SamplingArrays, sampling_arrays
+from preft_jax.sampling.logits import History
 from preft_jax.shapes import SITES
+from preft_jax.text.chat import EncodedPrompt, encode_prompt
 
 PREFILL_ONLY = (
     "lora", "lora_r24", "lora_pattern", "direft", "direft_free", "loreft", "loreft_f3l2", "lora_skip",

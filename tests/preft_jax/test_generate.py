@@ -23,8 +23,8 @@ from preft_jax import (
     generate,
     random_adapter,
 )
-from preft_jax.chat import EncodedPrompt
 from preft_jax.generator import RunShape, request_edit_mask
+from preft_jax.text.chat import EncodedPrompt
 
 EVERY = (
     None, "lora", "lora_r24", "lora_pattern", "direft", "direft_free", "loreft", "loreft_f3l2", "lora_skip",

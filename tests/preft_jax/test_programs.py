@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from preft_jax.bank import init_bank
-from preft_jax.batch import Span, pack_prefill, pack_rows
-from preft_jax.cache import init_cache
+from preft_jax.adapters.bank import init_bank
 from preft_jax.loading import serving_params
+from preft_jax.models.batch import Span, pack_prefill, pack_rows
+from preft_jax.models.cache import init_cache
 from preft_jax.programs import DecodeState, programs
-from preft_jax.sampling import sampling_arrays
+from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.shapes import NUM_GROUPS
 
 PAGES, PAGE_SIZE, WIDTH, ROWS = 37, 8, 6, 4

@@ -10,8 +10,8 @@ import train_cases as cases
 from conftest import ADAPTER_CONFIGS
 
 from preft_jax import Adapter, AdapterConfig, load_model
-from preft_jax.adapter import random_adapter
-from preft_jax.attention import DenseAttention
+from preft_jax.adapters.init import random_adapter
+from preft_jax.models.attention import DenseAttention
 
 STEP = 1e-5
 """Of central differences in float64: their error is about STEP squared, their rounding 1e-16 / STEP."""

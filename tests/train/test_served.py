@@ -11,11 +11,11 @@ from engine_runs import ATOL, ROOMY, request, serve
 
 import preft_jax
 from preft_jax import AdapterConfig
-from preft_jax.chat import EncodedPrompt
-from preft_jax.edit_mask import extend_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask
 from preft_jax.generator import prompt_edit_mask
-from serve.engine import Engine
-from train.data import DataOptions, Example, make_examples
+from preft_jax.text.chat import EncodedPrompt
+from serve.engine.engine import Engine
+from train.data.rows import DataOptions, Example, make_examples
 from train.trainer import Trainer
 
 KINDS = tuple(name for name in ADAPTER_CONFIGS if name != "lora_skip")  # As lora, where no answer came before.

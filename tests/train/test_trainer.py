@@ -15,10 +15,10 @@ from conftest import ADAPTER_CONFIGS
 
 import preft_jax
 from preft_jax import AdapterConfig
-from preft_jax.chat import EncodedPrompt
 from preft_jax.errors import ConfigError
 from preft_jax.io.adapter_files import load_adapter
-from train.data import Example
+from preft_jax.text.chat import EncodedPrompt
+from train.data.rows import Example
 from train.trainer import Trainer, TrainOptions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

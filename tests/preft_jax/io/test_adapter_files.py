@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 from adapter_dirs import CONFIG, FIXTURES, MODEL, TENSORS, assert_same, copy_fixture, edit_config, edit_tensors, make
 
-from preft_jax.adapter import Adapter, AdapterConfig, fold
+from preft_jax.adapters.adapter import Adapter, fold
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError
 from preft_jax.io.adapter_files import load_adapter, read_adapter, read_adapter_config, save_adapter
 

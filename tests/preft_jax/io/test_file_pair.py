@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from adapter_dirs import CONFIG, MODEL, assert_same, make
 
-from preft_jax.adapter import Adapter, AdapterConfig
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError
 from preft_jax.io import file_pair
 from preft_jax.io.adapter_files import load_adapter, save_adapter

@@ -15,8 +15,8 @@ from preft_jax.errors import ModelError, PreftError
 from preft_jax.io.gguf import GGUF_NAMES, load_gguf
 from preft_jax.io.gguf_file import open_gguf
 from preft_jax.io.hf import HF_NAMES, load_hf_model
-from preft_jax.io.tokenizer import gguf_tokenizer
 from preft_jax.io.weights import tensor_slots, tensors_of
+from preft_jax.text.tokenizer import gguf_tokenizer
 
 MODELS = Path(__file__).parents[2] / "fixtures" / "models"
 SMOLLM2 = Path(__file__).parents[2] / "fixtures" / "smollm2"

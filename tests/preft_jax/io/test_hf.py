@@ -17,8 +17,8 @@ from preft_jax.config import PRESETS
 from preft_jax.errors import ConfigError, ModelError, PreftError
 from preft_jax.io import hf
 from preft_jax.io.hf import load_hf_model, save_hf_model, weight_files
-from preft_jax.io.tokenizer import byte_tokenizer, load_tokenizer
-from preft_jax.model import abstract_params, init_params
+from preft_jax.models.modules import abstract_params, init_params
+from preft_jax.text.tokenizer import byte_tokenizer, load_tokenizer
 
 MODELS = Path(__file__).parents[2] / "fixtures" / "models"
 FAMILIES = ["llama3", "smollm2", "qwen2", "qwen3"]

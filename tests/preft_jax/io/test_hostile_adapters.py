@@ -13,7 +13,7 @@ import pytest
 from adapter_dirs import CONFIG, MODEL, TENSORS, copy_fixture, edit_config
 
 import preft_jax
-from preft_jax.adapter import AdapterConfig
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError, ConfigError
 from preft_jax.io.adapter_files import load_adapter, read_adapter, save_adapter
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from adapter_dirs import CONFIG, FIXTURES, MODEL, TENSORS, assert_same, copy_fixture, edit_config, make
 
-from preft_jax.adapter import PEFT_MODULES, AdapterConfig
+from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig
 from preft_jax.errors import AdapterError
 from preft_jax.io.adapter_files import load_adapter, read_adapter, save_adapter
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from adapter_dirs import FIXTURES, MODEL
 
-from preft_jax.adapter import AdapterConfig, fold
+from preft_jax.adapters.adapter import fold
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError
 from preft_jax.io import pyreft
 from preft_jax.io.adapter_files import load_adapter, save_adapter

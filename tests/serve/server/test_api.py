@@ -7,9 +7,9 @@ import pytest
 from api_server import ADMIN, ALICE, BOB, NOBODY, admin, client
 from engine_runs import ATOL, chances, request
 
-from preft_jax.chat import encode_prompt
-from serve.client import ENDPOINTS, HttpTarget, list_models
-from serve.load import LoadRequest
+from preft_jax.text.chat import encode_prompt
+from serve.bench.client import ENDPOINTS, HttpTarget, list_models
+from serve.bench.load import LoadRequest
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 

@@ -183,7 +183,7 @@ def test_why_a_request_failed_is_for_the_log_alone(raw, caplog, monkeypatch):
         raise RuntimeError("the file /secret/place is gone")
 
     caplog.set_level(logging.INFO, "preft.server")
-    monkeypatch.setattr("serve.engine.to_output", broken)
+    monkeypatch.setattr("serve.engine.engine.to_output", broken)
     body = {"model": "base", "prompt": "a", "max_tokens": 2}
     found = raw.post("/v1/completions", json=body)
     assert (found.status_code, found.json()["error"]["code"]) == (500, "generation_failed")

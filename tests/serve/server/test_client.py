@@ -7,9 +7,10 @@ import httpx
 import pytest
 
 from preft_jax.errors import ConfigError
-from serve import bench, client
-from serve.client import HttpTarget, ServerError, list_models
-from serve.load import LoadRequest
+from serve.bench import __main__ as bench
+from serve.bench import client
+from serve.bench.client import HttpTarget, ServerError, list_models
+from serve.bench.load import LoadRequest
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
 

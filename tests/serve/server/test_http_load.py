@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from preft_jax import random_adapter, save_adapter
-from preft_jax.adapter import AdapterConfig
+from preft_jax.adapters.config import AdapterConfig
 
 ROUTE = "/v1/completions"
 AT_A_TIME = 24

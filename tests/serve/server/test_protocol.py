@@ -3,7 +3,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from preft_jax.sampling import SamplingParams
+from preft_jax.sampling.parameters import SamplingParams
 from serve.server.failures import validation_error
 from serve.server.protocol import NEUTRAL, ChatBody, CompletionBody, LoadBody, TokenizeBody, as_dicts
 

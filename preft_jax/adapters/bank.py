@@ -1,0 +1,146 @@
+"""The adapter bank: folded adapters as rank pages on the device.
+
+An edit of rank 48 is the sum of three of rank 16, so the device holds pools of fixed-size rank pages, one pool for
+each layer and site, and an adapter is a list of page ids for each site (the same ids in every layer). Adapters of any
+rank, kind and target set reach a jitted program as page ids: nothing recompiles. Page 0 of every pool is null. The
+pools of a site are one array for all layers, so that an adapter is written by one program with few arrays.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.types import Array, PagePool, Site, TilePages
+from preft_jax.adapters.pages import PackedSite
+from preft_jax.config import ModelConfig
+from preft_jax.errors import AdapterError, ConfigError
+from preft_jax.shapes import RANK_PAGE, SITES
+
+
+class Pools(NamedTuple):
+    """Rank pages of one site in all layers: ``a_LPDR [L, P, D, 16]``, ``c_LPR`` (float32), ``b_LPRF [L, P, 16, F]``."""
+
+    a_LPDR: Array
+    c_LPR: Array
+    b_LPRF: Array
+
+
+class Bank(NamedTuple):
+    """Rank pages on the device, by site."""
+
+    sites: dict[str, Pools]
+
+    def at(self, layer: int, site: str, page: Array) -> tuple[PagePool, Array]:
+        """Return a layer's view of a site and of page ids: the pages of all layers in a row, without a copy."""
+        pools = self.sites[site]
+        per_layer = pools.a_LPDR.shape[1]
+        pool = PagePool(*(array.reshape(-1, *array.shape[2:]) for array in pools))
+        return pool, jnp.where(page == 0, 0, page + layer * per_layer)
+
+    def site(self, layer: int, site: str, tiles: TilePages) -> Site:
+        """Return where a batch's page lists act at one site of a layer."""
+        pool, page_NE = self.at(layer, site, tiles.page_NE)
+        return Site(pool, tiles._replace(page_NE=page_NE))
+
+
+class SitePages(NamedTuple):
+    """An adapter's pages at one site, and for each page the column of the edit mask that switches it."""
+
+    pages: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+AdapterPages = dict[str, SitePages]
+"""Where an adapter lies in the bank: its pages by site; sites that it does not edit are absent."""
+
+
+def init_bank(config: ModelConfig, num_pages: int, dtype: Any, sites: Sequence[str] = SITES) -> Bank:
+    """Return an empty bank of ``num_pages`` rank pages a layer and site, the null page included.
+
+    The set of sites is fixed for the life of the bank, so that adapters with other targets never recompile a program.
+    """
+    if num_pages < 1:
+        raise ConfigError(f"the adapter bank needs at least its null page; got {num_pages} pages")
+
+    def pools(site: str) -> Pools:
+        d, f = config.site_shape(site)
+        pages = config.num_hidden_layers, num_pages
+        return Pools(
+            jnp.zeros((*pages, d, RANK_PAGE), dtype),
+            jnp.zeros((*pages, RANK_PAGE), jnp.float32),
+            jnp.zeros((*pages, RANK_PAGE, f), dtype),
+        )
+
+    return Bank({site: pools(site) for site in sites})
+
+
+def _write_page(pools: Pools, page: jax.Array, edit: tuple[jax.Array, jax.Array, jax.Array]) -> Pools:
+    return Pools(*(pool.at[:, page].set(new.astype(pool.dtype)) for pool, new in zip(pools, edit, strict=True)))
+
+
+@functools.cache
+def _page_writer() -> Any:
+    return jax.jit(_write_page, donate_argnums=0)
+
+
+def write_adapter(bank: Bank, packed: dict[str, PackedSite], where: AdapterPages) -> Bank:
+    """Return the bank with an adapter's pages written in place; the bank given is donated."""
+    write = _page_writer()
+    sites = dict(bank.sites)
+    for site, place in where.items():
+        a, c, b, _ = packed[site]
+        for n, page in enumerate(place.pages):
+            sites[site] = write(sites[site], np.int32(page), (a[:, n], c[:, n], b[:, n]))
+    return Bank(sites)
+
+
+class HasGroups(Protocol):
+    """What the allocator needs to know of an adapter at one site: a ``PackedSite``, for one."""
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The mask column of each rank page."""
+        ...
+
+
+class BankAllocator:
+    """Host-side book of which rank pages are free, a list for each site. Knows nothing of the device."""
+
+    def __init__(self, num_pages: int, sites: Sequence[str] = SITES):
+        self.num_pages = num_pages
+        self._free = {site: list(range(num_pages - 1, 0, -1)) for site in sites}
+
+    def free_pages(self, site: str) -> int:
+        """Return how many pages of a site are free."""
+        return len(self._free[site])
+
+    def allocate(self, packed: Mapping[str, HasGroups]) -> AdapterPages:
+        """Take the pages that an adapter needs, one for each of a site's ``groups``.
+
+        Raises:
+            AdapterError: if the bank lacks one of its sites or enough free pages; nothing is taken then.
+        """
+        for site, edit in packed.items():
+            if site not in self._free:
+                raise AdapterError(
+                    f"the adapter edits {site!r}, which this bank does not hold; it holds {', '.join(self._free)}"
+                )
+            need, free = len(edit.groups), len(self._free[site])
+            if need > free:
+                raise AdapterError(
+                    f"the adapter needs {need} rank pages at {site!r} and {free} of {self.num_pages - 1} are free; "
+                    "give the bank more pages or serve fewer adapters at once"
+                )
+        return {
+            site: SitePages(tuple(self._free[site].pop() for _ in edit.groups), edit.groups)
+            for site, edit in packed.items()
+        }
+
+    def release(self, where: AdapterPages) -> None:
+        """Give an adapter's pages back."""
+        for site, place in where.items():
+            self._free[site].extend(place.pages)

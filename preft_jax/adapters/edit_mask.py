@@ -1,0 +1,73 @@
+"""Which tokens an adapter edits: the only place that decides it.
+
+A request's edit mask is made once, when the request is admitted, from the adapter's position rule, the prompt's length
+and the spans that the chat renderer reports as un-edited. Everything after that (chunking, preemption, speculation)
+slices or extends the mask and never derives it again: whether a step is a prefill is never the question.
+
+Rules:
+
+``prompt``
+    Every prompt token, the last one included; no generated token. The default.
+``f{n}+l{m}``
+    The first ``min(n, P // 2)`` and the last ``min(m, P // 2)`` of ``P`` prompt tokens (pyreft's notation); ``f{n}`` or
+    ``l{m}`` alone are allowed.
+``all``
+    Every token, generated ones too: ordinary, all-token adapters.
+
+A mask has ``NUM_GROUPS`` columns. Adapters with shared weights edit through column 0 only; adapters with their own
+weights for first and last positions (pyreft without ``share_weights``) use column 0 for the first and column 1 for the
+last.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from preft_jax.adapters.positions import parse_positions
+from preft_jax.errors import RequestError
+from preft_jax.shapes import NUM_GROUPS
+
+
+def make_edit_mask(
+    prompt_len: int,
+    positions: str,
+    *,
+    groups: int = 1,
+    unedited_spans: Sequence[tuple[int, int]] = (),
+) -> np.ndarray:
+    """Return the edit mask of a prompt.
+
+    Args:
+        prompt_len: number of prompt tokens, at least 1.
+        positions: the adapter's rule, see the module's text.
+        groups: 1 for shared weights; 2 if first and last positions have their own.
+        unedited_spans: half-open token spans that stay un-edited (earlier assistant turns of a ``skip`` adapter).
+
+    Returns:
+        bool ``[prompt_len, NUM_GROUPS]``.
+    """
+    if prompt_len < 1:
+        raise RequestError("the prompt is empty; give at least one token")
+    rule = parse_positions(positions)
+    mask_TG = np.zeros((prompt_len, NUM_GROUPS), bool)
+    if rule.first is None or rule.last is None:
+        mask_TG[:, 0] = True
+    else:
+        half = prompt_len // 2
+        mask_TG[: min(rule.first, half), 0] = True
+        mask_TG[prompt_len - min(rule.last, half) :, groups - 1] = True
+    for start, end in unedited_spans:
+        if not 0 <= start <= end <= prompt_len:
+            raise RequestError(f"un-edited span ({start}, {end}) lies outside the prompt of {prompt_len} tokens")
+        mask_TG[start:end] = False
+    return mask_TG
+
+
+def extend_edit_mask(mask_TG: np.ndarray, num_generated: int, positions: str) -> np.ndarray:
+    """Return ``mask_TG`` followed by the rows of ``num_generated`` generated tokens.
+
+    Generated tokens are never edited, except by an all-token adapter.
+    """
+    tail_TG = np.zeros((num_generated, NUM_GROUPS), bool)
+    tail_TG[:, 0] = parse_positions(positions).edits_generated
+    return np.concatenate([mask_TG, tail_TG])

@@ -1,0 +1,160 @@
+"""How a forward pass applies low-rank edits: one small class for each way that edits meet a batch.
+
+All have ``apply(layer, sites, x, ys)``: ``ys`` are the un-edited outputs of ``sites``, which all read ``x``; the
+edited outputs come back. At ``block``, x and y are the same array: every edit reads it before any is added.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kernels import api
+from kernels.types import PagePool, Site, TilePages
+from preft_jax.adapters.bank import Bank
+from preft_jax.adapters.fold import LowRankEdit
+from preft_jax.shapes import SITES
+
+
+class Edits(Protocol):
+    """What a layer of the model knows of adapters."""
+
+    def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Return ``ys`` with the edits of ``sites`` added."""
+        ...
+
+
+class NoEdits(NamedTuple):
+    """The plain base model."""
+
+    def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Return ``ys``."""
+        return ys
+
+
+class PackedEdits(NamedTuple):
+    """Many adapters in one packed prefill batch: rank pages of a bank, page lists for each tile, an edit mask."""
+
+    bank: Bank
+    tiles: Mapping[str, TilePages]
+    mask_TG: jax.Array
+
+    def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Edit ``ys [T, F]``; sites that the bank does not hold stay as they are."""
+        held = {site: self.bank.site(layer, site, self.tiles[site]) for site in sites if site in self.bank.sites}
+        if not held:
+            return ys
+        pools, tiles = zip(*held.values(), strict=True)
+        shrunk = api.shrink(x, pools, tiles, self.mask_TG)
+        out = dict(zip(sites, ys, strict=True))
+        for (site, at), s_TER in zip(held.items(), shrunk, strict=True):
+            out[site] = api.expand(s_TER, out[site], *at)
+        return tuple(out[site] for site in sites)
+
+
+class RowEdits(NamedTuple):
+    """One token a row, each with its own adapter: decoding with all-token adapters."""
+
+    bank: Bank
+    pages: Mapping[str, jax.Array]
+
+    def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Edit ``ys [B, F]``."""
+        return tuple(self.apply_beside((y.shape[1],), layer, (site,), x, y) for site, y in zip(sites, ys, strict=True))
+
+    def apply_beside(
+        self, widths: Sequence[int], layer: int, sites: Sequence[str], x: jax.Array, y_BW: jax.Array
+    ) -> jax.Array:
+        """Edit the outputs of linears that lie side by side in ``y_BW``, in the order of ``sites``, ``widths`` each."""
+        starts = itertools.accumulate(widths, initial=0)
+        held = [(site, column) for site, column in zip(sites, starts, strict=False) if site in self.bank.sites]
+        pools, pages = [], []
+        for site, _ in held:
+            pool, page_BE = self.bank.at(layer, site, self.pages[site])
+            pools.append(pool)
+            pages.append(page_BE)
+        return api.decode_edit(x, y_BW, pools, pages, columns=[column for _, column in held])
+
+
+class Dropout(NamedTuple):
+    """LoRA's dropout: of each row of a batch, with its own key and rate, on what an edit reads.
+
+    ``key_B`` and ``rate_B`` (float32); the edits of one row draw the same whatever rows lie beside it and however far
+    it is padded.
+    """
+
+    key_B: jax.Array
+    rate_B: jax.Array
+
+    def drop(self, layer: int, site: str, x_BSD: jax.Array) -> jax.Array:
+        """Return ``x`` with some channels of some tokens zero, and the others scaled up (inverted dropout)."""
+        number = layer * len(SITES) + SITES.index(site)
+
+        def one(key: jax.Array, rate: jax.Array, x_SD: jax.Array) -> jax.Array:
+            keep = jax.random.uniform(jax.random.fold_in(key, number), x_SD.shape) >= rate
+            return jnp.where(keep, x_SD.astype(jnp.float32) / (1 - rate), 0.0).astype(x_SD.dtype)
+
+        return jax.vmap(one)(self.key_B, self.rate_B, x_BSD)
+
+
+class FoldedEdits(NamedTuple):
+    """One adapter on every sequence of a training batch, applied directly from its fold; differentiable."""
+
+    folded: Any
+    mask_BSG: jax.Array
+    dropout: Dropout | None = None
+
+    def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Edit ``ys [B, S, F]``."""
+        edits: Mapping[str, LowRankEdit] = self.folded["layers"][layer]
+
+        def one(site: str, y: jax.Array) -> jax.Array:
+            if site not in edits:
+                return y
+            return self._edit(edits[site], x if self.dropout is None else self.dropout.drop(layer, site, x), y)
+
+        return tuple(one(site, y) for site, y in zip(sites, ys, strict=True))
+
+    def _edit(self, edit: LowRankEdit, x: jax.Array, y: jax.Array) -> jax.Array:
+        s = jnp.einsum("bsd,dr->bsr", x, edit.a_DR.astype(x.dtype), preferred_element_type=jnp.float32) + edit.c_R
+        s = jnp.where(self.mask_BSG[..., edit.group_R], s, 0.0)
+        # Asked for in the dtype of y, the product is added to it by the matrix multiplication itself where there is one
+        # that can; in float32 it would be written and read again.
+        return y + jnp.einsum("bsr,rf->bsf", s.astype(y.dtype), edit.b_RF.astype(y.dtype))
+
+
+class RowsEdits(NamedTuple):
+    """Many adapters in one training batch, each row of tokens with one of them; differentiable in the pages.
+
+    ``pools`` has for each layer the rank pages of each site that is edited, ``tiles`` the page lists of runs of each
+    row's tokens: as in prefill, the kernels know rank pages only.
+    """
+
+    pools: Sequence[Mapping[str, PagePool]]
+    tiles: Mapping[str, TilePages]
+    mask_BSG: jax.Array
+    dropout: Dropout | None = None
+
+    def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Edit ``ys [B, S, F]``."""
+        held = [site for site in sites if site in self.pools[layer]]
+        if not held:
+            return ys
+        mask_TG = self.mask_BSG.reshape(-1, self.mask_BSG.shape[2])
+        at = {site: Site(self.pools[layer][site], self.tiles[site]) for site in held}
+
+        def shrink(x: jax.Array, some: Sequence[str]) -> tuple[jax.Array, ...]:
+            pools, tiles = zip(*(at[site] for site in some), strict=True)
+            return api.shrink(x.reshape(-1, x.shape[2]), pools, tiles, mask_TG)
+
+        if self.dropout is None:
+            shrunk = shrink(x, held)
+        else:
+            shrunk = [shrink(self.dropout.drop(layer, site, x), [site])[0] for site in held]
+        out = dict(zip(sites, ys, strict=True))
+        for site, s_TER in zip(held, shrunk, strict=True):
+            y = out[site]
+            out[site] = api.expand(s_TER, y.reshape(-1, y.shape[2]), *at[site]).reshape(y.shape)
+        return tuple(out[site] for site in sites)

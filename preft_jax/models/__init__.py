@@ -1,0 +1,1 @@
+"""The model: its parameters, one layer, and the forward passes."""

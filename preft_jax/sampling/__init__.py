@@ -1,0 +1,1 @@
+"""Sampling: parameters, and how tokens are drawn on the device."""

@@ -1,0 +1,1 @@
+"""Text: chats, tokenizers, and streams from token ids to text."""

@@ -1,0 +1,1 @@
+"""``python -m serve.bench``: the benchmark of this engine, or of any server with OpenAI's API."""

@@ -1,0 +1,135 @@
+"""From requests to sequences: what is checked, what is edited, and which seeds are drawn from, once and for all."""
+
+import numpy as np
+
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.edit_mask import extend_edit_mask
+from preft_jax.adapters.fold import FOLD_VERSION
+from preft_jax.errors import AdapterError, RequestError
+from preft_jax.generator import check_base, prompt_edit_mask
+from preft_jax.loading import Model
+from preft_jax.text.streams import TextStream
+from serve.engine.config import EngineConfig
+from serve.engine.outputs import Info
+from serve.engine.pages import PageManager
+from serve.engine.prefix import PageKeys, cache_salt
+from serve.engine.request import Request
+from serve.engine.residency import AdapterBank
+from serve.engine.sequence import Sequence, Status
+from serve.store.names import Registered
+
+
+class Admission:
+    """Checks requests against an engine's model and sizes.
+
+    Args:
+        model: that is served.
+        config: sizes.
+        pages: of the KV cache.
+        adapters: books of the bank.
+        kv_dtype: of the cache.
+        seed: of the seeds that requests without one get, in the order of their arrival.
+    """
+
+    def __init__(
+        self, model: Model, config: EngineConfig, pages: PageManager, adapters: AdapterBank, kv_dtype: str, seed: int
+    ):
+        self._model = model
+        self._config = config
+        self._pages = pages
+        self._adapters = adapters
+        self._kv_dtype = kv_dtype
+        self._seeds = np.random.default_rng(seed)
+
+    def sequences(self, request: Request, request_id: int) -> list[Sequence]:
+        """Check a request and return its samples.
+
+        Raises:
+            RequestError, AdapterError: if it can never be served.
+        """
+        prompt, sampling, model = request.prompt.token_ids, request.sampling, self._model.config
+        longest = len(prompt) + request.max_tokens
+        if longest > self._config.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}: together more than "
+                f"max_model_len {self._config.max_model_len}; shorten the prompt, or raise max_model_len"
+            )
+        if longest > self._pages.num_pages * self._pages.page_size:
+            raise RequestError(
+                f"the request needs room for {longest} tokens and the whole KV cache holds "
+                f"{self._pages.num_pages * self._pages.page_size}; lower max_tokens, or raise num_kv_pages"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise RequestError(
+                f"the prompt holds token ids outside 0 to {model.vocab_size - 1}, the model's vocabulary"
+            )
+        if request.prompt_logprobs is not None and not self._config.scoring:
+            raise RequestError("prompt_logprobs is not served by this engine; make it with EngineConfig(scoring=True)")
+        if request.stop and self._model.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
+        entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
+        prompt_mask = prompt_edit_mask(request.prompt, request.adapter)
+        positions = "prompt" if request.adapter is None else request.adapter.config.positions
+        mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)
+        eos = () if sampling.ignore_eos else model.eos_token_ids
+        salt = cache_salt(
+            base=self._model.digest,
+            kv_dtype=self._kv_dtype,
+            adapter=None if request.adapter is None else request.adapter.digest,
+            fold_version=FOLD_VERSION,
+        )
+        given = (seed for seed in (sampling.seed, request.seed) if seed is not None)
+        first_seed = next(given, None)
+        if first_seed is None:
+            first_seed = int(self._seeds.integers(2**32))
+        sequences = []
+        for index in range(request.n):
+            keys = PageKeys(salt, self._pages.page_size) if self._config.prefix_caching else None
+            info = Info(
+                request=request,
+                sampling=sampling,
+                seed=(first_seed + index) % 2**32,
+                text=TextStream(self._model.tokenizer, request.stop),
+                logprobs=request.logprobs,
+            )
+            sequence = Sequence(
+                request_id=request_id,
+                index=index,
+                order=request_id,
+                priority=request.priority,
+                tokens=list(prompt),
+                prompt_len=len(prompt),
+                mask=mask,
+                max_tokens=request.max_tokens,
+                stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
+                entries=entries,
+                all_token=request.adapter is not None and not request.adapter.config.prefill_only,
+                keys=keys,
+                score=request.prompt_logprobs is not None and index == 0,
+                info=info,
+                status=Status.FORKING if index else Status.NEW,
+            )
+            sequences.append(sequence)
+        sequences[0].followers = sequences[1:]
+        return sequences
+
+    def check_adapter(self, adapter: Adapter | Registered) -> int:
+        """Return how many rank pages an adapter puts on a tile's list.
+
+        Raises:
+            AdapterError: if it can never be served, or is of another base model.
+        """
+        if isinstance(adapter, Adapter) and not self._adapters.knows(adapter.digest):
+            check_base(adapter, self._model)
+        return self.check_config(adapter.config)
+
+    def check_config(self, config: AdapterConfig) -> int:
+        """``check_adapter`` by its configuration alone."""
+        if not config.prefill_only and not self._config.all_token:
+            raise AdapterError(
+                "the adapter edits every token (positions 'all', as an adapter of PEFT does unless it says otherwise) "
+                "and this engine serves prompt-only adapters; make it with EngineConfig(all_token=True), a server "
+                "with --all-token"
+            )
+        return self._adapters.check(config)

@@ -1,0 +1,445 @@
+"""The engine: continuous batching of requests, each with its own adapter or none, over one base model.
+
+Prompts are prefilled with their adapters' edits and decoded by a program that knows no adapters. A step collects what
+the device computed, plans and starts the next call, and only then turns tokens into text, while the device works.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import heapq
+import time
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Many
+
+import jax
+
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.pages import pack_adapter
+from preft_jax.device.compiles import CompileCounter
+from preft_jax.errors import ConfigError, RequestError
+from preft_jax.loading import Model
+from preft_jax.programs import Drawn
+from serve.engine.admission import Admission
+from serve.engine.background import BackgroundWork
+from serve.engine.calls import Call, Prepared, Starter
+from serve.engine.claims import Claims
+from serve.engine.config import EngineConfig
+from serve.engine.outputs import News, keep_scores, read, to_output
+from serve.engine.pages import PageManager
+from serve.engine.request import Output, Request
+from serve.engine.residency import AdapterBank
+from serve.engine.runner import Runner
+from serve.engine.scheduler import Decode, Prefill, Scheduler
+from serve.engine.sequence import Sequence, Status
+from serve.engine.staging import STRIKES, Staging, WriteError
+from serve.store.host import AdapterStore
+from serve.store.host_copy import Known, pack, pin
+
+
+@dataclasses.dataclass(kw_only=True)
+class Stats:
+    """Counters since the engine was made; seconds are those from the start of a call until its results were there."""
+
+    prefill_calls: int = 0
+    prefill_seconds: float = 0.0
+    decode_calls: int = 0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_waits: int = 0
+    device_failures: int = 0
+    recompiles: int = 0
+    finished: int = 0
+    failed: int = 0
+
+
+_LOADING_SECONDS = 0.02
+"""How long a step without other work waits for adapters that are being loaded."""
+
+
+def _told(error: BaseException | None) -> str:
+    return f"the device failed: {type(error).__name__}: {error}"
+
+
+class Engine:
+    """Serves requests on one model. Not thread-safe: one thread adds, steps and cancels.
+
+    Args:
+        model: from ``load_model``.
+        config: sizes.
+        store: of the adapters that requests name by a ``Registered``; None: requests bring their adapters.
+        background: other device work, given ``background_seconds`` after each step, and ``idle_seconds`` when no
+            request is there.
+        seed: of the seeds that requests without one get, in the order of their arrival.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig = EngineConfig(),
+        *,
+        store: AdapterStore | None = None,
+        background: BackgroundWork | None = None,
+        background_seconds: float = 0.0,
+        idle_seconds: float = 0.1,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        if config.max_model_len > model.config.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len {config.max_model_len} is longer than the model's "
+                f"{model.config.max_position_embeddings} positions"
+            )
+        # Background work gets the device when no call is under way.
+        goes_ahead = background is None or background_seconds == 0
+        self.model = model
+        self.config = config = config.resolve(jax.default_backend())
+        self.runner = Runner(model, config)
+        self.pages = PageManager(self.runner.num_kv_pages, config.page_size or 1)
+        self.adapters = AdapterBank(
+            model.config, config.bank_pages, config.tile_entries or 1, self._pack, config.bank_sites
+        )
+        self._staging = Staging(self.adapters, self.runner, self.runner.staged_pages)
+        self.scheduler = Scheduler(
+            self.pages,
+            self.adapters,
+            max_num_seqs=config.max_num_seqs,
+            prefill_tokens=config.prefill_tokens,
+            prefill_seqs=config.prefill_seqs,
+            chunk_tokens=config.chunk_tokens or config.prefill_tokens,
+            tile=config.tile,
+            tile_entries=config.tile_entries or 1,
+            decode_steps=config.decode_steps,
+            goes_ahead=goes_ahead,
+            prefill_sizes=self.runner.filled_counts,
+        )
+        self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging)
+        self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.dtype), seed)
+        self._claims = Claims(self.adapters, store)
+        if store is not None:
+            store.check = self._admission.check_config
+        self._background = background
+        self._background_seconds = background_seconds
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._stats = Stats()
+        self._compiles = CompileCounter()
+        self._live: dict[int, list[Sequence]] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._early: list[News] = []
+        # What the device works on, oldest first: two calls at most.
+        self._calls: collections.deque[Call] = collections.deque()
+        # A call that is started as soon as the oldest one is over.
+        self._prepared: Prepared | None = None
+        self._goes_ahead = goes_ahead
+        self._results_at = 0.0
+        self._asleep = False
+        # Whether sequences whose call failed are run apart from others.
+        self._apart = False
+        self._next_id = 0
+        self._cohorts = 0
+
+    # Requests
+
+    def warm_up(self) -> None:
+        """Compile every program, unless that was done."""
+        if not self.runner.programs:
+            self.runner.warm_up()
+
+    def sleep(self) -> None:
+        """Free the KV cache and the bank, for others who use the device, until the next step that has work.
+
+        Weights, compiled programs and adapters in host memory stay; cached prefixes are lost.
+
+        Raises:
+            RequestError: if requests are unfinished.
+        """
+        if self.has_work:
+            raise RequestError(f"{len(self._live)} requests are unfinished; cancel them, or step until they are done")
+        if not self._asleep:
+            self._forget_device()
+            self.runner.release()
+            self._asleep = True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether requests are unfinished or outputs are still to come."""
+        return bool(self._live or self._early)
+
+    @property
+    def stats(self) -> Stats:
+        """A copy of the counters."""
+        return dataclasses.replace(
+            self._stats,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            preemptions=self.scheduler.preemptions,
+            adapter_loads=self.adapters.loads,
+            adapter_waits=self._staging.waits,
+            recompiles=self._compiles.count,
+        )
+
+    def load_adapters(self, adapters: Iterable[Adapter]) -> None:
+        """Fold adapters now and keep them on the host, so that requests need not wait for it."""
+        for adapter in adapters:
+            self._admission.check_adapter(adapter)
+            self.adapters.hold(adapter)
+
+    def add(self, request: Request) -> int:
+        """Take a request; its outputs come from ``step``.
+
+        Raises:
+            RequestError, AdapterError: if it can never be served; nothing else is affected.
+        """
+        request_id = self._next_id
+        sequences = self._admission.sequences(request, request_id)
+        is_here = self._claims.claim(request_id, request.adapter)
+        for sequence in sequences:
+            sequence.adapter = None if request.adapter is None else request.adapter.digest
+        self._next_id += 1
+        self._live[request_id] = sequences
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (self._clock() + request.deadline, request_id))
+        if is_here:
+            self.scheduler.add(sequences[0])
+        return request_id
+
+    def _take_loaded(self) -> None:
+        """Queue the requests whose adapters came, and end those whose adapters cannot be loaded."""
+        for request_id, error in self._claims.poll():
+            for sequence in self._live[request_id] if error is not None else ():
+                if sequence.status is not Status.FINISHED:
+                    self._end(News(sequence=sequence, finish="error", error=error))
+            leader = self._live[request_id][0]
+            if leader.status is not Status.FINISHED:  # It may have been cancelled a moment before.
+                self.scheduler.add(leader)
+
+    def cancel(self, request_id: int, error: str | None = None) -> None:
+        """Give a request up; its samples' last outputs say ``"abort"``. Unknown and finished ones are ignored."""
+        for sequence in self._live.get(request_id, []):
+            if sequence.status is not Status.FINISHED:
+                self._end(News(sequence=sequence, finish="abort", error=error))
+
+    def _pack(self, adapter: Adapter) -> Known:
+        return pin(pack(pack_adapter(adapter, self.model.config, self.runner.dtype), self.runner.dtype))
+
+    # Steps
+
+    def step(self) -> list[Output]:
+        """Give the device its next calls, collect the results of the oldest, and return their outputs."""
+        self.warm_up()
+        if self._asleep and self.has_work:
+            self.runner.reset()
+            self._asleep = False
+        with self._compiles:
+            self._take_loaded()
+            self._expire()
+            if self._goes_ahead and not self._apart:
+                self._run_ahead()
+            news = self._collect()
+            if not self._calls:
+                plan = self.scheduler.schedule()
+                self._run(plan)
+                if plan is None and not news:
+                    self._run_background(self._idle_seconds)
+                    if self._claims.loading and not self._early:
+                        self._claims.wait(_LOADING_SECONDS)
+            return self._outputs(news)
+
+    def _expire(self) -> None:
+        now = self._clock() if self._deadlines else 0.0
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.cancel(heapq.heappop(self._deadlines)[1], "its deadline passed")
+
+    def _run_ahead(self) -> None:
+        """Start calls behind the one under way, so that the device need not wait for the host."""
+        if len(self._calls) != 1:
+            return
+        under_way = self._calls[0].plan
+        plan = self.scheduler.ahead(under_way)
+        full = self.scheduler.full_prefill() if isinstance(under_way, Prefill) else None
+        if plan is None or full is None:
+            self._run(plan or full)
+            return
+        # Its arguments go to the device before copies that begin behind the step's start, or they would be held up;
+        # it is started when the oldest call is over: a GPU's queue holds the kernels of two calls, hardly of three.
+        with self._recovering(full):
+            prepared = self._starter.prepare(full)
+            self._run(plan, copies=False)
+            if self._calls:
+                prepared.begin_copies()
+                self._prepared = prepared
+
+    def _run(self, plan: Prefill | Decode | None, *, copies: bool = True) -> None:
+        """Start a call on the device; ``copies``: see ``Starter.start``."""
+        if plan is not None:
+            before = self._calls[-1] if self._calls else None
+            self._launch(plan, lambda: self._starter.start(plan, before, copies=copies))
+
+    def _launch(self, plan: Prefill | Decode, start: Callable[[], Call]) -> None:
+        with self._recovering(plan):
+            started = self._clock()
+            call = start()
+            call.started = started
+            self._calls.append(call)
+            self._count(plan)
+            self._staging.settle(self.scheduler.next_adapters(2))
+
+    @contextlib.contextmanager
+    def _recovering(self, plan: Prefill | Decode) -> Iterator[None]:
+        """Catch failures of what is done for a call, and begin again without it."""
+        try:
+            yield
+        except WriteError as error:
+            self._recover_from_write(error)
+        except Exception as error:
+            self._recover([*(call.plan for call in self._calls), plan], error)
+
+    def _count(self, plan: Prefill | Decode) -> None:
+        self._stats.prefill_calls += isinstance(plan, Prefill)
+        self._stats.decode_calls += isinstance(plan, Decode)
+
+    def _run_background(self, seconds: float) -> None:
+        if self._background is not None and seconds > 0:
+            self._background.run(seconds)
+
+    # Results
+
+    def _collect(self) -> list[News]:
+        """Wait for the call in flight and give each sequence what it drew."""
+        news, self._early = self._early, []
+        if not self._calls:
+            return news
+        call = self._calls.popleft()
+        try:
+            drawn, scores = call.results()
+        except Exception as error:
+            self._recover([call.plan], error)
+            return news + self._take_early()
+        if self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            self._launch(prepared.plan, prepared.start)
+            if not self._calls:  # It failed, and what was computed is lost.
+                return news + self._take_early()
+        self._trust(call.plan)
+        now = self._clock()
+        seconds, self._results_at = now - max(call.started, self._results_at), now
+        if isinstance(call.plan, Decode):
+            self._stats.decode_seconds += seconds
+            self._stats.decode_steps += max(int((d.token_NB != -1).any(axis=1).sum()) for d in drawn)
+        else:
+            self._stats.prefill_seconds += seconds
+            for chunk in call.plan.chunks:
+                if chunk.sequence.score and scores is not None and chunk.sequence.status is not Status.FINISHED:
+                    keep_scores(chunk, scores)
+                self._stats.prompt_tokens += chunk.end - chunk.start
+                self.scheduler.computed(chunk)
+        for part, d in zip(call.parts, drawn, strict=True):
+            news += self._append(part.sequences, d)
+        self._run_background(self._background_seconds)
+        return news
+
+    def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[News]:
+        """Give sequences the tokens that they drew; those that end free what they hold."""
+        news = list(read(drawn, sequences))
+        for new in news:
+            self._stats.generated_tokens += len(new.token_ids)
+            self.scheduler.append(new.sequence, new.token_ids)
+            if new.finish is not None:
+                # What is not a number must not be found again.
+                self.scheduler.finish(new.sequence, keep=new.finish != "error")
+        return news
+
+    def _end(self, news: News) -> None:
+        """End a sample outside a call's results; its last output comes with the next step."""
+        self.scheduler.finish(news.sequence)
+        self._early.append(news)
+
+    def _take_early(self) -> list[News]:
+        early, self._early = self._early, []
+        return early
+
+    def _trust(self, plan: Prefill | Decode) -> None:
+        """Let sequences whose call succeeded run with others again; of a prompt, its last chunk must have."""
+        done = plan.sequences if isinstance(plan, Decode) else [chunk.sequence for chunk in plan.chunks if chunk.last]
+        for sequence in done:
+            if sequence.cohort is not None and sequence.cohort[0] == type(plan).__name__:
+                sequence.cohort, sequence.strikes = None, 0
+        self._apart = self._apart and any(s.cohort is not None for group in self._live.values() for s in group)
+
+    def _reset_device(self) -> None:
+        """Make the device's state anew: a call that failed may have consumed it. Everything is computed again."""
+        self._stats.device_failures += 1
+        self._forget_device()
+        self.runner.reset()
+
+    def _forget_device(self) -> None:
+        self._calls.clear()
+        self._prepared = None
+        self.adapters.reset()
+        self._staging.reset()
+        self.scheduler.reset()
+
+    def _recover(self, plans: Many[Prefill | Decode], error: Exception) -> None:
+        """After a call that failed, one of these: run their sequences apart from others, in halves.
+
+        A sequence whose call fails twice alone is the one that cannot be served.
+        """
+        self._reset_device()
+        kind = type(plans[-1]).__name__
+        members = [s for plan in plans for s in plan.sequences if s.status is not Status.FINISHED]
+        members = list(dict.fromkeys(members))
+        if len(members) == 1:
+            members[0].strikes += 1
+            if members[0].strikes == STRIKES:
+                self._end(News(sequence=members[0], finish="error", error=_told(error)))
+                return
+        for part in (members[: len(members) // 2], members[len(members) // 2 :]):
+            self._cohorts += 1
+            for sequence in part:
+                sequence.cohort = (kind, self._cohorts)
+        self._apart = True
+
+    def _recover_from_write(self, error: WriteError) -> None:
+        """After adapters could not be written: try each alone, then give the requests of one that fails again up."""
+        self._reset_device()
+        digest = self._staging.blame(error.digests)
+        for sequence in [s for group in self._live.values() for s in group if digest and s.adapter == digest]:
+            if sequence.status is not Status.FINISHED:
+                self._end(News(sequence=sequence, finish="error", error=_told(error.__cause__)))
+
+    def _outputs(self, news: Many[News]) -> list[Output]:
+        """Turn news into outputs; a sample whose text ends it takes nothing more from the call in flight."""
+        outputs = []
+        for new in (*news, *self._take_early()):
+            if new.sequence not in self._live.get(new.sequence.request_id, ()):
+                continue  # Its text ended it a moment before something else did.
+            outputs.append(self._output(new))
+            if new.finish is not None:
+                self.scheduler.finish(new.sequence)
+                self._forget(new.sequence)
+                self._stats.finished += 1
+                self._stats.failed += new.finish == "error"
+        return outputs
+
+    def _output(self, new: News) -> Output:
+        """Turn news into an output; what cannot be turned into text ends its own sample only."""
+        try:
+            return to_output(new)
+        except Exception as error:
+            new.finish, new.error = "error", f"its text could not be made: {type(error).__name__}: {error}"
+            return Output(
+                request_id=new.sequence.request_id, index=new.sequence.index, finish_reason="error", error=new.error
+            )
+
+    def _forget(self, sequence: Sequence) -> None:
+        rest = [s for s in self._live[sequence.request_id] if s is not sequence]
+        self._live[sequence.request_id] = rest
+        if not rest:
+            del self._live[sequence.request_id]
+            self._claims.give_back(sequence.request_id)

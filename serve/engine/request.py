@@ -1,0 +1,118 @@
+"""What the engine is asked for and what it gives back."""
+
+import dataclasses
+import numbers
+from typing import Any, NamedTuple
+
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.errors import RequestError
+from preft_jax.sampling.parameters import MAX_LOGPROBS, SamplingParams
+from preft_jax.text.chat import EncodedPrompt
+from serve.store.names import Registered
+
+MAX_SAMPLES = 128
+"""Samples of one prompt (``n``)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One prompt and what to generate for it; names are those of OpenAI's and vLLM's APIs.
+
+    Attributes:
+        prompt: encoded by ``preft_jax.text.chat.encode_prompt``.
+        adapter: edits the prompt (or every token, if its config says so), given itself or by what an
+            ``AdapterStore`` has registered; None for the base model.
+        sampling: how tokens are drawn.
+        max_tokens: generate at most this many tokens for each sample.
+        n: samples of the prompt, which is prefilled once; sample i draws with seed + i.
+        stop: texts that end a sample; they are not part of its text.
+        logprobs: also return this many most likely tokens at each step (0: the drawn token's alone).
+        prompt_logprobs: the same for each prompt token but the first, or None.
+        priority: lower numbers are served first.
+        deadline: seconds after its arrival at which the request is given up, or None.
+        seed: used where ``sampling.seed`` is None; if both are, the engine draws one.
+    """
+
+    prompt: EncodedPrompt
+    adapter: Adapter | Registered | None = None
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int = 64
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    deadline: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        def whole(name: str, low: int, high: int) -> None:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+                raise RequestError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+
+        if not isinstance(self.prompt, EncodedPrompt) or not self.prompt.token_ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        strange = [t for t in self.prompt.token_ids if isinstance(t, bool) or not isinstance(t, numbers.Integral)]
+        if strange:
+            raise RequestError(f"the prompt holds {strange[0]!r}; token ids are integers")
+        if self.adapter is not None and not isinstance(self.adapter, Adapter | Registered):
+            raise RequestError(
+                f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), what an AdapterStore has "
+                "registered, or None"
+            )
+        if not isinstance(self.sampling, SamplingParams):
+            raise RequestError(f"sampling is {self.sampling!r}; give SamplingParams(...)")
+        whole("max_tokens", 1, 2**31 - 1)
+        whole("n", 1, MAX_SAMPLES)
+        if self.seed is not None:
+            whole("seed", 0, 2**32 - 1)
+        whole("priority", -(2**31), 2**31 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                whole(name, 0, MAX_LOGPROBS)
+        stops = self.stop
+        if not isinstance(stops, tuple | list) or not all(isinstance(text, str) and text for text in stops):
+            raise RequestError(f"stop is {stops!r}; give a sequence of texts, none of them empty")
+        late = self.deadline
+        if late is not None and (isinstance(late, bool) or not isinstance(late, numbers.Real) or not float(late) > 0):
+            raise RequestError(f"deadline is {late!r}; give seconds above 0, or None")
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: of the token that is there, and of the most likely ones by token id."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one step added to one sample.
+
+    Attributes:
+        request_id: what ``Engine.add`` returned.
+        index: of the sample, from 0 to n - 1.
+        token_ids: new tokens, the end token included.
+        text: new text; the end of a text that may yet become a stop text is held back.
+        logprobs: raw log-probability of each new token, temperature 1.
+        sampling_logprobs: log-probability of each under the distribution that it was drawn from.
+        top_logprobs: for each new token, if the request asked for them.
+        prompt_logprobs: of the prompt's tokens (None for the first), with the sample's first output.
+        finish_reason: None while it goes on; ``"stop"``, ``"length"``, ``"abort"`` or ``"error"``.
+        stop_reason: the stop text or end token that ended it.
+        error: why it failed or was given up.
+    """
+
+    request_id: int
+    index: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: Any = None
+    error: str | None = None

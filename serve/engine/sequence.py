@@ -1,0 +1,99 @@
+"""One sample of a request on its way through the engine: plain host state."""
+
+import dataclasses
+import enum
+from typing import Any
+
+import numpy as np
+
+from serve.engine.prefix import PageKeys
+
+
+class Status(enum.Enum):
+    """Where a sequence is."""
+
+    NEW = "new"
+    """Not in the queue yet: its adapter may be on its way to the host."""
+    WAITING = "waiting"
+    FORKING = "forking"
+    """Waits for the prefill of the first sample of its request."""
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Sequence:
+    """A prompt, what was generated for it so far, and the KV pages that hold it.
+
+    Attributes:
+        request_id, index: which request, and which of its samples.
+        order: of arrival; with ``priority`` it decides who goes first.
+        tokens: prompt and generated token ids.
+        prompt_len: tokens of the prompt.
+        mask: bool ``[prompt_len + max_tokens, G]``: which tokens are edited, generated ones included, decided when the
+            request was admitted and never again.
+        max_tokens: at most so many are generated.
+        stop_ids: end tokens.
+        adapter: digest of its adapter, or None.
+        entries: rank pages that the adapter puts on a tile's list.
+        all_token: whether its adapter also edits generated tokens.
+        keys: content keys of its pages; None: its KV is neither looked up nor kept for others.
+        score: whether log-probabilities of its prompt are wanted.
+        followers: samples that fork from it when it is prefilled.
+        pages: KV pages in order.
+        computed: tokens whose KV is in the cache.
+        started: the same with those that calls under way compute.
+        registered: pages that others can find.
+        ticket: its place in the queue among sequences of one rank.
+        overtaken: calls that took others with adapters before it, since its own found no room.
+        holds_adapter: whether it keeps its adapter on the device.
+        cohort: sequences whose device call failed together are run apart from others until a call succeeds.
+        strikes: how often a call of it alone failed.
+    """
+
+    request_id: int
+    index: int = 0
+    order: int
+    priority: int = 0
+    tokens: list[int]
+    prompt_len: int
+    mask: np.ndarray
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    adapter: str | None = None
+    entries: int = 0
+    all_token: bool = False
+    keys: PageKeys | None = None
+    score: bool = False
+    followers: list["Sequence"] = dataclasses.field(default_factory=list)
+    info: Any = None
+    status: Status = Status.NEW
+    pages: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    started: int = 0
+    registered: int = 0
+    ticket: int = 0
+    overtaken: int = 0
+    holds_adapter: bool = False
+    cohort: tuple[str, int] | None = None
+    strikes: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes first."""
+        return self.priority, self.order
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.prompt_len + self.max_tokens - len(self.tokens)
+
+    def page_keys(self, num_tokens: int) -> list[bytes]:
+        """Return the content keys of the full pages among the first ``num_tokens`` tokens."""
+        return [] if self.keys is None else self.keys.keys(self.tokens, self.mask, num_tokens)

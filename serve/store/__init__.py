@@ -1,0 +1,1 @@
+"""Adapters by name: names, files, host copies, and a watched directory."""

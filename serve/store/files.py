@@ -1,0 +1,137 @@
+"""Adapters on disk, as the store reads them: their own directories, and rank pages kept ready for the device.
+
+Reading an adapter's directory means checking it, folding it and cutting it to rank pages. With a state directory the
+pages are kept in a file named by the adapter's digest; a later load is then one read, and finds the same adapter even
+if its directory has changed since.
+"""
+
+import contextlib
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.fold import FOLD_VERSION
+from preft_jax.adapters.pages import pack_adapter
+from preft_jax.errors import AdapterError, PreftError
+from preft_jax.generator import check_base
+from preft_jax.io.adapter_files import load_adapter
+from preft_jax.io.adapter_limits import AdapterLimits
+from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
+from preft_jax.loading import Model
+from preft_jax.shapes import LINEAR_SITES
+from serve.store.host_copy import ALL_LINEARS, Columns, Known, pack
+
+_LAYOUT = 2
+"""Version of what a file of rank pages holds."""
+
+
+class Read(NamedTuple):
+    """An adapter that was read: ``known.slabs`` are NumPy arrays."""
+
+    config: AdapterConfig
+    digest: str
+    known: Known
+
+
+class AdapterFiles:
+    """Reads adapters for one base model.
+
+    Args:
+        model: the base model.
+        kept: the directory for rank pages, or None.
+        limits: how much is read of an adapter; None: what one of the largest rank takes.
+    """
+
+    def __init__(self, model: Model, kept: Path | None = None, *, limits: AdapterLimits | None = None):
+        self._model = model
+        self._limits = limits
+        self._dtype = np.dtype(model.params["embed"].dtype)
+        self._kept = kept
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+
+    def read(self, path: str) -> Read:
+        """Read, check and fold an adapter.
+
+        Raises:
+            AdapterError: if it cannot be read, is larger than the limits allow, or is not for this base model.
+        """
+        adapter = load_adapter(path, self._model, limits=self._limits)
+        check_base(adapter, self._model)
+        known = pack(pack_adapter(adapter, self._model.config, self._dtype), self._dtype)
+        return Read(adapter.config, adapter.digest, known)
+
+    def load(self, path: str, digest: str) -> Known:
+        """Return the rank pages of an adapter that was read before.
+
+        Raises:
+            AdapterError: if they are not kept, and the directory does not hold that adapter any more.
+        """
+        damage: AdapterError | None = None
+        if self._kept is not None and self._file(digest).exists():
+            try:
+                return self._unpack(self._file(digest))
+            except AdapterError as error:
+                damage = error
+        read = self.read(path)
+        if read.digest != digest:
+            raise AdapterError(
+                f"{path} holds another adapter than the one that was registered; register it again"
+            ) from damage
+        if damage is not None:
+            self.drop(digest)
+            self.keep(digest, read.known)
+        return read.known
+
+    def keep(self, digest: str, known: Known) -> None:
+        """Keep rank pages for later loads, if there is a directory for them."""
+        if self._kept is None or self._file(digest).exists():
+            return
+        tensors = {
+            f"{site}.{n}.{known.sites[LINEAR_SITES[0] if site == ALL_LINEARS else site].groups[n]}": array
+            for site, slabs in known.slabs.items()
+            for n, array in enumerate(slabs)
+        }
+        write_file(self._file(digest), serialize_safetensors(tensors), error=AdapterError)
+
+    def drop(self, digest: str) -> None:
+        """Delete the rank pages kept of an adapter."""
+        if self._kept is not None:
+            with contextlib.suppress(OSError):
+                self._file(digest).unlink(missing_ok=True)
+
+    def drop_others(self, digests: Collection[str]) -> None:
+        """Delete what is kept of adapters that are not among these."""
+        if self._kept is not None:
+            wanted = {self._file(digest).name for digest in digests}
+            for entry in os.scandir(self._kept):
+                if entry.name not in wanted and entry.name.endswith((".pages", ".tmp")):
+                    os.unlink(entry.path)
+
+    def _file(self, digest: str) -> Path:
+        assert self._kept is not None
+        return self._kept / f"{digest}.{self._dtype.name}.{FOLD_VERSION}.{_LAYOUT}.pages"
+
+    def _unpack(self, file: Path) -> Known:
+        tensors = read_safetensors(file, error=AdapterError, advice="delete it, and register the adapter again")
+        slabs: dict[str, list[Any]] = {}
+        groups: dict[str, list[int]] = {}
+        try:
+            for name in sorted(tensors, key=lambda name: int(name.split(".")[1])):
+                site, _, group = name.split(".")
+                slabs.setdefault(site, []).append(tensors[name])
+                groups.setdefault(site, []).append(int(group))
+        except ValueError as error:
+            raise AdapterError(f"{file} is damaged; delete it, and register the adapter again") from error
+        for site in LINEAR_SITES if ALL_LINEARS in groups else ():
+            groups[site] = groups[ALL_LINEARS]
+        return Known({site: Columns(tuple(columns)) for site, columns in groups.items() if site != ALL_LINEARS}, slabs)
+
+
+def told(error: BaseException) -> str:
+    """Return what a user is told of an adapter that could not be loaded."""
+    return str(error) if isinstance(error, PreftError) else f"{type(error).__name__}: {error}"

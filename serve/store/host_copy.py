@@ -1,0 +1,54 @@
+"""The host copy of an adapter: its rank pages as the device takes them."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from preft_jax.adapters.pages import PackedSite
+from preft_jax.shapes import LINEAR_SITES
+from serve.store.slabs import slab
+
+ALL_LINEARS = "linears"
+"""Key of slabs that span all linears."""
+
+
+class Columns(NamedTuple):
+    """The mask column of each rank page that an adapter takes at a site."""
+
+    groups: tuple[int, ...]
+
+
+class Known(NamedTuple):
+    """An adapter on the host.
+
+    ``sites`` says how many rank pages it takes where. ``slabs`` holds them, for each site (``device.slab``); if it has
+    equally many at all linears, in slabs that span these, as ``ALL_LINEARS``: a copy costs the host by the array.
+    """
+
+    sites: dict[str, Columns]
+    slabs: dict[str, list[Any]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its rank pages."""
+        return sum(array.nbytes for slabs in self.slabs.values() for array in slabs)
+
+
+def pack(edits: Mapping[str, PackedSite], dtype: Any) -> Known:
+    """Return rank pages as the device takes them, in NumPy arrays."""
+    sites = {site: Columns(edit.groups) for site, edit in edits.items()}
+    if set(sites) == set(LINEAR_SITES) and len({columns.groups for columns in sites.values()}) == 1:
+        count = len(sites[LINEAR_SITES[0]].groups)
+        whole = [np.concatenate([slab(edits[site], n, dtype) for site in LINEAR_SITES], axis=1) for n in range(count)]
+        return Known(sites, {ALL_LINEARS: whole})
+    return Known(sites, {site: [slab(edits[site], n, dtype) for n in range(len(sites[site].groups))] for site in sites})
+
+
+def pin(known: Known) -> Known:
+    """Return rank pages in memory that a GPU can read; other backends take them as they are."""
+    if jax.default_backend() != "gpu":
+        return known
+    pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    return known._replace(slabs=jax.device_put(known.slabs, pinned))

@@ -1,0 +1,420 @@
+"""A device call that fails takes down nobody but the request that it fails for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from engine_outputs import TIGHT, Whole, advance, alone, assert_as_alone, drain, lettered, request, some
+
+from preft_jax import Adapter, SamplingParams, load_model, random_adapter
+from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.pages import pack_adapter
+from preft_jax.sampling.device import INVALID
+from serve.engine.engine import Engine
+from serve.engine.residency import Load
+from serve.engine.runner import Runner
+from serve.store.host_copy import pack
+
+
+class BrokenError(RuntimeError):
+    """What a device raises here."""
+
+
+class Late:
+    """An array that raises when it is fetched."""
+
+    def __array__(self, *args, **kwargs):
+        raise BrokenError("at the fetch")
+
+
+def late_steps(decoded):
+    """Let what a decode call drew fail when it is fetched."""
+    return decoded._replace(steps=[drawn._replace(token_NB=Late()) for drawn in decoded.steps])
+
+
+def sequences_of(call, args):
+    """Return the sequences of a call of the runner."""
+    if call in ("prefill", "score"):
+        return [chunk.sequence for chunk in args[0]]
+    return args[1] if call == "draw" else args[0]
+
+
+def breaking(engine, call, breaks):
+    """Let a runner's call raise whenever ``breaks`` says so of its sequences; returns how often it did, in a list."""
+    real, times = getattr(engine.runner, call), [0]
+
+    def broken(*args):
+        if breaks(sequences_of(call, args)):
+            times[0] += 1
+            raise BrokenError(f"in {call}")
+        return real(*args)
+
+    setattr(engine.runner, call, broken)
+    return times
+
+
+def apart(engine):
+    """Let rows with and without all-token adapters be decoded by two calls."""
+    engine.warm_up()
+    engine.runner.step_seconds = {name: float("adapted" in name) for name in engine.runner.programs}
+
+
+def mixed(rng, adapters):
+    """Return requests of every kind; their first two share a prefill call."""
+    kinds = (None, "lora", "direft", None, "lora_all", "lora_skip", "loreft")
+    samplings = (SamplingParams(temperature=0.0), SamplingParams(seed=4), lettered(2))
+    return [
+        request(some(rng, 5 + 4 * i), adapters.get(kind), sampling=samplings[i % 3], max_tokens=6 + i, n=1 + (i == 3))
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def serve(engine, requests):
+    """Return the samples of each request, whatever becomes of them."""
+    numbers = [engine.add(one) for one in requests]
+    wholes = drain(engine)
+    assert engine.stats.recompiles == 0
+    return [[wholes[number, i] for i in range(one.n)] for number, one in zip(numbers, requests, strict=True)]
+
+
+def assert_others_as_alone(model, requests, samples, bad):
+    for at, (one, group) in enumerate(zip(requests, samples, strict=True)):
+        if at not in bad:
+            assert_as_alone(model, one, group)
+
+
+@pytest.mark.parametrize(
+    ("call", "which"),
+    [(call, which) for call in ("prefill", "decode", "draw") for which in (0, 1, 3)]
+    + [("decode_adapted", 4), ("prefill", 4)],
+)
+def test_a_request_whose_calls_fail_ends_alone(call, which, lively, adapters, rng):
+    requests = mixed(rng, adapters)
+    engine = Engine(lively, TIGHT)
+    times = breaking(engine, call, lambda sequences: any(s.request_id == which for s in sequences))
+    apart(engine)
+    samples = serve(engine, requests)
+    assert_others_as_alone(lively, requests, samples, {which})
+    for whole in samples[which]:
+        assert whole.finish_reason == "error"
+        assert f"BrokenError: in {call}" in whole.error
+    assert engine.stats.device_failures >= times[0] > 0
+    assert engine.stats.failed == len(samples[which])
+
+
+def test_a_request_that_fails_at_the_fetch_ends_alone(lively, adapters, rng):
+    requests = mixed(rng, adapters)
+    requests[1] = dataclasses.replace(requests[1], max_tokens=25)
+    engine = Engine(lively, TIGHT)
+    real = engine.runner.decode
+
+    def late(sequences, *args):
+        decoded = real(sequences, *args)
+        return late_steps(decoded) if any(s.request_id == 1 and s.generated > 2 for s in sequences) else decoded
+
+    engine.runner.decode = late
+    samples = serve(engine, requests)
+    assert_others_as_alone(lively, requests, samples, {1})
+    (whole,) = samples[1]
+    assert whole.finish_reason == "error"
+    assert "at the fetch" in whole.error
+    assert whole.token_ids == alone(lively, requests[1]).token_ids[: len(whole.token_ids)]
+    assert len(whole.token_ids) > 2, "what it had is kept"
+
+
+def cannot_write(engine, adapter):
+    """Let the writing of an adapter to the bank fail."""
+    real = engine.runner.write_adapters
+
+    def write(loads):
+        if any(load.digest == adapter.digest for load in loads):
+            raise BrokenError("no room")
+        return real(loads)
+
+    engine.runner.write_adapters = write
+
+
+def test_an_adapter_that_cannot_be_written_fails_only_its_requests(lively, adapters, rng):
+    requests = [
+        request(some(rng, 9 + i), adapters.get(kind)) for i, kind in enumerate((None, "lora", "direft", "lora"))
+    ]
+    engine = Engine(lively, TIGHT)
+    cannot_write(engine, adapters["lora"])
+    samples = serve(engine, requests)
+    assert_others_as_alone(lively, requests, samples, {1, 3})
+    for which in (1, 3):
+        assert samples[which][0].finish_reason == "error"
+        assert "no room" in samples[which][0].error
+
+
+def test_an_adapter_that_cannot_be_written_ahead_fails_nobody_else(lively, adapters, rng):
+    requests = [request(some(rng, 6), max_tokens=8) for _ in range(TIGHT.max_num_seqs)]
+    requests.append(request(some(rng, 6), adapters["lora"]))
+    engine = Engine(lively, TIGHT)
+    cannot_write(engine, adapters["lora"])
+    assert_others_as_alone(lively, requests, serve(engine, requests), {6})
+
+
+def test_a_cancelled_prompt_with_an_adapter_fails_no_call(lively, adapters, rng):
+    requests = [request(some(rng, 6), max_tokens=8 + i) for i in range(2 * TIGHT.max_num_seqs)]
+    engine = Engine(lively, TIGHT)
+    numbers = [engine.add(one) for one in requests]
+    engine.cancel(engine.add(request(some(rng, 6), adapters["lora"])))
+    wholes = drain(engine)
+    assert engine.stats.device_failures == 0
+    for number, one in zip(numbers, requests, strict=True):
+        assert_as_alone(lively, one, [wholes[number, 0]])
+
+
+@pytest.mark.parametrize("call", ["prefill", "decode", "draw", "write_adapters", "copy_pages", "fetch"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_after_a_call_that_fails_once_everybody_finishes(call, nth, lively, adapters, rng):
+    requests = mixed(rng, adapters)
+    engine = Engine(lively, TIGHT)
+    name = "decode" if call == "fetch" else call
+    real, calls = getattr(engine.runner, name), [0]
+
+    def once(*args):
+        several = call in ("write_adapters", "copy_pages") or len(sequences_of(name, args)) > 1
+        calls[0] += several
+        fails = several and calls[0] == nth
+        if fails and call != "fetch":
+            raise BrokenError(call)
+        result = real(*args)
+        return late_steps(result) if fails else result
+
+    setattr(engine.runner, name, once)
+    apart(engine)
+    assert_others_as_alone(lively, requests, serve(engine, requests), ())
+    assert engine.stats.device_failures == (calls[0] >= nth)
+
+
+def test_one_request_alone_survives_a_call_that_fails_once(lively, rng):
+    engine, one = Engine(lively, TIGHT), request(some(rng, 9), max_tokens=9)
+    tries = iter([False, True])
+    breaking(engine, "decode", lambda sequences: next(tries, False))
+    assert_as_alone(lively, one, serve(engine, [one])[0])
+
+
+@pytest.mark.parametrize("call", ["prefill", "decode", "draw"])
+def test_if_every_call_fails_every_request_ends(call, lively, adapters, rng):
+    requests = mixed(rng, adapters)
+    engine = Engine(lively, TIGHT)
+    breaking(engine, call, lambda sequences: True)
+    apart(engine)
+    for group, one in zip(serve(engine, requests), requests, strict=True):
+        everywhere = one.adapter is not None and not one.adapter.config.prefill_only
+        for whole in group:
+            assert whole.finish_reason == "error" or (everywhere and call == "decode")
+    delattr(engine.runner, call)
+    assert_others_as_alone(lively, requests, serve(engine, requests), ())
+
+
+@pytest.mark.parametrize(
+    "most",
+    [
+        4,
+        100,
+    ],
+)
+def test_a_request_that_fails_in_its_second_chunk_ends_while_others_keep_coming(most, lively, adapters, rng):
+    engine = Engine(lively, TIGHT)
+    bad = engine.add(request(some(rng, 30), adapters["lora"]))
+    real = engine.runner.prefill
+
+    def prefill(chunks, *args):
+        if any(c.sequence.request_id == bad and c.start > 0 for c in chunks):
+            raise BrokenError("second chunk")
+        return real(chunks, *args)
+
+    engine.runner.prefill = prefill
+    wholes = {}
+    for _ in range(60):
+        if len(engine._live) < most:
+            engine.add(request(some(rng, 5), max_tokens=3))
+        advance(engine, wholes)
+        if (bad, 0) in wholes:
+            break
+    failures = engine.stats.device_failures
+    drain(engine, wholes)
+    assert wholes[bad, 0].finish_reason == "error"
+    assert failures < 10
+
+
+# Logits that are no numbers.
+
+
+def overflowing(adapter):
+    """Return an adapter of finite numbers that are too large to be multiplied."""
+    return Adapter(adapter.config, jax.tree.map(lambda leaf: np.full_like(leaf, 1e19), adapter.params))
+
+
+@pytest.mark.parametrize("kind", ["lora", "direft_free", "lora_all"])
+def test_an_adapter_whose_numbers_overflow_fails_only_its_requests(kind, lively, adapters, rng):
+    requests = mixed(rng, adapters)
+    requests.insert(2, request(some(rng, 9), overflowing(adapters[kind]), max_tokens=4))
+    engine = Engine(lively, TIGHT)
+    for _ in range(2):
+        samples = serve(engine, requests)
+        (whole,) = samples[2]
+        assert whole.finish_reason == "error"
+        assert "logits are not numbers" in whole.error
+        assert_others_as_alone(lively, requests, samples, {2})
+    assert engine.stats.device_failures == 0
+
+
+@pytest.mark.parametrize("call", ["decode", "draw"])
+def test_a_row_that_draws_nothing_ends_and_keeps_what_it_had(call, lively, adapters, rng):
+    requests = mixed(rng, adapters)
+    engine = Engine(lively, TIGHT)
+    real = getattr(engine.runner, call)
+
+    def invalid(*args):
+        result = real(*args)
+        sequences = sequences_of(call, args)
+        rows = [row for row, s in enumerate(sequences) if s.request_id == 0]
+        if not rows or (call == "decode" and sequences[rows[0]].generated < 3):
+            return result
+        first = result if call == "draw" else result.steps[0]
+        tokens = np.array(first.token_NB)
+        tokens[:, rows] = INVALID
+        first = first._replace(token_NB=tokens)
+        return first if call == "draw" else result._replace(steps=[first, *result.steps[1:]])
+
+    setattr(engine.runner, call, invalid)
+    samples = serve(engine, requests)
+    (whole,) = samples[0]
+    assert whole.finish_reason == "error"
+    assert "logits are not numbers" in whole.error
+    assert len(whole.token_ids) >= (0 if call == "draw" else 3)
+    assert whole.token_ids == alone(lively, requests[0]).token_ids[: len(whole.token_ids)]
+    assert_others_as_alone(lively, requests, samples, {0})
+
+
+def test_a_prompt_that_once_had_no_numbers_can_be_asked_again(lively, rng):
+    one = request(some(rng, 24))
+    engine = Engine(lively, TIGHT)
+    real, calls = engine.runner.prefill, iter(range(100))
+
+    def prefill(*args):
+        result = real(*args)
+        if next(calls) == 1:
+            runner = engine.runner
+            runner.cache, runner._logits = jax.tree.map(lambda x: x * np.nan, (runner.cache, runner._logits))
+        return result
+
+    engine.runner.prefill = prefill
+    number = engine.add(one)
+    assert drain(engine)[number, 0].finish_reason == "error"
+    engine.runner.prefill = real
+    number = engine.add(one)
+    assert_as_alone(lively, one, [drain(engine)[number, 0]])
+
+
+def test_a_stop_text_before_the_failure_ends_the_sample_well(lively, rng):
+    one = request(some(rng, 9), sampling=lettered(3), max_tokens=16)
+    stopping = dataclasses.replace(one, stop=(alone(lively, one).text[1:3],))
+    engine = Engine(lively, dataclasses.replace(TIGHT, decode_steps=8))  # Two calls of four steps.
+    real = engine.runner.decode
+
+    def decode(*args):
+        decoded = real(*args)
+        drawn = decoded.steps[3]
+        nothing = np.full_like(drawn.token_NB, INVALID)
+        return decoded._replace(steps=[*decoded.steps[:3], drawn._replace(token_NB=nothing), *decoded.steps[4:]])
+
+    engine.runner.decode = decode
+    assert_as_alone(lively, stopping, serve(engine, [stopping])[0])
+
+
+# Too few pages.
+
+
+def test_all_finish_when_pages_run_out(lively, adapters, rng):
+    requests = [
+        request(some(rng, 20), adapters[kind] if kind else None, max_tokens=40)
+        for kind in (None, "lora", "lora_all", None, "loreft", None)
+    ]
+    engine = Engine(lively, TIGHT)
+    samples = serve(engine, requests)
+    assert engine.stats.preemptions > 3
+    assert_others_as_alone(lively, requests, samples, ())
+
+
+def test_a_sample_has_one_last_output_even_after_failures(lively, adapters, rng):
+    requests = mixed(rng, adapters)
+    engine = Engine(lively, TIGHT)
+    counter = iter(range(10**6))
+    breaking(engine, "decode", lambda sequences: next(counter) % 3 == 0)
+    numbers = [engine.add(one) for one in requests]
+    wholes: dict[tuple[int, int], Whole] = {}
+    drain(engine, wholes)
+    assert set(wholes) == {(number, i) for number, one in zip(numbers, requests, strict=True) for i in range(one.n)}
+    for (number, i), whole in wholes.items():
+        other = alone(lively, requests[number], i).token_ids
+        assert whole.token_ids == other[: len(whole.token_ids)]
+        assert whole.finish_reason == "error" or whole.token_ids == other
+
+
+def test_a_text_that_cannot_be_made_ends_its_own_sample_only(lively, rng):
+    requests = [request(some(rng, 7 + i), max_tokens=8) for i in range(3)]
+    engine = Engine(lively, TIGHT)
+    numbers = [engine.add(one) for one in requests]
+    (sequence,) = engine._live[numbers[1]]
+
+    def broken(token_ids):
+        raise BrokenError("no such character")
+
+    sequence.info.text.push = broken
+    wholes = drain(engine)
+    assert wholes[numbers[1], 0].finish_reason == "error"
+    assert "no such character" in wholes[numbers[1], 0].error
+    for i in (0, 2):
+        assert_as_alone(lively, requests[i], [wholes[numbers[i], 0]])
+
+
+def test_after_a_failure_the_old_cache_and_bank_are_gone_before_new_ones_are_made(lively, monkeypatch):
+    runner = Engine(lively, TIGHT).runner
+    old = jax.tree.leaves((runner.cache, runner.bank))
+    make = runner._new_cache
+
+    def look():
+        assert all(array.is_deleted() for array in old)
+        return make()
+
+    monkeypatch.setattr(runner, "_new_cache", look)
+    runner.reset()
+    assert not any(array.is_deleted() for array in jax.tree.leaves((runner.cache, runner.bank)))
+
+
+def test_a_load_of_an_adapter_that_had_to_go_again_is_not_carried_out(lively, tiny):
+    """Its page belongs to another by then, and a call must not write a page twice."""
+    engine = Engine(lively, dataclasses.replace(TIGHT, bank_pages=2))
+    adapters = [random_adapter(AdapterConfig(rank=8), tiny.config, jax.random.key(i)) for i in range(2)]
+    first, second = map(engine.adapters.hold, adapters)
+    assert engine.adapters.acquire(first)
+    engine.adapters.release(first)
+    assert engine.adapters.acquire(second)
+    assert [load.digest for load in engine.adapters.take_pending()] == [second]
+
+
+@pytest.mark.parametrize("writes", [1, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_written_together_are_those_written_one_by_one(writes, dtype, tiny, adapters):
+    """Five adapters of many kinds at once, as on an accelerator; c keeps its float32 bits in a bfloat16 bank."""
+    model = tiny if dtype == "float32" else load_model("tiny", dtype=dtype)
+    runner = Runner(model, dataclasses.replace(TIGHT, bank_pages=12).resolve("cpu"))
+    runner._writes = writes
+    runner.programs = {name: traced.lower().compile() for name, traced in runner._trace() if name.startswith("write")}
+    allocator, loads = BankAllocator(12), []
+    expected = init_bank(model.config, 12, runner.dtype)
+    for kind in ("lora", "direft", "loreft", "loreft_f3l2", "lora_r24"):
+        edits = pack_adapter(adapters[kind], model.config, runner.dtype)
+        place = allocator.allocate(edits)
+        loads.append(Load(kind, pack(edits, runner.dtype).slabs, place))
+        expected = write_adapter(expected, edits, place)
+    runner.write_adapters(loads)
+    for ours, theirs in zip(jax.tree.leaves(runner.bank), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

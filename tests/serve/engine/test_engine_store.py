@@ -1,0 +1,314 @@
+"""Named adapters: the engine serves what the store has registered, whichever tier it comes from."""
+
+import dataclasses
+import os
+import shutil
+import threading
+
+import jax
+import pytest
+from engine_outputs import TIGHT, Whole, alone, assert_as_alone, drain, request, run_all, some
+
+from preft_jax import random_adapter, save_adapter
+from preft_jax.adapters.config import AdapterConfig
+from preft_jax.errors import AdapterError, RequestError
+from preft_jax.io.adapter_files import load_adapter
+from serve.engine.engine import Engine
+from serve.store.directory import AdapterDirectory
+from serve.store.files import AdapterFiles
+from serve.store.host import AdapterStore
+from serve.store.names import Registry
+
+BROKEN = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(lively, adapters, tmp_path_factory):
+    """Return a directory with every kind of adapter, made for ``lively``."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, adapter in adapters.items():
+        save_adapter(root / name, adapter)
+    return root
+
+
+def make_store(model, registry=None, kept=None, host_bytes=10**8):
+    return AdapterStore(AdapterFiles(model, kept), registry or Registry(), host_bytes=host_bytes)
+
+
+@pytest.fixture
+def store(lively):
+    store = make_store(lively)
+    yield store
+    store.close()
+
+
+def direct(lively, one, path):
+    """Return the same request with the adapter itself."""
+    return dataclasses.replace(one, adapter=load_adapter(path, lively))
+
+
+def test_every_kind_by_name_is_the_adapter_itself(lively, saved, adapters, store, rng):
+    requests = [
+        request(some(rng, 6 + i), store.register(name, saved / name), max_tokens=5) for i, name in enumerate(adapters)
+    ]
+    engine = Engine(lively, TIGHT, store=store)
+    for one, samples in zip(requests, run_all(engine, requests), strict=True):
+        assert_as_alone(lively, direct(lively, one, one.adapter.path), samples)
+    tiers = store.tiers()
+    assert tiers["leased"] == 0
+    assert tiers["host_adapters"] == len(adapters)
+
+
+def test_room_for_three_on_the_host_and_fewer_on_the_device_serves_twelve(lively, tmp_path, rng):
+    config = AdapterConfig(rank=8, alpha=12.0)
+    for i in range(12):
+        save_adapter(tmp_path / f"u{i}", random_adapter(config, lively.config, jax.random.key(i), strength=0.7))
+    store = make_store(lively)
+    named = [store.register(f"u{i}", tmp_path / f"u{i}") for i in range(12)]
+    store.close()
+    store = make_store(lively, host_bytes=3 * named[0].num_bytes)
+    named = [store.register(f"u{i}", tmp_path / f"u{i}") for i in range(12)]
+    requests = [request(some(rng, 7), one, max_tokens=5) for one in (*named, *reversed(named))]
+    engine = Engine(lively, TIGHT, store=store)
+    for one, samples in zip(requests, run_all(engine, requests), strict=True):
+        assert_as_alone(lively, direct(lively, one, one.adapter.path), samples)
+    assert store.tiers()["host_bytes"] <= store.host_bytes
+    assert store.tiers()["evictions"] > 6
+    store.close()
+
+
+class Slow(AdapterFiles):
+    """Loads when it is told to."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.gate = threading.Event()
+
+    def load(self, path, digest):
+        self.gate.wait(60)
+        return super().load(path, digest)
+
+
+def slow_store(lively, saved, *names):
+    """Return a store whose named adapters are not in host memory, and what lets them come."""
+    files = Slow(lively)
+    store = AdapterStore(files, Registry(), host_bytes=10**8)
+    named = []
+    for name in names:
+        store.register(name, saved / name)
+        store._used, store._copies = 0, type(store._copies)()
+        named.append(store.get(name))
+    return store, files.gate, named
+
+
+def test_a_request_whose_adapter_is_loading_blocks_no_other(lively, saved, rng):
+    store, gate, (named,) = slow_store(lively, saved, "lora")
+    engine = Engine(lively, TIGHT, store=store)
+    waits = request(some(rng, 8), named, max_tokens=5, n=2)
+    others = [request(some(rng, 8 + i), max_tokens=5) for i in range(4)]
+    number = engine.add(waits)
+    for one, samples in zip(others, run_some(engine, others), strict=True):
+        assert_as_alone(lively, one, samples)
+    assert engine.has_work
+    gate.set()
+    wholes = drain(engine)
+    assert_as_alone(lively, direct(lively, waits, saved / "lora"), [wholes[number, 0], wholes[number, 1]])
+    assert store.tiers()["leased"] == 0
+    store.close()
+
+
+def run_some(engine, requests):
+    """Return the samples of requests, while others may be left over."""
+    numbers, found = [engine.add(one) for one in requests], {}
+    for _ in range(3000):
+        for output in engine.step():
+            found.setdefault((output.request_id, output.index), []).append(output)
+        if all(any(o.finish_reason for o in found.get((n, 0), ())) for n in numbers):
+            break
+    return [[whole(found[number, 0])] for number in numbers]
+
+
+def whole(outputs):
+    made = Whole()
+    for output in outputs:
+        made.add(output)
+    return made
+
+
+@pytest.mark.parametrize("when", ["at once", "after it came"])
+def test_a_request_cancelled_while_its_adapter_loads_leaves_nothing(when, lively, saved, rng):
+    store, gate, (named,) = slow_store(lively, saved, "lora")
+    engine = Engine(lively, TIGHT, store=store)
+    number = engine.add(request(some(rng, 8), named))
+    if when == "after it came":
+        gate.set()
+        for _ in range(500):
+            store.wait(0.01)
+            if store._done:
+                break
+    engine.cancel(number)
+    gate.set()
+    wholes = drain(engine)
+    assert wholes[number, 0].finish_reason == "abort"
+    assert store.tiers()["leased"] == 0
+    assert engine.adapters._users == {}
+    one = request(some(rng, 8), named)
+    ((sample,),) = run_all(engine, [one])
+    assert_as_alone(lively, direct(lively, one, saved / "lora"), [sample])
+    store.close()
+
+
+def test_an_adapter_that_cannot_be_loaded_any_more_fails_its_own_requests(lively, saved, tmp_path, rng):
+    shutil.copytree(saved / "lora", tmp_path / "gone")
+    files = AdapterFiles(lively)
+    store = AdapterStore(files, Registry(), host_bytes=10**8)
+    gone, direft = store.register("gone", tmp_path / "gone"), store.register("direft", saved / "direft")
+    store._used, store._copies = 0, type(store._copies)()
+    (tmp_path / "gone" / BROKEN).write_bytes(b"not tensors")
+    requests = [request(some(rng, 8), gone), request(some(rng, 9), direft), request(some(rng, 7))]
+    engine = Engine(lively, TIGHT, store=store)
+    numbers = [engine.add(one) for one in requests]
+    wholes = drain(engine)
+    assert wholes[numbers[0], 0].finish_reason == "error"
+    assert "not a whole safetensors file" in wholes[numbers[0], 0].error
+    assert_as_alone(lively, direct(lively, requests[1], saved / "direft"), [wholes[numbers[1], 0]])
+    assert_as_alone(lively, requests[2], [wholes[numbers[2], 0]])
+    assert store.tiers()["leased"] == 0
+    store.close()
+
+
+def test_a_reload_under_load_never_mixes_digests(lively, adapters, tmp_path, rng):
+    """The name stands for other adapters while its requests run: each request is served by the one it asked for."""
+    store = make_store(lively, kept=tmp_path / "kept", host_bytes=10**6)
+    engine = Engine(lively, TIGHT, store=store)
+    wholes, asked = {}, {}
+    for turn, kind in enumerate(["lora", "direft", "loreft", "lora"] * 3):
+        save_adapter(tmp_path / "changing", adapters[kind])
+        named = store.register("changing", tmp_path / "changing", replace=True)
+        for _ in range(2):
+            one = request(some(rng, 5 + turn), named, max_tokens=7)
+            asked[engine.add(one)] = dataclasses.replace(one, adapter=adapters[kind])
+        for output in engine.step():
+            wholes.setdefault(output.request_id, []).append(output)
+    while engine.has_work:
+        for output in engine.step():
+            wholes.setdefault(output.request_id, []).append(output)
+    for number, one in asked.items():
+        assert_as_alone(lively, one, [whole(wholes[number])])
+    store.unregister("changing")
+    assert list((tmp_path / "kept").iterdir()) == []
+    store.close()
+
+
+def test_kept_rank_pages_serve_without_the_directory(lively, saved, tmp_path, rng):
+    shutil.copytree(saved / "loreft_f3l2", tmp_path / "a")
+    path = tmp_path / "adapters.sqlite"
+    store = make_store(lively, Registry(path), tmp_path / "kept")
+    store.register("a", tmp_path / "a")
+    store.close()
+    shutil.rmtree(tmp_path / "a")
+    store = make_store(lively, Registry(path), tmp_path / "kept")
+    one = request(some(rng, 12), store.get("a"))
+    ((sample,),) = run_all(Engine(lively, TIGHT, store=store), [one])
+    assert_as_alone(lively, direct(lively, one, saved / "loreft_f3l2"), [sample])
+    assert store.tiers()["loads"] == 1
+    store.close()
+
+
+def test_adapters_that_the_engine_can_never_serve_are_refused_at_registration(lively, saved, store):
+    Engine(lively, dataclasses.replace(TIGHT, all_token=False), store=store)
+    with pytest.raises(AdapterError, match="edits every token"):
+        store.register("lora_all", saved / "lora_all")
+    assert store.get("lora_all") is None
+
+
+def test_a_named_adapter_needs_a_store(lively, saved, store, rng):
+    with pytest.raises(RequestError, match="no store"):
+        Engine(lively, TIGHT).add(request(some(rng, 5), store.register("lora", saved / "lora")))
+
+
+def test_a_directory_is_followed(lively, saved, store, tmp_path):
+    root = tmp_path / "watched"
+    root.mkdir()
+    shutil.copytree(saved / "lora", root / "ann")
+    (root / "empty").mkdir()
+    (root / "link").symlink_to(saved / "direft")
+    watched = AdapterDirectory(store, root)
+    assert watched.scan() == (["ann"], [], {})
+    assert watched.scan() == ([], [], {})
+    shutil.copytree(saved / "direft", root / "bob")
+    (root / "bob" / BROKEN).write_bytes(b"nothing")
+    changes = watched.scan()
+    assert list(changes.refused) == ["bob"]
+    assert "not a whole safetensors file" in changes.refused["bob"]
+    assert watched.scan() == ([], [], {}), "it is not read again before it changes"
+    shutil.copyfile(saved / "direft" / BROKEN, root / "bob" / BROKEN)
+    assert watched.scan().registered == ["bob"]
+    before = store.register("ann", root / "ann", owner="ann", pinned=True, replace=True)
+    save_adapter(root / "ann", load_adapter(saved / "direft", lively))
+    assert watched.scan().registered == ["ann"]
+    now = store.get("ann")
+    assert now.digest != before.digest
+    assert (now.owner, now.pinned) == ("ann", True), "another's adapter does not become everybody's when it changes"
+    shutil.rmtree(root / "bob")
+    assert watched.scan() == ([], ["bob"], {})
+    assert [one.name for one in store.list()] == ["ann"]
+
+
+def test_one_bad_adapter_in_a_directory_holds_up_no_other(lively, saved, store, tmp_path):
+    Engine(lively, dataclasses.replace(TIGHT, all_token=False), store=store)
+    for name, kind in (("ann", "lora"), ("base", "lora"), ("every", "lora_all"), ("zoe", "direft")):
+        shutil.copytree(saved / kind, tmp_path / "watched" / name)
+    watched = AdapterDirectory(store, tmp_path / "watched", taken=("base",))
+    changes = watched.scan()
+    assert changes.registered == ["ann", "zoe"]
+    assert "base model's name" in changes.refused["base"]
+    assert "--all-token" in changes.refused["every"]
+    assert watched.scan() == ([], [], {})
+
+
+def test_a_directory_swapped_for_an_older_one_is_noticed(lively, saved, store, tmp_path):
+    root = tmp_path / "watched"
+    shutil.copytree(saved / "direft", tmp_path / "new")
+    for path in (tmp_path / "new", *(tmp_path / "new").iterdir()):
+        os.utime(path, (1e9, 1e9))
+    shutil.copytree(saved / "lora", root / "ann")
+    watched = AdapterDirectory(store, root)
+    watched.scan()
+    before = store.get("ann")
+    (root / "ann").rename(tmp_path / "old")
+    (tmp_path / "new").rename(root / "ann")
+    assert watched.scan().registered == ["ann"]
+    assert store.get("ann").digest != before.digest
+    for path in (root / "ann", *(root / "ann").iterdir()):
+        os.utime(path, (4e9, 4e9))
+    watched.scan()
+    assert watched.scan() == ([], [], {}), "a clock that is ahead does not make it new at every look"
+
+
+def test_after_a_restart_a_directory_is_not_read_again(lively, saved, store, tmp_path):
+    shutil.copytree(saved / "lora", tmp_path / "watched" / "ann")
+    AdapterDirectory(store, tmp_path / "watched").scan()
+    assert AdapterDirectory(store, tmp_path / "watched").scan() == ([], [], {})
+
+
+def test_a_damaged_file_of_rank_pages_is_made_again(lively, saved, tmp_path):
+    files = AdapterFiles(lively, tmp_path / "kept")
+    read = files.read(str(saved / "lora"))
+    files.keep(read.digest, read.known)
+    (file,) = (tmp_path / "kept").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    known = files.load(str(saved / "lora"), read.digest)
+    assert known.sites == read.known.sites
+    assert file.read_bytes() == whole
+    file.write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="another adapter"):
+        files.load(str(saved / "direft"), read.digest)
+
+
+def test_alone_is_the_right_oracle(lively, saved, rng):
+    """Two adapters are two texts: the comparisons above could fail."""
+    one = request(some(rng, 9), load_adapter(saved / "lora", lively))
+    other = dataclasses.replace(one, adapter=load_adapter(saved / "direft", lively))
+    assert alone(lively, one).token_ids != alone(lively, other).token_ids

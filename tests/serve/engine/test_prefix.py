@@ -1,0 +1,204 @@
+import hashlib
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.engine.prefix import PageKeys, cache_salt
+
+ROOT = Path(__file__).parents[3]
+PARTS = {"base": "llama", "kv_dtype": "bfloat16", "adapter": "0a1b", "fold_version": 1}
+SALT = cache_salt(**PARTS)
+
+
+def draw(rng, num_tokens, groups=2):
+    return rng.integers(2**31, size=num_tokens).tolist(), rng.random((num_tokens, groups)) < 0.5
+
+
+def test_a_key_is_the_documented_hash():
+    tokens = [1, 2, 2**31 - 1, 4, 5]
+    mask_TG = np.array([[1, 0], [0, 1], [1, 1], [0, 0], [1, 0]], bool)
+    parent = hashlib.sha256(SALT).digest()
+    first = hashlib.sha256(parent + struct.pack("<qiiq", 2, 1, 2, 2) + bytes([0b10010000])).digest()
+    second = hashlib.sha256(first + struct.pack("<qiiq", 2, 2**31 - 1, 4, 2) + bytes([0b11000000])).digest()
+    assert PageKeys(SALT, 2).keys(tokens, mask_TG, 5) == [first, second]
+
+
+def test_only_full_pages_have_a_key(rng):
+    tokens, mask_TG = draw(rng, 12)
+    for num_tokens in range(13):
+        assert len(PageKeys(SALT, 4).keys(tokens, mask_TG, num_tokens)) == num_tokens // 4
+
+
+def test_what_lies_beyond_the_full_pages_does_not_matter(rng):
+    tokens, mask_TG = draw(rng, 7)
+    keys = PageKeys(SALT, 4).keys(tokens, mask_TG, 7)
+    assert PageKeys(SALT, 4).keys([*tokens[:4], 0, 0, 0, 9], np.r_[mask_TG[:4], ~mask_TG[4:]], 6) == keys
+
+
+def test_any_integer_sequence_of_tokens_has_the_same_keys(rng):
+    tokens, mask_TG = draw(rng, 8)
+    expected = PageKeys(SALT, 4).keys(tokens, mask_TG, 8)
+    for other in (tuple(tokens), np.array(tokens, np.int32), np.array(tokens, np.int64)):
+        assert PageKeys(SALT, 4).keys(other, mask_TG, 8) == expected
+    assert PageKeys(SALT, 4).keys(tokens, np.asfortranarray(mask_TG), 8) == expected
+
+
+salts = st.sampled_from([SALT, cache_salt(**PARTS | {"adapter": None})])
+rows = st.tuples(st.integers(0, 1), st.tuples(st.booleans(), st.booleans()))
+
+
+@st.composite
+def two_histories(draw):
+    """Draw two sequences of (token, mask row) that agree up to a few changed rows, so that both outcomes are common."""
+    one = draw(st.lists(rows, min_size=1, max_size=16))
+    other = list(one)
+    for place in draw(st.lists(st.integers(0, len(one) - 1), max_size=2)):
+        other[place] = draw(rows)
+    return one, other
+
+
+def keys_of(salt, history, page_size):
+    mask_TG = np.array([mask for _, mask in history], bool)
+    return PageKeys(salt, page_size).keys([token for token, _ in history], mask_TG, len(history))
+
+
+@given(two_histories(), salts, salts, st.integers(1, 5))
+def test_keys_are_equal_iff_everything_so_far_is(histories, salt_1, salt_2, size):
+    one, other = histories
+    keys_1, keys_2 = keys_of(salt_1, one, size), keys_of(salt_2, other, size)
+    for page, (key_1, key_2) in enumerate(zip(keys_1, keys_2, strict=True)):
+        end = (page + 1) * size
+        assert (key_1 == key_2) == ((salt_1, one[:end]) == (salt_2, other[:end]))
+
+
+@given(st.lists(rows, min_size=1, max_size=16), st.integers(1, 5))
+def test_no_two_pages_of_any_depth_or_size_share_a_key(history, size):
+    keys = keys_of(SALT, history, size) + keys_of(SALT, history, size + 1)
+    assert len(set(keys)) == len(keys)
+
+
+def test_one_mask_bit_early_changes_all_later_keys(rng):
+    tokens, mask_TG = draw(rng, 64)
+    changed_TG = mask_TG.copy()
+    changed_TG[17, 1] ^= True
+    keys, changed = (PageKeys(SALT, 8).keys(tokens, mask, 64) for mask in (mask_TG, changed_TG))
+    assert [a == b for a, b in zip(keys, changed, strict=True)] == [True] * 2 + [False] * 6
+
+
+def test_one_token_early_changes_all_later_keys(rng):
+    tokens, mask_TG = draw(rng, 64)
+    keys = PageKeys(SALT, 8).keys(tokens, mask_TG, 64)
+    tokens[17] ^= 1
+    changed = PageKeys(SALT, 8).keys(tokens, mask_TG, 64)
+    assert [a == b for a, b in zip(keys, changed, strict=True)] == [True] * 2 + [False] * 6
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_each_part_of_the_salt_changes_all_keys(rng, name):
+    tokens, mask_TG = draw(rng, 16)
+    other = cache_salt(**PARTS | {name: 2 if name == "fold_version" else "other"})
+    keys = PageKeys(SALT, 4).keys(tokens, mask_TG, 16)
+    assert not set(keys) & set(PageKeys(other, 4).keys(tokens, mask_TG, 16))
+
+
+def test_the_number_of_groups_is_part_of_a_key(rng):
+    tokens, _ = draw(rng, 4)
+    keys = {PageKeys(SALT, 4).keys(tokens, np.ones((4, groups), bool), 4)[0] for groups in (1, 2, 3)}
+    # Two tokens' bits fill less than a byte, so without the number these would be the same.
+    keys |= {PageKeys(SALT, 2).keys(tokens, np.zeros((4, groups), bool), 2)[0] for groups in (1, 2, 3)}
+    assert len(keys) == 6
+
+
+@given(st.data())
+def test_growing_gives_the_keys_of_starting_anew(data):
+    size = data.draw(st.integers(1, 5))
+    history = data.draw(st.lists(rows, min_size=1, max_size=24))
+    tokens, mask_TG = [token for token, _ in history], np.array([mask for _, mask in history], bool)
+    page_keys = PageKeys(SALT, size)
+    # Lengths may go back: a preempted request asks for its first pages again.
+    for length in data.draw(st.lists(st.integers(0, len(history)), min_size=1, max_size=6)):
+        grown = page_keys.keys(tokens[:length], mask_TG[:length], length)
+        assert grown == PageKeys(SALT, size).keys(tokens, mask_TG, length)
+
+
+def test_a_page_is_hashed_once(rng):
+    tokens, mask_TG = draw(rng, 12)
+    page_keys = PageKeys(SALT, 4)
+    first = page_keys.keys(tokens, mask_TG, 8)
+    expected = PageKeys(SALT, 4).keys(tokens, mask_TG, 12)
+    unreadable = [None] * 8 + tokens[8:]
+    assert page_keys.keys(unreadable, mask_TG, 11) == first
+    assert page_keys.keys(unreadable, mask_TG, 12) == expected
+
+
+def test_the_caller_may_change_the_list_it_got(rng):
+    tokens, mask_TG = draw(rng, 8)
+    page_keys = PageKeys(SALT, 4)
+    page_keys.keys(tokens, mask_TG, 8).clear()
+    assert page_keys.keys(tokens, mask_TG, 8) == PageKeys(SALT, 4).keys(tokens, mask_TG, 8)
+
+
+def test_what_cannot_be_hashed_is_refused(rng):
+    tokens, mask_TG = draw(rng, 8)
+    page_keys = PageKeys(SALT, 4)
+    for num_tokens in (9, -1):
+        with pytest.raises(ValueError, match=f"num_tokens is {num_tokens}"):
+            page_keys.keys(tokens, mask_TG, num_tokens)
+    with pytest.raises(ValueError, match="8 tokens and 7 mask rows"):
+        page_keys.keys(tokens, mask_TG[:7], 8)
+    with pytest.raises(ValueError, match="7 tokens and 8 mask rows"):
+        page_keys.keys(tokens[:7], mask_TG, 8)
+    for wrong in (mask_TG.astype(np.int32), mask_TG[:, 0]):
+        with pytest.raises(ValueError, match="must be bool"):
+            page_keys.keys(tokens, wrong, 8)
+    with pytest.raises(struct.error):  # a token id is never wrapped around
+        page_keys.keys([2**32, *tokens[1:]], mask_TG, 8)
+    with pytest.raises(ValueError, match="page_size is 0"):
+        PageKeys(SALT, 0)
+
+
+part = st.text(st.sampled_from("a1\0\4\xe9"), max_size=3)
+salt_parts = st.fixed_dictionaries(
+    {"base": part, "kv_dtype": part, "adapter": st.none() | part, "fold_version": st.integers(0, 12)}
+)
+
+
+@given(salt_parts, salt_parts)
+def test_salts_are_equal_iff_all_parts_are(one, other):
+    assert (cache_salt(**one) == cache_salt(**other)) == (one == other)
+
+
+def test_text_moved_from_one_part_to_the_next_makes_another_salt():
+    def salt(base, kv_dtype, adapter, fold_version=1):
+        return cache_salt(base=base, kv_dtype=kv_dtype, adapter=adapter, fold_version=fold_version)
+
+    moved = [
+        salt("ab", "c", "d"),
+        salt("a", "bc", "d"),
+        salt("a", "b", "cd"),
+        salt("abcd", "", ""),
+        salt("", "", "abcd"),
+    ]
+    moved += [salt("a", "b", "c", 11), salt("a", "b", "c1", 1), salt("a", "b", "c11", 0)]
+    assert len(set(moved)) == len(moved)
+
+
+def test_an_adapter_named_like_another_part_does_not_collide():
+    names = ["llama", "bfloat16", "1", "base", "adapter:", "None", "", None]
+    # The last two are what other components look like once they are encoded.
+    names += [cache_salt(**PARTS | {"adapter": None}).decode(), "adapter:0a1b"]
+    salts = {cache_salt(**PARTS | {"adapter": name}) for name in names}
+    assert len(salts | {SALT}) == len(names) + 1
+    assert cache_salt(**PARTS | {"base": "0a1b", "adapter": "llama"}) != SALT
+
+
+def test_the_host_modules_import_no_jax():
+    code = "import sys, serve.pages, serve.prefix; print(sorted({'jax', 'jaxlib', 'preft_jax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

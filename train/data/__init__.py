@@ -1,0 +1,1 @@
+"""Training data: rows, batches and the built-in task."""

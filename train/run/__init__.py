@@ -1,0 +1,1 @@
+"""One run of a training program: options, loop, reports, checkpoints."""
