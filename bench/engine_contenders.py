@@ -158,7 +158,7 @@ def ready(
     seconds = time.perf_counter() - start
     sizes = f"{engine.config.max_num_seqs} rows, {engine.kv_tokens} KV tokens"
     console.print(f"{mode}: ready in {seconds:.0f} s, {sizes}", soft_wrap=True)
-    console.print(engine.runner.compile_seconds, soft_wrap=True)
+    console.print(engine.runner.programs.seconds, soft_wrap=True)
     return engine, seconds
 
 

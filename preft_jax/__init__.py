@@ -3,6 +3,9 @@
 ``load_model``, ``load_adapter`` and ``generate`` are all that most programs need; see the README's example.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 try:
     import kernels.types as _ours  # noqa: F401
 except ImportError as error:
@@ -26,11 +29,6 @@ from preft_jax.errors import ConfigError as ConfigError
 from preft_jax.errors import ModelError as ModelError
 from preft_jax.errors import PreftError as PreftError
 from preft_jax.errors import RequestError as RequestError
-from preft_jax.generate import generate as generate
-from preft_jax.generator import Completion as Completion
-from preft_jax.generator import Generator as Generator
-from preft_jax.generator import Limits as Limits
-from preft_jax.generator import Request as Request
 from preft_jax.io.adapter_files import load_adapter as load_adapter
 from preft_jax.io.adapter_files import save_adapter as save_adapter
 from preft_jax.io.adapter_limits import AdapterLimits as AdapterLimits
@@ -39,4 +37,15 @@ from preft_jax.loading import load_model as load_model
 from preft_jax.models.modules import Llama as Llama
 from preft_jax.sampling.parameters import SamplingParams as SamplingParams
 
+if TYPE_CHECKING:
+    from serve.generate import Completion as Completion
+    from serve.generate import generate as generate
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load ``generate`` and ``Completion``, which run on the serving engine, when they are asked for."""
+    if name in ("generate", "Completion"):
+        return getattr(importlib.import_module("serve.generate"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,9 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 import preft_jax
 from preft_jax import AdapterConfig, Limits
 from preft_jax.config import PRESETS
+from preft_jax.device.programs import forget_shared
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
 from preft_jax.models.forward import train_forward
-from serve.engine import runner
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -91,7 +91,7 @@ def _few_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
-        runner._shared.clear()  # Engines of one shape share theirs.
+        forget_shared()  # Engines of one shape share theirs.
         gc.collect()
 
 

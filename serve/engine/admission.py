@@ -4,11 +4,10 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.errors import AdapterError, RequestError
-from preft_jax.generator import check_base, prompt_edit_mask
-from preft_jax.loading import Model
+from preft_jax.loading import Model, check_base
 from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
 from serve.engine.outputs import Info
@@ -69,7 +68,7 @@ class Admission:
         if request.stop and self._model.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
         entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
-        prompt_mask = prompt_edit_mask(request.prompt, request.adapter)
+        prompt_mask = prompt_edit_mask(request.prompt, None if request.adapter is None else request.adapter.config)
         positions = "prompt" if request.adapter is None else request.adapter.config.positions
         mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)
         eos = () if sampling.ignore_eos else model.eos_token_ids

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from preft_jax.programs import Drawn
+from preft_jax.sampling.rows import Drawn
 from serve.engine.outputs import fetch
 from serve.engine.residency import AdapterBank
 from serve.engine.runner import After, Runner
@@ -166,13 +166,15 @@ class Starter:
         """Whether all rows go to a program that knows adapters.
 
         That is if those without are too many for their own, or if one call is quicker than two, by the times measured
-        at warm-up.
+        at warm-up; without these, one call is taken.
         """
         runner = self._runner
         if plain > runner.row_counts[-1]:
             return True
         if not plain or not adapted:
             return False
+        if not runner.step_seconds:
+            return True
         together = runner.step_seconds[runner.adapted_program(plain + adapted)]
         apart = runner.step_seconds[runner.plain_program(plain)] + runner.step_seconds[runner.adapted_program(adapted)]
         return together < apart

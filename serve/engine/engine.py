@@ -19,7 +19,7 @@ from preft_jax.adapters.pages import pack_adapter
 from preft_jax.device.compiles import CompileCounter
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
-from preft_jax.programs import Drawn
+from preft_jax.sampling.rows import Drawn
 from serve.engine.admission import Admission
 from serve.engine.background import BackgroundWork
 from serve.engine.calls import Call, Prepared, Starter
@@ -148,9 +148,18 @@ class Engine:
     # Requests
 
     def warm_up(self) -> None:
-        """Compile every program, unless that was done."""
-        if not self.runner.programs:
-            self.runner.warm_up()
+        """Compile every program and time those that the engine chooses between; cached prefixes are lost.
+
+        An engine that was never warmed up compiles each program when a request first needs it.
+
+        Raises:
+            RequestError: if requests are unfinished.
+        """
+        if self.runner.step_seconds:
+            return
+        self._check_idle()
+        self._forget_device()
+        self.runner.warm_up()
 
     def sleep(self) -> None:
         """Free the KV cache and the bank, for others who use the device, until the next step that has work.
@@ -160,12 +169,15 @@ class Engine:
         Raises:
             RequestError: if requests are unfinished.
         """
-        if self.has_work:
-            raise RequestError(f"{len(self._live)} requests are unfinished; cancel them, or step until they are done")
+        self._check_idle()
         if not self._asleep:
             self._forget_device()
             self.runner.release()
             self._asleep = True
+
+    def _check_idle(self) -> None:
+        if self.has_work:
+            raise RequestError(f"{len(self._live)} requests are unfinished; cancel them, or step until they are done")
 
     @property
     def has_work(self) -> bool:
@@ -232,7 +244,6 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Give the device its next calls, collect the results of the oldest, and return their outputs."""
-        self.warm_up()
         if self._asleep and self.has_work:
             self.runner.reset()
             self._asleep = False

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from preft_jax.programs import Drawn
 from preft_jax.sampling.device import INVALID
 from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.sampling.rows import Drawn
 from preft_jax.text.streams import TextStream
 from serve.engine.request import Output, Request, TokenLogprobs
 from serve.engine.runner import MAX_STOP_IDS

@@ -20,10 +20,10 @@ from preft_jax.models import forward
 from preft_jax.models.batch import DecodeBatch, PrefillBatch
 from preft_jax.models.cache import KVCache
 from preft_jax.models.params import Params
-from preft_jax.programs import DecodeState, Drawn, advance, remember, tops_if
 from preft_jax.sampling.arrays import SamplingArrays
 from preft_jax.sampling.device import History, sample, sample_plain
 from preft_jax.sampling.parameters import MAX_LOGPROBS
+from preft_jax.sampling.rows import DecodeState, Drawn, advance, remember, tops_if
 from preft_jax.shapes import LINEAR_SITES
 from serve.store.slabs import slab_width
 

@@ -1,7 +1,7 @@
 """The device side of an engine: weights, KV cache, bank and compiled programs; plans in, drawn tokens out.
 
-Calls return at once with arrays that the device is still computing. Every program is compiled once, for one shape, when
-the runner is made ready; nothing is traced or compiled after that.
+Calls return at once with arrays that the device is still computing. Every program is compiled once, for one shape: all
+of them by ``warm_up``, or each when it is first called.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import functools
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from preft_jax.adapters.bank import AdapterPages, Bank, init_bank
+from preft_jax.device.programs import Programs
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
 from preft_jax.models.batch import Span, bucket, pack_prefill, pack_rows, round_up, rows_of
 from preft_jax.models.cache import KVCache, init_cache, pages_for
-from preft_jax.programs import Drawn
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import is_penalised, is_plain
+from preft_jax.sampling.rows import Drawn
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE
 from serve.engine import memory
 from serve.engine import programs as device
@@ -33,6 +33,7 @@ from serve.engine.residency import Load
 from serve.engine.scheduler import Chunk
 from serve.engine.sequence import Sequence, Status
 from serve.store.host_copy import ALL_LINEARS
+from serve.store.slabs import slab_width
 
 MAX_STOP_IDS = 16
 """End tokens of a sequence that the device knows; further ones are found by the host."""
@@ -73,10 +74,6 @@ class _Write(NamedTuple):
     page: dict[str, int]
 
 
-_shared: dict[Any, dict[str, tuple[Any, float]]] = {}
-"""Compiled programs and the seconds that each took, by everything that their shapes depend on."""
-
-
 class Runner:
     """Runs an engine's calls on the device."""
 
@@ -97,12 +94,11 @@ class Runner:
         self.num_kv_pages = config.num_kv_pages or room.kv_pages
         self.cache = self._first_cache()
         self._logits = self._new_logits()
-        self.programs: dict[str, Any] = {}
-        self.compile_seconds: dict[str, float] = {}
         self.step_seconds: dict[str, float] = {}
         self._rows_cache: tuple[Any, Any] | None = None
         self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
         self._empty_slabs: dict[str, jax.Array] = {}
+        self.programs = self._name_programs()
 
     def _choose_programs(self) -> None:
         """Choose the shapes of the programs: ten of them at most, whatever the engine is for."""
@@ -198,69 +194,92 @@ class Runner:
     # Programs
 
     def warm_up(self) -> None:
-        """Compile every program, then time what the engine chooses by.
+        """Compile every program that is not compiled yet, then time what the engine chooses by.
 
-        Programs are traced one by one, then lowered (which compiles their kernels) and compiled side by side; runners
-        of the same shapes share them.
+        Without it, programs are compiled when they are first called.
         """
+        if self.step_seconds:
+            return
+        traced = self.programs.trace_missing()
+        if traced:
+            self.release()  # XLA tries matrix products out while it compiles, and needs memory for it.
+            self.programs.compile(traced)
+            self.reset()
+        self._time_decode()
+
+    def _name_programs(self, key: Any = None) -> Programs:
+        """Return the programs by name, shared by ``key``: by default, all that their shapes depend on."""
         abstract = jax.tree.map(lambda x: (x.shape, x.dtype), (self.params, self.cache, self.bank))
         # What shapes do not depend on does not matter.
         config = dataclasses.replace(self.config, memory_utilization=1.0, decode_steps=1)
-        key = self.model.config, config, str(abstract)
-        if key not in _shared:
-            traced = dict(self._trace())
-            self.release()  # XLA tries matrix products out while it compiles, and needs memory for it.
-            with ThreadPoolExecutor() as pool:
-                _shared[key] = dict(zip(traced, pool.map(_compile, traced.values()), strict=True))
-            self.reset()
-        self.programs = {name: compiled for name, (compiled, _) in _shared[key].items()}
-        self.compile_seconds = {name: round(seconds, 3) for name, (_, seconds) in _shared[key].items()}
-        if self._adapters:
-            self._no_writes()  # A program makes its zeros, which may have to be compiled even if the others are shared.
-        self._time_decode()
-
-    def _trace(self) -> Any:
-        """Yield the name of each program and the program, traced."""
-        config, shape = self.config, self.model.config
-
-        def trace(function: Any, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
-            return jax.jit(function, donate_argnums=donate).trace(*args)
-
+        traces: dict[str, Callable[[], Any]] = {}
         for tokens in self.token_counts:
-            batch = self._pack([], tokens)
-            # A gap between two sequences is a row of the batch, too.
-            query = min(max(config.chunk_tokens or tokens, config.tile), tokens)
-            function = functools.partial(device.prefill, shape, query)
-            args = self.params, self.bank, self.cache, self._logits, batch
-            yield f"prefill-{tokens}", trace(function, *args, donate=(2, 3))
-            if config.scoring and tokens == config.prefill_tokens:
-                function = functools.partial(device.score, shape, query)
-                args = self.params, self.bank, self.cache, self._logits, batch, np.zeros(tokens, np.int32)
-                yield "score", trace(function, *args, donate=(2, 3))
+            traces[f"prefill-{tokens}"] = functools.partial(self._trace_prefill, tokens)
+        if config.scoring:
+            traces["score"] = self._trace_score
         for size in self.draw_counts:
-            rows, *args = self._row_args([], size)
-            index = np.zeros(size, np.int32)
-            yield f"draw-{size}", trace(device.draw, self._logits, index, rows, *args, self._no_history[size])
+            traces[f"draw-{size}"] = functools.partial(self._trace_draw, size)
             if self.draws_plainly:
-                yield f"draw-plain-{size}", trace(device.draw_plain, self._logits, index, rows, *args)
+                traces[f"draw-plain-{size}"] = functools.partial(self._trace_draw_plain, size)
         for count in self.row_counts:
-            rows, plan, _ = self._row_args([], self._draw_size(count))
-            function = functools.partial(device.decode, shape, count)
-            args = self.params, self.cache, self._logits, rows, plan
-            yield f"decode-{count}", trace(function, *args, donate=(1, 2))
+            traces[f"decode-{count}"] = functools.partial(self._trace_decode, count)
         for count in self.adapted_row_counts:
-            rows, plan, _ = self._row_args([], self._draw_size(count))
-            function = functools.partial(device.decode_adapted, shape, count)
-            args = self.params, self.bank, self._row_pages([], count), self.cache, self._logits, rows, plan
-            yield f"decode-adapted-{count}", trace(function, *args, donate=(3, 4))
-        none = np.zeros(COPIES, np.int32)
-        yield "copy-pages", trace(device.copy_pages, self.cache, none, none, donate=0)
+            traces[f"decode-adapted-{count}"] = functools.partial(self._trace_decode_adapted, count)
+        traces["copy-pages"] = self._trace_copy
         if self._adapters:
-            slabs, page = self._no_writes()
-            whole = slabs.pop(ALL_LINEARS, None)
-            if whole is not None:
-                yield "write-whole-pages", trace(device.write_whole_slabs, self.bank, whole, page, donate=0)
-            yield "write-pages", trace(device.write_slabs, self.bank, slabs, page, donate=0)
+            if ALL_LINEARS in self._slab_widths():
+                traces["write-whole-pages"] = functools.partial(self._trace_write, True)
+            traces["write-pages"] = functools.partial(self._trace_write, False)
+        return Programs(
+            traces, key=key or (self.model.config, config, str(abstract)), options=device.compiler_options()
+        )
+
+    def _query_len(self, tokens: int) -> int:
+        """Return the static bound on one sequence's tokens in a prefill call; a gap is a row of the batch, too."""
+        return min(max(self.config.chunk_tokens or tokens, self.config.tile), tokens)
+
+    def _trace_prefill(self, tokens: int) -> Any:
+        function = functools.partial(device.prefill, self.model.config, self._query_len(tokens))
+        args = self.params, self.bank, self.cache, self._logits, self._pack([], tokens)
+        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+
+    def _trace_score(self) -> Any:
+        tokens = self.config.prefill_tokens
+        function = functools.partial(device.score, self.model.config, self._query_len(tokens))
+        args = self.params, self.bank, self.cache, self._logits, self._pack([], tokens), np.zeros(tokens, np.int32)
+        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+
+    def _trace_draw(self, size: int) -> Any:
+        rows, *args = self._row_args([], size)
+        return jax.jit(device.draw).trace(
+            self._logits, np.zeros(size, np.int32), rows, *args, self._no_history[size]
+        )  # fmt: skip
+
+    def _trace_draw_plain(self, size: int) -> Any:
+        rows, *args = self._row_args([], size)
+        return jax.jit(device.draw_plain).trace(self._logits, np.zeros(size, np.int32), rows, *args)
+
+    def _trace_decode(self, count: int) -> Any:
+        rows, plan, _ = self._row_args([], self._draw_size(count))
+        function = functools.partial(device.decode, self.model.config, count)
+        args = self.params, self.cache, self._logits, rows, plan
+        return jax.jit(function, donate_argnums=(1, 2)).trace(*args)
+
+    def _trace_decode_adapted(self, count: int) -> Any:
+        rows, plan, _ = self._row_args([], self._draw_size(count))
+        function = functools.partial(device.decode_adapted, self.model.config, count)
+        args = self.params, self.bank, self._row_pages([], count), self.cache, self._logits, rows, plan
+        return jax.jit(function, donate_argnums=(3, 4)).trace(*args)
+
+    def _trace_copy(self) -> Any:
+        none = np.zeros(COPIES, np.int32)
+        return jax.jit(device.copy_pages, donate_argnums=0).trace(self.cache, none, none)
+
+    def _trace_write(self, whole: bool) -> Any:
+        slabs, page = self._no_writes()
+        linears = slabs.pop(ALL_LINEARS, None)
+        function, slabs = (device.write_whole_slabs, linears) if whole else (device.write_slabs, slabs)
+        return jax.jit(function, donate_argnums=0).trace(self.bank, slabs, page)
 
     def _time_decode(self) -> None:
         """Measure a step of each decode program, all rows busy, before any page holds anything."""
@@ -494,18 +513,15 @@ class Runner:
     def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
         """Return arguments of calls that write nothing but zeros to the null page."""
         if not self._empty_slabs:
-            layers = self.model.config.num_hidden_layers
-            widths = {}
-            for site in self.config.bank_sites:
-                d, f = self.model.config.site_shape(site)
-                widths[site] = device.slab_width(d, f, RANK_PAGE, self.dtype)
-            if set(LINEAR_SITES) <= set(widths):
-                widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
-            self._empty_slabs = {s: jnp.zeros((layers, width), self.dtype) for s, width in widths.items()}
+            layers, widths = self.model.config.num_hidden_layers, self._slab_widths()
+            self._empty_slabs = jax.device_put({s: np.zeros((layers, w), self.dtype) for s, w in widths.items()})
         nowhere = {site: np.zeros(self._writes, np.int32) for site in self.config.bank_sites}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
 
-
-def _compile(traced: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return traced.lower().compile(device.compiler_options()), time.perf_counter() - start
+    def _slab_widths(self) -> dict[str, int]:
+        """Return the width of the slabs of each site, and of all linears if the bank holds them."""
+        model = self.model.config
+        widths = {s: slab_width(*model.site_shape(s), RANK_PAGE, self.dtype) for s in self.config.bank_sites}
+        if set(LINEAR_SITES) <= set(widths):
+            widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
+        return widths

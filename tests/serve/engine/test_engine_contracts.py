@@ -43,18 +43,12 @@ def kinds(adapters):
 
 @pytest.fixture
 def roomy(lively):
-    return fresh(lively, ROOMY)
+    return Engine(lively, ROOMY)
 
 
 @pytest.fixture
 def tight(lively):
-    return fresh(lively, TIGHT)
-
-
-def fresh(model, config):
-    engine = Engine(model, config)
-    engine.warm_up()
-    return engine
+    return Engine(lively, TIGHT)
 
 
 def like(adapter, **changes):
@@ -104,7 +98,7 @@ def test_a_mixed_batch_is_the_references(sampling, config, lively, kinds, rng):
         request(tokens, adapter, spans=[(4, 9)], sampling=sampling, max_tokens=8, seed=i, n=1 + i % 2, logprobs=2)
         for i, adapter in enumerate(kinds.values())
     ]
-    done = serve(fresh(lively, config), requests)
+    done = serve(Engine(lively, config), requests)
     for one, samples in zip(requests, done, strict=True):
         check(lively, one, samples, compare_alone=False)
     first = np.array([samples[0].logprobs[0] for samples in done])
@@ -126,7 +120,7 @@ def test_prompts_and_generated_tokens_share_calls(tight, lively, kinds, rng):
 @pytest.mark.slow
 def test_chunks_may_be_shorter_than_a_tile(lively, kinds, rng):
     """Two adapters that fit no tile together: the second one's chunk begins at the next, after a gap."""
-    engine = fresh(lively, dataclasses.replace(TIGHT, chunk_tokens=5, prefill_seqs=2, bank_pages=8))
+    engine = Engine(lively, dataclasses.replace(TIGHT, chunk_tokens=5, prefill_seqs=2, bank_pages=8))
     requests = [request(rng.integers(0, 250, 24), kinds[name]) for name in ("lora_pattern", "loreft_f3l2")]
     for one, (sample,) in zip(requests, serve(engine, requests), strict=True):
         assert_is_reference(lively, one, sample)
@@ -196,7 +190,7 @@ def test_a_short_prompts_last_token_is_edited_beside_decodes(tight, lively, kind
 @pytest.mark.parametrize("caching", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_generated_tokens_stay_unedited_when_computed_again(caching, lively, kinds, rng):
     """Six long answers in a cache for two: all but the first are preempted, and resumed with generated tokens."""
-    engine = fresh(lively, dataclasses.replace(TIGHT, prefix_caching=caching))
+    engine = Engine(lively, dataclasses.replace(TIGHT, prefix_caching=caching))
     names = ("lora", "loreft", "direft", "loreft_f3l2", "lora_r24", "lora_skip")
     requests = [request(rng.integers(0, 250, 13 + i), kinds[name], max_tokens=34) for i, name in enumerate(names)]
     done = serve(engine, requests)
@@ -405,7 +399,7 @@ def test_draws_do_not_depend_on_neighbours_or_arrival(lively, kinds, rng):
     cold = [alone(lively, one) for one in requests]
     for config, every in itertools.product((ROOMY, TIGHT), (0, 3)):
         for order in (requests, requests[::-1]):
-            done = dict(zip(order, serve(fresh(lively, config), order, every), strict=True))
+            done = dict(zip(order, serve(Engine(lively, config), order, every), strict=True))
             for one, expected in zip(requests, cold, strict=True):
                 assert not assert_same(lively, one, done[one][0], expected)
 

@@ -407,7 +407,7 @@ def test_pages_written_together_are_those_written_one_by_one(writes, dtype, tiny
     model = tiny if dtype == "float32" else load_model("tiny", dtype=dtype)
     runner = Runner(model, dataclasses.replace(TIGHT, bank_pages=12).resolve("cpu"))
     runner._writes = writes
-    runner.programs = {name: traced.lower().compile() for name, traced in runner._trace() if name.startswith("write")}
+    runner.programs = runner._name_programs(key=(dtype, writes))
     allocator, loads = BankAllocator(12), []
     expected = init_bank(model.config, 12, runner.dtype)
     for kind in ("lora", "direft", "loreft", "loreft_f3l2", "lora_r24"):
