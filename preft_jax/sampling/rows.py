@@ -14,14 +14,12 @@ class DecodeState(NamedTuple):
     """Rows of a running decode. int32.
 
     ``token_B`` is each row's newest token, not yet in the cache, and ``position_B`` its position; ``remaining_B``
-    counts the tokens still to draw (0: the row is done or empty); ``page_table_BP`` its KV pages; ``stop_BE`` its end
-    tokens, padded with -1.
+    counts the tokens still to draw (0: the row is done or empty); ``stop_BE`` its end tokens, padded with -1.
     """
 
     token_B: Array
     position_B: Array
     remaining_B: Array
-    page_table_BP: Array
     stop_BE: Array
 
 

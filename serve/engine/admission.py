@@ -10,7 +10,7 @@ from preft_jax.errors import AdapterError, RequestError
 from preft_jax.loading import Model, check_base
 from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
-from serve.engine.outputs import Info
+from serve.engine.outputs import Sample
 from serve.engine.pages import PageManager
 from serve.engine.prefix import PageKeys, cache_salt
 from serve.engine.request import Request
@@ -85,13 +85,6 @@ class Admission:
         sequences = []
         for index in range(request.n):
             keys = PageKeys(salt, self._pages.page_size) if self._config.prefix_caching else None
-            info = Info(
-                request=request,
-                sampling=sampling,
-                seed=(first_seed + index) % 2**32,
-                text=TextStream(self._model.tokenizer, request.stop),
-                logprobs=request.logprobs,
-            )
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
@@ -102,16 +95,23 @@ class Admission:
                 mask=mask,
                 max_tokens=request.max_tokens,
                 stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
+                sampling=sampling,
+                seed=(first_seed + index) % 2**32,
+                logprobs=request.logprobs,
+                adapter=None if request.adapter is None else request.adapter.digest,
                 entries=entries,
                 all_token=request.adapter is not None and not request.adapter.config.prefill_only,
                 keys=keys,
                 score=request.prompt_logprobs is not None and index == 0,
-                info=info,
                 status=Status.FORKING if index else Status.NEW,
             )
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
         return sequences
+
+    def sample(self, request: Request) -> Sample:
+        """Return what is kept of one of a request's samples for its outputs."""
+        return Sample(text=TextStream(self._model.tokenizer, request.stop), prompt_logprobs=request.prompt_logprobs)
 
     def check_adapter(self, adapter: Adapter | Registered) -> int:
         """Return how many rank pages an adapter puts on a tile's list.

@@ -294,19 +294,20 @@ class AsyncEngine:
             self.engine.warm_up()
             self._tell(self._become_ready)
             while not self._halted:
-                self._take(wait=not self.engine.has_work)
-                if self.engine.has_work and not self._halted:
+                pause = self.engine.pause
+                self._take(pause)
+                if (pause is not None or self.engine.has_work) and not self._halted:
                     self._send(self.engine.step())
         except Exception as error:
             _log.exception("the engine failed")
             self._tell(self._fail, f"{type(error).__name__}: {error}")
 
-    def _take(self, wait: bool) -> None:
-        """Do what lies in the inbox, after waiting for something if there is nothing else to do."""
+    def _take(self, pause: float | None) -> None:
+        """Do what lies in the inbox, after waiting for something so long; None: as long as it takes."""
         try:
             while True:
-                self._inbox.get(block=wait)()
-                wait = False
+                self._inbox.get(block=pause != 0, timeout=pause)()
+                pause = 0
         except queue.Empty:
             pass
 

@@ -1,4 +1,4 @@
-"""The device side of an engine: weights, KV cache, bank and compiled programs; plans in, drawn tokens out.
+"""The device side of an engine: weights, KV cache, bank, slots and compiled programs; arrays in, arrays out.
 
 Calls return at once with arrays that the device is still computing. Every program is compiled once, for one shape: all
 of them by ``warm_up``, or each when it is first called.
@@ -19,52 +19,25 @@ from preft_jax.adapters.bank import AdapterPages, Bank, init_bank
 from preft_jax.device.programs import Programs
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
-from preft_jax.models.batch import Span, bucket, pack_prefill, pack_rows, round_up, rows_of
+from preft_jax.models.batch import PrefillBatch, bucket, round_up
 from preft_jax.models.cache import KVCache, init_cache, pages_for
-from preft_jax.sampling.arrays import sampling_arrays
-from preft_jax.sampling.parameters import is_penalised, is_plain
+from preft_jax.sampling.arrays import SamplingArrays
 from preft_jax.sampling.rows import Drawn
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE
 from serve.engine import memory
 from serve.engine import programs as device
+from serve.engine.arrays import Arrays
 from serve.engine.config import EngineConfig
 from serve.engine.packing import READS_WEIGHTS, worth_filling
 from serve.engine.residency import Load
-from serve.engine.scheduler import Chunk
-from serve.engine.sequence import Sequence, Status
 from serve.store.host_copy import ALL_LINEARS
 from serve.store.slabs import slab_width
-
-MAX_STOP_IDS = 16
-"""End tokens of a sequence that the device knows; further ones are found by the host."""
 
 COPIES = 8
 """KV pages that one call copies."""
 
 WRITES = 8
 """Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
-
-
-Begin = Callable[[], None] | None
-"""Begins copies to the device that are to run beside a call: it is called once the call's arguments are on their way,
-which would wait for the copies otherwise, and before the call itself, for which the copies would wait."""
-
-
-class After(NamedTuple):
-    """Where a call left its rows, on the device: what a decode call of the same sequences goes on with.
-
-    ``history_BS``: their texts, where they are drawn from with penalties (``device.draw``), else None.
-    """
-
-    rows: device.Rows
-    history_BS: Any
-
-
-class Decoded(NamedTuple):
-    """What a decode call gives: what each step drew, and where it left its rows."""
-
-    steps: list[Drawn]
-    after: After
 
 
 class _Write(NamedTuple):
@@ -94,9 +67,10 @@ class Runner:
         self.num_kv_pages = config.num_kv_pages or room.kv_pages
         self.cache = self._first_cache()
         self._logits = self._new_logits()
+        self.slots, self.texts_SL = self._new_slots()
+        self.arrays = Arrays(config, self.table_width, self._prefill_rows)
         self.step_seconds: dict[str, float] = {}
-        self._rows_cache: tuple[Any, Any] | None = None
-        self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
+        self._no_texts = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
         self._empty_slabs: dict[str, jax.Array] = {}
         self.programs = self._name_programs()
 
@@ -128,6 +102,12 @@ class Runner:
 
     def _new_logits(self) -> jax.Array:
         return jnp.zeros((self._logit_rows, self.model.config.vocab_size), jnp.float32)
+
+    def _new_slots(self) -> tuple[device.Slots, jax.Array]:
+        """Return the places of sequences that run, and room for their texts."""
+        count = self.config.max_num_seqs
+        slots = device.Slots(*(jnp.zeros(count, jnp.int32) for _ in device.Slots._fields))
+        return slots, jnp.zeros((count, self.config.max_model_len), jnp.int32)
 
     def _new_bank(self) -> Bank | None:
         config = self.config
@@ -177,6 +157,7 @@ class Runner:
             self.bank = self._new_bank()
             self.cache = self._new_cache()
             self._logits = self._new_logits()
+            self.slots, self.texts_SL = self._new_slots()
             jax.block_until_ready((self.bank, self.cache, self._logits))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -240,36 +221,38 @@ class Runner:
 
     def _trace_prefill(self, tokens: int) -> Any:
         function = functools.partial(device.prefill, self.model.config, self._query_len(tokens))
-        args = self.params, self.bank, self.cache, self._logits, self._pack([], tokens)
+        args = self.params, self.bank, self.cache, self._logits, self._no_chunks(tokens)
         return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
 
     def _trace_score(self) -> Any:
         tokens = self.config.prefill_tokens
         function = functools.partial(device.score, self.model.config, self._query_len(tokens))
-        args = self.params, self.bank, self.cache, self._logits, self._pack([], tokens), np.zeros(tokens, np.int32)
+        args = self.params, self.bank, self.cache, self._logits, self._no_chunks(tokens), np.zeros(tokens, np.int32)
         return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
 
     def _trace_draw(self, size: int) -> Any:
-        rows, *args = self._row_args([], size)
-        return jax.jit(device.draw).trace(
-            self._logits, np.zeros(size, np.int32), rows, *args, self._no_history[size]
-        )  # fmt: skip
+        picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+        args = self._logits, self.slots, self.texts_SL, picks, sampling, self._no_texts[size]
+        return jax.jit(device.draw).trace(*args)
 
     def _trace_draw_plain(self, size: int) -> Any:
-        rows, *args = self._row_args([], size)
-        return jax.jit(device.draw_plain).trace(self._logits, np.zeros(size, np.int32), rows, *args)
+        picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+        return jax.jit(device.draw_plain).trace(self._logits, self.slots, picks, sampling)
 
     def _trace_decode(self, count: int) -> Any:
-        rows, plan, _ = self._row_args([], self._draw_size(count))
+        rows = self.arrays.rows([], self.draw_size(count))
         function = functools.partial(device.decode, self.model.config, count)
-        args = self.params, self.cache, self._logits, rows, plan
+        args = self.params, self.cache, self._logits, self.slots, rows
         return jax.jit(function, donate_argnums=(1, 2)).trace(*args)
 
     def _trace_decode_adapted(self, count: int) -> Any:
-        rows, plan, _ = self._row_args([], self._draw_size(count))
+        rows, pages = self.arrays.rows([], self.draw_size(count)), self.arrays.row_pages([], _nowhere, count)
         function = functools.partial(device.decode_adapted, self.model.config, count)
-        args = self.params, self.bank, self._row_pages([], count), self.cache, self._logits, rows, plan
+        args = self.params, self.bank, pages, self.cache, self._logits, self.slots, rows
         return jax.jit(function, donate_argnums=(3, 4)).trace(*args)
+
+    def _no_chunks(self, tokens: int) -> PrefillBatch:
+        return self.arrays.packed([], _nowhere, tokens)
 
     def _trace_copy(self) -> Any:
         none = np.zeros(COPIES, np.int32)
@@ -284,101 +267,47 @@ class Runner:
     def _time_decode(self) -> None:
         """Measure a step of each decode program, all rows busy, before any page holds anything."""
         for name in [name for name in self.programs if name.startswith("decode")]:
+            count = int(name.rpartition("-")[2])
+            size, adapted = self.draw_size(count), name.startswith("decode-adapted")
+            slot_B = np.arange(size, dtype=np.int32)
+            rows = self.arrays.rows([], size)._replace(slot_B=slot_B, alive_B=slot_B < count)
+            picks = self.arrays.picks([], range(size), [True] * size, size)
+            remaining_B = np.full(size, 2, np.int32)
+            picks = picks._replace(slot_B=slot_B, alive_B=slot_B < count, remaining_B=remaining_B)
+            pages = self.arrays.row_pages([], _nowhere, count) if adapted else None
+            _, sampling = self.arrays.constants([], size)
             times = []
             for _ in range(3):
+                self.draw(picks, sampling)  # Now each row has a token to go on from.
+                jax.block_until_ready(self.slots)
                 start = time.perf_counter()
-                jax.device_get(self._call_decode(name, [], [], 1, pretend=True).steps)
+                self.decode(name, rows, pages)
+                jax.device_get(self.draw(picks, sampling))
                 times.append(time.perf_counter() - start)
             self.step_seconds[name] = min(times)
 
-    # Prefill
+    # Calls
 
-    def pack(self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int) -> Any:
-        """Return what ``prefill`` and ``score`` take, on its way to the device."""
-        tokens = next(count for count in self.token_counts if count >= num_tokens)
-        return jax.device_put(self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks]))
+    def prefill_size(self, num_tokens: int) -> int:
+        """Return the tokens of the program that prefills so many."""
+        return next(count for count in self.token_counts if count >= num_tokens)
 
-    def prefill(self, chunks: Many[Chunk], batch: Any) -> tuple[jax.Array, list[int]]:
-        """Compute chunks; return something to wait for, and the row of the logits of each chunk's last token."""
-        tokens = len(batch.tokens_T)
-        self.cache, self._logits, done = self.programs[f"prefill-{tokens}"](
+    def prefill(self, batch: PrefillBatch) -> jax.Array:
+        """Compute packed chunks; return something to wait for. The logits of each row's last token stay here."""
+        self.cache, self._logits, done = self.programs[f"prefill-{len(batch.tokens_T)}"](
             self.params, self.bank, self.cache, self._logits, batch
         )
-        return done, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks])
+        return done
 
-    def score(
-        self, chunks: Many[Chunk], batch: Any
-    ) -> tuple[jax.Array, list[int], tuple[jax.Array, jax.Array, jax.Array]]:
+    def score(self, batch: PrefillBatch, next_T: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """``prefill`` that also returns the log-probability of each token's successor, and the most likely ones.
 
         ``batch`` has room for ``prefill_tokens``.
         """
-        next_T = np.zeros(self.config.prefill_tokens, np.int32)
-        for chunk in chunks:
-            following = chunk.sequence.tokens[chunk.start + 1 : chunk.end + 1]
-            next_T[chunk.at : chunk.at + len(following)] = following
         self.cache, self._logits, done, (logprob_T, tops) = self.programs["score"](
             self.params, self.bank, self.cache, self._logits, batch, next_T
         )
-        return done, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks]), (logprob_T, *tops)
-
-    def draw(self, rows: Many[int], sequences: Many[Sequence]) -> Drawn:
-        """Draw the first token of each sequence from a row of the logits that prefill left."""
-        size = self._draw_size(len(sequences))
-        index = np.zeros(size, np.int32)
-        index[: len(rows)] = rows
-        args = self._row_args(sequences, size)
-        return self._draw(index, *args, self._history(sequences, size))[0]
-
-    def _draw(self, index: Any, rows: device.Rows, plan: Any, sampling: Any, history: Any) -> tuple[Drawn, After]:
-        """Draw from the logits that the last call left; ``history`` None: plainly."""
-        size = len(index)
-        if history is None:
-            after, drawn = self.programs[f"draw-plain-{size}"](self._logits, index, rows, plan, sampling)
-        else:
-            args = self._logits, index, rows, plan, sampling, history
-            after, history, drawn = self.programs[f"draw-{size}"](*args)
-        return drawn, After(after, history)
-
-    def _draw_size(self, count: int) -> int:
-        """Return the rows of the program that draws for ``count`` sequences."""
-        return next(size for size in self.draw_counts if size >= count)
-
-    def copy_pages(self, pairs: Many[tuple[int, int]]) -> None:
-        """Copy KV pages, ``(from, to)`` each."""
-        for at in range(0, len(pairs), COPIES):
-            some = pairs[at : at + COPIES]
-            source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.num_kv_pages, np.int32)
-            source[: len(some)], target[: len(some)] = zip(*some, strict=True)
-            self.cache = self.programs["copy-pages"](self.cache, source, target)
-
-    def _spans(self, chunks: Many[Chunk], places: Many[AdapterPages]) -> list[Span]:
-        return [
-            Span(
-                tokens=np.asarray(chunk.sequence.tokens[chunk.start : chunk.end], np.int32),
-                start=chunk.start,
-                edit_mask=chunk.sequence.mask[chunk.start : chunk.end],
-                kv_pages=chunk.sequence.pages,
-                adapter_pages=place,
-            )
-            for chunk, place in zip(chunks, places, strict=True)
-        ]
-
-    def _pack(self, spans: Many[Span], num_tokens: int, starts: Many[int] | None = None) -> Any:
-        config = self.config
-        return pack_prefill(
-            spans,
-            num_tokens=num_tokens,
-            num_requests=self._prefill_rows,
-            page_table_width=self.table_width,
-            page_size=config.page_size or 1,
-            tile=config.tile,
-            min_entries=config.tile_entries or 1,
-            sites=config.bank_sites,
-            starts=starts,
-        )
-
-    # Decode
+        return done, (logprob_T, *tops)
 
     def plain_program(self, count: int) -> str:
         """Return the name of the decode program that serves ``count`` sequences without adapters."""
@@ -388,99 +317,39 @@ class Runner:
         """Return the name of the decode program that serves ``count`` sequences, some with all-token adapters."""
         return f"decode-adapted-{next(rows for rows in self.adapted_row_counts if rows >= count)}"
 
-    def decode(self, sequences: Many[Sequence], steps: int, begin: Begin = None, after: After | None = None) -> Decoded:
-        """Run decode steps of the plain base model.
+    def decode(self, name: str, rows: device.Rows, pages: Any = None) -> None:
+        """Run one step of a decode program; the logits of its rows stay here.
 
-        ``begin``: see ``Begin``. ``after``: where a call of the same sequences that may still run left their rows.
+        ``pages``: where rows' all-token adapters lie, for a program that knows adapters.
         """
-        return self._call_decode(self.plain_program(len(sequences)), sequences, [], steps, begin, after)
+        bank = () if pages is None else (self.bank, pages)
+        self.cache, self._logits = self.programs[name](self.params, *bank, self.cache, self._logits, self.slots, rows)
 
-    def decode_adapted(
-        self,
-        sequences: Many[Sequence],
-        places: Many[AdapterPages],
-        steps: int,
-        begin: Begin = None,
-        after: After | None = None,
-    ) -> Decoded:
-        """The same with the adapters at ``places``, an empty one being the base model."""
-        return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps, begin, after)
+    def draw_size(self, count: int) -> int:
+        """Return the rows of the program that draws for ``count`` sequences."""
+        return next(size for size in self.draw_counts if size >= count)
 
-    def _call_decode(
-        self,
-        name: str,
-        sequences: Many[Sequence],
-        places: Many[AdapterPages],
-        steps: int,
-        begin: Begin = None,
-        after: After | None = None,
-        *,
-        pretend: bool = False,
-    ) -> Decoded:
-        count = int(name.rpartition("-")[2])
-        size = self._draw_size(count)
-        rows, plan, sampling = self._row_args(sequences, size)
-        if pretend:
-            rows = rows._replace(remaining_B=np.full(size, steps, np.int32))
-            plan = plan._replace(alive_B=np.arange(size) < count)
-        state = After(rows, self._history(sequences, size)) if after is None else after
-        pages = self._row_pages(places, count) if name.startswith("decode-adapted") else None
-        # Here once for all steps, and ahead of copies.
-        index = np.arange(size, dtype=np.int32)
-        state, plan, sampling, index, pages = jax.device_put((state, plan, sampling, index, pages))
-        if begin is not None:
-            begin()
-        program, steps_drawn = self.programs[name], []
-        for _ in range(steps):
-            bank = () if pages is None else (self.bank, pages)
-            self.cache, self._logits = program(self.params, *bank, self.cache, self._logits, state.rows, plan)
-            drawn, state = self._draw(index, state.rows, plan, sampling, state.history_BS)
-            steps_drawn.append(drawn)
-        return Decoded(steps_drawn, state)
+    def draw(self, picks: device.Picks, sampling: SamplingArrays, texts: Any = None, *, plainly: bool = False) -> Drawn:
+        """Draw from the logits that the last call left.
 
-    def _row_pages(self, places: Many[AdapterPages], rows: int) -> dict[str, np.ndarray]:
-        empty: list[AdapterPages] = [{}] * (rows - len(places))
-        config = self.config
-        return pack_rows([*places, *empty], min_entries=config.tile_entries or 1, sites=config.bank_sites)
+        ``texts``: of rows that begin, if penalties need them. ``plainly``: if no row asks for more than a temperature.
+        """
+        size = len(picks.slot_B)
+        if plainly and self.draws_plainly:
+            self.slots, drawn = self.programs[f"draw-plain-{size}"](self._logits, self.slots, picks, sampling)
+        else:
+            texts = self._no_texts[size] if texts is None else texts
+            args = self._logits, self.slots, self.texts_SL, picks, sampling, texts
+            self.slots, self.texts_SL, drawn = self.programs[f"draw-{size}"](*args)
+        return drawn
 
-    def _row_args(self, sequences: Many[Sequence], size: int) -> tuple[device.Rows, device.RowPlan, Any]:
-        """Return what the host knows of rows, what it says of them, and their sampling parameters."""
-        stops, sampling = self._row_constants(sequences, size)
-        pages = np.zeros((size, self.table_width), np.int32)
-        token, position, remaining, prompt_len = np.zeros((4, size), np.int32)
-        alive = np.zeros(size, np.bool_)
-        for row, sequence in enumerate(sequences):
-            alive[row] = sequence.status is not Status.FINISHED
-            pages[row, : len(sequence.pages)] = sequence.pages
-            token[row], position[row] = sequence.tokens[-1], len(sequence.tokens) - 1
-            remaining[row], prompt_len[row] = sequence.remaining, sequence.prompt_len
-        want_tops = np.asarray(any(s.info.logprobs for s in sequences))
-        plan = device.RowPlan(alive, pages, stops, prompt_len, want_tops)
-        return device.Rows(token, position, remaining), plan, sampling
-
-    def _row_constants(self, sequences: Many[Sequence], rows: int) -> tuple[Any, Any]:
-        """Return stop ids and sampling parameters, kept on the device while the rows stay the same."""
-        key = rows, tuple(map(id, sequences))
-        if self._rows_cache is None or self._rows_cache[0] != key:
-            stops = np.full((rows, MAX_STOP_IDS), -1, np.int32)
-            for row, sequence in enumerate(sequences):
-                ids = list(sequence.stop_ids)[:MAX_STOP_IDS]
-                stops[row, : len(ids)] = ids
-            params, seeds = [s.info.sampling for s in sequences], [s.info.seed for s in sequences]
-            made = jax.device_put((stops, sampling_arrays(params, seeds, rows)))
-            self._rows_cache = (key, (made, list(sequences)))
-        return self._rows_cache[1][0]
-
-    def _history(self, sequences: Many[Sequence], size: int) -> Any:
-        """Return the sequences' tokens, which penalties need, empty ones if none has any; None: all draw plainly."""
-        if self.draws_plainly and all(is_plain(s.info.sampling) and not s.info.logprobs for s in sequences):
-            return None
-        if not any(is_penalised(s.info.sampling) for s in sequences):
-            return self._no_history[size]
-        tokens = np.zeros((size, self.config.max_model_len), np.int32)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence.tokens)] = sequence.tokens
-        return tokens
+    def copy_pages(self, pairs: Many[tuple[int, int]]) -> None:
+        """Copy KV pages, ``(from, to)`` each."""
+        for at in range(0, len(pairs), COPIES):
+            some = pairs[at : at + COPIES]
+            source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.num_kv_pages, np.int32)
+            source[: len(some)], target[: len(some)] = zip(*some, strict=True)
+            self.cache = self.programs["copy-pages"](self.cache, source, target)
 
     # Bank
 
@@ -525,3 +394,7 @@ class Runner:
         if set(LINEAR_SITES) <= set(widths):
             widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
         return widths
+
+
+def _nowhere(_: Any) -> AdapterPages:
+    return {}
