@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.types import Array
-from preft_jax.sampling.logits import History as History
 from preft_jax.sampling.parameters import MAX_BIAS, SamplingParams
 
 _LEAST_TEMPERATURE = 1e-30

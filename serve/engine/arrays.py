@@ -42,19 +42,9 @@ class Arrays:
 
     def packed(self, chunks: Many[Chunk], place: Place, num_tokens: int) -> PrefillBatch:
         """Return chunks as a packed batch of ``num_tokens`` tokens, padding included."""
-        spans = [
-            Span(
-                tokens=np.asarray(chunk.sequence.tokens[chunk.start : chunk.end], np.int32),
-                start=chunk.start,
-                edit_mask=chunk.sequence.mask[chunk.start : chunk.end],
-                kv_pages=chunk.sequence.pages,
-                adapter_pages=place(chunk.sequence),
-            )
-            for chunk in chunks
-        ]
         config = self._config
         return pack_prefill(
-            spans,
+            [span_of(chunk, place(chunk.sequence)) for chunk in chunks],
             num_tokens=num_tokens,
             num_requests=self._prefill_rows,
             page_table_width=self._table_width,
@@ -135,6 +125,18 @@ class Arrays:
             if _runs(sequence):
                 slots[row], alive[row] = sequence.slot, True
         return slots, alive
+
+
+def span_of(chunk: Chunk, adapter_pages: AdapterPages) -> Span:
+    """Return a chunk's tokens, with the rows of its sequence's mask."""
+    sequence = chunk.sequence
+    return Span(
+        tokens=np.asarray(sequence.tokens[chunk.start : chunk.end], np.int32),
+        start=chunk.start,
+        edit_mask=sequence.mask[chunk.start : chunk.end],
+        kv_pages=sequence.pages,
+        adapter_pages=adapter_pages,
+    )
 
 
 def draw_plainly(sequences: Many[Sequence]) -> bool:

@@ -113,7 +113,10 @@ class Starter:
             done, scores = self._runner.score(batch, self._arrays.following(step.chunks))
         else:
             done = self._runner.prefill(batch)
-        self._runner.copy_pages([fork.copy for fork in step.forks if fork.copy is not None])
+        copies = [fork.copy for fork in step.forks if fork.copy is not None]
+        if copies:
+            self._observer.calling("copy_pages", [fork.sequence for fork in step.forks])
+            self._runner.copy_pages(copies)
         sequences, index, fresh = picked(step)
         parts = []
         if sequences:

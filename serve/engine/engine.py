@@ -381,6 +381,7 @@ class Engine:
         try:
             self._observer.collecting(call.step)
             drawn, scores = call.results()
+            drawn = [self._observer.collected(part.sequences, d) for part, d in zip(call.parts, drawn, strict=True)]
         except Exception as error:
             self._recover([call.step], error)
             return deltas + self._take_early()

@@ -1,6 +1,7 @@
 """What can be watched in an engine, and where a failure of the device can be played."""
 
 from collections.abc import Sequence as Many
+from typing import Any
 
 from serve.engine.plan import Step
 from serve.engine.sequence import Sequence
@@ -23,7 +24,9 @@ class Observer:
         """A step was started behind those under way, oldest first."""
 
     def calling(self, operation: str, sequences: Many[Sequence]) -> None:
-        """A program is about to be called for sequences: prefill, score, decode, decode_adapted, or draw."""
+        """A program is about to be called for sequences: prefill, score, decode, decode_adapted,
+        draw, or copy_pages.
+        """
 
     def copying(self, digests: Many[str]) -> None:
         """Adapters are about to be copied to the device."""
@@ -33,3 +36,7 @@ class Observer:
 
     def collecting(self, step: Step) -> None:
         """The results of a step are about to be fetched."""
+
+    def collected(self, sequences: Many[Sequence], drawn: Any) -> Any:
+        """What sequences drew is on the host (``Drawn`` of NumPy arrays); what is returned is taken for it."""
+        return drawn

@@ -21,7 +21,8 @@ from preft_jax.models.batch import DecodeBatch, PrefillBatch
 from preft_jax.models.cache import KVCache
 from preft_jax.models.params import Params
 from preft_jax.sampling.arrays import SamplingArrays
-from preft_jax.sampling.device import History, sample, sample_plain
+from preft_jax.sampling.device import sample, sample_plain
+from preft_jax.sampling.logits import History
 from preft_jax.sampling.parameters import MAX_LOGPROBS
 from preft_jax.sampling.rows import DecodeState, Drawn, advance, remember, tops_if
 from preft_jax.shapes import LINEAR_SITES

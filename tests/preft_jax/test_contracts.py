@@ -17,6 +17,8 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preft_jax.generator import RunShape, request_edit_mask
+from preft_jax.programs import DecodeState, programs
 
 import preft_jax
 from preft_jax import AdapterConfig, AdapterError, Generator, Request, SamplingParams, random_adapter
@@ -24,13 +26,11 @@ from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
 from preft_jax.adapters.edit_mask import extend_edit_mask
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.config import RopeScaling
-from preft_jax.generator import RunShape, request_edit_mask
 from preft_jax.loading import serving_params
 from preft_jax.models.batch import Span, pack_prefill
 from preft_jax.models.cache import init_cache
 from preft_jax.models.forward import decode
 from preft_jax.models.modules import abstract_params
-from preft_jax.programs import DecodeState, programs
 from preft_jax.sampling.arrays import SamplingArrays, sampling_arrays
 from preft_jax.sampling.logits import History
 from preft_jax.shapes import SITES

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from preft_jax.generator import RunShape, request_edit_mask
 
 import preft_jax
 from preft_jax import (
@@ -23,7 +24,6 @@ from preft_jax import (
     generate,
     random_adapter,
 )
-from preft_jax.generator import RunShape, request_edit_mask
 from preft_jax.text.chat import EncodedPrompt
 
 EVERY = (

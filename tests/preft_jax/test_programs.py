@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from preft_jax.programs import DecodeState, programs
 
 from preft_jax.adapters.bank import init_bank
 from preft_jax.loading import serving_params
 from preft_jax.models.batch import Span, pack_prefill, pack_rows
 from preft_jax.models.cache import init_cache
-from preft_jax.programs import DecodeState, programs
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.shapes import NUM_GROUPS
 

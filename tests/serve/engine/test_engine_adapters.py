@@ -1,5 +1,6 @@
 """Adapters of an engine: on the host, in the bank, beside each other; and the programs that they need."""
 
+import collections
 import dataclasses
 
 import jax
@@ -26,6 +27,7 @@ from preft_jax.shapes import LINEAR_SITES
 from serve.engine import runner
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.observer import Observer
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +120,14 @@ def test_a_preempted_request_keeps_its_adapter_on_the_host(lively, many, rng):
         assert_as_alone(lively, one, group)
 
 
-def count_rows(runner, name):
-    """Return a list that gets the number of rows of each call."""
-    real, sizes = getattr(runner, name), []
+class Rows(Observer):
+    """Notes how many rows each call of an operation has."""
 
-    def counted(sequences, *args):
-        sizes.append(len(sequences))
-        return real(sequences, *args)
+    def __init__(self):
+        self.of = collections.defaultdict(list)
 
-    setattr(runner, name, counted)
-    return sizes
+    def calling(self, operation, sequences):
+        self.of[operation].append(len(sequences))
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -137,15 +137,15 @@ def test_all_token_and_plain_rows_in_one_call_and_in_two(merged, lively, adapter
         request(some(rng, 7 + i), adapters.get(kind), sampling=SamplingParams(seed=i), max_tokens=12)
         for i, kind in enumerate(kinds)
     ]
-    engine = Engine(lively, TIGHT)
+    rows = Rows()
+    engine = Engine(lively, TIGHT, observer=rows)
     engine.warm_up()
     for name in engine.runner.programs:
         engine.runner.step_seconds[name] = 1.0 if merged else float("adapted" in name)
-    calls = {name: count_rows(engine.runner, name) for name in ("decode", "decode_adapted")}
     for one, samples in zip(requests, run_all(engine, requests), strict=True):
         assert_as_alone(lively, one, samples)
-    assert max(calls["decode_adapted"]) == (4 if merged else 2)
-    assert max(calls["decode"], default=0) == (0 if merged else 2)
+    assert max(rows.of["decode_adapted"]) == (4 if merged else 2)
+    assert max(rows.of["decode"], default=0) == (0 if merged else 2)
 
 
 def test_at_most_ten_programs_and_each_has_a_name_and_its_seconds(lively):
