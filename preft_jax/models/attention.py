@@ -48,6 +48,27 @@ class PagedAttention:
         return api.paged_attention(q, kv_PSJC, *self._ragged, max_query_len=self._max_query_len)
 
 
+class MixedAttention:
+    """Packed tokens with one token of each decoding row behind them: each part attends as it does alone."""
+
+    def __init__(self, packed: PagedAttention, rows: PagedAttention, num_packed: int):
+        self._packed = packed
+        self._rows = rows
+        self._count = num_packed
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache after all layers so far."""
+        return self._rows.cache
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Attend queries ``[T + B, H, C]`` to their sequences' cached keys."""
+        at = self._count
+        packed = self._packed.attend(layer, q[:at], k[:at], v[:at])
+        self._rows.cache.kv[layer] = self._packed.cache.kv[layer]
+        return jnp.concatenate([packed, self._rows.attend(layer, q[at:], k[at:], v[at:])])
+
+
 class DenseAttention(NamedTuple):
     """Causal attention within each segment of padded sequences; differentiable.
 

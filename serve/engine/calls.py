@@ -97,6 +97,8 @@ class Starter:
         Raises:
             WriteError: as ``start``.
         """
+        if step.rows:
+            return self._prepare_mixed(step)
         scored = any(chunk.sequence.score for chunk in step.chunks)
         tokens = self._runner.config.prefill_tokens if scored else self._runner.prefill_size(step.num_tokens)
         # Ahead of all copies, which would hold them up.
@@ -106,6 +108,27 @@ class Starter:
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
         return Prepared(step, copies, functools.partial(self._prefill, step, batch, scored))
 
+    def _prepare_mixed(self, step: Step) -> Prepared:
+        """``prepare`` of a step with chunks and rows."""
+        name, count, tokens = self._runner.mixed_program(len(step.rows), step.num_tokens)
+        rows = self._arrays.rows([row.sequence for row in step.rows], count)
+        args = jax.device_put((rows, self._arrays.packed(step.chunks, self._place, tokens)))
+        self._staging.bring({c.sequence.adapter for c in step.chunks if c.sequence.adapter is not None})
+        copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
+        return Prepared(step, copies, functools.partial(self._mixed, step, name, count, *args))
+
+    def _mixed(self, step: Step, name: str, count: int, rows: Any, batch: Any) -> Call:
+        self._observer.calling("mixed", step.sequences)
+        self._runner.mixed(name, rows, batch)
+        self._copy_forks(step)
+        ends, index, fresh = picked(step)
+        sequences = [row.sequence for row in step.rows] + ends
+        index = [*range(len(step.rows)), *(count + row for row in index)]
+        fresh = [False] * len(step.rows) + fresh
+        picks = self._arrays.picks(sequences, index, fresh, self._runner.draw_size(len(sequences)))
+        part = Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)])
+        return Call(step=step, parts=[part])
+
     def _prefill(self, step: Step, batch: Any, scored: bool) -> Call:
         scores = None
         self._observer.calling("score" if scored else "prefill", step.sequences)
@@ -113,10 +136,7 @@ class Starter:
             done, scores = self._runner.score(batch, self._arrays.following(step.chunks))
         else:
             done = self._runner.prefill(batch)
-        copies = [fork.copy for fork in step.forks if fork.copy is not None]
-        if copies:
-            self._observer.calling("copy_pages", [fork.sequence for fork in step.forks])
-            self._runner.copy_pages(copies)
+        self._copy_forks(step)
         sequences, index, fresh = picked(step)
         parts = []
         if sequences:
@@ -124,6 +144,12 @@ class Starter:
             picks = self._arrays.picks(sequences, index, fresh, size)
             parts.append(Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)]))
         return Call(step=step, parts=parts, done=done, scores=scores)
+
+    def _copy_forks(self, step: Step) -> None:
+        copies = [fork.copy for fork in step.forks if fork.copy is not None]
+        if copies:
+            self._observer.calling("copy_pages", [fork.sequence for fork in step.forks])
+            self._runner.copy_pages(copies)
 
     def _decode(self, step: Step, copies: bool) -> Call:
         sequences = [row.sequence for row in step.rows]

@@ -123,6 +123,7 @@ class Engine:
             decode_steps=config.decode_steps,
             goes_ahead=goes_ahead,
             prefill_sizes=self.runner.filled_counts,
+            mixed_sizes=self.runner.mixed_counts,
         )
         self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging, self._observer)
         self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.dtype), seed)

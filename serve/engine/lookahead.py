@@ -17,6 +17,8 @@ def ahead(scheduler: Scheduler, under_way: Step) -> Step | None:
     After a prefill: one decode step for the running rows, if prompt tokens still wait. After a decode: prefill or, if
     no prompt waits, more steps of the same rows.
     """
+    if scheduler.mixes:
+        return scheduler.plan_mixed() or _unmixed(scheduler, under_way)
     if under_way.chunks:
         step = None
         if scheduler.prefilling or scheduler.may_admit():
@@ -30,13 +32,26 @@ def ahead(scheduler: Scheduler, under_way: Step) -> Step | None:
     return step
 
 
+def _unmixed(scheduler: Scheduler, under_way: Step) -> Step | None:
+    """Return a step behind one under way where prompts and rows share steps, but no prompt finds room now.
+
+    Sequences whose prompts end with the step under way take part.
+    """
+    going = [sequence for sequence in scheduler.running if sequence.undrawn > 0]
+    if not going:
+        return scheduler.plan_prefill()
+    if under_way.kind == "decode" and 2 * len(going) < len(under_way.rows):
+        return None
+    return scheduler.plan_rows(going, scheduler.repeats_for(sequence.undrawn for sequence in going))
+
+
 def full_prefill(scheduler: Scheduler) -> Step | None:
     """Return a prefill step to go behind prefill that is under way, and a decode step after it, if it is a full one.
 
     Nothing that is under way changes what would be in it: prompts that wait fill it, pages and adapters have room
     beside what is under way. A step that is not full is planned as late as possible, for prompts that may come.
     """
-    step = scheduler.plan_prefill() if _is_filled(scheduler) else None
+    step = scheduler.plan_prefill() if not scheduler.mixes and _is_filled(scheduler) else None
     if step is not None:
         scheduler.take_turns(step)
     return step

@@ -113,6 +113,25 @@ def score(
     return cache, _first_rows(logits_RV, new_BV), new_BV[0, 0], scores
 
 
+def mixed(
+    config: ModelConfig,
+    size: int,
+    max_query_len: int,
+    params: Params,
+    bank: Bank | None,
+    cache: KVCache,
+    logits_RV: jax.Array,
+    slots: Slots,
+    rows: Rows,
+    batch: PrefillBatch,
+) -> tuple[KVCache, jax.Array]:
+    """``prefill`` and one step of ``decode`` together; logits of the ``size`` rows stand first, then the chunks'."""
+    rows_BV, chunks_BV, cache = forward.mixed(
+        config, params, bank, cache, batch, _batch(size, slots, rows), max_query_len=max_query_len
+    )
+    return cache, _first_rows(logits_RV, jnp.concatenate([rows_BV, chunks_BV]))
+
+
 def decode(
     config: ModelConfig,
     size: int,

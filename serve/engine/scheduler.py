@@ -51,6 +51,7 @@ class Scheduler:
         decode_steps: int,
         goes_ahead: bool = False,
         prefill_sizes: Many[int] = (),
+        mixed_sizes: Many[int] = (),
     ):
         self.pages = pages
         self._adapters = adapters
@@ -58,6 +59,8 @@ class Scheduler:
         self._prefill_tokens = prefill_tokens
         # Tokens of the programs that are worth filling, ascending: a call costs what its program does.
         self._prefill_sizes = prefill_sizes or (prefill_tokens,)
+        # Those of the programs in which rows decode beside chunks; none: they have calls of their own.
+        self._mixed_sizes = mixed_sizes
         self._prefill_seqs = prefill_seqs
         self._chunk_tokens = chunk_tokens
         self._tile = tile
@@ -109,6 +112,8 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Return the next step while nothing is under way, or None if there is nothing to do."""
+        if self.mixes and (step := self.plan_mixed()):
+            return step
         decode_first = self._decode_is_next and bool(self._running)
         self._decode_is_next = False
         plans = (self._plan_decode, self.plan_prefill) if decode_first else (self.plan_prefill, self._plan_decode)
@@ -215,10 +220,27 @@ class Scheduler:
 
     # Prefill
 
-    def plan_prefill(self) -> Step | None:
-        """Return a step of chunks, or None if no prompt waits that finds room."""
+    @property
+    def mixes(self) -> bool:
+        """Whether sequences that decode may take part in steps with chunks."""
+        return bool(self._mixed_sizes) and not any(s.cohort is not None for s in (*self._prefilling, *self._running))
+
+    def plan_mixed(self) -> Step | None:
+        """Return a decode step of all who run, with chunks beside it; None if nobody runs, or no prompt waits."""
+        decoding = self.plan_rows(list(self._running), 1) if self._prefilling or self.may_admit() else None
+        if decoding is None:
+            return None
+        step = self.plan_prefill(self._mixed_sizes)
+        return decoding if step is None else dataclasses.replace(step, rows=decoding.rows)
+
+    def plan_prefill(self, sizes: Many[int] = ()) -> Step | None:
+        """Return a step of chunks, or None if no prompt waits that finds room.
+
+        Args:
+            sizes: tokens of the programs that may run it, ascending; by default those that only prefill.
+        """
         chunks: list[Chunk] = []
-        packing = Packing(self._prefill_tokens, self._tile, self._tile_entries)
+        packing = Packing(sizes[-1] if sizes else self._prefill_tokens, self._tile, self._tile_entries)
         room = all(self._take_chunk(sequence, chunks, packing) for sequence in self._prefilling)
         admitted: list[Sequence] = []
         refusals = Refusals()
@@ -241,7 +263,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         refusals.settle(admitted)
         self._refused = looked and not chunks
-        chunks = self._trimmed(chunks) if chunks else []
+        chunks = self._trimmed(chunks, sizes or self._prefill_sizes) if chunks else []
         return Step(chunks, forks=self._end_prompts(chunks)) if chunks else None
 
     def chunk_of(self, sequence: Sequence) -> int:
@@ -265,14 +287,14 @@ class Scheduler:
             self._adapters.release(digest)
         return len(taken) == len(adapters)
 
-    def _trimmed(self, chunks: list[Chunk]) -> list[Chunk]:
+    def _trimmed(self, chunks: list[Chunk], sizes: Many[int]) -> list[Chunk]:
         """Return what the call takes of chunks: no program that they would leave half empty; the rest goes first later.
 
         Scores have the largest program alone.
         """
         if any(chunk.sequence.score for chunk in chunks):
             return chunks
-        size, kept = call_size(Step(chunks).num_tokens, self._prefill_sizes), []
+        size, kept = call_size(Step(chunks).num_tokens, sizes), []
         for chunk in chunks:
             end = min(chunk.end, chunk.start + max(0, size - chunk.at))
             chunk.sequence.started = end
