@@ -135,6 +135,8 @@ def engine_config(
         bank_pages=1 if mode == "base" else 1 + bank_adapters * args.rank // RANK_PAGE,
         bank_sites=sites,
         all_token=mode == "all-token",
+        decode_steps=getattr(args, "decode_steps", EngineConfig.decode_steps),
+        mixed_tokens=getattr(args, "mixed_tokens", 0) if mode != "all-token" else 0,
         memory_utilization=args.memory_utilization,
         prefix_caching=False,
     )

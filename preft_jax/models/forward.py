@@ -287,44 +287,44 @@ def mixed(
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """``prefill`` of a packed batch and a ``decode`` step of rows in one pass over the weights.
 
-    A row is one un-edited token: its mask is false and it lists no rank page.
+    The last ``B`` tokens of the batch may hold rows: row b stands at token ``T - B + b``. A row is one un-edited token,
+    so its mask is false and its tile lists no rank page.
 
     Args:
         config: static.
         params: canonical or serving layout.
         bank: rank pages; None computes the plain base model.
         cache: donated by the jitted program.
-        batch: as in ``prefill``; its sequences are not those of ``rows``.
-        rows: as in ``decode``; as many as make whole tiles.
+        batch: as in ``prefill``, with padding where rows stand; its sequences are not those of ``rows``.
+        rows: as in ``decode``; where one is idle, the batch may have a token of its own.
         max_query_len: as in ``prefill``.
 
     Returns:
         The logits of each row, of each request's last token in the batch (float32), and the cache.
     """
-    size, count = rows.tokens_B.shape[0], batch.tokens_T.shape[0]
-    position_B = jnp.maximum(rows.positions_B, 0)
-    tokens_T = jnp.concatenate([batch.tokens_T, rows.tokens_B])
-    positions_T = jnp.concatenate([batch.positions_T, position_B])
-    mask_TG = jnp.pad(jnp.asarray(batch.edit_mask_TG), ((0, size), (0, 0)))
-    tiles = {site: _with_null_tiles(own, size, count) for site, own in batch.tiles.items()}
+    at = batch.tokens_T.shape[0] - rows.tokens_B.shape[0]
+    is_row_B = rows.positions_B >= 0
+
+    def with_rows(packed_T: jax.Array, row_B: jax.Array) -> jax.Array:
+        packed_T = jnp.asarray(packed_T)
+        return packed_T.at[at:].set(jnp.where(is_row_B, row_B, packed_T[at:]))
+
+    tokens_T = with_rows(batch.tokens_T, rows.tokens_B)
+    positions_T = with_rows(batch.positions_T, rows.positions_B)
     if fused.applies(config, params):
         places = fused.Mixed(_packed(batch, max_query_len), fused.Decoding(rows.page_table_BP, rows.positions_B))
         h_TD, cache = _fused_hidden(
-            config, params, bank, cache, tokens_T, positions_T, places, mask_TG=mask_TG, tiles=tiles
+            config, params, bank, cache, tokens_T, positions_T, places, mask_TG=batch.edit_mask_TG, tiles=batch.tiles
         )
     else:
-        attention = MixedAttention(_packed_attention(cache, batch, max_query_len), _row_attention(cache, rows), count)
-        edits = NoEdits() if bank is None else PackedEdits(bank, tiles, mask_TG)
+        attention = MixedAttention(
+            _packed_attention(cache, batch, max_query_len), _row_attention(cache, rows), is_row_B
+        )
+        edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
         x_TD = _hidden(config, params, tokens_T, positions_T, attention, edits)
         h_TD, cache = rms_norm(x_TD, params["norm"], config.rms_norm_eps), attention.cache
-    logits = lm_head(params, jnp.concatenate([h_TD[count:], h_TD[batch.last_token_B]]))
-    return logits[:size], logits[size:], cache
-
-
-def _with_null_tiles(tiles: TilePages, size: int, count: int) -> TilePages:
-    """Return page lists of ``count`` tokens with empty ones for ``size`` more behind them."""
-    more = tiles.page_NE.shape[0] * size // count
-    return TilePages(*(jnp.pad(jnp.asarray(array), ((0, more), (0, 0))) for array in tiles))
+    logits = lm_head(params, jnp.concatenate([h_TD[at:], h_TD[batch.last_token_B]]))
+    return logits[: len(is_row_B)], logits[len(is_row_B) :], cache
 
 
 def _decode(

@@ -40,7 +40,11 @@ class Decoding(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """Packed tokens with one token of each decoding row behind them."""
+    """Packed tokens, the last of which are those of decoding rows.
+
+    ``rows`` has an entry for each of the last tokens that may be a row; those below position 0 are none. ``packed``
+    knows nothing of rows: their slots lie beyond the pool, and no request has them.
+    """
 
     packed: Packed
     rows: Decoding
@@ -173,26 +177,18 @@ def _attend(
     if isinstance(places, Decoding):
         return api.decode_attention(qkv_TF, *rope, kv_PSJC, *places, implementation=implementation)
     if isinstance(places, Mixed):
-        count = places.packed.slots_T.shape[0]
-        first = batch._replace(places=places.packed, cos_TX=batch.cos_TX[:count], sin_TX=batch.sin_TX[:count])
-        own = [None if edit is None else _first_tokens(edit, count, qkv_TF.shape[0]) for edit in edits]
-        packed_THC, kv_PSJC = _attend(qkv_TF[:count], own, kv_PSJC, first, implementation)
-        rest = batch._replace(places=places.rows, cos_TX=batch.cos_TX[count:], sin_TX=batch.sin_TX[count:])
-        rows_BHC, kv_PSJC = _attend(qkv_TF[count:], [], kv_PSJC, rest, implementation)
-        return jnp.concatenate([packed_THC, rows_BHC]), kv_PSJC
+        packed_THC, kv_PSJC = _attend(qkv_TF, edits, kv_PSJC, batch._replace(places=places.packed), implementation)
+        at = qkv_TF.shape[0] - places.rows.position_B.shape[0]
+        rest = batch._replace(places=places.rows, cos_TX=batch.cos_TX[at:], sin_TX=batch.sin_TX[at:])
+        rows_BHC, kv_PSJC = _attend(qkv_TF[at:], [], kv_PSJC, rest, implementation)
+        is_row_B11 = (places.rows.position_B >= 0)[:, None, None]
+        return packed_THC.at[at:].set(jnp.where(is_row_B11, rows_BHC, packed_THC[at:])), kv_PSJC
     q_THC, kv_PSJC = api.rope_kv(qkv_TF, edits, *rope, kv_PSJC, places.slots_T, implementation=implementation)
     mixed_THC = api.paged_attention(
         q_THC, kv_PSJC, places.page_table_BP, places.query_start_B1, places.kv_len_B,
         max_query_len=places.max_query_len, implementation=implementation,
     )  # fmt: skip
     return mixed_THC, kv_PSJC
-
-
-def _first_tokens(edit: Shrunk, count: int, total: int) -> Shrunk:
-    """Return what a pending edit does to the first ``count`` of ``total`` tokens; both are whole tiles."""
-    tiles = edit.site.tiles
-    kept = TilePages(*(array[: tiles.page_NE.shape[0] * count // total] for array in tiles))
-    return Shrunk(edit.s_TER[:count], edit.site._replace(tiles=kept))
 
 
 def _present(sites: Sequence[Site | None]) -> tuple[Site, ...]:

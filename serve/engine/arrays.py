@@ -65,11 +65,11 @@ class Arrays:
 
     # Rows
 
-    def rows(self, sequences: Many[Sequence], size: int) -> Rows:
-        """Return sequences as rows of a decode step, ``size`` of them."""
-        slots, alive = self._slots(sequences, size)
+    def rows(self, sequences: Many[Sequence], size: int, first: int = 0) -> Rows:
+        """Return sequences as rows of a decode step, from row ``first`` of ``size`` on."""
+        slots, alive = self._slots(sequences, size, first)
         pages = np.zeros((size, self._table_width), np.int32)
-        for row, sequence in enumerate(sequences):
+        for row, sequence in enumerate(sequences, first):
             pages[row, : len(sequence.pages)] = sequence.pages
         return Rows(slots, alive, pages)
 
@@ -118,10 +118,10 @@ class Arrays:
             tokens[row, : len(sequence.tokens)] = sequence.tokens
         return tokens
 
-    def _slots(self, sequences: Many[Sequence], size: int) -> tuple[np.ndarray, np.ndarray]:
+    def _slots(self, sequences: Many[Sequence], size: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
         slots = np.full(size, self._config.max_num_seqs, np.int32)
         alive = np.zeros(size, np.bool_)
-        for row, sequence in enumerate(sequences):
+        for row, sequence in enumerate(sequences, first):
             if _runs(sequence):
                 slots[row], alive[row] = sequence.slot, True
         return slots, alive

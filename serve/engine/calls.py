@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from preft_jax.adapters.bank import AdapterPages
+from preft_jax.models.batch import round_up
 from preft_jax.sampling.rows import Drawn
 from serve.engine.arrays import draw_plainly, picked
 from serve.engine.observer import Observer
@@ -110,20 +111,25 @@ class Starter:
 
     def _prepare_mixed(self, step: Step) -> Prepared:
         """``prepare`` of a step with chunks and rows."""
-        name, count, tokens = self._runner.mixed_program(len(step.rows), step.num_tokens)
-        rows = self._arrays.rows([row.sequence for row in step.rows], count)
+        sequences, tile = [row.sequence for row in step.rows], self._runner.config.tile
+        beside = round_up(len(sequences), tile)
+        tokens = self._runner.mixed_size(step.num_tokens + beside)
+        # Rows take the last tiles.
+        size = self._runner.mixed_rows(tokens)
+        first = size - beside
+        rows = self._arrays.rows(sequences, size, first)
         args = jax.device_put((rows, self._arrays.packed(step.chunks, self._place, tokens)))
         self._staging.bring({c.sequence.adapter for c in step.chunks if c.sequence.adapter is not None})
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
-        return Prepared(step, copies, functools.partial(self._mixed, step, name, count, *args))
+        return Prepared(step, copies, functools.partial(self._mixed, step, first, *args))
 
-    def _mixed(self, step: Step, name: str, count: int, rows: Any, batch: Any) -> Call:
+    def _mixed(self, step: Step, first: int, rows: Any, batch: Any) -> Call:
         self._observer.calling("mixed", step.sequences)
-        self._runner.mixed(name, rows, batch)
+        self._runner.mixed(rows, batch)
         self._copy_forks(step)
         ends, index, fresh = picked(step)
         sequences = [row.sequence for row in step.rows] + ends
-        index = [*range(len(step.rows)), *(count + row for row in index)]
+        index = [*range(first, first + len(step.rows)), *(len(rows.slot_B) + row for row in index)]
         fresh = [False] * len(step.rows) + fresh
         picks = self._arrays.picks(sequences, index, fresh, self._runner.draw_size(len(sequences)))
         part = Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)])

@@ -28,8 +28,8 @@ class EngineConfig:
             memory to the KV cache.
         all_token: whether all-token adapters are served (one program more).
         scoring: whether ``prompt_logprobs`` is served (one program more).
-        mixed_tokens: prompt tokens of the largest call in which running sequences take a decode step, too, while
-            prompts wait; 0: prompts and decode steps have calls of their own. A multiple of four tiles.
+        mixed_tokens: tokens of the largest call in which running sequences take a decode step beside chunks of prompts,
+            both counted; 0: prompts and decode steps have calls of their own. A multiple of four tiles.
         decode_steps: decode steps between two looks at the prompts that wait, while none can go on: of one call, or
             of two that are under way together.
         prefix_caching: keep the KV of finished sequences for requests that begin alike.

@@ -47,6 +47,8 @@ class Stats:
 
     prefill_calls: int = 0
     prefill_seconds: float = 0.0
+    mixed_calls: int = 0
+    mixed_seconds: float = 0.0
     decode_calls: int = 0
     decode_steps: int = 0
     decode_seconds: float = 0.0
@@ -312,8 +314,9 @@ class Engine:
             call = start()
             call.started = started
             self._calls.append(call)
-            self._stats.prefill_calls += bool(step.chunks)
-            self._stats.decode_calls += not step.chunks
+            self._stats.prefill_calls += step.kind == "prefill"
+            self._stats.mixed_calls += step.kind == "mixed"
+            self._stats.decode_calls += step.kind == "decode"
             self._staging.settle(self.scheduler.next_adapters(2))
         if self._calls:
             self._start_unit(self._background.beside())
@@ -407,9 +410,11 @@ class Engine:
         now = self._clock()
         seconds, self._results_at = now - max(call.started, self._results_at), now
         self._background.earn(seconds)
-        if call.step.chunks:
+        self._stats.prompt_tokens += sum(chunk.end - chunk.start for chunk in call.step.chunks)
+        if call.step.kind == "prefill":
             self._stats.prefill_seconds += seconds
-            self._stats.prompt_tokens += sum(chunk.end - chunk.start for chunk in call.step.chunks)
+        elif call.step.kind == "mixed":
+            self._stats.mixed_seconds += seconds
         else:
             self._stats.decode_seconds += seconds
             self._stats.decode_steps += max(int((d.token_NB != -1).any(axis=1).sum()) for d in drawn)

@@ -91,17 +91,19 @@ class Runner:
                 self.row_counts = self.row_counts[:1]
                 self.adapted_row_counts = sorted({max(bucket(config.max_num_seqs) // 2, 1), config.max_num_seqs})
         parts = (4, 1) if all_token or (config.scoring and gpu) else (8, 2, 1)
+        self.mixed_counts: list[int] = []
+        if config.mixed_tokens:
+            parts = (2, 1)
+            self.mixed_counts = [config.mixed_tokens * part // 4 for part in (1, 2, 3, 4)]
+            self.row_counts = sorted({*self.row_counts, max(bucket(config.max_num_seqs) // 2, 1)})
         self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in parts})
         least = 0 if jax.default_backend() == "cpu" else READS_WEIGHTS
         self.filled_counts = worth_filling(self.token_counts, least)
-        self.mixed_counts = [config.mixed_tokens // part for part in (4, 2, 1) if config.mixed_tokens]
-        # Decoding rows stand behind packed tokens, in whole tiles.
-        self.mixed_row_counts = [round_up(count, config.tile) for count in self.row_counts if config.mixed_tokens]
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         self._logit_rows = max(config.max_num_seqs, self._prefill_rows)
-        if self.mixed_row_counts:
-            self._logit_rows = self.mixed_row_counts[-1] + self._prefill_rows
+        if self.mixed_counts:
+            self._logit_rows = self.mixed_rows(self.mixed_counts[-1]) + self._prefill_rows
 
     # Memory
 
@@ -211,9 +213,8 @@ class Runner:
             traces[f"decode-{count}"] = functools.partial(self._trace_decode, count)
         for count in self.adapted_row_counts:
             traces[f"decode-adapted-{count}"] = functools.partial(self._trace_decode_adapted, count)
-        for rows in self.mixed_row_counts:
-            for tokens in self.mixed_counts:
-                traces[f"mixed-{rows}-{tokens}"] = functools.partial(self._trace_mixed, rows, tokens)
+        for tokens in self.mixed_counts:
+            traces[f"mixed-{tokens}"] = functools.partial(self._trace_mixed, tokens)
         traces["copy-pages"] = self._trace_copy
         if self._adapters:
             if ALL_LINEARS in self._slab_widths():
@@ -259,7 +260,8 @@ class Runner:
         args = self.params, self.bank, pages, self.cache, self._logits, self.slots, rows
         return jax.jit(function, donate_argnums=(3, 4)).trace(*args)
 
-    def _trace_mixed(self, count: int, tokens: int) -> Any:
+    def _trace_mixed(self, tokens: int) -> Any:
+        count = self.mixed_rows(tokens)
         function = functools.partial(device.mixed, self.model.config, count, self._query_len(tokens))
         rows, batch = self.arrays.rows([], count), self._no_chunks(tokens)
         args = self.params, self.bank, self.cache, self._logits, self.slots, rows, batch
@@ -339,15 +341,17 @@ class Runner:
         bank = () if pages is None else (self.bank, pages)
         self.cache, self._logits = self.programs[name](self.params, *bank, self.cache, self._logits, self.slots, rows)
 
-    def mixed_program(self, num_rows: int, num_tokens: int) -> tuple[str, int, int]:
-        """Return the name of the program that decodes so many rows and prefills so many tokens, and its own sizes."""
-        rows = next(count for count in self.mixed_row_counts if count >= num_rows)
-        tokens = next(count for count in self.mixed_counts if count >= num_tokens)
-        return f"mixed-{rows}-{tokens}", rows, tokens
+    def mixed_size(self, num_tokens: int) -> int:
+        """Return the tokens of the program that takes so many, rows counted."""
+        return next(count for count in self.mixed_counts if count >= num_tokens)
 
-    def mixed(self, name: str, rows: device.Rows, batch: PrefillBatch) -> None:
+    def mixed_rows(self, tokens: int) -> int:
+        """Return how many of the last tokens of a mixed program may be rows."""
+        return min(round_up(self.config.max_num_seqs, self.config.tile), tokens)
+
+    def mixed(self, rows: device.Rows, batch: PrefillBatch) -> None:
         """Run a decode step of rows and compute packed chunks; the logits of rows, then of chunks, stay here."""
-        self.cache, self._logits = self.programs[name](
+        self.cache, self._logits = self.programs[f"mixed-{len(batch.tokens_T)}"](
             self.params, self.bank, self.cache, self._logits, self.slots, rows, batch
         )
 

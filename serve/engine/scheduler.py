@@ -59,7 +59,7 @@ class Scheduler:
         self._prefill_tokens = prefill_tokens
         # Tokens of the programs that are worth filling, ascending: a call costs what its program does.
         self._prefill_sizes = prefill_sizes or (prefill_tokens,)
-        # Those of the programs in which rows decode beside chunks; none: they have calls of their own.
+        # Those of the programs in which rows decode beside chunks, rows counted; none: they have calls of their own.
         self._mixed_sizes = mixed_sizes
         self._prefill_seqs = prefill_seqs
         self._chunk_tokens = chunk_tokens
@@ -230,7 +230,9 @@ class Scheduler:
         decoding = self.plan_rows(list(self._running), 1) if self._prefilling or self.may_admit() else None
         if decoding is None:
             return None
-        step = self.plan_prefill(self._mixed_sizes)
+        beside = -(-len(decoding.rows) // self._tile) * self._tile
+        sizes = [size - beside for size in self._mixed_sizes if size > beside]
+        step = self.plan_prefill(sizes) if sizes else None
         return decoding if step is None else dataclasses.replace(step, rows=decoding.rows)
 
     def plan_prefill(self, sizes: Many[int] = ()) -> Step | None:

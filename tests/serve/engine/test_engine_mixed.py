@@ -97,7 +97,7 @@ def test_nothing_is_compiled_after_warm_up(lively, adapters, rng):
     engine = Engine(lively, MIXED)
     engine.warm_up()
     mixed = [name for name in engine.runner.programs if name.startswith("mixed")]
-    assert mixed == [f"mixed-{rows}-{tokens}" for rows in engine.runner.mixed_row_counts for tokens in (16, 32, 64)]
+    assert mixed == ["mixed-16", "mixed-32", "mixed-48", "mixed-64"]
     requests = requests_of(adapters, rng, max_tokens=9)
     serve(engine, requests, every=1)  # This looks whether anything was.
 
@@ -133,18 +133,20 @@ def test_a_mixed_forward_pass_is_a_prefill_and_a_decode(lively, adapters, rng):
             spans, num_tokens=32, num_requests=4, page_table_width=width, page_size=page, tile=tile, min_entries=1
         )
 
-    decoding, coming = [span(11, [0, 1]), span(7, [2, 3])], [span(13, [4, 5]), span(5, [6])]
-    pages = np.zeros((tile, width), np.int32)
-    pages[0, :2], pages[1, :2] = (0, 1), (2, 3)
-    tokens, positions = np.zeros(tile, np.int32), np.full(tile, -1, np.int32)
-    tokens[:2], positions[:2] = rng.integers(0, 250, 2), (11, 7)
+    decoding, coming = [span(11, [0, 1]), span(7, [2, 3])], [span(13, [4, 5]), span(1, [6])]
+    pages = np.zeros(
+        (20, width), np.int32
+    )  # Rows may stand at the last 20 of 32 tokens: two do, behind two of a prompt.
+    pages[5, :2], pages[6, :2] = (0, 1), (2, 3)
+    tokens, positions = np.zeros(20, np.int32), np.full(20, -1, np.int32)
+    tokens[5:7], positions[5:7] = rng.integers(0, 250, 2), (11, 7)
     rows = DecodeBatch(tokens, positions, pages)
     args = config, lively.params, bank
     _, cache = forward.prefill(*args, init_cache(config, 8, page, np.float32), pack(*decoding), max_query_len=32)
     chunks_BV, apart = forward.prefill(*args, cache, pack(*coming), max_query_len=32)
     rows_BV, apart = forward.decode(config, lively.params, apart, rows)
     ours_rows, ours_chunks, together = forward.mixed(*args, cache, pack(*coming), rows, max_query_len=32)
-    np.testing.assert_allclose(ours_rows[:2], rows_BV[:2], atol=1e-4)
+    np.testing.assert_allclose(ours_rows[5:7], rows_BV[5:7], atol=1e-4)
     np.testing.assert_allclose(ours_chunks[:2], chunks_BV[:2], atol=1e-4)
     for ours, other in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
         np.testing.assert_allclose(ours, other, atol=1e-4)
