@@ -11,8 +11,7 @@ from engine_runs import ATOL, ROOMY, request, serve
 
 import preft_jax
 from preft_jax import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask
-from preft_jax.adapters.edit_mask import prompt_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.text.chat import EncodedPrompt
 from serve.engine.engine import Engine
 from train.data.rows import DataOptions, Example, make_examples
