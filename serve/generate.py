@@ -10,7 +10,7 @@ import numpy as np
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import ConfigError, RequestError
-from preft_jax.loading import Model
+from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import RANK_PAGE
@@ -123,6 +123,7 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
     Raises:
         ConfigError: for a ``max_num_seqs`` that is no positive integer.
         RequestError: if a request is longer than the model.
+        AdapterError: for an adapter that is not of this model.
     """
     if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs is {max_num_seqs!r}; give an integer of at least 1")
@@ -133,7 +134,10 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
             f"the longest prompt with its max_tokens has {longest} tokens; the model has {most} positions"
         )
     size = min(max_num_seqs, bucket(len(requests)))
-    adapters = {r.adapter.digest: r.adapter for r in requests if isinstance(r.adapter, Adapter)}
+    given = {id(r.adapter): r.adapter for r in requests if isinstance(r.adapter, Adapter)}
+    for adapter in given.values():
+        check_base(adapter, model)  # The digest needs every leaf.
+    adapters = {adapter.digest: adapter for adapter in given.values()}
     counts = [adapter_page_counts(adapter.config, model.config) for adapter in adapters.values()]
     pages = sorted((max(count.values(), default=0) for count in counts), reverse=True)
     return EngineConfig(

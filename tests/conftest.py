@@ -1,4 +1,4 @@
-"""What many tests share: base models, and one adapter of every kind."""
+"""What many tests share: base models, one adapter of every kind, and training's forward pass."""
 
 import dataclasses
 import gc

@@ -119,8 +119,11 @@ class Admission:
         Raises:
             AdapterError: if it can never be served, or is of another base model.
         """
-        if isinstance(adapter, Adapter) and not self._adapters.knows(adapter.digest):
-            check_base(adapter, self._model)
+        if isinstance(adapter, Adapter):
+            # The digest needs every leaf: it is not asked for before they were checked.
+            has_digest = "digest" in vars(adapter)
+            if not has_digest or not self._adapters.knows(adapter.digest):
+                check_base(adapter, self._model)
         return self.check_config(adapter.config)
 
     def check_config(self, config: AdapterConfig) -> int:

@@ -75,7 +75,7 @@ class Runner:
         self.programs = self._name_programs()
 
     def _choose_programs(self) -> None:
-        """Choose the shapes of the programs: ten of them at most, whatever the engine is for."""
+        """Choose the shapes of the programs: ten of them at most, and four more for mixed calls."""
         config, gpu = self.config, jax.default_backend() == "gpu"
         all_token = config.all_token and self._adapters
         self.row_counts = sorted({max(bucket(config.max_num_seqs) // 4, 1), config.max_num_seqs})

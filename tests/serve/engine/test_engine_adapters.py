@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from engine_outputs import (
     SCORING,
@@ -118,6 +119,25 @@ def test_a_preempted_request_keeps_its_adapter_on_the_host(lively, many, rng):
     assert engine.stats.preemptions > 0
     for one, group in zip(requests, samples, strict=True):
         assert_as_alone(lively, one, group)
+
+
+@pytest.mark.parametrize("positions", ["prompt", "all"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_adapter_that_is_not_finite_is_refused_and_spoils_nothing(positions, value, lively, adapters, rng):
+    """It never reaches the bank, where it would share tiles with others; those beside and after it are served."""
+    config = AdapterConfig(rank=8, positions=positions)
+    bad = random_adapter(config, lively.config, jax.random.key(9))
+    bad.params["layers"][1]["down"]["lora_b"][3, 2] = value
+    engine = Engine(lively, TIGHT)
+    beside = request(some(rng, 7), adapters["lora"])
+    number = engine.add(beside)
+    with pytest.raises(AdapterError, match=r"'down'.*NaN or infinite"):
+        engine.add(request(some(rng, 7), bad))
+    assert set(engine.adapters._known) == {adapters["lora"].digest}
+    assert_as_alone(lively, beside, [drain(engine)[number, 0]])
+    for adapter in (None, adapters["lora_all"]):
+        after = request(some(rng, 7), adapter)
+        assert_as_alone(lively, after, [run_one(engine, after)])
 
 
 class Rows(Observer):

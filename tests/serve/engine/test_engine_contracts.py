@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from engine_runs import (
+    ATOL,
     GREEDY,
     ROOMY,
     TIGHT,
@@ -104,6 +105,26 @@ def test_a_mixed_batch_is_the_references(sampling, config, lively, kinds, rng):
     first = np.array([samples[0].logprobs[0] for samples in done])
     apart = np.abs(first[:, None] - first) + np.eye(len(first))
     assert (apart > 1e-6).all(), "two adapters gave one answer"
+
+
+@pytest.mark.parametrize("name", [None, *PREFILL_ONLY, *ALL_TOKEN])
+def test_logprobs_are_the_trainers_on_the_same_tokens(name, roomy, lively, kinds, trained, rng):
+    """15 prompt tokens and six drawn at temperature 0.8; the raw log-probability is that of temperature 1."""
+    sampling = SamplingParams(temperature=0.8, top_k=40)
+    one = request(rng.integers(0, 250, 15), kinds[name], sampling=sampling, seed=3)
+    sample, _ = serve_one(roomy, one)
+    tokens = [*one.prompt.token_ids, *sample.token_ids]
+    log_probs = trained(lively, one.adapter, tokens, mask_of(one, 6))[14:-1]
+    np.testing.assert_allclose(sample.logprobs, log_probs[np.arange(6), sample.token_ids], atol=ATOL)
+
+
+def test_the_same_batch_twice_is_bitwise_the_same(lively, kinds, rng):
+    requests = [
+        request(rng.integers(0, 250, 3 + 2 * i), kinds[name], sampling=DRAWN, seed=i)
+        for i, name in enumerate((None, "lora", "direft", "loreft_f3l2", "lora_all", "lora_pattern"))
+    ]
+    first, again = (serve(Engine(lively, ROOMY), requests) for _ in range(2))
+    assert [sample for (sample,) in first] == [sample for (sample,) in again]
 
 
 def test_prompts_and_generated_tokens_share_calls(tight, lively, kinds, rng):
