@@ -30,39 +30,16 @@ from serve.engine.observer import Observer
 from serve.engine.outputs import Delta, Sample, keep_scores, read, to_output
 from serve.engine.pages import PageManager
 from serve.engine.plan import Step
-from serve.engine.recovery import Recovery, format_error
+from serve.engine.recovery import STRIKES, Recovery, format_error
 from serve.engine.request import Output, Request
 from serve.engine.residency import AdapterBank
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence, Status
 from serve.engine.staging import Staging, WriteError
+from serve.engine.stats import Stats
 from serve.store.host import AdapterStore
 from serve.store.host_copy import Known, pack, pin
-
-
-@dataclasses.dataclass(kw_only=True)
-class Stats:
-    """Counters since the engine was made; seconds are those from the start of a call until its results were there."""
-
-    prefill_calls: int = 0
-    prefill_seconds: float = 0.0
-    mixed_calls: int = 0
-    mixed_seconds: float = 0.0
-    decode_calls: int = 0
-    decode_steps: int = 0
-    decode_seconds: float = 0.0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    adapter_loads: int = 0
-    adapter_waits: int = 0
-    device_failures: int = 0
-    recompiles: int = 0
-    finished: int = 0
-    failed: int = 0
-
 
 _LOADING_SECONDS = 0.02
 """How long a step without other work waits for adapters that are being loaded."""
@@ -148,6 +125,7 @@ class Engine:
         self._results_at = 0.0
         self._asleep = False
         self._recovery = Recovery()
+        self._mixed_failures = 0
         self._next_id = 0
 
     # Requests
@@ -455,6 +433,9 @@ class Engine:
     def _recover(self, steps: Many[Step], error: Exception) -> None:
         """After a call that failed, one of these: begin again, and find out whom it fails for."""
         self._reset_device()
+        self._mixed_failures += steps[-1].kind == "mixed"
+        if self._mixed_failures == STRIKES:  # Calls of their own may do what they cannot do together.
+            self.scheduler.stop_mixing()
         given_up = self._recovery.isolate(steps)
         if given_up is not None:
             self._end(Delta(sequence=given_up, finish="error", error=format_error(error)))

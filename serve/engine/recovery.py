@@ -28,7 +28,8 @@ class Recovery:
 
     def isolate(self, steps: Many[Step]) -> Sequence | None:
         """After one of these steps failed: split their sequences; return the one that is to be given up, if any."""
-        kind = steps[-1].kind
+        # In a call of its own, a row of a mixed call that failed must decode.
+        kind = "decode" if steps[-1].kind == "mixed" else steps[-1].kind
         members = [s for step in steps for s in step.sequences if s.status is not Status.FINISHED]
         members = list(dict.fromkeys(members))
         if len(members) == 1:

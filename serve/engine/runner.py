@@ -182,7 +182,7 @@ class Runner:
     # Programs
 
     def warm_up(self) -> None:
-        """Compile every program that is not compiled yet, then time what the engine chooses by.
+        """Compile every program that is not compiled yet, use each, and time those that the engine chooses between.
 
         Without it, programs are compiled when they are first called.
         """
@@ -193,6 +193,7 @@ class Runner:
             self.release()  # XLA tries matrix products out while it compiles, and needs memory for it.
             self.programs.compile(traced)
             self.reset()
+        self._use_all()
         self._time_decode()
 
     def _name_programs(self, key: Any = None) -> Programs:
@@ -279,6 +280,29 @@ class Runner:
         linears = slabs.pop(ALL_LINEARS, None)
         function, slabs = (device.write_whole_slabs, linears) if whole else (device.write_slabs, slabs)
         return jax.jit(function, donate_argnums=0).trace(self.bank, slabs, page)
+
+    def _use_all(self) -> None:
+        """Call every program on nothing: on a GPU the first calls of one are slow (a second, for a large prefill)."""
+        for _ in range(2):
+            for tokens in self.token_counts:
+                self.prefill(jax.device_put(self._no_chunks(tokens)))
+            if self.config.scoring:
+                tokens = self.config.prefill_tokens
+                self.score(self._no_chunks(tokens), np.zeros(tokens, np.int32))
+            for tokens in self.mixed_counts:
+                self.mixed(self.arrays.rows([], self.mixed_rows(tokens)), self._no_chunks(tokens))
+            for size in self.draw_counts:
+                picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+                for plainly in (False, True):
+                    self.draw(picks, sampling, plainly=plainly)
+            self.copy_pages([(0, self.num_kv_pages)])
+            if self._adapters:
+                slabs, page = self._no_writes()
+                linears = slabs.pop(ALL_LINEARS, None)
+                if linears is not None:
+                    self.bank = self.programs["write-whole-pages"](self.bank, linears, page)
+                self.bank = self.programs["write-pages"](self.bank, slabs, page)
+        jax.block_until_ready((self.cache, self.bank, self.slots))
 
     def _time_decode(self) -> None:
         """Measure a step of each decode program, all rows busy, before any page holds anything."""

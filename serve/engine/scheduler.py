@@ -16,7 +16,7 @@ from collections.abc import Sequence as Many
 from typing import Protocol
 
 from serve.engine.fairness import Refusals, Waiting
-from serve.engine.packing import Packing, call_size
+from serve.engine.packing import Packing, call_size, round_up
 from serve.engine.pages import PageManager
 from serve.engine.plan import Chunk, Fork, Row, Step
 from serve.engine.sequence import Sequence, Status
@@ -75,6 +75,8 @@ class Scheduler:
         # Sequences that keep an adapter on the device.
         self._holders = 0
         self._decode_is_next = False
+        # Whether a sequence may have a cohort: a device call failed.
+        self._suspects = False
         # Whether those that wait found no room, of pages or in the bank, when they were last looked at.
         self._refused = False
         self.preemptions = 0
@@ -205,6 +207,7 @@ class Scheduler:
     def reset(self) -> None:
         """Note that the KV cache and the adapters on the device are lost: everything is computed again."""
         self.pages.forget()
+        self._suspects = True
         lost = [*self._prefilling, *self._running]
         self._prefilling, self._running, self._holders = {}, {}, 0
         for sequence in lost:
@@ -222,34 +225,52 @@ class Scheduler:
 
     @property
     def mixes(self) -> bool:
-        """Whether sequences that decode may take part in steps with chunks."""
-        return bool(self._mixed_sizes) and not any(s.cohort is not None for s in (*self._prefilling, *self._running))
+        """Whether sequences that decode take part in steps with chunks now.
+
+        Not while a sequence whose call failed runs apart from others, nor where rows leave chunks no room.
+        """
+        if self._suspects:
+            everybody = itertools.chain(self._prefilling, self._running, self._waiting)
+            self._suspects = any(sequence.cohort is not None for sequence in everybody)
+        beside = round_up(len(self._running), self._tile)
+        return bool(self._mixed_sizes) and not self._suspects and beside < self._mixed_sizes[-1]
+
+    def stop_mixing(self) -> None:
+        """Give prompts and decode steps calls of their own from now on."""
+        self._mixed_sizes = ()
 
     def plan_mixed(self) -> Step | None:
-        """Return a decode step of all who run, with chunks beside it; None if nobody runs, or no prompt waits."""
-        decoding = self.plan_rows(list(self._running), 1) if self._prefilling or self.may_admit() else None
-        if decoding is None:
+        """Return a step of chunks in which all take part who decode; None if nobody does, or no prompt finds room."""
+        rows = [sequence for sequence in self._running if sequence.undrawn > 0]
+        waits = self._prefilling or (self._waiting and self.num_running < self._max_num_seqs)
+        if not rows or not waits or sum(self._missing_pages(rows, 1).values()) > self.pages.num_available:
             return None
-        beside = -(-len(decoding.rows) // self._tile) * self._tile
-        sizes = [size - beside for size in self._mixed_sizes if size > beside]
-        step = self.plan_prefill(sizes) if sizes else None
-        return decoding if step is None else dataclasses.replace(step, rows=decoding.rows)
+        beside = round_up(len(rows), self._tile)
+        step = self.plan_prefill([size - beside for size in self._mixed_sizes if size > beside], rows[0])
+        decoding = self.plan_rows(rows, 1) if step is not None else None
+        return step if step is None or decoding is None else dataclasses.replace(step, rows=decoding.rows)
 
-    def plan_prefill(self, sizes: Many[int] = ()) -> Step | None:
+    def plan_prefill(self, sizes: Many[int] = (), beside: Sequence | None = None) -> Step | None:
         """Return a step of chunks, or None if no prompt waits that finds room.
 
         Args:
             sizes: tokens of the programs that may run it, ascending; by default those that only prefill.
+            beside: a sequence that decodes in the same step.
         """
         chunks: list[Chunk] = []
         packing = Packing(sizes[-1] if sizes else self._prefill_tokens, self._tile, self._tile_entries)
-        room = all(self._take_chunk(sequence, chunks, packing) for sequence in self._prefilling)
+
+        def together(sequence: Sequence) -> bool:
+            mate = chunks[0].sequence if chunks else beside
+            return mate is None or mate.cohort == sequence.cohort
+
+        room = all(self._take_chunk(s, chunks, packing) for s in self._prefilling if together(s))
         admitted: list[Sequence] = []
         refusals = Refusals()
         looked = False
         for sequence in self._waiting if room else ():
             looked = True
-            if (chunks and chunks[0].sequence.cohort != sequence.cohort) or refusals.passes_over(sequence):
+            if not together(sequence) or refusals.passes_over(sequence):
                 continue
             wants = sequence.adapter is not None
             if wants and (refusals.reserves(self._holders) or not self._take_adapter(sequence)):
@@ -305,9 +326,7 @@ class Scheduler:
         return kept
 
     def _take_chunk(self, sequence: Sequence, chunks: list[Chunk], packing: Packing) -> bool:
-        """Add a sequence's next chunk, if it may be computed with the others; False if the batch is full."""
-        if chunks and chunks[0].sequence.cohort != sequence.cohort:
-            return True
+        """Add a sequence's next chunk; False if the batch is full."""
         wanted = self.chunk_of(sequence)
         at, count = packing.place(wanted, sequence.entries)
         if count > 0:
@@ -370,22 +389,27 @@ class Scheduler:
 
     def plan_rows(self, sequences: Iterable[Sequence], repeats: int) -> Step | None:
         """Return a step of the rows that may draw more, with KV pages allotted for it; None if there is no room."""
-        undrawn = {sequence: sequence.undrawn for sequence in sequences if sequence.undrawn > 0}
-        if not undrawn:
+        going = [sequence for sequence in sequences if sequence.undrawn > 0]
+        if not going:
             return None
-        repeats = min(repeats, max(undrawn.values()))
-        missing = {}
-        for sequence, most in undrawn.items():
-            tokens = len(sequence.tokens) - 1 + sequence.drawing + min(repeats, most)
-            missing[sequence] = max(0, -(-tokens // self.pages.page_size) - len(sequence.pages))
+        repeats = min(repeats, max(sequence.undrawn for sequence in going))
+        missing = self._missing_pages(going, repeats)
         if sum(missing.values()) > self.pages.num_available:
             return None
         for sequence, count in missing.items():
             sequence.pages += self.pages.allocate(count)
-        rows = [Row(sequence, min(repeats, most)) for sequence, most in undrawn.items()]
+        rows = [Row(sequence, min(repeats, sequence.undrawn)) for sequence in going]
         for row in rows:
             row.sequence.drawing += row.draws
         return Step(rows=rows, repeats=repeats)
+
+    def _missing_pages(self, rows: Iterable[Sequence], repeats: int) -> dict[Sequence, int]:
+        """Return how many KV pages each row lacks for so many decode steps."""
+        missing = {}
+        for sequence in rows:
+            tokens = len(sequence.tokens) - 1 + sequence.drawing + min(repeats, sequence.undrawn)
+            missing[sequence] = max(0, -(-tokens // self.pages.page_size) - len(sequence.pages))
+        return missing
 
     def may_admit(self) -> bool:
         """Whether a prompt waits that may find room at the next call."""
