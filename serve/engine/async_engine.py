@@ -168,17 +168,6 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def until_ready(self) -> None:
-        """Wait until the engine is ready.
-
-        Raises:
-            EngineStopped: if it fails before.
-        """
-        while not self.ready:
-            self._check_alive()
-            self._changed.clear()
-            await self._changed.wait()
-
     async def open(self, requests: Sequence[Request]) -> OutputStream:
         """Give the engine requests, all of them or none, and return their outputs.
 
@@ -228,7 +217,7 @@ class AsyncEngine:
         """Wait until no stream is open; return whether that came in time."""
         try:
             async with asyncio.timeout(seconds):
-                while self._streams:
+                while self.num_open:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
