@@ -276,7 +276,7 @@ class Engine:
             self._observer.planned(full)
             prepared = self._starter.prepare(full)
             self._run(step, copies=False)
-            if self._calls:
+            if self.under_way:
                 prepared.begin_copies()
                 self._prepared = prepared
 
@@ -296,7 +296,7 @@ class Engine:
             self._stats.mixed_calls += step.kind == "mixed"
             self._stats.decode_calls += step.kind == "decode"
             self._staging.settle(self.scheduler.next_adapters(2))
-        if self._calls:
+        if self.under_way:
             self._start_unit(self._background.beside())
 
     @contextlib.contextmanager
@@ -370,7 +370,7 @@ class Engine:
         if self._prepared is not None:
             prepared, self._prepared = self._prepared, None
             self._launch(prepared.step, prepared.start)
-            if not self._calls:  # It failed, and what was computed is lost.
+            if not self.under_way:  # It failed, and what was computed is lost.
                 return deltas + self._take_early()
         self._recovery.trust(call.step, (s for group in self._live.values() for s in group))
         self._account(call, drawn)
@@ -424,7 +424,8 @@ class Engine:
         self.runner.reset()
 
     def _forget_device(self) -> None:
-        self._calls.clear()
+        # Units of other work touch nothing of the engine's: they go on.
+        self._calls = collections.deque(call for call in self._calls if isinstance(call, UnitCall))
         self._prepared = None
         self.adapters.reset()
         self._staging.reset()

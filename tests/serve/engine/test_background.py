@@ -208,6 +208,27 @@ def test_work_that_fails_does_not_reach_the_engine(where, lively, rng):
     assert engine.stats.device_failures == 0
 
 
+def test_units_under_way_go_on_when_a_call_fails(lively, rng):
+    class Failing(Observer):
+        times = 0
+
+        def collecting(self, step):
+            if step.rows and not self.times:
+                self.times += 1
+                raise RuntimeError("broken")
+
+    work = Units(seconds=1e-9)
+    engine = Engine(lively, TIGHT, background=work, background_share=0.5, observer=Failing())
+    one = request(some(rng, 9), max_tokens=12)
+    number = engine.add(one)
+    assert_as_alone(lively, one, [drain(engine)[number, 0]])
+    assert engine.stats.device_failures == 1
+    work.count = work.given
+    steps(engine, 9)
+    assert len(work.took) == work.given
+    assert not work.errors
+
+
 def test_a_share_is_a_part_of_the_whole(lively):
     with pytest.raises(ValueError, match="background_share is 1"):
         Engine(lively, TIGHT, background=Units(), background_share=1)
