@@ -33,6 +33,31 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "PRESETS",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterLimits",
+    "Completion",
+    "ConfigError",
+    "Llama",
+    "LowRankEdit",
+    "Model",
+    "ModelConfig",
+    "ModelError",
+    "PreftError",
+    "RequestError",
+    "SamplingParams",
+    "fold",
+    "generate",
+    "init_adapter",
+    "load_adapter",
+    "load_model",
+    "random_adapter",
+    "save_adapter",
+]
+
 _WHERE = {
     "preft_jax.adapters.adapter": ("Adapter", "fold"),
     "preft_jax.adapters.config": ("AdapterConfig",),

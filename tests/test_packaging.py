@@ -64,6 +64,16 @@ def test_host_modules_import_no_jax():
         assert "jax" not in set(imported(ROOT / module)), module
 
 
+def test_every_public_name_is_found():
+    import preft_jax
+
+    assert sorted(preft_jax.__all__) == sorted(preft_jax._MODULE_OF)
+    for name in preft_jax.__all__:
+        assert getattr(preft_jax, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'generatr'"):
+        preft_jax.generatr  # noqa: B018
+
+
 def test_the_version_stands_once_in_meaning():
     import preft_jax
 

@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
+from preft_jax.io.hub import cache_dir
 from serve.bench.client import ENDPOINTS
 from serve.bench.contest import MODES, collect, compete
 from serve.bench.environment import environment
@@ -29,7 +31,7 @@ from serve.bench.metrics import SCHEMA, MetricOptions, parse_goodput, parse_metr
 from serve.bench.plots import check_plotting, save_plot
 from serve.bench.report import print_report
 from serve.bench.scenario import make_entries
-from serve.bench.sides import EngineSide, ServerSide
+from serve.bench.sides import QUESTION, EngineSide, ServerSide
 from serve.bench.workload import DISTRIBUTIONS
 
 _UNWRITTEN = ("output_json", "plot", "api_key")
@@ -206,6 +208,8 @@ def run(
     found = {"schema": SCHEMA, "options": _written_options(args, side.counts), **side.facts}
     found |= {**collect(entries, options), **environment()}
     out = Console()
+    for who, text in side.answers():
+        out.print(f"{who} to {QUESTION[0]['content']!r}: {text!r}", markup=False, highlight=False, soft_wrap=True)
     print_report(found, options, out if out.is_terminal else Console(width=140))
     if args.plot is not None:
         requests = f"{len(entries[0].rounds[0])} requests a round, {args.rounds} round{'s' * (args.rounds > 1)}"
@@ -237,5 +241,13 @@ def main(
     return 0
 
 
+def _keep_programs() -> None:
+    """Keep compiled programs on disk, unless the environment says where: engines of all modes share most of them."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
+        jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)
+
+
 if __name__ == "__main__":
+    _keep_programs()
     sys.exit(main())

@@ -17,7 +17,7 @@ from preft_jax.io.hf import read_config
 from preft_jax.loading import Model, load_model
 from preft_jax.models.batch import round_up
 from preft_jax.sampling.parameters import SamplingParams
-from preft_jax.text.chat import EncodedPrompt
+from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from preft_jax.text.tokenizer import load_tokenizer
 from serve.bench.client import HttpTarget, ServedModel, list_models
 from serve.bench.contest import Contender
@@ -25,7 +25,9 @@ from serve.bench.load import EngineTarget, LoadRequest, Target
 from serve.bench.workload import adapter_configs
 from serve.engine import memory
 from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
 from serve.engine.request import Request
+from serve.generate import run_on
 
 _LEAST_BANK = 64
 """Rank pages that a bank may always have, besides those that the running requests need."""
@@ -60,6 +62,12 @@ def parse_counts(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+"""What the base and two adapters are asked, for people to see that they differ."""
+
+ANSWER_TOKENS = 16
+
+
 class Side(Protocol):
     """What is loaded.
 
@@ -79,6 +87,10 @@ class Side(Protocol):
 
     def target(self, contender: Contender, longest: int) -> Target:
         """Return what serves a contender's requests, none of which has more than ``longest`` tokens in all."""
+        ...
+
+    def answers(self) -> list[tuple[str, str]]:
+        """Return who answers one question what, for people to see; empty where nobody is asked."""
         ...
 
 
@@ -140,6 +152,24 @@ class EngineSide:
             clock=self._clock,
             sleep=self._sleep,
         )
+
+    def answers(self) -> list[tuple[str, str]]:
+        """Return who answers one question what: the base, and two users' adapters; empty where nobody can be asked."""
+        engine = self._engines.get("prefill-only")
+        if not isinstance(engine, Engine) or self._model.tokenizer is None:
+            return []
+        adapters = next(iter(self._adapters.values()))
+        asked = {"base": None, "user 1": adapters[0], f"user {len(adapters)}": adapters[-1]}
+        prompt = encode_prompt(self._model.tokenizer, QUESTION, vocab_size=self._model.config.vocab_size)
+        room = engine.config.max_model_len - len(prompt.token_ids)
+        if room < 1:
+            return []
+        greedy = SamplingParams(temperature=0.0)
+        requests = [
+            Request(prompt=prompt, adapter=adapter, sampling=greedy, max_tokens=min(ANSWER_TOKENS, room))
+            for adapter in asked.values()
+        ]
+        return list(zip(asked, (one.text for one in run_on(engine, requests)), strict=True))
 
     def _engine(self, mode: str, longest: int) -> Any:
         """Return a mode's engine, with every program compiled."""
@@ -252,6 +282,10 @@ class ServerSide:
             return Vocabulary(read_config(directory).vocab_size, load_tokenizer(directory), longest)
         model = load_model(self._args.model)
         return Vocabulary(model.config.vocab_size, model.tokenizer, longest)
+
+    def answers(self) -> list[tuple[str, str]]:
+        """See ``Side``: a server is loaded with what is counted alone."""
+        return []
 
     def target(self, contender: Contender, longest: int) -> Target:
         """See ``Side``."""
