@@ -27,16 +27,16 @@ from bench.output import emit
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
-from preft_jax.adapters.pages import num_rank_pages
 from preft_jax.cli import hyphenated
-from preft_jax.generator import Generator, Limits, Request
 from preft_jax.io.adapter_files import save_adapter
 from preft_jax.io.hf import save_hf_model
 from preft_jax.loading import Model, load_model
-from preft_jax.models.batch import round_up
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.text.chat import EncodedPrompt
 from serve.bench.environment import environment
+from serve.engine.engine import Engine
+from serve.engine.request import Request
+from serve.generate import config_for, run_on
 
 SCHEMA = "preft-jax/cpu-generation/1"
 
@@ -102,29 +102,18 @@ class Peer:
 
 def make_ours(model: Model, case: Case, adapter: Adapter | None, prompts: list[list[int]]) -> Any:
     """Return a function that generates the case once and returns its seconds and tokens."""
-    pages = 1 if adapter is None else 1 + num_rank_pages(adapter.config.rank)
-    generator = Generator(
-        model,
-        Limits(
-            max_num_seqs=case.batch,
-            max_model_len=round_up(case.prompt_len + case.new_tokens, 64),
-            prefill_seqs=min(case.batch, 8),
-            bank_pages=pages,
-        ),
-    )
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
     requests = [
         Request(prompt=EncodedPrompt(p, ()), adapter=adapter, sampling=sampling, max_tokens=case.new_tokens)
         for p in prompts
     ]
 
+    engine = Engine(model, config_for(model, requests, max_num_seqs=case.batch))
+
     def once() -> dict[str, Any]:
         start = time.perf_counter()
-        done = dict(generator.run(requests, base_only=adapter is None))
-        return {
-            "seconds": time.perf_counter() - start,
-            "tokens": [done[i].token_ids for i in range(len(requests))],
-        }
+        done = run_on(engine, requests)
+        return {"seconds": time.perf_counter() - start, "tokens": [one.token_ids for one in done]}
 
     return once
 

@@ -71,28 +71,29 @@ class Decoding:
         rng = np.random.default_rng(0)
         token = rng.integers(0, model.config.vocab_size, rows).astype(np.int32)
         position, remaining = np.full(rows, context, np.int32), np.full(rows, steps, np.int32)
-        self._rows = jax.device_put(device.Rows(token, position, remaining))
+        self._slots = jax.device_put(device.Slots(token, position, remaining))
         table = rng.permutation(rows * pages).astype(np.int32).reshape(rows, pages)
-        plan = device.RowPlan(
-            np.ones(rows, np.bool_), table, np.full((rows, 16), -1, np.int32), np.zeros(rows, np.int32), np.False_
-        )
+        index, alive, none = np.arange(rows, dtype=np.int32), np.ones(rows, np.bool_), np.zeros(rows, np.int32)
+        stops = np.full((rows, 16), -1, np.int32)
+        picks = device.Picks(index, index, alive, ~alive, none, none, stops, none, np.False_)
         sampling = sampling_arrays([SamplingParams(temperature=0.0)] * rows, [0] * rows, rows)
-        self._plan, self._sampling, self._index = jax.device_put((plan, sampling, np.arange(rows, dtype=np.int32)))
+        made = jax.device_put((device.Rows(index, alive, table), picks, sampling))
+        self._rows, self._picks, self._sampling = made
         self._logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
         start = time.perf_counter()
         decode = jax.jit(functools.partial(device.decode, model.config, rows), donate_argnums=(1, 2))
-        args = self._params, self.cache, self._logits, self._rows, self._plan
+        args = self._params, self.cache, self._logits, self._slots, self._rows
         self._decode = decode.lower(*args).compile(device.compiler_options())
-        args = self._logits, self._index, self._rows, self._plan, self._sampling
+        args = self._logits, self._slots, self._picks, self._sampling
         self._draw = jax.jit(device.draw_plain).lower(*args).compile(device.compiler_options())
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> Any:
         """Start all steps; returns what they draw."""
-        rows, drawn = self._rows, []
+        slots, drawn = self._slots, []
         for _ in range(self._steps):
-            self.cache, self._logits = self._decode(self._params, self.cache, self._logits, rows, self._plan)
-            rows, new = self._draw(self._logits, self._index, rows, self._plan, self._sampling)
+            self.cache, self._logits = self._decode(self._params, self.cache, self._logits, slots, self._rows)
+            slots, new = self._draw(self._logits, slots, self._picks, self._sampling)
             drawn.append(new.token_NB)
         return drawn
 

@@ -135,6 +135,8 @@ def engine_config(
         bank_pages=1 if mode == "base" else 1 + bank_adapters * args.rank // RANK_PAGE,
         bank_sites=sites,
         all_token=mode == "all-token",
+        decode_steps=getattr(args, "decode_steps", EngineConfig.decode_steps),
+        mixed_tokens=getattr(args, "mixed_tokens", 0) if mode != "all-token" else 0,
         memory_utilization=args.memory_utilization,
         prefix_caching=False,
     )
@@ -158,7 +160,7 @@ def ready(
     seconds = time.perf_counter() - start
     sizes = f"{engine.config.max_num_seqs} rows, {engine.kv_tokens} KV tokens"
     console.print(f"{mode}: ready in {seconds:.0f} s, {sizes}", soft_wrap=True)
-    console.print(engine.runner.compile_seconds, soft_wrap=True)
+    console.print(engine.runner.programs.seconds, soft_wrap=True)
     return engine, seconds
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -439,6 +439,25 @@ def headline(figures: dict[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n{note}.\n"
 
 
+def headline_summary(figures: dict[str, Any]) -> str:
+    """The base, most prefill-only adapters and most all-token ones of ``headline``: three rows."""
+    every = json.loads((RESULTS / "h100-all-token.json").read_text())
+    base = figures["rows"][0]
+    most = [max(one["rows"], key=lambda row: row["num_adapters"]) for one in (figures, every)]
+    rows = [
+        [
+            _contender(row),
+            f"{row['output_throughput']:,.0f}",
+            f"{row['mean_tpot_ms']:.1f}",
+            f"{row['most_running']:.0f}",
+        ]
+        for row in (base, *most)
+    ]
+    options = figures["options"]
+    header = [f"{options['model']}, up to 512 requests at a time", "output tokens/s", "mean TPOT, ms", "at a time"]
+    return f"{_markdown(header, rows)}\n{_machine(figures)}; all-token: {_machine(every)}.\n"
+
+
 TABLES = {
     "cpu-accuracy": accuracy,
     "cpu-generation": cpu_generation,
@@ -451,6 +470,7 @@ TABLES = {
     "h100-decode": decode,
     "h100-direft": engine,
     "h100-headline": headline,
+    "h100-headline:summary": headline_summary,
     "h100-headline-direft": engine,
     "h100-headline-long-prompts": engine,
     "h100-headline-lora-r64": engine,
@@ -465,6 +485,7 @@ TABLES = {
     "h100-sft-remat": sft,
     "h100-tiers": tiers,
     "h100-trace": trace,
+    "h200-trace": trace,
     "tpu-programs": tpu_programs,
 }
 
@@ -476,7 +497,7 @@ def render(text: str) -> str:
         name = match.group(2)
         if name not in TABLES:
             raise SystemExit(f"there is no table {name!r}; allowed: {', '.join(TABLES)}")
-        path = RESULTS / f"{name}.json"
+        path = RESULTS / f"{name.partition(':')[0]}.json"
         if not path.exists() and not match.group(3):
             return match.group(0)  # Its place is kept until it is measured.
         figures = json.loads(path.read_text())

@@ -44,6 +44,7 @@ from serve.bench.environment import environment
 from serve.bench.load import LoadRequest
 from serve.bench.metrics import MetricOptions, meets, summarize
 from serve.bench.workload import DISTRIBUTIONS, Texts, draw_users, trace_texts
+from serve.engine.config import EngineConfig
 
 SCHEMA = "preft-jax/trace/1"
 
@@ -247,6 +248,8 @@ def measure(
         "prefill_seconds": round(spent["prefill_seconds"], 3),
         "decode_seconds": round(spent["decode_seconds"], 3),
         "decode_steps": spent["decode_steps"],
+        "mixed_seconds": round(spent["mixed_seconds"], 3),
+        "mixed_calls": spent["mixed_calls"],
         **{name: spent[name] for name in COUNTED},
     }
 
@@ -364,6 +367,13 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"prompt plus output tokens; more is clipped (default: what the trace needs, at most {LONGEST})",
     )
     add("--prefill-tokens", type=int, default=8192, help="tokens of a prefill call (default: %(default)s)")
+    add(
+        "--mixed-tokens",
+        type=int,
+        default=0,
+        help="tokens of the largest call in which running requests take a step beside prompts (default: none do)",
+    )
+    add("--decode-steps", type=int, default=EngineConfig.decode_steps, help="while none waits (default: %(default)s)")
     add("--memory-utilization", type=float, default=0.94, help="of what the process may take (default: %(default)s)")
     add("--continue-json", type=Path, default=None, help="go on with the load and the rows of an earlier run")
     add("--output-json", type=Path, default=None, help="also write the JSON line here, after each turn what there is")

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from preft_jax.adapters.adapter import Adapter, check_fits
 from preft_jax.config import PRESETS, ModelConfig
-from preft_jax.errors import ConfigError, ModelError, did_you_mean
+from preft_jax.errors import AdapterError, ConfigError, ModelError, did_you_mean
 from preft_jax.io.digest import model_digest, preset_digest
 from preft_jax.io.gguf import load_gguf
 from preft_jax.io.hf import load_hf_model, weight_files
@@ -174,3 +175,14 @@ def serving_model(model: Model, max_num_seqs: int) -> Model:
 
 def _transposed(max_num_seqs: int) -> bool:
     return jax.default_backend() == "cpu" and max_num_seqs == 1
+
+
+def check_base(adapter: Adapter, model: Model) -> None:
+    """Raise ``AdapterError`` if an adapter was made for another base model or does not fit this one."""
+    expected, given = model.digest, adapter.config.base_model_digest
+    if expected is not None and given is not None and expected != given:
+        raise AdapterError(
+            f"the adapter was made for the base model {given[:12]}..., this one is {expected[:12]}...; "
+            "load the right base model"
+        )
+    check_fits(adapter, model.config)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import uvicorn
 
 from preft_jax.adapters.config import MAX_RANK
@@ -57,6 +58,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help=f"prompt plus output tokens (default: at most {_MODEL_LEN})")
     add("--memory-utilization", type=float, default=0.9, help="part of an accelerator's memory (default: %(default)s)")
+    add(
+        "--mixed-tokens",
+        type=int,
+        default=None,
+        help="tokens of the largest call in which running requests take a step beside prompts; 0: none do (default: "
+        "512 on a GPU without --all-token, else 0)",
+    )
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="on by default")
 
     add = parser.add_argument_group("adapters").add_argument
@@ -127,6 +135,9 @@ def _add_environment(args: argparse.Namespace, environment: Mapping[str, str]) -
 
 def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
     longest = model.config.max_position_embeddings
+    mixed = args.mixed_tokens
+    if mixed is None:
+        mixed = 512 if jax.default_backend() == "gpu" and not args.all_token else 0
     return EngineConfig(
         max_num_seqs=args.max_num_seqs,
         max_model_len=min(_MODEL_LEN, longest) if args.max_model_len is None else args.max_model_len,
@@ -135,6 +146,7 @@ def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         bank_pages=args.bank_pages,
         bank_sites=tuple(site.strip() for site in args.bank_sites.split(",")),
         all_token=args.all_token,
+        mixed_tokens=mixed,
         prefix_caching=args.enable_prefix_caching,
     )
 

@@ -1,4 +1,4 @@
-"""What many tests share: base models, one adapter of every kind, and one set of limits so that few programs compile."""
+"""What many tests share: base models, one adapter of every kind, and training's forward pass."""
 
 import dataclasses
 import gc
@@ -14,11 +14,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import preft_jax
-from preft_jax import AdapterConfig, Limits
+from preft_jax import AdapterConfig
 from preft_jax.config import PRESETS
+from preft_jax.device.programs import forget_shared
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
 from preft_jax.models.forward import train_forward
-from serve.engine import runner
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -91,7 +91,7 @@ def _few_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
-        runner._shared.clear()  # Engines of one shape share theirs.
+        forget_shared()  # Engines of one shape share theirs.
         gc.collect()
 
 
@@ -171,21 +171,6 @@ def adapters(tiny):
         name: preft_jax.random_adapter(config, tiny.config, jax.random.key(100 + i), strength=0.7)
         for i, (name, config) in enumerate(ADAPTER_CONFIGS.items())
     }
-
-
-@pytest.fixture(scope="session")
-def limits():
-    """Return limits that the tests of generation share: every prefill call has 64 tokens, in two tiles."""
-    return Limits(
-        max_num_seqs=8,
-        max_model_len=96,
-        page_size=8,
-        prefill_tokens=64,
-        prefill_seqs=8,
-        tile=32,
-        decode_steps=4,
-        bank_pages=64,
-    )
 
 
 @pytest.fixture(scope="session")

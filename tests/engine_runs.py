@@ -109,9 +109,7 @@ def seed_of(one, index):
 def alone(model, one, index=0, config=ROOMY):
     """Return one sample of a request as a fresh engine gives it, with nothing beside it and nothing cached."""
     sampling = dataclasses.replace(one.sampling, seed=seed_of(one, index))
-    engine = Engine(model, config)
-    engine.warm_up()
-    return serve_one(engine, dataclasses.replace(one, n=1, sampling=sampling))[0]
+    return serve_one(Engine(model, config), dataclasses.replace(one, n=1, sampling=sampling))[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)

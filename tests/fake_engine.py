@@ -52,6 +52,10 @@ class FakeEngine:
     def has_work(self):
         return bool(self.running)
 
+    @property
+    def pause(self):
+        return 0.0 if self.has_work else None
+
     def warm_up(self):
         self.warm = True
 

@@ -28,6 +28,10 @@ class ScriptedEngine:
     def has_work(self):
         return bool(self.live or self.early)
 
+    @property
+    def pause(self):
+        return 0.0 if self.has_work else None
+
     def warm_up(self):
         self.may_warm.wait()
         self.warm.set()

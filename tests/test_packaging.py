@@ -16,6 +16,10 @@ ORDER = ("kernels", "preft_jax", "serve", "train")
 """A package may import those before it, and itself."""
 
 
+EXCEPTIONS = {("preft_jax/__init__.py", "serve")}
+"""``preft_jax.generate`` runs on the engine: the name is forwarded to ``serve.generate`` when it is asked for."""
+
+
 def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -46,9 +50,12 @@ def imported(path):
 def test_imports_run_one_way(package):
     later = ORDER[ORDER.index(package) + 1 :]
     wrong = [
-        (str(p), name) for p in (ROOT / package).rglob("*.py") for name in imported(p) if name in (*later, "bench")
+        (p.relative_to(ROOT).as_posix(), name)
+        for p in (ROOT / package).rglob("*.py")
+        for name in imported(p)
+        if name in (*later, "bench")
     ]
-    assert not wrong
+    assert set(wrong) <= EXCEPTIONS
 
 
 def test_host_modules_import_no_jax():

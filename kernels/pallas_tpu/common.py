@@ -15,8 +15,6 @@ from kernels.types import Unsupported
 
 _interpreting = jax.make_user_context(default_value=False)
 
-SCOPED_VMEM_BYTES = 16 * 2**20
-"""What one kernel may use without asking for more: the smallest default of the targets (v5e)."""
 VMEM_BUDGET_BYTES = 12 * 2**20
 """What the blocks of a kernel are chosen to take; the rest is left to the compiler's temporaries."""
 SMEM_BUDGET_BYTES = 256 * 2**10

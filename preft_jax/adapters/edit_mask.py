@@ -23,9 +23,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.errors import RequestError
 from preft_jax.shapes import NUM_GROUPS
+from preft_jax.text.chat import EncodedPrompt
 
 
 def make_edit_mask(
@@ -71,3 +73,25 @@ def extend_edit_mask(mask_TG: np.ndarray, num_generated: int, positions: str) ->
     tail_TG = np.zeros((num_generated, NUM_GROUPS), bool)
     tail_TG[:, 0] = parse_positions(positions).edits_generated
     return np.concatenate([mask_TG, tail_TG])
+
+
+def prompt_edit_mask(prompt: EncodedPrompt, config: AdapterConfig | None) -> np.ndarray:
+    """Return the edit mask of a prompt under an adapter, bool ``[P, NUM_GROUPS]``.
+
+    It is all false for the base model, ``None``.
+
+    Raises:
+        RequestError: if the adapter skips earlier answers and the chat template does not say where they are.
+    """
+    count = len(prompt.token_ids)
+    if config is None:
+        return np.zeros_like(make_edit_mask(count, "prompt"))
+    spans: tuple[tuple[int, int], ...] = ()
+    if config.assistant_turns == "skip" and config.prefill_only:
+        if prompt.unedited_spans is None:
+            raise RequestError(
+                "the adapter leaves earlier answers un-edited (assistant_turns 'skip'), but this chat template renders "
+                "them differently in later turns, so their tokens cannot be told; use assistant_turns 'edit'"
+            )
+        spans = prompt.unedited_spans
+    return make_edit_mask(count, config.positions, groups=config.groups, unedited_spans=spans)

@@ -90,15 +90,6 @@ def read_adapter(path: str | os.PathLike[str], *, limits: AdapterLimits | None =
     return _read(Path(path), None, limits or AdapterLimits())
 
 
-def read_adapter_config(path: str | os.PathLike[str]) -> AdapterConfig:
-    """Return the configuration of an adapter directory, after checking that its tensors are those it names.
-
-    Raises:
-        AdapterError: as ``load_adapter`` does.
-    """
-    return read_adapter(path).config
-
-
 def save_adapter(
     path: str | os.PathLike[str],
     adapter: Adapter,

@@ -283,14 +283,3 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def write_safetensors(
-    path: Path, tensors: Mapping[str, np.ndarray], *, error: type[PreftError], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write ``tensors`` to a safetensors file, atomically.
-
-    Raises:
-        error: if the file cannot be written.
-    """
-    write_file(path, serialize_safetensors(tensors, metadata), error=error)

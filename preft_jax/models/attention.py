@@ -48,6 +48,34 @@ class PagedAttention:
         return api.paged_attention(q, kv_PSJC, *self._ragged, max_query_len=self._max_query_len)
 
 
+class MixedAttention:
+    """Packed tokens, the last of which are those of decoding rows: each attends as it does alone.
+
+    Args:
+        packed: of all tokens; rows are of no request there, and write no key.
+        rows: of the last tokens, one a row.
+        is_row_B: bool, which of these hold a row.
+    """
+
+    def __init__(self, packed: PagedAttention, rows: PagedAttention, is_row_B: jax.Array):
+        self._packed = packed
+        self._rows = rows
+        self._is_row_B11 = is_row_B[:, None, None]
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache after all layers so far."""
+        return self._rows.cache
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Attend queries ``[T, H, C]`` to their sequences' cached keys."""
+        at = q.shape[0] - self._is_row_B11.shape[0]
+        packed = self._packed.attend(layer, q, k, v)
+        self._rows.cache.kv[layer] = self._packed.cache.kv[layer]
+        rows = self._rows.attend(layer, q[at:], k[at:], v[at:])
+        return packed.at[at:].set(jnp.where(self._is_row_B11, rows, packed[at:]))
+
+
 class DenseAttention(NamedTuple):
     """Causal attention within each segment of padded sequences; differentiable.
 

@@ -31,27 +31,6 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def plan_chunks(lengths: Sequence[int], *, budget: int, max_requests: int) -> list[list[tuple[int, int, int]]]:
-    """Cut prompts into prefill calls of at most ``budget`` tokens and ``max_requests`` requests, first come first.
-
-    Returns:
-        For each call a list of ``(request, start, end)``; a request's spans follow one another.
-    """
-    calls: list[list[tuple[int, int, int]]] = []
-    room, call = 0, []
-    for request, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            if room == 0 or len(call) == max_requests:
-                room, call = budget, []
-                calls.append(call)
-            end = min(length, start + room)
-            call.append((request, start, end))
-            room -= end - start
-            start = end
-    return calls
-
-
 class PrefillBatch(NamedTuple):
     """Tokens to prefill, packed. All arrays int32 unless said otherwise.
 
@@ -213,16 +192,6 @@ def _list_pages(
         if row:
             table[:, n, : len(row)] = np.asarray(row, np.int32).T
     return TilePages(*table)
-
-
-def max_entries(sizes: Sequence[int], page_counts: Sequence[int], tile: int) -> int:
-    """Return the most rank pages that one tile lists when spans of these sizes, with so many pages each, are packed."""
-    at, most = 0, [0] * (-(-sum(sizes) // tile) or 1)
-    for size, count in zip(sizes, page_counts, strict=True):
-        for n in range(at // tile, -(-(at + size) // tile)):
-            most[n] += count
-        at += size
-    return max(most)
 
 
 def _pad_entries(array: np.ndarray, width: int) -> np.ndarray:

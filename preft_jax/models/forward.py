@@ -20,7 +20,7 @@ from preft_jax.adapters.bank import Bank
 from preft_jax.adapters.edits import Edits, FoldedEdits, NoEdits, PackedEdits, RowEdits
 from preft_jax.config import ModelConfig
 from preft_jax.models import fused
-from preft_jax.models.attention import Attention, DenseKernel, PagedAttention, dense_attention
+from preft_jax.models.attention import Attention, DenseKernel, MixedAttention, PagedAttention, dense_attention
 from preft_jax.models.batch import DecodeBatch, PrefillBatch
 from preft_jax.models.cache import NO_SLOT, KVCache
 from preft_jax.models.linear import Transposed, linear
@@ -155,7 +155,7 @@ def _fused_hidden(
     cache: KVCache,
     tokens_T: jax.Array,
     positions_T: jax.Array,
-    places: fused.Packed | fused.Decoding,
+    places: fused.Packed | fused.Decoding | fused.Mixed,
     *,
     mask_TG: jax.Array,
     tiles: Mapping[str, TilePages],
@@ -173,14 +173,22 @@ def _prefill_hidden(
 ) -> tuple[jax.Array, KVCache]:
     """Return the normed stream ``[T, D]`` after the last layer, and the cache."""
     if fused.applies(config, params):
-        places = fused.Packed(
-            batch.slots_T, batch.page_table_BP, batch.query_start_B1, batch.kv_len_B, max_query_len
-        )  # fmt: skip
         return _fused_hidden(
-            config, params, bank, cache, batch.tokens_T, batch.positions_T, places,
+            config, params, bank, cache, batch.tokens_T, batch.positions_T, _packed(batch, max_query_len),
             mask_TG=batch.edit_mask_TG, tiles=batch.tiles,
         )  # fmt: skip
-    attention = PagedAttention(
+    attention = _packed_attention(cache, batch, max_query_len)
+    edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
+    x_TD = _hidden(config, params, batch.tokens_T, batch.positions_T, attention, edits)
+    return rms_norm(x_TD, params["norm"], config.rms_norm_eps), attention.cache
+
+
+def _packed(batch: PrefillBatch, max_query_len: int) -> fused.Packed:
+    return fused.Packed(batch.slots_T, batch.page_table_BP, batch.query_start_B1, batch.kv_len_B, max_query_len)
+
+
+def _packed_attention(cache: KVCache, batch: PrefillBatch, max_query_len: int) -> PagedAttention:
+    return PagedAttention(
         cache,
         slots_T=batch.slots_T,
         page_table_BP=batch.page_table_BP,
@@ -188,9 +196,21 @@ def _prefill_hidden(
         kv_len_B=batch.kv_len_B,
         max_query_len=max_query_len,
     )
-    edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
-    x_TD = _hidden(config, params, batch.tokens_T, batch.positions_T, attention, edits)
-    return rms_norm(x_TD, params["norm"], config.rms_norm_eps), attention.cache
+
+
+def _row_attention(cache: KVCache, rows: DecodeBatch) -> PagedAttention:
+    size = rows.tokens_B.shape[0]
+    position_B = jnp.maximum(rows.positions_B, 0)
+    page_B = jnp.take_along_axis(rows.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
+    slot_B = page_B * cache.page_size + position_B % cache.page_size
+    return PagedAttention(
+        cache,
+        slots_T=jnp.where(rows.positions_B >= 0, slot_B, NO_SLOT),
+        page_table_BP=rows.page_table_BP,
+        query_start_B1=jnp.arange(size + 1, dtype=jnp.int32),
+        kv_len_B=position_B + 1,
+        max_query_len=1,
+    )
 
 
 def prefill(
@@ -255,11 +275,62 @@ def prefill_scored(
     return lm_head(params, h_TD[batch.last_token_B]), cache, logprob_NI.reshape(-1), tops
 
 
+def mixed(
+    config: ModelConfig,
+    params: Params,
+    bank: Bank | None,
+    cache: KVCache,
+    batch: PrefillBatch,
+    rows: DecodeBatch,
+    *,
+    max_query_len: int,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """``prefill`` of a packed batch and a ``decode`` step of rows in one pass over the weights.
+
+    The last ``B`` tokens of the batch may hold rows: row b stands at token ``T - B + b``. A row is one un-edited token,
+    so its mask is false and its tile lists no rank page.
+
+    Args:
+        config: static.
+        params: canonical or serving layout.
+        bank: rank pages; None computes the plain base model.
+        cache: donated by the jitted program.
+        batch: as in ``prefill``, with padding where rows stand; its sequences are not those of ``rows``.
+        rows: as in ``decode``; where one is idle, the batch may have a token of its own.
+        max_query_len: as in ``prefill``.
+
+    Returns:
+        The logits of each row, of each request's last token in the batch (float32), and the cache.
+    """
+    at = batch.tokens_T.shape[0] - rows.tokens_B.shape[0]
+    is_row_B = rows.positions_B >= 0
+
+    def with_rows(packed_T: jax.Array, row_B: jax.Array) -> jax.Array:
+        packed_T = jnp.asarray(packed_T)
+        return packed_T.at[at:].set(jnp.where(is_row_B, row_B, packed_T[at:]))
+
+    tokens_T = with_rows(batch.tokens_T, rows.tokens_B)
+    positions_T = with_rows(batch.positions_T, rows.positions_B)
+    if fused.applies(config, params):
+        places = fused.Mixed(_packed(batch, max_query_len), fused.Decoding(rows.page_table_BP, rows.positions_B))
+        h_TD, cache = _fused_hidden(
+            config, params, bank, cache, tokens_T, positions_T, places, mask_TG=batch.edit_mask_TG, tiles=batch.tiles
+        )
+    else:
+        attention = MixedAttention(
+            _packed_attention(cache, batch, max_query_len), _row_attention(cache, rows), is_row_B
+        )
+        edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
+        x_TD = _hidden(config, params, tokens_T, positions_T, attention, edits)
+        h_TD, cache = rms_norm(x_TD, params["norm"], config.rms_norm_eps), attention.cache
+    logits = lm_head(params, jnp.concatenate([h_TD[at:], h_TD[batch.last_token_B]]))
+    return logits[: len(is_row_B)], logits[len(is_row_B) :], cache
+
+
 def _decode(
     config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBatch, edits: Edits
 ) -> tuple[jax.Array, KVCache]:
     size = batch.tokens_B.shape[0]
-    active_B = batch.positions_B >= 0
     position_B = jnp.maximum(batch.positions_B, 0)
     if isinstance(edits, NoEdits | RowEdits) and fused.applies(config, params):
         h_BD, cache = _fused_hidden(
@@ -268,15 +339,7 @@ def _decode(
             mask_TG=fused.no_mask(size), tiles={}, rows=edits if isinstance(edits, RowEdits) else None,
         )  # fmt: skip
         return lm_head(params, h_BD), cache
-    page_B = jnp.take_along_axis(batch.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
-    attention = PagedAttention(
-        cache,
-        slots_T=jnp.where(active_B, page_B * cache.page_size + position_B % cache.page_size, NO_SLOT),
-        page_table_BP=batch.page_table_BP,
-        query_start_B1=jnp.arange(size + 1, dtype=jnp.int32),
-        kv_len_B=position_B + 1,
-        max_query_len=1,
-    )
+    attention = _row_attention(cache, batch)
     x_BD = _hidden(config, params, batch.tokens_B, position_B, attention, edits)
     return lm_logits(config, params, x_BD), attention.cache
 

@@ -39,6 +39,17 @@ class Decoding(NamedTuple):
     position_B: jax.Array
 
 
+class Mixed(NamedTuple):
+    """Packed tokens, the last of which are those of decoding rows.
+
+    ``rows`` has an entry for each of the last tokens that may be a row; those below position 0 are none. ``packed``
+    knows nothing of rows: their slots lie beyond the pool, and no request has them.
+    """
+
+    packed: Packed
+    rows: Decoding
+
+
 class Batch(NamedTuple):
     """What the layers need of a batch.
 
@@ -46,7 +57,7 @@ class Batch(NamedTuple):
     empty without a bank.
     """
 
-    places: Packed | Decoding
+    places: Packed | Decoding | Mixed
     mask_TG: jax.Array
     cos_TX: jax.Array
     sin_TX: jax.Array
@@ -176,6 +187,14 @@ def _attend(
     places, rope = batch.places, (batch.cos_TX, batch.sin_TX)
     if isinstance(places, Decoding):
         return api.decode_attention(qkv_TF, *rope, kv_PSJC, *places, **norms, implementation=implementation)
+    if isinstance(places, Mixed):
+        packed = batch._replace(places=places.packed)
+        packed_THC, kv_PSJC = _attend(qkv_TF, edits, kv_PSJC, packed, norms, implementation)
+        at = qkv_TF.shape[0] - places.rows.position_B.shape[0]
+        rest = batch._replace(places=places.rows, cos_TX=batch.cos_TX[at:], sin_TX=batch.sin_TX[at:])
+        rows_BHC, kv_PSJC = _attend(qkv_TF[at:], [], kv_PSJC, rest, norms, implementation)
+        is_row_B11 = (places.rows.position_B >= 0)[:, None, None]
+        return packed_THC.at[at:].set(jnp.where(is_row_B11, rows_BHC, packed_THC[at:])), kv_PSJC
     q_THC, kv_PSJC = api.rope_kv(qkv_TF, edits, *rope, kv_PSJC, places.slots_T, **norms, implementation=implementation)
     mixed_THC = api.paged_attention(
         q_THC, kv_PSJC, places.page_table_BP, places.query_start_B1, places.kv_len_B,

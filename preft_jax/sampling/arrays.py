@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.types import Array
-from preft_jax.sampling.logits import History as History
 from preft_jax.sampling.parameters import MAX_BIAS, SamplingParams
 
 _LEAST_TEMPERATURE = 1e-30
@@ -57,34 +56,25 @@ def sampling_arrays(params: Sequence[SamplingParams], seeds: Sequence[int], size
         bias_token_BM=np.empty((size, MAX_BIAS), np.int32),
         bias_BM=np.empty((size, MAX_BIAS), np.float32),
     )
-    _fill(arrays, 0, [*params, *[SamplingParams(temperature=0.0)] * padding], [*seeds, *[0] * padding])
+    _fill(arrays, [*params, *[SamplingParams(temperature=0.0)] * padding], [*seeds, *[0] * padding])
     return arrays
 
 
-def set_row(arrays: SamplingArrays, row: int, params: SamplingParams, seed: int) -> None:
-    """Write one request's parameters in place; ``arrays`` are NumPy's, as ``sampling_arrays`` makes them."""
-    size = len(arrays.temperature_B)
-    if not 0 <= row < size:
-        raise IndexError(f"row is {row}; allowed: 0 to {size - 1}")
-    _fill(arrays, row, [params], [seed])
-
-
-def _fill(arrays: SamplingArrays, first: int, params: Sequence[SamplingParams], seeds: Sequence[int]) -> None:
-    """Write parameters into the rows from ``first`` on, all fields of all of them."""
-    rows = slice(first, first + len(params))
+def _fill(arrays: SamplingArrays, params: Sequence[SamplingParams], seeds: Sequence[int]) -> None:
+    """Write the parameters of all rows, all fields."""
     table = np.fromiter(itertools.chain.from_iterable(map(_NUMBERS, params)), np.float64)
     temperature, top_k, top_p, min_p, presence, frequency, repetition = table.reshape(-1, 7).T
-    arrays.temperature_B[rows] = np.where(temperature > 0, np.maximum(temperature, _LEAST_TEMPERATURE), 0.0)
-    arrays.top_k_B[rows] = top_k
-    arrays.top_p_B[rows] = top_p
-    arrays.min_p_B[rows] = min_p
-    arrays.seed_B[rows] = seeds
-    arrays.presence_B[rows] = presence
-    arrays.frequency_B[rows] = frequency
-    arrays.repetition_B[rows] = np.maximum(repetition, _LEAST_REPETITION)
-    arrays.bias_token_BM[rows] = -1
-    arrays.bias_BM[rows] = 0.0
-    for row, p in enumerate(params, first):
+    arrays.temperature_B[:] = np.where(temperature > 0, np.maximum(temperature, _LEAST_TEMPERATURE), 0.0)
+    arrays.top_k_B[:] = top_k
+    arrays.top_p_B[:] = top_p
+    arrays.min_p_B[:] = min_p
+    arrays.seed_B[:] = seeds
+    arrays.presence_B[:] = presence
+    arrays.frequency_B[:] = frequency
+    arrays.repetition_B[:] = np.maximum(repetition, _LEAST_REPETITION)
+    arrays.bias_token_BM[:] = -1
+    arrays.bias_BM[:] = 0.0
+    for row, p in enumerate(params):
         if p.logit_bias:
             token_M, bias_M = p._bias_arrays
             arrays.bias_token_BM[row, : len(token_M)] = token_M

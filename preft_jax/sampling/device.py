@@ -14,8 +14,7 @@ from kernels import api
 from kernels.types import Array
 from preft_jax.errors import RequestError
 from preft_jax.sampling.arrays import SamplingArrays
-from preft_jax.sampling.logits import History as History
-from preft_jax.sampling.logits import add_bias, penalise
+from preft_jax.sampling.logits import History, add_bias, penalise
 from preft_jax.sampling.parameters import MAX_LOGPROBS, _within
 
 INVALID = -2

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from preft_jax.errors import RequestError
-from preft_jax.sampling.logits import History as History
 
 MAX_BIAS = 300
 """Most entries of one request's ``logit_bias``."""

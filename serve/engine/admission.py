@@ -4,14 +4,13 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.errors import AdapterError, RequestError
-from preft_jax.generator import check_base, prompt_edit_mask
-from preft_jax.loading import Model
+from preft_jax.loading import Model, check_base
 from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
-from serve.engine.outputs import Info
+from serve.engine.outputs import Sample
 from serve.engine.pages import PageManager
 from serve.engine.prefix import PageKeys, cache_salt
 from serve.engine.request import Request
@@ -69,7 +68,7 @@ class Admission:
         if request.stop and self._model.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
         entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
-        prompt_mask = prompt_edit_mask(request.prompt, request.adapter)
+        prompt_mask = prompt_edit_mask(request.prompt, None if request.adapter is None else request.adapter.config)
         positions = "prompt" if request.adapter is None else request.adapter.config.positions
         mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)
         eos = () if sampling.ignore_eos else model.eos_token_ids
@@ -86,13 +85,6 @@ class Admission:
         sequences = []
         for index in range(request.n):
             keys = PageKeys(salt, self._pages.page_size) if self._config.prefix_caching else None
-            info = Info(
-                request=request,
-                sampling=sampling,
-                seed=(first_seed + index) % 2**32,
-                text=TextStream(self._model.tokenizer, request.stop),
-                logprobs=request.logprobs,
-            )
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
@@ -103,16 +95,23 @@ class Admission:
                 mask=mask,
                 max_tokens=request.max_tokens,
                 stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
+                sampling=sampling,
+                seed=(first_seed + index) % 2**32,
+                logprobs=request.logprobs,
+                adapter=None if request.adapter is None else request.adapter.digest,
                 entries=entries,
                 all_token=request.adapter is not None and not request.adapter.config.prefill_only,
                 keys=keys,
                 score=request.prompt_logprobs is not None and index == 0,
-                info=info,
                 status=Status.FORKING if index else Status.NEW,
             )
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
         return sequences
+
+    def sample(self, request: Request) -> Sample:
+        """Return what is kept of one of a request's samples for its outputs."""
+        return Sample(text=TextStream(self._model.tokenizer, request.stop), prompt_logprobs=request.prompt_logprobs)
 
     def check_adapter(self, adapter: Adapter | Registered) -> int:
         """Return how many rank pages an adapter puts on a tile's list.
@@ -120,8 +119,11 @@ class Admission:
         Raises:
             AdapterError: if it can never be served, or is of another base model.
         """
-        if isinstance(adapter, Adapter) and not self._adapters.knows(adapter.digest):
-            check_base(adapter, self._model)
+        if isinstance(adapter, Adapter):
+            # The digest needs every leaf: it is not asked for before they were checked.
+            has_digest = "digest" in vars(adapter)
+            if not has_digest or not self._adapters.knows(adapter.digest):
+                check_base(adapter, self._model)
         return self.check_config(adapter.config)
 
     def check_config(self, config: AdapterConfig) -> int:

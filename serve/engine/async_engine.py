@@ -168,17 +168,6 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def until_ready(self) -> None:
-        """Wait until the engine is ready.
-
-        Raises:
-            EngineStopped: if it fails before.
-        """
-        while not self.ready:
-            self._check_alive()
-            self._changed.clear()
-            await self._changed.wait()
-
     async def open(self, requests: Sequence[Request]) -> OutputStream:
         """Give the engine requests, all of them or none, and return their outputs.
 
@@ -228,7 +217,7 @@ class AsyncEngine:
         """Wait until no stream is open; return whether that came in time."""
         try:
             async with asyncio.timeout(seconds):
-                while self._streams:
+                while self.num_open:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
@@ -294,19 +283,20 @@ class AsyncEngine:
             self.engine.warm_up()
             self._tell(self._become_ready)
             while not self._halted:
-                self._take(wait=not self.engine.has_work)
-                if self.engine.has_work and not self._halted:
+                pause = self.engine.pause
+                self._take(pause)
+                if (pause is not None or self.engine.has_work) and not self._halted:
                     self._send(self.engine.step())
         except Exception as error:
             _log.exception("the engine failed")
             self._tell(self._fail, f"{type(error).__name__}: {error}")
 
-    def _take(self, wait: bool) -> None:
-        """Do what lies in the inbox, after waiting for something if there is nothing else to do."""
+    def _take(self, pause: float | None) -> None:
+        """Do what lies in the inbox, after waiting for something so long; None: as long as it takes."""
         try:
             while True:
-                self._inbox.get(block=wait)()
-                wait = False
+                self._inbox.get(block=pause != 0, timeout=pause)()
+                pause = 0
         except queue.Empty:
             pass
 

@@ -1,51 +1,156 @@
-"""Other device work between an engine's steps: training beside serving, for one."""
+"""Other device work beside requests, such as training: units that are calls in the engine's own queue."""
 
+import dataclasses
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 
-class BackgroundWork(Protocol):
-    """Work that an engine lets run between its steps.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One call of other work.
 
-    The device is one queue: while background work runs, requests wait. So an engine names the seconds that it can
-    spare, and the work decides what fits.
+    Attributes:
+        start: starts it on the device, given the base model's weights as the engine holds them (the serving layout),
+            and returns arrays that are there when it is done. It does not wait, and leaves the weights as they are.
+        seconds: how long it is expected to take on the device.
     """
 
-    def run(self, seconds: float) -> bool:
-        """Do what can be expected to fit in ``seconds``, or nothing; return whether there is more to do.
+    start: Callable[[Any], Any]
+    seconds: float
 
-        Must return only when the device has finished it, must not raise, and keeps its own failures to itself.
-        """
+
+class Work(Protocol):
+    """Where units come from. All calls are made by the engine's thread.
+
+    class Training:
+        def next(self): return Unit(start=self.backward, seconds=self.measured)
+        def done(self, unit, seconds): self.measured = 0.8 * self.measured + 0.2 * seconds
+        def failed(self, unit, error): self.error = error
+    """
+
+    def next(self) -> Unit | None:
+        """Return the unit that comes next; None: there is nothing to do now."""
+        ...
+
+    def done(self, unit: Unit, seconds: float) -> None:
+        """Note that a unit is over and how long it took."""
+        ...
+
+    def failed(self, unit: Unit, error: Exception) -> None:
+        """Note that a unit failed. Requests are not affected."""
         ...
 
 
-class RepeatedCall:
-    """Background work that is one function, called again and again while it returns true.
+class Repeated:
+    """Work that is one function, started again and again while it returns arrays; None ends it.
 
-    The time of a call is expected to be that of the slowest call so far, halved at each call that was quicker, and a
-    little less each time that there was no room for it: a first call that compiles is forgotten.
+    Args:
+        start: see ``Unit``.
+        seconds: what the first unit is expected to take; then it is what the latest ones took.
     """
 
-    def __init__(self, call: Callable[[], bool], clock: Callable[[], float] = time.perf_counter):
-        self._call = call
-        self._clock = clock
-        self._expected = 0.0
-        self.calls = 0
-        self.error: Exception | None = None
+    def __init__(self, start: Callable[[Any], Any], *, seconds: float = 0.01):
+        self._start = start
+        self._seconds = seconds
         self._more = True
+        self.units = 0
+        self.error: Exception | None = None
 
-    def run(self, seconds: float) -> bool:
-        """Call while the next call is expected to end within ``seconds``; stop for good at the first failure."""
-        end, before = self._clock() + seconds, self.calls
-        while self._more and self._clock() + self._expected <= end:
-            start = self._clock()
-            try:
-                self._more = bool(self._call())
-            except Exception as error:
-                self.error, self._more = error, False
-            self.calls += 1
-            self._expected = max(self._clock() - start, self._expected / 2)
-        if self.calls == before:
-            self._expected *= 0.9
-        return self._more
+    def next(self) -> Unit | None:
+        """Return a unit until one failed or had nothing to do."""
+        return Unit(start=self._run, seconds=self._seconds) if self._more else None
+
+    def done(self, unit: Unit, seconds: float) -> None:
+        """Expect what the unit took and what was expected before, half each."""
+        self.units += self._more
+        self._seconds = (self._seconds + seconds) / 2
+
+    def failed(self, unit: Unit, error: Exception) -> None:
+        """Stop for good."""
+        self.error, self._more = error, False
+
+    def _run(self, params: Any) -> Any:
+        arrays = self._start(params)
+        self._more = arrays is not None
+        return arrays
+
+
+@dataclasses.dataclass(kw_only=True)
+class UnitCall:
+    """A unit that the device works on."""
+
+    unit: Unit
+    arrays: Any
+    started: float
+
+
+class Background:
+    """Decides when a unit is started: while nothing is asked for, always; beside requests, as its share allows.
+
+    Beside requests it earns time: of each second that their calls take, so many that units take ``share`` of the whole.
+    One is started once what it is expected to take has been earned, and never two between two calls.
+
+    Args:
+        work: where units come from; None: there is none.
+        share: part of the device's time, from 0 up to, not including, 1, while requests run.
+    """
+
+    MARGIN = 0.001
+    """Seconds before the expected end of a unit at which an idle engine starts the next one behind it."""
+
+    def __init__(self, work: Work | None, share: float, clock: Callable[[], float] = time.perf_counter):
+        self._work = work
+        self._rate = share / (1 - share)
+        self._clock = clock
+        self._earned = 0.0
+        self._next: Unit | None = None
+
+    def earn(self, seconds: float) -> None:
+        """Note that a call of requests took so long. Time is not saved up beyond what the next unit takes."""
+        unit = self._peek()
+        self._earned = 0.0 if unit is None else min(self._earned + self._rate * seconds, unit.seconds)
+
+    def beside(self) -> Unit | None:
+        """Return a unit to start beside requests, if one is due."""
+        unit = self._peek() if self._rate > 0 else None
+        if unit is None or self._earned < unit.seconds:
+            return None
+        self._earned = 0.0
+        return self._take()
+
+    def idle(self, last: UnitCall | None) -> Unit | None:
+        """Return a unit to start while nothing is asked for, if the last one is over or nearly so."""
+        return self._take() if self.pause(last) == 0 else None
+
+    def pause(self, last: UnitCall | None) -> float | None:
+        """Return the seconds after which an idle engine should look again; None: there is nothing to do."""
+        if self._peek() is None and last is None:
+            return None
+        if last is None:
+            return 0.0
+        return max(0.0, last.started + last.unit.seconds - self.MARGIN - self._clock())
+
+    def is_over(self, call: UnitCall) -> bool:
+        """Whether an idle engine should wait for a unit now: it is nearly over and no other comes behind it."""
+        return self.pause(call) == 0 and self._peek() is None
+
+    def done(self, call: UnitCall, seconds: float) -> None:
+        """Note that a unit is over."""
+        assert self._work is not None
+        self._work.done(call.unit, seconds)
+
+    def failed(self, unit: Unit, error: Exception) -> None:
+        """Note that a unit failed."""
+        assert self._work is not None
+        self._work.failed(unit, error)
+
+    def _peek(self) -> Unit | None:
+        if self._next is None and self._work is not None:
+            self._next = self._work.next()
+        return self._next
+
+    def _take(self) -> Unit | None:
+        unit = self._peek()
+        self._next = None
+        return unit

@@ -1,43 +1,40 @@
-"""Calls that the device works on: how a plan becomes one, and what comes of it."""
+"""Calls that the device works on: how a step becomes one, and what comes of it."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from typing import Any, NamedTuple
 
 import jax
 
-from preft_jax.programs import Drawn
+from preft_jax.adapters.bank import AdapterPages
+from preft_jax.models.batch import round_up
+from preft_jax.sampling.rows import Drawn
+from serve.engine.arrays import draw_plainly, picked
+from serve.engine.observer import Observer
 from serve.engine.outputs import fetch
+from serve.engine.plan import Step
 from serve.engine.residency import AdapterBank
-from serve.engine.runner import After, Runner
-from serve.engine.scheduler import Decode, Prefill, Scheduler
-from serve.engine.sequence import Sequence, Status
+from serve.engine.runner import Runner
+from serve.engine.scheduler import Scheduler
+from serve.engine.sequence import Sequence
 from serve.engine.staging import Staging
 
 
 @dataclasses.dataclass(kw_only=True)
 class Part:
-    """What a call draws for some of its sequences.
-
-    Attributes:
-        sequences: one for each row.
-        drawn: one after the other along the axis of steps.
-        after: where decoding left them.
-        adapted: whether they were decoded with all-token adapters.
-    """
+    """What a call draws for some of its sequences: ``drawn`` has one entry for each repeat."""
 
     sequences: list[Sequence]
     drawn: list[Drawn]
-    after: After | None = None
-    adapted: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
 class Call:
     """A call that the device is working on."""
 
-    plan: Prefill | Decode
+    step: Step
     parts: list[Part]
     done: Any = None
     scores: Any = None
@@ -57,7 +54,7 @@ class Prepared(NamedTuple):
     ``begin_copies`` of later prompts' adapters, which raises ``WriteError`` if it cannot; ``start`` of the call.
     """
 
-    plan: Prefill
+    step: Step
     begin_copies: Callable[[], None]
     start: Callable[[], Call]
 
@@ -69,110 +66,155 @@ def _nothing() -> None:
 class Starter:
     """Starts calls."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, adapters: AdapterBank, staging: Staging):
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, adapters: AdapterBank, staging: Staging, observer: Observer
+    ):
         self._runner = runner
+        self._arrays = runner.arrays
         self._scheduler = scheduler
         self._adapters = adapters
         self._staging = staging
+        self._observer = observer
 
-    def start(self, plan: Prefill | Decode, before: Call | None, *, copies: bool = True) -> Call:
-        """Start a plan.
+    def start(self, step: Step, *, copies: bool = True) -> Call:
+        """Start a step.
 
         Args:
-            plan: what is to be done.
-            before: the call under way, which a decode plan with ``drawing`` goes on with.
+            step: what is to be done.
             copies: whether later prompts' adapters may be copied beside a decode call.
 
         Raises:
             WriteError: if its adapters cannot be brought to the device.
         """
-        if isinstance(plan, Prefill):
-            prepared = self.prepare(plan)
+        if step.chunks:
+            prepared = self.prepare(step)
             prepared.begin_copies()
             return prepared.start()
-        if plan.drawing is not None and before is not None:
-            return self._further(plan, before)
-        return self._decode(plan, copies)
+        return self._decode(step, copies)
 
-    def prepare(self, plan: Prefill) -> Prepared:
+    def prepare(self, step: Step) -> Prepared:
         """Send the arguments of a prefill call to the device, and write its adapters.
 
         Raises:
             WriteError: as ``start``.
         """
-        places = [{} if s.adapter is None else self._adapters.place(s.adapter) for s in plan.sequences]
-        scored = any(sequence.score for sequence in plan.sequences)
-        tokens = self._runner.config.prefill_tokens if scored else plan.num_tokens
+        if step.rows:
+            return self._prepare_mixed(step)
+        scored = any(chunk.sequence.score for chunk in step.chunks)
+        tokens = self._runner.config.prefill_tokens if scored else self._runner.prefill_size(step.num_tokens)
         # Ahead of all copies, which would hold them up.
-        batch = self._runner.pack(plan.chunks, places, tokens)
-        self._staging.bring({s.adapter for s in plan.sequences if s.adapter is not None})
+        batch = jax.device_put(self._arrays.packed(step.chunks, self._place, tokens))
+        wanted = {chunk.sequence.adapter for chunk in step.chunks if chunk.sequence.adapter is not None}
+        self._staging.bring(wanted)
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
-        return Prepared(plan, copies, functools.partial(self._prefill, plan, batch, scored))
+        return Prepared(step, copies, functools.partial(self._prefill, step, batch, scored))
 
-    def _prefill(self, plan: Prefill, batch: Any, scored: bool) -> Call:
+    def _prepare_mixed(self, step: Step) -> Prepared:
+        """``prepare`` of a step with chunks and rows."""
+        sequences, tile = [row.sequence for row in step.rows], self._runner.config.tile
+        beside = round_up(len(sequences), tile)
+        tokens = self._runner.mixed_size(step.num_tokens + beside)
+        # Rows take the last tiles.
+        size = self._runner.mixed_rows(tokens)
+        first = size - beside
+        rows = self._arrays.rows(sequences, size, first)
+        args = jax.device_put((rows, self._arrays.packed(step.chunks, self._place, tokens)))
+        self._staging.bring({c.sequence.adapter for c in step.chunks if c.sequence.adapter is not None})
+        copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
+        return Prepared(step, copies, functools.partial(self._mixed, step, first, *args))
+
+    def _mixed(self, step: Step, first: int, rows: Any, batch: Any) -> Call:
+        self._observer.calling("mixed", step.sequences)
+        self._runner.mixed(rows, batch)
+        self._copy_forks(step)
+        ends, index, fresh = picked(step)
+        sequences = [row.sequence for row in step.rows] + ends
+        index = [*range(first, first + len(step.rows)), *(len(rows.slot_B) + row for row in index)]
+        fresh = [False] * len(step.rows) + fresh
+        picks = self._arrays.picks(sequences, index, fresh, self._runner.draw_size(len(sequences)))
+        part = Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)])
+        return Call(step=step, parts=[part])
+
+    def _prefill(self, step: Step, batch: Any, scored: bool) -> Call:
         scores = None
+        self._observer.calling("score" if scored else "prefill", step.sequences)
         if scored:
-            done, rows, scores = self._runner.score(plan.chunks, batch)
+            done, scores = self._runner.score(batch, self._arrays.following(step.chunks))
         else:
-            done, rows = self._runner.prefill(plan.chunks, batch)
-        drawing: list[tuple[int, Sequence]] = []
-        for row, chunk in zip(rows, plan.chunks, strict=True):
-            if chunk.last:
-                forked = self._scheduler.fork(chunk.sequence)
-                self._runner.copy_pages([pair for _, pair in forked if pair is not None])
-                drawing += [(row, sequence) for sequence in (chunk.sequence, *(s for s, _ in forked))]
-        sequences = [sequence for _, sequence in drawing]
+            done = self._runner.prefill(batch)
+        self._copy_forks(step)
+        sequences, index, fresh = picked(step)
         parts = []
         if sequences:
-            drawn = self._runner.draw([row for row, _ in drawing], sequences)
-            parts.append(Part(sequences=sequences, drawn=[drawn]))
-        return Call(plan=plan, parts=parts, done=done, scores=scores)
+            size = self._runner.draw_size(len(sequences))
+            picks = self._arrays.picks(sequences, index, fresh, size)
+            parts.append(Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)]))
+        return Call(step=step, parts=parts, done=done, scores=scores)
 
-    def _decode(self, plan: Decode, copies: bool) -> Call:
-        adapted = [s for s in plan.sequences if s.all_token]
-        plain = [s for s in plan.sequences if not s.all_token]
+    def _copy_forks(self, step: Step) -> None:
+        copies = [fork.copy for fork in step.forks if fork.copy is not None]
+        if copies:
+            self._observer.calling("copy_pages", [fork.sequence for fork in step.forks])
+            self._runner.copy_pages(copies)
+
+    def _decode(self, step: Step, copies: bool) -> Call:
+        sequences = [row.sequence for row in step.rows]
+        adapted = [sequence for sequence in sequences if sequence.all_token]
+        plain = [sequence for sequence in sequences if not sequence.all_token]
         if self._go_together(len(plain), len(adapted)):
-            adapted, plain = plan.sequences, []
+            adapted, plain = sequences, []
         # A single step is soon over, and the next call's arguments wait for the copies: only for those it needs anyway.
-        upcoming = self._scheduler.next_adapters(1 if plan.steps == 1 else 2)
-        begin = self._staging.copies(upcoming) if copies else None
+        upcoming = self._scheduler.next_adapters(1 if step.repeats == 1 else 2)
+        begin = (self._staging.copies(upcoming) if copies else None) or _nothing
         parts = []
         if plain:
-            parts.append(self._part(plain, plan.steps, False, begin))
-            begin = None
+            parts.append(self._part(plain, step.repeats, begin, adapted=False))
+            begin = _nothing
         if adapted:
-            parts.append(self._part(adapted, plan.steps, True, begin))
-        return Call(plan=plan, parts=parts)
+            parts.append(self._part(adapted, step.repeats, begin, adapted=True))
+        return Call(step=step, parts=parts)
 
-    def _further(self, plan: Decode, before: Call) -> Call:
-        parts = [self._part(p.sequences, plan.steps, p.adapted, None, p.after) for p in before.parts]
-        return Call(plan=plan, parts=parts)
+    def _part(self, sequences: list[Sequence], repeats: int, begin: Callable[[], None], *, adapted: bool) -> Part:
+        """Decode sequences with one program; ``begin``: copies that run beside it."""
+        runner, count = self._runner, len(sequences)
+        name = runner.adapted_program(count) if adapted else runner.plain_program(count)
+        rows_of_program = int(name.rpartition("-")[2])
+        size, fresh = runner.draw_size(rows_of_program), [False] * count
+        rows, picks = self._arrays.rows(sequences, size), self._arrays.picks(sequences, range(count), fresh, size)
+        pages = self._arrays.row_pages(sequences, self._place, rows_of_program) if adapted else None
+        # Here once for all repeats, and ahead of copies: these would hold them up, and the call would hold up copies.
+        rows, picks, pages = jax.device_put((rows, picks, pages))
+        begin()
+        drawn = []
+        for _ in range(repeats):
+            self._observer.calling("decode_adapted" if adapted else "decode", sequences)
+            runner.decode(name, rows, pages)
+            drawn.append(self._draw(sequences, fresh, picks))
+        return Part(sequences=sequences, drawn=drawn)
 
-    def _part(
-        self, sequences: list[Sequence], steps: int, adapted: bool, begin: Any, before: After | None = None
-    ) -> Part:
-        if adapted:
-            places = [self._place(sequence) for sequence in sequences]
-            drawn, after = self._runner.decode_adapted(sequences, places, steps, begin, before)
-        else:
-            drawn, after = self._runner.decode(sequences, steps, begin, before)
-        return Part(sequences=sequences, drawn=drawn, after=after, adapted=adapted)
+    def _draw(self, sequences: Many[Sequence], fresh: Many[bool], picks: Any) -> Drawn:
+        self._observer.calling("draw", sequences)
+        size = len(picks.slot_B)
+        _, sampling = self._arrays.constants(sequences, size)
+        texts = self._arrays.texts(sequences, fresh, size)
+        return self._runner.draw(picks, sampling, texts, plainly=draw_plainly(sequences))
 
-    def _place(self, sequence: Sequence) -> Any:
-        held = sequence.all_token and sequence.adapter and sequence.status is Status.RUNNING
-        return self._adapters.place(sequence.adapter) if held and sequence.adapter else {}
+    def _place(self, sequence: Sequence) -> AdapterPages:
+        return {} if sequence.adapter is None else self._adapters.place(sequence.adapter)
 
     def _go_together(self, plain: int, adapted: int) -> bool:
         """Whether all rows go to a program that knows adapters.
 
         That is if those without are too many for their own, or if one call is quicker than two, by the times measured
-        at warm-up.
+        at warm-up; without these, one call is taken.
         """
         runner = self._runner
         if plain > runner.row_counts[-1]:
             return True
         if not plain or not adapted:
             return False
+        if not runner.step_seconds:
+            return True
         together = runner.step_seconds[runner.adapted_program(plain + adapted)]
         apart = runner.step_seconds[runner.plain_program(plain)] + runner.step_seconds[runner.adapted_program(adapted)]
         return together < apart

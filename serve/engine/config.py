@@ -28,6 +28,8 @@ class EngineConfig:
             memory to the KV cache.
         all_token: whether all-token adapters are served (one program more).
         scoring: whether ``prompt_logprobs`` is served (one program more).
+        mixed_tokens: tokens of the largest call in which running sequences take a decode step beside chunks of prompts,
+            both counted; 0: prompts and decode steps have calls of their own. A multiple of four tiles.
         decode_steps: decode steps between two looks at the prompts that wait, while none can go on: of one call, or
             of two that are under way together.
         prefix_caching: keep the KV of finished sequences for requests that begin alike.
@@ -48,6 +50,7 @@ class EngineConfig:
     bank_sites: tuple[str, ...] = SITES
     all_token: bool = False
     scoring: bool = False
+    mixed_tokens: int = 0
     decode_steps: int = 8
     prefix_caching: bool = True
 
@@ -64,7 +67,7 @@ class EngineConfig:
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ConfigError(f"{field.name} is {value!r}; it must be True or False")
-            elif value is None and field.default is None:
+            elif (field.name == "mixed_tokens" and value == 0) or (value is None and field.default is None):
                 continue
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name} is {value!r}; it must be an integer of at least 1")
@@ -75,6 +78,13 @@ class EngineConfig:
         chunk = min(self.chunk_tokens or self.prefill_tokens, self.prefill_tokens)
         if self.prefill_tokens % self.tile:
             raise ConfigError(f"prefill_tokens {self.prefill_tokens} is not a multiple of tile {self.tile}")
+        if self.mixed_tokens % (4 * self.tile) or self.mixed_tokens > self.prefill_tokens:
+            raise ConfigError(
+                f"mixed_tokens is {self.mixed_tokens}; give 0, or a multiple of four tiles ({4 * self.tile}) up to "
+                f"prefill_tokens {self.prefill_tokens}"
+            )
+        if self.mixed_tokens and (self.all_token or self.scoring):
+            raise ConfigError("mixed_tokens needs an engine without all_token and scoring: their programs do not mix")
         return dataclasses.replace(
             self, page_size=self.page_size or (16 if backend == "cpu" else 64), tile_entries=entries, chunk_tokens=chunk
         )

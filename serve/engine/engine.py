@@ -19,51 +19,30 @@ from preft_jax.adapters.pages import pack_adapter
 from preft_jax.device.compiles import CompileCounter
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
-from preft_jax.programs import Drawn
+from preft_jax.sampling.rows import Drawn
 from serve.engine.admission import Admission
-from serve.engine.background import BackgroundWork
+from serve.engine.background import Background, Unit, UnitCall, Work
 from serve.engine.calls import Call, Prepared, Starter
 from serve.engine.claims import Claims
 from serve.engine.config import EngineConfig
-from serve.engine.outputs import News, keep_scores, read, to_output
+from serve.engine.lookahead import ahead, full_prefill
+from serve.engine.observer import Observer
+from serve.engine.outputs import Delta, Sample, keep_scores, read, to_output
 from serve.engine.pages import PageManager
+from serve.engine.plan import Step
+from serve.engine.recovery import STRIKES, Recovery, format_error
 from serve.engine.request import Output, Request
 from serve.engine.residency import AdapterBank
 from serve.engine.runner import Runner
-from serve.engine.scheduler import Decode, Prefill, Scheduler
+from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence, Status
-from serve.engine.staging import STRIKES, Staging, WriteError
+from serve.engine.staging import Staging, WriteError
+from serve.engine.stats import Stats
 from serve.store.host import AdapterStore
 from serve.store.host_copy import Known, pack, pin
 
-
-@dataclasses.dataclass(kw_only=True)
-class Stats:
-    """Counters since the engine was made; seconds are those from the start of a call until its results were there."""
-
-    prefill_calls: int = 0
-    prefill_seconds: float = 0.0
-    decode_calls: int = 0
-    decode_steps: int = 0
-    decode_seconds: float = 0.0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    adapter_loads: int = 0
-    adapter_waits: int = 0
-    device_failures: int = 0
-    recompiles: int = 0
-    finished: int = 0
-    failed: int = 0
-
-
 _LOADING_SECONDS = 0.02
 """How long a step without other work waits for adapters that are being loaded."""
-
-
-def _told(error: BaseException | None) -> str:
-    return f"the device failed: {type(error).__name__}: {error}"
 
 
 class Engine:
@@ -73,8 +52,11 @@ class Engine:
         model: from ``load_model``.
         config: sizes.
         store: of the adapters that requests name by a ``Registered``; None: requests bring their adapters.
-        background: other device work, given ``background_seconds`` after each step, and ``idle_seconds`` when no
-            request is there.
+        background: other device work (``Work``), in units that are calls in the engine's own queue. It has the device
+            to itself while no request is there.
+        background_share: part of the device's time that it gets while requests run, from 0 up to, not including, 1.
+        observer: told what the engine does.
+        goes_ahead: whether a call is started while the one before it is under way; without, results are the same.
         seed: of the seeds that requests without one get, in the order of their arrival.
         clock: seconds.
     """
@@ -85,9 +67,10 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         *,
         store: AdapterStore | None = None,
-        background: BackgroundWork | None = None,
-        background_seconds: float = 0.0,
-        idle_seconds: float = 0.1,
+        background: Work | None = None,
+        background_share: float = 0.0,
+        observer: Observer | None = None,
+        goes_ahead: bool = True,
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -96,8 +79,8 @@ class Engine:
                 f"max_model_len {config.max_model_len} is longer than the model's "
                 f"{model.config.max_position_embeddings} positions"
             )
-        # Background work gets the device when no call is under way.
-        goes_ahead = background is None or background_seconds == 0
+        if not 0 <= background_share < 1:
+            raise ConfigError(f"background_share is {background_share!r}; give 0 up to, not including, 1")
         self.model = model
         self.config = config = config.resolve(jax.default_backend())
         self.runner = Runner(model, config)
@@ -105,7 +88,8 @@ class Engine:
         self.adapters = AdapterBank(
             model.config, config.bank_pages, config.tile_entries or 1, self._pack, config.bank_sites
         )
-        self._staging = Staging(self.adapters, self.runner, self.runner.staged_pages)
+        self._observer = observer or Observer()
+        self._staging = Staging(self.adapters, self.runner, self.runner.staged_pages, self._observer)
         self.scheduler = Scheduler(
             self.pages,
             self.adapters,
@@ -118,39 +102,47 @@ class Engine:
             decode_steps=config.decode_steps,
             goes_ahead=goes_ahead,
             prefill_sizes=self.runner.filled_counts,
+            mixed_sizes=self.runner.mixed_counts,
         )
-        self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging)
+        self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging, self._observer)
         self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.dtype), seed)
         self._claims = Claims(self.adapters, store)
         if store is not None:
             store.check = self._admission.check_config
-        self._background = background
-        self._background_seconds = background_seconds
-        self._idle_seconds = idle_seconds
+        self._background = Background(background, background_share, clock)
         self._clock = clock
         self._stats = Stats()
         self._compiles = CompileCounter()
         self._live: dict[int, list[Sequence]] = {}
+        self._samples: dict[Sequence, Sample] = {}
         self._deadlines: list[tuple[float, int]] = []
-        self._early: list[News] = []
-        # What the device works on, oldest first: two calls at most.
-        self._calls: collections.deque[Call] = collections.deque()
+        self._early: list[Delta] = []
+        # What the device works on, oldest first: two steps at most, and units of other work between them.
+        self._calls: collections.deque[Call | UnitCall] = collections.deque()
         # A call that is started as soon as the oldest one is over.
         self._prepared: Prepared | None = None
         self._goes_ahead = goes_ahead
         self._results_at = 0.0
         self._asleep = False
-        # Whether sequences whose call failed are run apart from others.
-        self._apart = False
+        self._recovery = Recovery()
+        self._mixed_failures = 0
         self._next_id = 0
-        self._cohorts = 0
 
     # Requests
 
     def warm_up(self) -> None:
-        """Compile every program, unless that was done."""
-        if not self.runner.programs:
-            self.runner.warm_up()
+        """Compile every program and time those that the engine chooses between; cached prefixes are lost.
+
+        An engine that was never warmed up compiles each program when a request first needs it.
+
+        Raises:
+            RequestError: if requests are unfinished.
+        """
+        if self.runner.step_seconds:
+            return
+        self._check_idle()
+        self._forget_device()
+        self.runner.warm_up()
 
     def sleep(self) -> None:
         """Free the KV cache and the bank, for others who use the device, until the next step that has work.
@@ -160,17 +152,33 @@ class Engine:
         Raises:
             RequestError: if requests are unfinished.
         """
-        if self.has_work:
-            raise RequestError(f"{len(self._live)} requests are unfinished; cancel them, or step until they are done")
+        self._check_idle()
         if not self._asleep:
             self._forget_device()
             self.runner.release()
             self._asleep = True
 
+    def _check_idle(self) -> None:
+        if self.has_work:
+            raise RequestError(f"{len(self._live)} requests are unfinished; cancel them, or step until they are done")
+
     @property
     def has_work(self) -> bool:
         """Whether requests are unfinished or outputs are still to come."""
         return bool(self._live or self._early)
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds after which ``step`` has something to do though no request came; None: nothing until one comes."""
+        if self.has_work:
+            return 0.0
+        last = self._calls[-1] if self._calls else None
+        return self._background.pause(last if isinstance(last, UnitCall) else None)
+
+    @property
+    def under_way(self) -> list[Step]:
+        """The steps that the device works on, oldest first."""
+        return [call.step for call in self._calls if isinstance(call, Call)]
 
     @property
     def stats(self) -> Stats:
@@ -199,8 +207,7 @@ class Engine:
         request_id = self._next_id
         sequences = self._admission.sequences(request, request_id)
         is_here = self._claims.claim(request_id, request.adapter)
-        for sequence in sequences:
-            sequence.adapter = None if request.adapter is None else request.adapter.digest
+        self._samples |= {sequence: self._admission.sample(request) for sequence in sequences}
         self._next_id += 1
         self._live[request_id] = sequences
         if request.deadline is not None:
@@ -214,7 +221,7 @@ class Engine:
         for request_id, error in self._claims.poll():
             for sequence in self._live[request_id] if error is not None else ():
                 if sequence.status is not Status.FINISHED:
-                    self._end(News(sequence=sequence, finish="error", error=error))
+                    self._end(Delta(sequence=sequence, finish="error", error=error))
             leader = self._live[request_id][0]
             if leader.status is not Status.FINISHED:  # It may have been cancelled a moment before.
                 self.scheduler.add(leader)
@@ -223,7 +230,7 @@ class Engine:
         """Give a request up; its samples' last outputs say ``"abort"``. Unknown and finished ones are ignored."""
         for sequence in self._live.get(request_id, []):
             if sequence.status is not Status.FINISHED:
-                self._end(News(sequence=sequence, finish="abort", error=error))
+                self._end(Delta(sequence=sequence, finish="abort", error=error))
 
     def _pack(self, adapter: Adapter) -> Known:
         return pin(pack(pack_adapter(adapter, self.model.config, self.runner.dtype), self.runner.dtype))
@@ -232,24 +239,21 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Give the device its next calls, collect the results of the oldest, and return their outputs."""
-        self.warm_up()
         if self._asleep and self.has_work:
             self.runner.reset()
             self._asleep = False
         with self._compiles:
             self._take_loaded()
             self._expire()
-            if self._goes_ahead and not self._apart:
+            if self._goes_ahead and not self._recovery.apart:
                 self._run_ahead()
-            news = self._collect()
-            if not self._calls:
-                plan = self.scheduler.schedule()
-                self._run(plan)
-                if plan is None and not news:
-                    self._run_background(self._idle_seconds)
-                    if self._claims.loading and not self._early:
-                        self._claims.wait(_LOADING_SECONDS)
-            return self._outputs(news)
+            deltas = self._collect()
+            if not self.under_way:
+                step = self.scheduler.schedule()
+                self._run(step)
+                if step is None and not deltas:
+                    self._run_idle()
+            return self._outputs(deltas)
 
     def _expire(self) -> None:
         now = self._clock() if self._deadlines else 0.0
@@ -258,119 +262,160 @@ class Engine:
 
     def _run_ahead(self) -> None:
         """Start calls behind the one under way, so that the device need not wait for the host."""
-        if len(self._calls) != 1:
+        if len(self.under_way) != 1:
             return
-        under_way = self._calls[0].plan
-        plan = self.scheduler.ahead(under_way)
-        full = self.scheduler.full_prefill() if isinstance(under_way, Prefill) else None
-        if plan is None or full is None:
-            self._run(plan or full)
+        (under_way,) = self.under_way
+        step = ahead(self.scheduler, under_way)
+        full = full_prefill(self.scheduler) if under_way.chunks else None
+        if step is None or full is None:
+            self._run(step or full)
             return
         # Its arguments go to the device before copies that begin behind the step's start, or they would be held up;
         # it is started when the oldest call is over: a GPU's queue holds the kernels of two calls, hardly of three.
         with self._recovering(full):
+            self._observer.planned(full)
             prepared = self._starter.prepare(full)
-            self._run(plan, copies=False)
-            if self._calls:
+            self._run(step, copies=False)
+            if self.under_way:
                 prepared.begin_copies()
                 self._prepared = prepared
 
-    def _run(self, plan: Prefill | Decode | None, *, copies: bool = True) -> None:
-        """Start a call on the device; ``copies``: see ``Starter.start``."""
-        if plan is not None:
-            before = self._calls[-1] if self._calls else None
-            self._launch(plan, lambda: self._starter.start(plan, before, copies=copies))
+    def _run(self, step: Step | None, *, copies: bool = True) -> None:
+        """Start a step on the device; ``copies``: see ``Starter.start``."""
+        if step is not None:
+            self._launch(step, lambda: self._starter.start(step, copies=copies))
 
-    def _launch(self, plan: Prefill | Decode, start: Callable[[], Call]) -> None:
-        with self._recovering(plan):
+    def _launch(self, step: Step, start: Callable[[], Call]) -> None:
+        with self._recovering(step):
+            self._observer.started(step, self.under_way)
             started = self._clock()
             call = start()
             call.started = started
             self._calls.append(call)
-            self._count(plan)
+            self._stats.prefill_calls += step.kind == "prefill"
+            self._stats.mixed_calls += step.kind == "mixed"
+            self._stats.decode_calls += step.kind == "decode"
             self._staging.settle(self.scheduler.next_adapters(2))
+        if self.under_way:
+            self._start_unit(self._background.beside())
 
     @contextlib.contextmanager
-    def _recovering(self, plan: Prefill | Decode) -> Iterator[None]:
-        """Catch failures of what is done for a call, and begin again without it."""
+    def _recovering(self, step: Step) -> Iterator[None]:
+        """Catch failures of what is done for a step, and begin again without it."""
         try:
             yield
         except WriteError as error:
             self._recover_from_write(error)
         except Exception as error:
-            self._recover([*(call.plan for call in self._calls), plan], error)
+            self._recover([*self.under_way, step], error)
 
-    def _count(self, plan: Prefill | Decode) -> None:
-        self._stats.prefill_calls += isinstance(plan, Prefill)
-        self._stats.decode_calls += isinstance(plan, Decode)
+    # Other work
 
-    def _run_background(self, seconds: float) -> None:
-        if self._background is not None and seconds > 0:
-            self._background.run(seconds)
+    def _run_idle(self) -> None:
+        """Without requests: give the device to other work, or wait for adapters that are being loaded."""
+        if self._live:
+            if self._claims.loading and not self._early:
+                self._claims.wait(_LOADING_SECONDS)
+        elif not self._early:
+            last = self._calls[-1] if self._calls else None
+            if len(self._calls) < 2:
+                self._start_unit(self._background.idle(last if isinstance(last, UnitCall) else None))
+
+    def _start_unit(self, unit: Unit | None) -> None:
+        if unit is None:
+            return
+        started = self._clock()
+        try:
+            arrays = unit.start(self.runner.params)
+        except Exception as error:
+            self._background.failed(unit, error)
+        else:
+            self._calls.append(UnitCall(unit=unit, arrays=arrays, started=started))
+
+    def _end_unit(self, call: UnitCall) -> None:
+        """Wait for a unit, the oldest call under way."""
+        try:
+            jax.block_until_ready(call.arrays)
+        except Exception as error:
+            self._background.failed(call.unit, error)
+        else:
+            now = self._clock()
+            seconds, self._results_at = now - max(call.started, self._results_at), now
+            self._background.done(call, seconds)
+            if self._calls:
+                self._calls[0].started = now  # That is when the device began it.
 
     # Results
 
-    def _collect(self) -> list[News]:
-        """Wait for the call in flight and give each sequence what it drew."""
-        news, self._early = self._early, []
+    def _collect(self) -> list[Delta]:
+        """Wait for the oldest call and give each sequence what it drew."""
+        deltas = self._take_early()
         if not self._calls:
-            return news
+            return deltas
         call = self._calls.popleft()
+        if isinstance(call, UnitCall):
+            # The tokens of the call before it went out.
+            if self._calls or self._background.is_over(call):
+                self._end_unit(call)
+            else:
+                self._calls.append(call)
+            return deltas
         try:
+            self._observer.collecting(call.step)
             drawn, scores = call.results()
+            drawn = [self._observer.collected(part.sequences, d) for part, d in zip(call.parts, drawn, strict=True)]
         except Exception as error:
-            self._recover([call.plan], error)
-            return news + self._take_early()
+            self._recover([call.step], error)
+            return deltas + self._take_early()
         if self._prepared is not None:
             prepared, self._prepared = self._prepared, None
-            self._launch(prepared.plan, prepared.start)
-            if not self._calls:  # It failed, and what was computed is lost.
-                return news + self._take_early()
-        self._trust(call.plan)
+            self._launch(prepared.step, prepared.start)
+            if not self.under_way:  # It failed, and what was computed is lost.
+                return deltas + self._take_early()
+        self._recovery.trust(call.step, (s for group in self._live.values() for s in group))
+        self._account(call, drawn)
+        if scores is not None:
+            for chunk in call.step.chunks:
+                if chunk.sequence.score and chunk.sequence.status is not Status.FINISHED:
+                    keep_scores(self._samples[chunk.sequence], chunk, scores)
+        self.scheduler.computed(call.step)
+        for part, d in zip(call.parts, drawn, strict=True):
+            deltas += self._append(part.sequences, d)
+        return deltas
+
+    def _account(self, call: Call, drawn: list[Drawn]) -> None:
+        """Add a call to the counters."""
         now = self._clock()
         seconds, self._results_at = now - max(call.started, self._results_at), now
-        if isinstance(call.plan, Decode):
+        self._background.earn(seconds)
+        self._stats.prompt_tokens += sum(chunk.end - chunk.start for chunk in call.step.chunks)
+        if call.step.kind == "prefill":
+            self._stats.prefill_seconds += seconds
+        elif call.step.kind == "mixed":
+            self._stats.mixed_seconds += seconds
+        else:
             self._stats.decode_seconds += seconds
             self._stats.decode_steps += max(int((d.token_NB != -1).any(axis=1).sum()) for d in drawn)
-        else:
-            self._stats.prefill_seconds += seconds
-            for chunk in call.plan.chunks:
-                if chunk.sequence.score and scores is not None and chunk.sequence.status is not Status.FINISHED:
-                    keep_scores(chunk, scores)
-                self._stats.prompt_tokens += chunk.end - chunk.start
-                self.scheduler.computed(chunk)
-        for part, d in zip(call.parts, drawn, strict=True):
-            news += self._append(part.sequences, d)
-        self._run_background(self._background_seconds)
-        return news
 
-    def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[News]:
+    def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[Delta]:
         """Give sequences the tokens that they drew; those that end free what they hold."""
-        news = list(read(drawn, sequences))
-        for new in news:
+        deltas = list(read(drawn, sequences))
+        for new in deltas:
             self._stats.generated_tokens += len(new.token_ids)
             self.scheduler.append(new.sequence, new.token_ids)
             if new.finish is not None:
                 # What is not a number must not be found again.
                 self.scheduler.finish(new.sequence, keep=new.finish != "error")
-        return news
+        return deltas
 
-    def _end(self, news: News) -> None:
+    def _end(self, delta: Delta) -> None:
         """End a sample outside a call's results; its last output comes with the next step."""
-        self.scheduler.finish(news.sequence)
-        self._early.append(news)
+        self.scheduler.finish(delta.sequence)
+        self._early.append(delta)
 
-    def _take_early(self) -> list[News]:
+    def _take_early(self) -> list[Delta]:
         early, self._early = self._early, []
         return early
-
-    def _trust(self, plan: Prefill | Decode) -> None:
-        """Let sequences whose call succeeded run with others again; of a prompt, its last chunk must have."""
-        done = plan.sequences if isinstance(plan, Decode) else [chunk.sequence for chunk in plan.chunks if chunk.last]
-        for sequence in done:
-            if sequence.cohort is not None and sequence.cohort[0] == type(plan).__name__:
-                sequence.cohort, sequence.strikes = None, 0
-        self._apart = self._apart and any(s.cohort is not None for group in self._live.values() for s in group)
 
     def _reset_device(self) -> None:
         """Make the device's state anew: a call that failed may have consumed it. Everything is computed again."""
@@ -379,31 +424,22 @@ class Engine:
         self.runner.reset()
 
     def _forget_device(self) -> None:
-        self._calls.clear()
+        # Units of other work touch nothing of the engine's: they go on.
+        self._calls = collections.deque(call for call in self._calls if isinstance(call, UnitCall))
         self._prepared = None
         self.adapters.reset()
         self._staging.reset()
         self.scheduler.reset()
 
-    def _recover(self, plans: Many[Prefill | Decode], error: Exception) -> None:
-        """After a call that failed, one of these: run their sequences apart from others, in halves.
-
-        A sequence whose call fails twice alone is the one that cannot be served.
-        """
+    def _recover(self, steps: Many[Step], error: Exception) -> None:
+        """After a call that failed, one of these: begin again, and find out whom it fails for."""
         self._reset_device()
-        kind = type(plans[-1]).__name__
-        members = [s for plan in plans for s in plan.sequences if s.status is not Status.FINISHED]
-        members = list(dict.fromkeys(members))
-        if len(members) == 1:
-            members[0].strikes += 1
-            if members[0].strikes == STRIKES:
-                self._end(News(sequence=members[0], finish="error", error=_told(error)))
-                return
-        for part in (members[: len(members) // 2], members[len(members) // 2 :]):
-            self._cohorts += 1
-            for sequence in part:
-                sequence.cohort = (kind, self._cohorts)
-        self._apart = True
+        self._mixed_failures += steps[-1].kind == "mixed"
+        if self._mixed_failures == STRIKES:  # Calls of their own may do what they cannot do together.
+            self.scheduler.stop_mixing()
+        given_up = self._recovery.isolate(steps)
+        if given_up is not None:
+            self._end(Delta(sequence=given_up, finish="error", error=format_error(error)))
 
     def _recover_from_write(self, error: WriteError) -> None:
         """After adapters could not be written: try each alone, then give the requests of one that fails again up."""
@@ -411,12 +447,12 @@ class Engine:
         digest = self._staging.blame(error.digests)
         for sequence in [s for group in self._live.values() for s in group if digest and s.adapter == digest]:
             if sequence.status is not Status.FINISHED:
-                self._end(News(sequence=sequence, finish="error", error=_told(error.__cause__)))
+                self._end(Delta(sequence=sequence, finish="error", error=format_error(error.__cause__)))
 
-    def _outputs(self, news: Many[News]) -> list[Output]:
-        """Turn news into outputs; a sample whose text ends it takes nothing more from the call in flight."""
+    def _outputs(self, deltas: Many[Delta]) -> list[Output]:
+        """Turn deltas into outputs; a sample whose text ends it takes nothing more from the call in flight."""
         outputs = []
-        for new in (*news, *self._take_early()):
+        for new in (*deltas, *self._take_early()):
             if new.sequence not in self._live.get(new.sequence.request_id, ()):
                 continue  # Its text ended it a moment before something else did.
             outputs.append(self._output(new))
@@ -427,10 +463,10 @@ class Engine:
                 self._stats.failed += new.finish == "error"
         return outputs
 
-    def _output(self, new: News) -> Output:
-        """Turn news into an output; what cannot be turned into text ends its own sample only."""
+    def _output(self, new: Delta) -> Output:
+        """Turn a delta into an output; what cannot be turned into text ends its own sample only."""
         try:
-            return to_output(new)
+            return to_output(new, self._samples[new.sequence])
         except Exception as error:
             new.finish, new.error = "error", f"its text could not be made: {type(error).__name__}: {error}"
             return Output(
@@ -440,6 +476,7 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         rest = [s for s in self._live[sequence.request_id] if s is not sequence]
         self._live[sequence.request_id] = rest
+        del self._samples[sequence]
         if not rest:
             del self._live[sequence.request_id]
             self._claims.give_back(sequence.request_id)

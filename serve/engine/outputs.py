@@ -8,33 +8,36 @@ from typing import Any
 import jax
 import numpy as np
 
-from preft_jax.programs import Drawn
 from preft_jax.sampling.device import INVALID
-from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.sampling.rows import Drawn
 from preft_jax.text.streams import TextStream
-from serve.engine.request import Output, Request, TokenLogprobs
-from serve.engine.runner import MAX_STOP_IDS
-from serve.engine.scheduler import Chunk
+from serve.engine.arrays import MAX_STOP_IDS
+from serve.engine.plan import Chunk
+from serve.engine.request import Output, TokenLogprobs
 from serve.engine.sequence import Sequence, Status
 
 NOT_NUMBERS = "the model's logits are not numbers here; check its weights, the adapter and their dtype"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Info:
-    """What the engine keeps of a sample besides what the scheduler needs; a ``Sequence``'s ``info``."""
+class Sample:
+    """What is kept of a sample for its outputs.
 
-    request: Request
-    sampling: SamplingParams
-    seed: int
+    Attributes:
+        text: its text so far.
+        prompt_logprobs: most likely tokens that are wanted at each prompt token, or None.
+        prompt_scores: log-probabilities of the prompt's tokens, once they are computed.
+        shown: generated tokens that went out.
+    """
+
     text: TextStream
-    logprobs: int | None
+    prompt_logprobs: int | None = None
     prompt_scores: list[TokenLogprobs | None] | None = None
     shown: int = 0
 
 
 @dataclasses.dataclass(kw_only=True)
-class News:
+class Delta:
     """What a call brought one sample."""
 
     sequence: Sequence
@@ -49,19 +52,19 @@ class News:
 
 def fetch(steps: Many[Drawn], sequences: Many[Sequence]) -> Drawn:
     """Bring what was drawn to the host, all steps together; the most likely tokens only if a sequence wants them."""
-    if not any(sequence.info.logprobs for sequence in sequences):
+    if not any(sequence.logprobs for sequence in sequences):
         steps = [drawn._replace(top_token_NBE=None, top_logprob_NBE=None) for drawn in steps]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(steps))
 
 
-def read(drawn: Drawn, sequences: Many[Sequence]) -> Iterator[News]:
+def read(drawn: Drawn, sequences: Many[Sequence]) -> Iterator[Delta]:
     """Yield what a fetched call drew for each of its sequences that still runs; they do not know it yet."""
     count = len(sequences)
     tokens, logprobs, sampled = (np.asarray(x)[:, :count].T.tolist() for x in drawn[:3])
     for row, sequence in enumerate(sequences):
         if sequence.status is Status.FINISHED:
             continue
-        new = News(sequence=sequence)
+        new = Delta(sequence=sequence)
         ids = [token for token in tokens[row] if token != -1]
         if INVALID in ids:
             ids = ids[: ids.index(INVALID)]
@@ -74,12 +77,12 @@ def read(drawn: Drawn, sequences: Many[Sequence]) -> Iterator[News]:
             new.finish = "length"
         new.token_ids, n = ids, len(ids)
         new.logprobs, new.sampling_logprobs = logprobs[row][:n], sampled[row][:n]
-        if sequence.info.logprobs is not None:
-            new.tops = _tops(drawn, row, new, sequence.info.logprobs)
+        if sequence.logprobs is not None:
+            new.tops = _tops(drawn, row, new, sequence.logprobs)
         yield new
 
 
-def _tops(drawn: Drawn, row: int, new: News, count: int) -> list[TokenLogprobs]:
+def _tops(drawn: Drawn, row: int, new: Delta, count: int) -> list[TokenLogprobs]:
     if drawn.top_token_NBE is None or drawn.top_logprob_NBE is None:
         return [TokenLogprobs(*pair, {}) for pair in zip(new.token_ids, new.logprobs, strict=True)]
     tokens, logprobs = np.asarray(drawn.top_token_NBE)[:, row], np.asarray(drawn.top_logprob_NBE)[:, row]
@@ -89,35 +92,35 @@ def _tops(drawn: Drawn, row: int, new: News, count: int) -> list[TokenLogprobs]:
     ]
 
 
-def keep_scores(chunk: Chunk, scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def keep_scores(sample: Sample, chunk: Chunk, scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     """Note the log-probabilities of the prompt tokens after each token of a chunk."""
-    sequence, info = chunk.sequence, chunk.sequence.info
-    kept: list[TokenLogprobs | None] = [None] if chunk.start == 0 else info.prompt_scores
-    info.prompt_scores = kept
+    sequence = chunk.sequence
+    kept: list[TokenLogprobs | None] = [None] if chunk.start == 0 else sample.prompt_scores or [None]
+    sample.prompt_scores = kept
     logprob_T, token_TE, top_logprob_TE = scores
     for n in range(chunk.end - chunk.start):
         following = chunk.start + n + 1
         if following < sequence.prompt_len:
-            at, count = chunk.at + n, info.request.prompt_logprobs
+            at, count = chunk.at + n, sample.prompt_logprobs
             top = dict(zip(token_TE[at, :count].tolist(), top_logprob_TE[at, :count].tolist(), strict=True))
             kept.append(TokenLogprobs(sequence.tokens[following], float(logprob_T[at]), top))
 
 
-def to_output(new: News) -> Output:
-    """Turn news into an output, its tokens into text; a stop text found there ends the sample."""
-    sequence, info = new.sequence, new.sequence.info
+def to_output(new: Delta, sample: Sample) -> Output:
+    """Turn a delta into an output, its tokens into text; a stop text found there ends the sample."""
+    sequence = new.sequence
     at_end_token = new.finish == "stop"
-    text, kept = info.text.push(new.token_ids[:-1] if at_end_token else new.token_ids)
-    if info.text.stopped is not None:
-        new.finish, new.reason, new.error = "stop", info.text.stopped, None
+    text, kept = sample.text.push(new.token_ids[:-1] if at_end_token else new.token_ids)
+    if sample.text.stopped is not None:
+        new.finish, new.reason, new.error = "stop", sample.text.stopped, None
         del new.token_ids[kept:], new.logprobs[kept:], new.sampling_logprobs[kept:]
-    first = info.shown == 0
-    info.shown += len(new.token_ids)
+    first = sample.shown == 0
+    sample.shown += len(new.token_ids)
     if new.finish is not None:
-        ids = sequence.tokens[sequence.prompt_len : sequence.prompt_len + info.shown]
-        text += info.text.finish(ids[:-1] if at_end_token and info.text.stopped is None else ids)
-        if new.finish == "length" and info.text.stopped is not None:
-            new.finish, new.reason = "stop", info.text.stopped
+        ids = sequence.tokens[sequence.prompt_len : sequence.prompt_len + sample.shown]
+        text += sample.text.finish(ids[:-1] if at_end_token and sample.text.stopped is None else ids)
+        if new.finish == "length" and sample.text.stopped is not None:
+            new.finish, new.reason = "stop", sample.text.stopped
     return Output(
         request_id=sequence.request_id,
         index=sequence.index,
@@ -126,7 +129,7 @@ def to_output(new: News) -> Output:
         logprobs=new.logprobs,
         sampling_logprobs=new.sampling_logprobs,
         top_logprobs=None if new.tops is None else new.tops[: len(new.token_ids)],
-        prompt_logprobs=info.prompt_scores if first else None,
+        prompt_logprobs=sample.prompt_scores if first else None,
         finish_reason=new.finish,
         stop_reason=new.reason,
         error=new.error,

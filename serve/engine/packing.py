@@ -10,6 +10,11 @@ READS_WEIGHTS = 512
 """Tokens of a prefill call below which an accelerator takes as long as it reads the weights: fewer save nothing."""
 
 
+def round_up(count: int, tile: int) -> int:
+    """Return the tokens of the whole tiles that hold so many."""
+    return -(-count // tile) * tile
+
+
 def worth_filling(sizes: Sequence[int], least: int) -> list[int]:
     """Return those of the programs' tokens, ascending, that are worth filling: ``least`` or more, and the largest."""
     return [size for size in sizes[:-1] if size >= least] + list(sizes[-1:])

@@ -61,11 +61,6 @@ class PageManager:
         """Pages with at least one reference."""
         return self.num_pages - self.num_available
 
-    @property
-    def num_cached(self) -> int:
-        """Pages with a key, used or reusable."""
-        return len(self._page_of)
-
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Return the pages of the longest prefix of ``keys`` that is cached.
 

@@ -1,7 +1,7 @@
-"""The device side of an engine: weights, KV cache, bank and compiled programs; plans in, drawn tokens out.
+"""The device side of an engine: weights, KV cache, bank, slots and compiled programs; arrays in, arrays out.
 
-Calls return at once with arrays that the device is still computing. Every program is compiled once, for one shape, when
-the runner is made ready; nothing is traced or compiled after that.
+Calls return at once with arrays that the device is still computing. Every program is compiled once, for one shape: all
+of them by ``warm_up``, or each when it is first called.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import functools
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -17,25 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from preft_jax.adapters.bank import AdapterPages, Bank, init_bank
+from preft_jax.device.programs import Programs
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
-from preft_jax.models.batch import Span, bucket, pack_prefill, pack_rows, round_up, rows_of
+from preft_jax.models.batch import PrefillBatch, bucket, round_up
 from preft_jax.models.cache import KVCache, init_cache, pages_for
-from preft_jax.programs import Drawn
-from preft_jax.sampling.arrays import sampling_arrays
-from preft_jax.sampling.parameters import is_penalised, is_plain
+from preft_jax.sampling.arrays import SamplingArrays
+from preft_jax.sampling.rows import Drawn
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE
 from serve.engine import memory
 from serve.engine import programs as device
+from serve.engine.arrays import Arrays
 from serve.engine.config import EngineConfig
 from serve.engine.packing import READS_WEIGHTS, worth_filling
 from serve.engine.residency import Load
-from serve.engine.scheduler import Chunk
-from serve.engine.sequence import Sequence, Status
 from serve.store.host_copy import ALL_LINEARS
-
-MAX_STOP_IDS = 16
-"""End tokens of a sequence that the device knows; further ones are found by the host."""
+from serve.store.slabs import slab_width
 
 COPIES = 8
 """KV pages that one call copies."""
@@ -44,37 +40,11 @@ WRITES = 8
 """Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
 
 
-Begin = Callable[[], None] | None
-"""Begins copies to the device that are to run beside a call: it is called once the call's arguments are on their way,
-which would wait for the copies otherwise, and before the call itself, for which the copies would wait."""
-
-
-class After(NamedTuple):
-    """Where a call left its rows, on the device: what a decode call of the same sequences goes on with.
-
-    ``history_BS``: their texts, where they are drawn from with penalties (``device.draw``), else None.
-    """
-
-    rows: device.Rows
-    history_BS: Any
-
-
-class Decoded(NamedTuple):
-    """What a decode call gives: what each step drew, and where it left its rows."""
-
-    steps: list[Drawn]
-    after: After
-
-
 class _Write(NamedTuple):
     """A rank page of each site of an adapter, or of all linears, and where they go."""
 
     slabs: dict[str, Any]
     page: dict[str, int]
-
-
-_shared: dict[Any, dict[str, tuple[Any, float]]] = {}
-"""Compiled programs and the seconds that each took, by everything that their shapes depend on."""
 
 
 class Runner:
@@ -97,15 +67,15 @@ class Runner:
         self.num_kv_pages = config.num_kv_pages or room.kv_pages
         self.cache = self._first_cache()
         self._logits = self._new_logits()
-        self.programs: dict[str, Any] = {}
-        self.compile_seconds: dict[str, float] = {}
+        self.slots, self.texts_SL = self._new_slots()
+        self.arrays = Arrays(config, self.table_width, self._prefill_rows)
         self.step_seconds: dict[str, float] = {}
-        self._rows_cache: tuple[Any, Any] | None = None
-        self._no_history = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
+        self._no_texts = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
         self._empty_slabs: dict[str, jax.Array] = {}
+        self.programs = self._name_programs()
 
     def _choose_programs(self) -> None:
-        """Choose the shapes of the programs: ten of them at most, whatever the engine is for."""
+        """Choose the shapes of the programs: ten of them at most, and four more for mixed calls."""
         config, gpu = self.config, jax.default_backend() == "gpu"
         all_token = config.all_token and self._adapters
         self.row_counts = sorted({max(bucket(config.max_num_seqs) // 4, 1), config.max_num_seqs})
@@ -121,17 +91,30 @@ class Runner:
                 self.row_counts = self.row_counts[:1]
                 self.adapted_row_counts = sorted({max(bucket(config.max_num_seqs) // 2, 1), config.max_num_seqs})
         parts = (4, 1) if all_token or (config.scoring and gpu) else (8, 2, 1)
+        self.mixed_counts: list[int] = []
+        if config.mixed_tokens:
+            parts = (2, 1)
+            self.mixed_counts = [config.mixed_tokens * part // 4 for part in (1, 2, 3, 4)]
+            self.row_counts = sorted({*self.row_counts, max(bucket(config.max_num_seqs) // 2, 1)})
         self.token_counts = sorted({round_up(config.prefill_tokens // part, config.tile) for part in parts})
         least = 0 if jax.default_backend() == "cpu" else READS_WEIGHTS
         self.filled_counts = worth_filling(self.token_counts, least)
         # A gap between two sequences takes a row of the batch.
         self._prefill_rows = config.prefill_seqs * (2 if self._adapters else 1)
         self._logit_rows = max(config.max_num_seqs, self._prefill_rows)
+        if self.mixed_counts:
+            self._logit_rows = self.mixed_rows(self.mixed_counts[-1]) + self._prefill_rows
 
     # Memory
 
     def _new_logits(self) -> jax.Array:
         return jnp.zeros((self._logit_rows, self.model.config.vocab_size), jnp.float32)
+
+    def _new_slots(self) -> tuple[device.Slots, jax.Array]:
+        """Return the places of sequences that run, and room for their texts."""
+        count = self.config.max_num_seqs
+        slots = device.Slots(*(jnp.zeros(count, jnp.int32) for _ in device.Slots._fields))
+        return slots, jnp.zeros((count, self.config.max_model_len), jnp.int32)
 
     def _new_bank(self) -> Bank | None:
         config = self.config
@@ -181,6 +164,7 @@ class Runner:
             self.bank = self._new_bank()
             self.cache = self._new_cache()
             self._logits = self._new_logits()
+            self.slots, self.texts_SL = self._new_slots()
             jax.block_until_ready((self.bank, self.cache, self._logits))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -198,168 +182,172 @@ class Runner:
     # Programs
 
     def warm_up(self) -> None:
-        """Compile every program, then time what the engine chooses by.
+        """Compile every program that is not compiled yet, use each, and time those that the engine chooses between.
 
-        Programs are traced one by one, then lowered (which compiles their kernels) and compiled side by side; runners
-        of the same shapes share them.
+        Without it, programs are compiled when they are first called.
         """
+        if self.step_seconds:
+            return
+        traced = self.programs.trace_missing()
+        if traced:
+            self.release()  # XLA tries matrix products out while it compiles, and needs memory for it.
+            self.programs.compile(traced)
+            self.reset()
+        self._use_all()
+        self._time_decode()
+
+    def _name_programs(self, key: Any = None) -> Programs:
+        """Return the programs by name, shared by ``key``: by default, all that their shapes depend on."""
         abstract = jax.tree.map(lambda x: (x.shape, x.dtype), (self.params, self.cache, self.bank))
         # What shapes do not depend on does not matter.
         config = dataclasses.replace(self.config, memory_utilization=1.0, decode_steps=1)
-        key = self.model.config, config, str(abstract)
-        if key not in _shared:
-            traced = dict(self._trace())
-            self.release()  # XLA tries matrix products out while it compiles, and needs memory for it.
-            with ThreadPoolExecutor() as pool:
-                _shared[key] = dict(zip(traced, pool.map(_compile, traced.values()), strict=True))
-            self.reset()
-        self.programs = {name: compiled for name, (compiled, _) in _shared[key].items()}
-        self.compile_seconds = {name: round(seconds, 3) for name, (_, seconds) in _shared[key].items()}
-        if self._adapters:
-            self._no_writes()  # A program makes its zeros, which may have to be compiled even if the others are shared.
-        self._time_decode()
-
-    def _trace(self) -> Any:
-        """Yield the name of each program and the program, traced."""
-        config, shape = self.config, self.model.config
-
-        def trace(function: Any, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
-            return jax.jit(function, donate_argnums=donate).trace(*args)
-
+        traces: dict[str, Callable[[], Any]] = {}
         for tokens in self.token_counts:
-            batch = self._pack([], tokens)
-            # A gap between two sequences is a row of the batch, too.
-            query = min(max(config.chunk_tokens or tokens, config.tile), tokens)
-            function = functools.partial(device.prefill, shape, query)
-            args = self.params, self.bank, self.cache, self._logits, batch
-            yield f"prefill-{tokens}", trace(function, *args, donate=(2, 3))
-            if config.scoring and tokens == config.prefill_tokens:
-                function = functools.partial(device.score, shape, query)
-                args = self.params, self.bank, self.cache, self._logits, batch, np.zeros(tokens, np.int32)
-                yield "score", trace(function, *args, donate=(2, 3))
+            traces[f"prefill-{tokens}"] = functools.partial(self._trace_prefill, tokens)
+        if config.scoring:
+            traces["score"] = self._trace_score
         for size in self.draw_counts:
-            rows, *args = self._row_args([], size)
-            index = np.zeros(size, np.int32)
-            yield f"draw-{size}", trace(device.draw, self._logits, index, rows, *args, self._no_history[size])
+            traces[f"draw-{size}"] = functools.partial(self._trace_draw, size)
             if self.draws_plainly:
-                yield f"draw-plain-{size}", trace(device.draw_plain, self._logits, index, rows, *args)
+                traces[f"draw-plain-{size}"] = functools.partial(self._trace_draw_plain, size)
         for count in self.row_counts:
-            rows, plan, _ = self._row_args([], self._draw_size(count))
-            function = functools.partial(device.decode, shape, count)
-            args = self.params, self.cache, self._logits, rows, plan
-            yield f"decode-{count}", trace(function, *args, donate=(1, 2))
+            traces[f"decode-{count}"] = functools.partial(self._trace_decode, count)
         for count in self.adapted_row_counts:
-            rows, plan, _ = self._row_args([], self._draw_size(count))
-            function = functools.partial(device.decode_adapted, shape, count)
-            args = self.params, self.bank, self._row_pages([], count), self.cache, self._logits, rows, plan
-            yield f"decode-adapted-{count}", trace(function, *args, donate=(3, 4))
-        none = np.zeros(COPIES, np.int32)
-        yield "copy-pages", trace(device.copy_pages, self.cache, none, none, donate=0)
+            traces[f"decode-adapted-{count}"] = functools.partial(self._trace_decode_adapted, count)
+        for tokens in self.mixed_counts:
+            traces[f"mixed-{tokens}"] = functools.partial(self._trace_mixed, tokens)
+        traces["copy-pages"] = self._trace_copy
         if self._adapters:
-            slabs, page = self._no_writes()
-            whole = slabs.pop(ALL_LINEARS, None)
-            if whole is not None:
-                yield "write-whole-pages", trace(device.write_whole_slabs, self.bank, whole, page, donate=0)
-            yield "write-pages", trace(device.write_slabs, self.bank, slabs, page, donate=0)
+            if ALL_LINEARS in self._slab_widths():
+                traces["write-whole-pages"] = functools.partial(self._trace_write, True)
+            traces["write-pages"] = functools.partial(self._trace_write, False)
+        return Programs(
+            traces, key=key or (self.model.config, config, str(abstract)), options=device.compiler_options()
+        )
+
+    def _query_len(self, tokens: int) -> int:
+        """Return the static bound on one sequence's tokens in a prefill call; a gap is a row of the batch, too."""
+        return min(max(self.config.chunk_tokens or tokens, self.config.tile), tokens)
+
+    def _trace_prefill(self, tokens: int) -> Any:
+        function = functools.partial(device.prefill, self.model.config, self._query_len(tokens))
+        args = self.params, self.bank, self.cache, self._logits, self._no_chunks(tokens)
+        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+
+    def _trace_score(self) -> Any:
+        tokens = self.config.prefill_tokens
+        function = functools.partial(device.score, self.model.config, self._query_len(tokens))
+        args = self.params, self.bank, self.cache, self._logits, self._no_chunks(tokens), np.zeros(tokens, np.int32)
+        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+
+    def _trace_draw(self, size: int) -> Any:
+        picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+        args = self._logits, self.slots, self.texts_SL, picks, sampling, self._no_texts[size]
+        return jax.jit(device.draw).trace(*args)
+
+    def _trace_draw_plain(self, size: int) -> Any:
+        picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+        return jax.jit(device.draw_plain).trace(self._logits, self.slots, picks, sampling)
+
+    def _trace_decode(self, count: int) -> Any:
+        rows = self.arrays.rows([], self.draw_size(count))
+        function = functools.partial(device.decode, self.model.config, count)
+        args = self.params, self.cache, self._logits, self.slots, rows
+        return jax.jit(function, donate_argnums=(1, 2)).trace(*args)
+
+    def _trace_decode_adapted(self, count: int) -> Any:
+        rows, pages = self.arrays.rows([], self.draw_size(count)), self.arrays.row_pages([], _nowhere, count)
+        function = functools.partial(device.decode_adapted, self.model.config, count)
+        args = self.params, self.bank, pages, self.cache, self._logits, self.slots, rows
+        return jax.jit(function, donate_argnums=(3, 4)).trace(*args)
+
+    def _trace_mixed(self, tokens: int) -> Any:
+        count = self.mixed_rows(tokens)
+        function = functools.partial(device.mixed, self.model.config, count, self._query_len(tokens))
+        rows, batch = self.arrays.rows([], count), self._no_chunks(tokens)
+        args = self.params, self.bank, self.cache, self._logits, self.slots, rows, batch
+        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+
+    def _no_chunks(self, tokens: int) -> PrefillBatch:
+        return self.arrays.packed([], _nowhere, tokens)
+
+    def _trace_copy(self) -> Any:
+        none = np.zeros(COPIES, np.int32)
+        return jax.jit(device.copy_pages, donate_argnums=0).trace(self.cache, none, none)
+
+    def _trace_write(self, whole: bool) -> Any:
+        slabs, page = self._no_writes()
+        linears = slabs.pop(ALL_LINEARS, None)
+        function, slabs = (device.write_whole_slabs, linears) if whole else (device.write_slabs, slabs)
+        return jax.jit(function, donate_argnums=0).trace(self.bank, slabs, page)
+
+    def _use_all(self) -> None:
+        """Call every program on nothing: on a GPU the first calls of one are slow (a second, for a large prefill)."""
+        for _ in range(2):
+            for tokens in self.token_counts:
+                self.prefill(jax.device_put(self._no_chunks(tokens)))
+            if self.config.scoring:
+                tokens = self.config.prefill_tokens
+                self.score(self._no_chunks(tokens), np.zeros(tokens, np.int32))
+            for tokens in self.mixed_counts:
+                self.mixed(self.arrays.rows([], self.mixed_rows(tokens)), self._no_chunks(tokens))
+            for size in self.draw_counts:
+                picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+                for plainly in (False, True):
+                    self.draw(picks, sampling, plainly=plainly)
+            self.copy_pages([(0, self.num_kv_pages)])
+            if self._adapters:
+                slabs, page = self._no_writes()
+                linears = slabs.pop(ALL_LINEARS, None)
+                if linears is not None:
+                    self.bank = self.programs["write-whole-pages"](self.bank, linears, page)
+                self.bank = self.programs["write-pages"](self.bank, slabs, page)
+        jax.block_until_ready((self.cache, self.bank, self.slots))
 
     def _time_decode(self) -> None:
         """Measure a step of each decode program, all rows busy, before any page holds anything."""
         for name in [name for name in self.programs if name.startswith("decode")]:
+            count = int(name.rpartition("-")[2])
+            size, adapted = self.draw_size(count), name.startswith("decode-adapted")
+            slot_B = np.arange(size, dtype=np.int32)
+            rows = self.arrays.rows([], size)._replace(slot_B=slot_B, alive_B=slot_B < count)
+            picks = self.arrays.picks([], range(size), [True] * size, size)
+            remaining_B = np.full(size, 2, np.int32)
+            picks = picks._replace(slot_B=slot_B, alive_B=slot_B < count, remaining_B=remaining_B)
+            pages = self.arrays.row_pages([], _nowhere, count) if adapted else None
+            _, sampling = self.arrays.constants([], size)
             times = []
             for _ in range(3):
+                self.draw(picks, sampling)  # Now each row has a token to go on from.
+                jax.block_until_ready(self.slots)
                 start = time.perf_counter()
-                jax.device_get(self._call_decode(name, [], [], 1, pretend=True).steps)
+                self.decode(name, rows, pages)
+                jax.device_get(self.draw(picks, sampling))
                 times.append(time.perf_counter() - start)
             self.step_seconds[name] = min(times)
 
-    # Prefill
+    # Calls
 
-    def pack(self, chunks: Many[Chunk], places: Many[AdapterPages], num_tokens: int) -> Any:
-        """Return what ``prefill`` and ``score`` take, on its way to the device."""
-        tokens = next(count for count in self.token_counts if count >= num_tokens)
-        return jax.device_put(self._pack(self._spans(chunks, places), tokens, [chunk.at for chunk in chunks]))
+    def prefill_size(self, num_tokens: int) -> int:
+        """Return the tokens of the program that prefills so many."""
+        return next(count for count in self.token_counts if count >= num_tokens)
 
-    def prefill(self, chunks: Many[Chunk], batch: Any) -> tuple[jax.Array, list[int]]:
-        """Compute chunks; return something to wait for, and the row of the logits of each chunk's last token."""
-        tokens = len(batch.tokens_T)
-        self.cache, self._logits, done = self.programs[f"prefill-{tokens}"](
+    def prefill(self, batch: PrefillBatch) -> jax.Array:
+        """Compute packed chunks; return something to wait for. The logits of each row's last token stay here."""
+        self.cache, self._logits, done = self.programs[f"prefill-{len(batch.tokens_T)}"](
             self.params, self.bank, self.cache, self._logits, batch
         )
-        return done, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks])
+        return done
 
-    def score(
-        self, chunks: Many[Chunk], batch: Any
-    ) -> tuple[jax.Array, list[int], tuple[jax.Array, jax.Array, jax.Array]]:
+    def score(self, batch: PrefillBatch, next_T: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """``prefill`` that also returns the log-probability of each token's successor, and the most likely ones.
 
         ``batch`` has room for ``prefill_tokens``.
         """
-        next_T = np.zeros(self.config.prefill_tokens, np.int32)
-        for chunk in chunks:
-            following = chunk.sequence.tokens[chunk.start + 1 : chunk.end + 1]
-            next_T[chunk.at : chunk.at + len(following)] = following
         self.cache, self._logits, done, (logprob_T, tops) = self.programs["score"](
             self.params, self.bank, self.cache, self._logits, batch, next_T
         )
-        return done, rows_of([c.at for c in chunks], [c.end - c.start for c in chunks]), (logprob_T, *tops)
-
-    def draw(self, rows: Many[int], sequences: Many[Sequence]) -> Drawn:
-        """Draw the first token of each sequence from a row of the logits that prefill left."""
-        size = self._draw_size(len(sequences))
-        index = np.zeros(size, np.int32)
-        index[: len(rows)] = rows
-        args = self._row_args(sequences, size)
-        return self._draw(index, *args, self._history(sequences, size))[0]
-
-    def _draw(self, index: Any, rows: device.Rows, plan: Any, sampling: Any, history: Any) -> tuple[Drawn, After]:
-        """Draw from the logits that the last call left; ``history`` None: plainly."""
-        size = len(index)
-        if history is None:
-            after, drawn = self.programs[f"draw-plain-{size}"](self._logits, index, rows, plan, sampling)
-        else:
-            args = self._logits, index, rows, plan, sampling, history
-            after, history, drawn = self.programs[f"draw-{size}"](*args)
-        return drawn, After(after, history)
-
-    def _draw_size(self, count: int) -> int:
-        """Return the rows of the program that draws for ``count`` sequences."""
-        return next(size for size in self.draw_counts if size >= count)
-
-    def copy_pages(self, pairs: Many[tuple[int, int]]) -> None:
-        """Copy KV pages, ``(from, to)`` each."""
-        for at in range(0, len(pairs), COPIES):
-            some = pairs[at : at + COPIES]
-            source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.num_kv_pages, np.int32)
-            source[: len(some)], target[: len(some)] = zip(*some, strict=True)
-            self.cache = self.programs["copy-pages"](self.cache, source, target)
-
-    def _spans(self, chunks: Many[Chunk], places: Many[AdapterPages]) -> list[Span]:
-        return [
-            Span(
-                tokens=np.asarray(chunk.sequence.tokens[chunk.start : chunk.end], np.int32),
-                start=chunk.start,
-                edit_mask=chunk.sequence.mask[chunk.start : chunk.end],
-                kv_pages=chunk.sequence.pages,
-                adapter_pages=place,
-            )
-            for chunk, place in zip(chunks, places, strict=True)
-        ]
-
-    def _pack(self, spans: Many[Span], num_tokens: int, starts: Many[int] | None = None) -> Any:
-        config = self.config
-        return pack_prefill(
-            spans,
-            num_tokens=num_tokens,
-            num_requests=self._prefill_rows,
-            page_table_width=self.table_width,
-            page_size=config.page_size or 1,
-            tile=config.tile,
-            min_entries=config.tile_entries or 1,
-            sites=config.bank_sites,
-            starts=starts,
-        )
-
-    # Decode
+        return done, (logprob_T, *tops)
 
     def plain_program(self, count: int) -> str:
         """Return the name of the decode program that serves ``count`` sequences without adapters."""
@@ -369,99 +357,53 @@ class Runner:
         """Return the name of the decode program that serves ``count`` sequences, some with all-token adapters."""
         return f"decode-adapted-{next(rows for rows in self.adapted_row_counts if rows >= count)}"
 
-    def decode(self, sequences: Many[Sequence], steps: int, begin: Begin = None, after: After | None = None) -> Decoded:
-        """Run decode steps of the plain base model.
+    def decode(self, name: str, rows: device.Rows, pages: Any = None) -> None:
+        """Run one step of a decode program; the logits of its rows stay here.
 
-        ``begin``: see ``Begin``. ``after``: where a call of the same sequences that may still run left their rows.
+        ``pages``: where rows' all-token adapters lie, for a program that knows adapters.
         """
-        return self._call_decode(self.plain_program(len(sequences)), sequences, [], steps, begin, after)
+        bank = () if pages is None else (self.bank, pages)
+        self.cache, self._logits = self.programs[name](self.params, *bank, self.cache, self._logits, self.slots, rows)
 
-    def decode_adapted(
-        self,
-        sequences: Many[Sequence],
-        places: Many[AdapterPages],
-        steps: int,
-        begin: Begin = None,
-        after: After | None = None,
-    ) -> Decoded:
-        """The same with the adapters at ``places``, an empty one being the base model."""
-        return self._call_decode(self.adapted_program(len(sequences)), sequences, places, steps, begin, after)
+    def mixed_size(self, num_tokens: int) -> int:
+        """Return the tokens of the program that takes so many, rows counted."""
+        return next(count for count in self.mixed_counts if count >= num_tokens)
 
-    def _call_decode(
-        self,
-        name: str,
-        sequences: Many[Sequence],
-        places: Many[AdapterPages],
-        steps: int,
-        begin: Begin = None,
-        after: After | None = None,
-        *,
-        pretend: bool = False,
-    ) -> Decoded:
-        count = int(name.rpartition("-")[2])
-        size = self._draw_size(count)
-        rows, plan, sampling = self._row_args(sequences, size)
-        if pretend:
-            rows = rows._replace(remaining_B=np.full(size, steps, np.int32))
-            plan = plan._replace(alive_B=np.arange(size) < count)
-        state = After(rows, self._history(sequences, size)) if after is None else after
-        pages = self._row_pages(places, count) if name.startswith("decode-adapted") else None
-        # Here once for all steps, and ahead of copies.
-        index = np.arange(size, dtype=np.int32)
-        state, plan, sampling, index, pages = jax.device_put((state, plan, sampling, index, pages))
-        if begin is not None:
-            begin()
-        program, steps_drawn = self.programs[name], []
-        for _ in range(steps):
-            bank = () if pages is None else (self.bank, pages)
-            self.cache, self._logits = program(self.params, *bank, self.cache, self._logits, state.rows, plan)
-            drawn, state = self._draw(index, state.rows, plan, sampling, state.history_BS)
-            steps_drawn.append(drawn)
-        return Decoded(steps_drawn, state)
+    def mixed_rows(self, tokens: int) -> int:
+        """Return how many of the last tokens of a mixed program may be rows."""
+        return min(round_up(self.config.max_num_seqs, self.config.tile), tokens)
 
-    def _row_pages(self, places: Many[AdapterPages], rows: int) -> dict[str, np.ndarray]:
-        empty: list[AdapterPages] = [{}] * (rows - len(places))
-        config = self.config
-        return pack_rows([*places, *empty], min_entries=config.tile_entries or 1, sites=config.bank_sites)
+    def mixed(self, rows: device.Rows, batch: PrefillBatch) -> None:
+        """Run a decode step of rows and compute packed chunks; the logits of rows, then of chunks, stay here."""
+        self.cache, self._logits = self.programs[f"mixed-{len(batch.tokens_T)}"](
+            self.params, self.bank, self.cache, self._logits, self.slots, rows, batch
+        )
 
-    def _row_args(self, sequences: Many[Sequence], size: int) -> tuple[device.Rows, device.RowPlan, Any]:
-        """Return what the host knows of rows, what it says of them, and their sampling parameters."""
-        stops, sampling = self._row_constants(sequences, size)
-        pages = np.zeros((size, self.table_width), np.int32)
-        token, position, remaining, prompt_len = np.zeros((4, size), np.int32)
-        alive = np.zeros(size, np.bool_)
-        for row, sequence in enumerate(sequences):
-            alive[row] = sequence.status is not Status.FINISHED
-            pages[row, : len(sequence.pages)] = sequence.pages
-            token[row], position[row] = sequence.tokens[-1], len(sequence.tokens) - 1
-            remaining[row], prompt_len[row] = sequence.remaining, sequence.prompt_len
-        want_tops = np.asarray(any(s.info.logprobs for s in sequences))
-        plan = device.RowPlan(alive, pages, stops, prompt_len, want_tops)
-        return device.Rows(token, position, remaining), plan, sampling
+    def draw_size(self, count: int) -> int:
+        """Return the rows of the program that draws for ``count`` sequences."""
+        return next(size for size in self.draw_counts if size >= count)
 
-    def _row_constants(self, sequences: Many[Sequence], rows: int) -> tuple[Any, Any]:
-        """Return stop ids and sampling parameters, kept on the device while the rows stay the same."""
-        key = rows, tuple(map(id, sequences))
-        if self._rows_cache is None or self._rows_cache[0] != key:
-            stops = np.full((rows, MAX_STOP_IDS), -1, np.int32)
-            for row, sequence in enumerate(sequences):
-                ids = list(sequence.stop_ids)[:MAX_STOP_IDS]
-                stops[row, : len(ids)] = ids
-            params, seeds = [s.info.sampling for s in sequences], [s.info.seed for s in sequences]
-            made = jax.device_put((stops, sampling_arrays(params, seeds, rows)))
-            self._rows_cache = (key, (made, list(sequences)))
-        return self._rows_cache[1][0]
+    def draw(self, picks: device.Picks, sampling: SamplingArrays, texts: Any = None, *, plainly: bool = False) -> Drawn:
+        """Draw from the logits that the last call left.
 
-    def _history(self, sequences: Many[Sequence], size: int) -> Any:
-        """Return the sequences' tokens, which penalties need, empty ones if none has any; None: all draw plainly."""
-        if self.draws_plainly and all(is_plain(s.info.sampling) and not s.info.logprobs for s in sequences):
-            return None
-        if not any(is_penalised(s.info.sampling) for s in sequences):
-            return self._no_history[size]
-        tokens = np.zeros((size, self.config.max_model_len), np.int32)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence.tokens)] = sequence.tokens
-        return tokens
+        ``texts``: of rows that begin, if penalties need them. ``plainly``: if no row asks for more than a temperature.
+        """
+        size = len(picks.slot_B)
+        if plainly and self.draws_plainly:
+            self.slots, drawn = self.programs[f"draw-plain-{size}"](self._logits, self.slots, picks, sampling)
+        else:
+            texts = self._no_texts[size] if texts is None else texts
+            args = self._logits, self.slots, self.texts_SL, picks, sampling, texts
+            self.slots, self.texts_SL, drawn = self.programs[f"draw-{size}"](*args)
+        return drawn
+
+    def copy_pages(self, pairs: Many[tuple[int, int]]) -> None:
+        """Copy KV pages, ``(from, to)`` each."""
+        for at in range(0, len(pairs), COPIES):
+            some = pairs[at : at + COPIES]
+            source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.num_kv_pages, np.int32)
+            source[: len(some)], target[: len(some)] = zip(*some, strict=True)
+            self.cache = self.programs["copy-pages"](self.cache, source, target)
 
     # Bank
 
@@ -494,18 +436,19 @@ class Runner:
     def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
         """Return arguments of calls that write nothing but zeros to the null page."""
         if not self._empty_slabs:
-            layers = self.model.config.num_hidden_layers
-            widths = {}
-            for site in self.config.bank_sites:
-                d, f = self.model.config.site_shape(site)
-                widths[site] = device.slab_width(d, f, RANK_PAGE, self.dtype)
-            if set(LINEAR_SITES) <= set(widths):
-                widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
-            self._empty_slabs = {s: jnp.zeros((layers, width), self.dtype) for s, width in widths.items()}
+            layers, widths = self.model.config.num_hidden_layers, self._slab_widths()
+            self._empty_slabs = jax.device_put({s: np.zeros((layers, w), self.dtype) for s, w in widths.items()})
         nowhere = {site: np.zeros(self._writes, np.int32) for site in self.config.bank_sites}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
 
+    def _slab_widths(self) -> dict[str, int]:
+        """Return the width of the slabs of each site, and of all linears if the bank holds them."""
+        model = self.model.config
+        widths = {s: slab_width(*model.site_shape(s), RANK_PAGE, self.dtype) for s in self.config.bank_sites}
+        if set(LINEAR_SITES) <= set(widths):
+            widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
+        return widths
 
-def _compile(traced: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return traced.lower().compile(device.compiler_options()), time.perf_counter() - start
+
+def _nowhere(_: Any) -> AdapterPages:
+    return {}

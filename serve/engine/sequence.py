@@ -2,10 +2,10 @@
 
 import dataclasses
 import enum
-from typing import Any
 
 import numpy as np
 
+from preft_jax.sampling.parameters import SamplingParams
 from serve.engine.prefix import PageKeys
 
 
@@ -35,6 +35,9 @@ class Sequence:
             request was admitted and never again.
         max_tokens: at most so many are generated.
         stop_ids: end tokens.
+        sampling: how its tokens are drawn.
+        seed: of its draws.
+        logprobs: most likely tokens that are wanted at each step; None: not even the drawn one's log-probability.
         adapter: digest of its adapter, or None.
         entries: rank pages that the adapter puts on a tile's list.
         all_token: whether its adapter also edits generated tokens.
@@ -43,7 +46,9 @@ class Sequence:
         followers: samples that fork from it when it is prefilled.
         pages: KV pages in order.
         computed: tokens whose KV is in the cache.
-        started: the same with those that calls under way compute.
+        started: the same with those that calls under way compute, of a prompt.
+        drawing: tokens that calls under way may draw for it.
+        slot: its place among the sequences that run, on the device.
         registered: pages that others can find.
         ticket: its place in the queue among sequences of one rank.
         overtaken: calls that took others with adapters before it, since its own found no room.
@@ -61,17 +66,21 @@ class Sequence:
     mask: np.ndarray
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = SamplingParams()
+    seed: int = 0
+    logprobs: int | None = None
     adapter: str | None = None
     entries: int = 0
     all_token: bool = False
     keys: PageKeys | None = None
     score: bool = False
     followers: list["Sequence"] = dataclasses.field(default_factory=list)
-    info: Any = None
     status: Status = Status.NEW
     pages: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
     started: int = 0
+    drawing: int = 0
+    slot: int = -1
     registered: int = 0
     ticket: int = 0
     overtaken: int = 0
@@ -93,6 +102,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that may still be generated."""
         return self.prompt_len + self.max_tokens - len(self.tokens)
+
+    @property
+    def undrawn(self) -> int:
+        """Tokens that may still be generated beyond those that calls under way may draw."""
+        return self.remaining - self.drawing
 
     def page_keys(self, num_tokens: int) -> list[bytes]:
         """Return the content keys of the full pages among the first ``num_tokens`` tokens."""

@@ -10,10 +10,9 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
+from serve.engine.observer import Observer
+from serve.engine.recovery import STRIKES
 from serve.engine.residency import AdapterBank, Load
-
-STRIKES = 2
-"""Failures, of a sequence's call alone or of an adapter's write, after which it is given up."""
 
 
 class Writer(Protocol):
@@ -43,15 +42,17 @@ class Staging:
         bank: the books.
         writer: the device.
         room: rank pages that may lie beside the bank, copied ahead.
+        observer: told of copies and writes.
 
     Attributes:
         waits: adapters whose copies began only when a call needed them.
     """
 
-    def __init__(self, bank: AdapterBank, writer: Writer, room: int):
+    def __init__(self, bank: AdapterBank, writer: Writer, room: int, observer: Observer | None = None):
         self._bank = bank
         self._writer = writer
         self._room = room
+        self._observer = observer or Observer()
         self._placed: dict[str, Load] = {}
         self._copied: dict[str, Load] = {}
         self._strikes: dict[str, int] = {}
@@ -144,12 +145,14 @@ class Staging:
     def _copy(self, loads: list[Load]) -> None:
         for some in self._groups(loads):
             with _blaming(some):
+                self._observer.copying([load.digest for load in some])
                 self._copied |= {load.digest: load for load in self._writer.copy_adapters(some)}
 
     def _write(self, digests: list[str]) -> None:
         loads = [self._copied.pop(digest)._replace(place=self._placed.pop(digest).place) for digest in digests]
         for some in self._groups(loads):
             with _blaming(some):
+                self._observer.writing([load.digest for load in some])
                 self._writer.write_adapters(some)
             for load in some:
                 self._strikes.pop(load.digest, None)

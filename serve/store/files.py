@@ -17,11 +17,10 @@ from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.errors import AdapterError, PreftError
-from preft_jax.generator import check_base
 from preft_jax.io.adapter_files import load_adapter
 from preft_jax.io.adapter_limits import AdapterLimits
 from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
-from preft_jax.loading import Model
+from preft_jax.loading import Model, check_base
 from preft_jax.shapes import LINEAR_SITES
 from serve.store.host_copy import ALL_LINEARS, Columns, Known, pack
 

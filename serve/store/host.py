@@ -197,19 +197,6 @@ class AdapterStore:
             self._start_loads()
         return adapter
 
-    def set_pinned(self, name: str, pinned: bool) -> Registered:
-        """Keep an adapter in host memory for good, or no longer.
-
-        Raises:
-            AdapterError: if the name is not registered, or pinned adapters would fill more than half of the memory.
-        """
-        with self._changed:
-            adapter = dataclasses.replace(self._known_name(name), pinned=pinned)
-            self._check_size(adapter)
-            self._put(adapter)
-            self._repin(adapter)
-        return adapter
-
     def get(self, name: str) -> Registered | None:
         """Return what a name stands for, or None."""
         return self._registry.get(name)

@@ -136,7 +136,8 @@ async def run(root, model, *, seed, until):
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers, timeout=None) as client,
     ):
-        await serving.engine.until_ready()
+        while (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.05)
         before, number = await _good(client), 0
         fuzzer = Bodies(client, seed)
         while not until(number):

@@ -32,6 +32,7 @@ from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
 from serve.engine import programs as device
+from serve.store.slabs import slab_width
 
 MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
@@ -91,12 +92,12 @@ def test_every_kernel_compiles_for_hopper(case, compiled):
 def test_drawing_compiles_for_hopper_and_branches_nowhere(compiled):
     """A branch would make the host wait for the device."""
     b, f = 8, jax.ShapeDtypeStruct
-    rows, plan = device.Rows(*[np.zeros(b, np.int32)] * 3), device.RowPlan(
-        np.ones(b, np.bool_), np.zeros((b, 2), np.int32), np.zeros((b, 4), np.int32), np.zeros(b, np.int32), np.False_
-    )  # fmt: skip
+    none, never = np.zeros(b, np.int32), np.zeros(b, np.bool_)
+    picks = device.Picks(none, none, never, never, none, none, np.zeros((b, 4), np.int32), none, np.False_)
     sampling = sampling_arrays([SamplingParams()], [0], b)
     with dispatch.preferring("triton"):
-        text = lower(device.draw_plain, f((b, 128256), jnp.float32), np.zeros(b, np.int32), rows, plan, sampling)
+        logits, slots = f((b, 128256), jnp.float32), device.Slots(*[none] * 3)
+        text = lower(device.draw_plain, logits, slots, picks, sampling)
     assert text.count("@triton_kernel_call") == 1
     assert not re.search(r"stablehlo\.(case|if|while)", text)
     (kernel,) = compiled
@@ -106,7 +107,7 @@ def test_drawing_compiles_for_hopper_and_branches_nowhere(compiled):
 def test_rank_pages_are_written_in_place_by_a_kernel_a_site(compiled):
     config, f = PRESETS["smollm2-135m"], jax.ShapeDtypeStruct
     bank = jax.eval_shape(lambda: init_bank(config, 5, jnp.bfloat16))
-    widths = [device.slab_width(*config.site_shape(site), 16, jnp.bfloat16) for site in LINEAR_SITES]
+    widths = [slab_width(*config.site_shape(site), 16, jnp.bfloat16) for site in LINEAR_SITES]
     slabs = [f((config.num_hidden_layers, sum(widths)), jnp.bfloat16)] * 8
     page = {site: np.zeros(8, np.int32) for site in bank.sites}
     with dispatch.preferring("triton"):

@@ -11,8 +11,7 @@ from engine_runs import ATOL, ROOMY, request, serve
 
 import preft_jax
 from preft_jax import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask
-from preft_jax.generator import prompt_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.text.chat import EncodedPrompt
 from serve.engine.engine import Engine
 from train.data.rows import DataOptions, Example, make_examples
@@ -41,7 +40,7 @@ def test_every_kind_is_served_as_it_was_trained(lively, adapters, tmp_path, rng)
     for job, one, (sample,) in zip(jobs, requests, samples[:-1], strict=True):
         prompt = one.prompt.token_ids
         mask = extend_edit_mask(
-            prompt_edit_mask(one.prompt, one.adapter), len(sample.token_ids), one.adapter.config.positions
+            prompt_edit_mask(one.prompt, one.adapter.config), len(sample.token_ids), one.adapter.config.positions
         )
         scored = Example(
             np.asarray([*prompt, *sample.token_ids], np.int32), mask, np.arange(len(mask)) >= len(prompt),

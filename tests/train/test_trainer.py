@@ -251,7 +251,7 @@ import numpy as np
 import train_cases as cases
 import preft_jax
 from preft_jax import AdapterConfig
-from preft_jax.sharding import Placement
+from preft_jax.device.mesh import Placement
 from train.trainer import Trainer
 
 model = preft_jax.load_model("tiny")

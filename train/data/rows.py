@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.errors import PreftError, RequestError, did_you_mean, plain
-from preft_jax.generator import prompt_edit_mask
 from preft_jax.loading import Model
 from preft_jax.text.chat import EncodedPrompt, check_messages, encode_answer, encode_prompt, encode_text, render_chat
 

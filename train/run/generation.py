@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.generate import limits_for
-from preft_jax.generator import Generator, Request
 from preft_jax.loading import Model
 from preft_jax.sampling.parameters import SamplingParams
+from serve.engine.request import Request
+from serve.generate import run
 from train.data.rows import Example
 
 _AT_ONCE = 16
@@ -37,7 +37,7 @@ def answer(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -
         )
         for example in examples
     ]  # fmt: skip
-    done = dict(Generator(model, limits_for(model, requests, max_num_seqs=_AT_ONCE)).run(requests))
+    done = run(model, requests, max_num_seqs=_AT_ONCE)
     ends = model.config.eos_token_ids
     given = [_text(model.tokenizer, done[i].token_ids, ends) for i in range(len(examples))]
     expected = [_text(model.tokenizer, example.answer, ends) for example in examples]

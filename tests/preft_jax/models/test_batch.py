@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from preft_jax import RequestError
 from preft_jax.adapters.bank import SitePages
-from preft_jax.models.batch import Span, bucket, max_entries, pack_prefill, pack_rows, plan_chunks, slots_of
+from preft_jax.models.batch import Span, bucket, pack_prefill, pack_rows, slots_of
 from preft_jax.models.cache import NO_SLOT
 from preft_jax.shapes import SITES
 
@@ -191,40 +191,6 @@ def test_rows_of_pages_are_padded_with_the_null_page():
 
 def test_rows_without_any_adapter_are_null():
     assert all(array.tolist() == [[0], [0]] for array in pack_rows([{}, {}]).values())
-
-
-@given(st.lists(st.integers(1, 40), max_size=9), st.integers(1, 30), st.integers(1, 4))
-def test_a_plan_computes_every_token_once_in_order_and_within_its_limits(lengths, budget, max_requests):
-    calls = plan_chunks(lengths, budget=budget, max_requests=max_requests)
-    computed = [0] * len(lengths)
-    for call in calls:
-        assert 1 <= len(call) <= max_requests
-        assert len({request for request, _, _ in call}) == len(call)
-        assert sum(end - start for _, start, end in call) <= budget
-        for request, start, end in call:
-            assert computed[request] == start < end
-            computed[request] = end
-    assert computed == lengths
-    order = [request for call in calls for request, _, _ in call]
-    assert order == sorted(order)
-
-
-def test_a_plan_leaves_no_room_unused():
-    """Every call is full in tokens or in requests, but the last."""
-    calls = plan_chunks([7, 3, 12, 1, 1, 1], budget=10, max_requests=3)
-    assert calls == [[(0, 0, 7), (1, 0, 3)], [(2, 0, 10)], [(2, 10, 12), (3, 0, 1), (4, 0, 1)], [(5, 0, 1)]]
-
-
-@given(batches())
-def test_max_entries_bounds_the_lists_of_every_tile(spans):
-    counts = [max((len(place.pages) for place in s.adapter_pages.values()), default=0) for s in spans]
-    bound = max_entries([len(s.tokens) for s in spans], counts, TILE)
-    tiles = pack(spans).tiles
-    assert max(int((array.page_NE > 0).sum(axis=1).max()) for array in tiles.values()) <= bound
-    assert pack_prefill(
-        spans, num_tokens=32, num_requests=4, page_table_width=6, page_size=PAGE_SIZE, tile=TILE,
-        min_entries=bound,
-    ).tiles["q"].page_NE.shape[1] == bucket(max(bound, 1))  # fmt: skip
 
 
 def test_lists_are_at_least_as_wide_as_asked():

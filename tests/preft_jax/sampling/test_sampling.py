@@ -14,7 +14,7 @@ import pytest
 import reference
 
 from preft_jax import RequestError, SamplingParams
-from preft_jax.sampling.arrays import sampling_arrays, set_row
+from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.device import INVALID, History, sample, top_logprobs
 from preft_jax.sampling.logits import add_bias, penalise
 from preft_jax.sampling.parameters import MAX_BIAS, MAX_LOGPROBS
@@ -536,8 +536,7 @@ def test_a_row_alone_is_the_row_in_company_bit_for_bit(rng):
         at = (i + 5) % count
         logits, position, text = np.zeros_like(rows), np.zeros_like(positions), [((), ())] * count
         logits[at], position[at], text[at] = rows[i], positions[i], texts[i]
-        s = sampling_arrays([], [], count)
-        set_row(s, at, params[i], seeds[i])
+        s = sampling_arrays([SamplingParams(temperature=0.0)] * at + [params[i]], [0] * at + [seeds[i]], count)
         alone = program()(logits, position, s, history_of(text, count, span))
         for ours, other in zip(alone, together, strict=True):
             assert ours[at] == other[i], params[i]
@@ -652,22 +651,6 @@ def test_a_batch_of_parameters_as_arrays():
     np.testing.assert_array_equal(s.bias_token_BM[1, :4], list(SMALL_BIAS))
     np.testing.assert_array_equal(s.bias_BM[1, :4], list(SMALL_BIAS.values()))
     assert (s.bias_token_BM >= 0).sum() == np.count_nonzero(s.bias_BM) == 4
-
-
-def test_a_row_written_in_place_is_the_row_of_a_new_batch(rng):
-    """Over whatever stood there before, a longer bias too; the other rows stay."""
-    full = SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIAS), 2.0), top_k=5, repetition_penalty=2.0, min_p=0.5)
-    kinds = [full, *FEATURES, *FILTERS, SamplingParams(temperature=0.0)]
-    params = [kinds[i] for i in rng.integers(0, len(kinds), 20)]
-    seeds = rng.integers(0, 2**32, 20)
-    written = sampling_arrays([full] * 20, [1] * 20, 20)
-    for row in rng.permutation(20):
-        set_row(written, row, params[row], seeds[row])
-    for ours, other in zip(written, sampling_arrays(params, seeds, 20), strict=True):
-        np.testing.assert_array_equal(ours, other)
-    for row in (-1, 20):
-        with pytest.raises(IndexError, match=f"row is {row}; allowed: 0 to 19"):
-            set_row(written, row, full, 0)
 
 
 # The most likely tokens.

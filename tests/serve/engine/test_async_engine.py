@@ -20,7 +20,7 @@ def serve(engine, test, **options):
     async def main():
         server = AsyncEngine(engine, **options)
         await server.start()
-        await server.until_ready()
+        await until(lambda: server.ready)
         try:
             return await test(server)
         finally:
@@ -167,7 +167,7 @@ def test_nothing_is_taken_before_it_is_warm():
         with pytest.raises(EngineStopped, match="starting"):
             await server.open([request()])
         engine.may_warm.set()
-        await server.until_ready()
+        await until(lambda: server.ready)
         assert len(await collect(server, request())) == 3
         await server.stop(0)
 

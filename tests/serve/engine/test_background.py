@@ -1,147 +1,234 @@
-"""Background work: how long it may take, when the engine lets it run, and that no request notices."""
+"""Other device work: units in the engine's own queue, when they are started, and that no request notices."""
 
+import jax.numpy as jnp
 import pytest
-from engine_outputs import TIGHT, advance, assert_as_alone, drain, request, some
+from engine_outputs import TIGHT, assert_as_alone, drain, request, some
 from fake_engine import FakeClock
 
-from serve.engine.background import RepeatedCall
+from serve.engine.background import Background, Repeated, Unit, UnitCall
 from serve.engine.engine import Engine
+from serve.engine.observer import Observer
 
 
-class Work:
-    """A function to call; ``seconds`` says how long each call takes, the last one again and again."""
+class Units:
+    """Work of ``count`` units of so many seconds; notes what became of each."""
 
-    def __init__(self, *seconds, ends=None, breaks=None):
-        self.clock, self.seconds, self.ends, self.breaks, self.calls = FakeClock(), seconds, ends, breaks, 0
+    def __init__(self, count=10**6, seconds=0.02, start=lambda params: jnp.zeros(3)):
+        self.count, self.seconds, self.start = count, seconds, start
+        self.given, self.took, self.errors = 0, [], []
 
-    def __call__(self):
-        self.clock.sleep(self.seconds[min(self.calls, len(self.seconds) - 1)])
-        self.calls += 1
-        if self.calls == self.breaks:
-            raise ValueError("broken")
-        return self.calls != self.ends
+    def next(self):
+        if self.given == self.count:
+            return None
+        self.given += 1
+        return Unit(start=self.start, seconds=self.seconds)
 
-    def repeated(self):
-        return RepeatedCall(self, self.clock)
+    def done(self, unit, seconds):
+        self.took.append(seconds)
 
-
-def test_calls_are_made_while_the_next_is_expected_to_fit():
-    work = Work(1.0)
-    repeated = work.repeated()
-    assert repeated.run(3.5)
-    assert work.calls == 3
-    assert repeated.run(0.5), "too little for a call, and there is more to do"
-    assert work.calls == 3
-    assert repeated.run(1.0)
-    assert work.calls == repeated.calls == 4
+    def failed(self, unit, error):
+        self.errors.append(error)
 
 
-def test_a_slow_call_is_expected_again_and_forgotten_by_halves():
-    work = Work(4.0, 1.0)
-    repeated = work.repeated()
-    repeated.run(0.0)
-    assert work.calls == 1
-    repeated.run(3.9)
-    assert work.calls == 1
-    repeated.run(4.0)
-    assert work.calls == 5, "4 s were expected of the first call, 2 of the second and 1 of the others"
+# When a unit is started.
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.3, 1.0, 2.7, 10.0])
-def test_calls_of_the_same_length_never_take_more_than_the_budget(budget):
-    work = Work(0.25)
-    repeated = work.repeated()
-    repeated.run(0.0)
-    for _ in range(5):
-        start = work.clock()
-        repeated.run(budget)
-        assert work.clock() - start <= budget + 1e-9
-
-
-def test_it_ends_when_there_is_nothing_more_to_do():
-    work = Work(1.0, ends=2)
-    repeated = work.repeated()
-    assert not repeated.run(10.0)
-    assert not repeated.run(10.0)
-    assert work.calls == 2
-    assert repeated.error is None
-
-
-def test_a_failure_stops_it_for_good_and_is_kept():
-    work = Work(1.0, breaks=2)
-    repeated = work.repeated()
-    assert not repeated.run(10.0)
-    assert not repeated.run(10.0)
-    assert work.calls == 2
-    assert str(repeated.error) == "broken"
-
-
-def test_one_slow_first_call_does_not_end_the_work():
-    work = Work(20.0, 0.05)
-    repeated = work.repeated()
-    for _ in range(1000):
-        repeated.run(0.1)
-    assert work.calls > 1
-
-
-class Seen:
-    """Background work that notes what it was given, and what the engine was doing."""
-
-    def __init__(self):
-        self.engine, self.given, self.in_flight, self.waiting = None, [], [], []
-
-    def run(self, seconds):
-        self.given.append(seconds)
-        self.in_flight.append(bool(self.engine._calls))
-        self.waiting.append(self.engine.has_work)
-        return True
-
-
-def seen_by(model, **seconds):
-    seen = Seen()
-    seen.engine = Engine(model, TIGHT, background=seen, **seconds)
-    return seen, seen.engine
-
-
-def test_an_idle_engine_gives_the_idle_seconds(lively):
-    seen, engine = seen_by(lively, background_seconds=0.25, idle_seconds=0.5)
+@pytest.mark.parametrize(("share", "seconds", "calls"), [(0.5, 0.02, 2), (0.2, 0.02, 8), (0.2, 0.001, 1)])
+def test_beside_requests_a_unit_is_due_once_its_time_was_earned(share, seconds, calls):
+    """Calls of 10 ms each; half of the device's time is 10 ms for each of them, a fifth 2.5 ms."""
+    background = Background(Units(seconds=seconds), share)
     for _ in range(3):
+        for _ in range(calls):
+            assert background.beside() is None
+            background.earn(0.01)
+        assert background.beside() is not None
+        assert background.beside() is None, "never two between two calls"
+
+
+def test_without_a_share_nothing_is_due_beside_requests():
+    background = Background(Units(), 0.0)
+    background.earn(100.0)
+    assert background.beside() is None
+
+
+def test_time_is_not_saved_up():
+    background = Background(Units(seconds=0.02), 0.5)
+    background.earn(10.0)
+    assert background.beside() is not None
+    assert background.beside() is None
+
+
+def test_an_idle_engine_starts_the_next_unit_as_the_last_one_ends():
+    clock = FakeClock()
+    background = Background(Units(seconds=0.02), 0.0, clock)
+    assert background.pause(None) == 0
+    last = UnitCall(unit=background.idle(None), arrays=None, started=clock())
+    assert background.idle(last) is None
+    assert background.pause(last) == pytest.approx(0.02 - Background.MARGIN)
+    clock.sleep(0.0195)
+    assert background.pause(last) == 0
+    assert not background.is_over(last), "another comes behind it"
+    assert background.idle(last) is not None
+
+
+def test_there_is_nothing_to_wait_for_without_work():
+    clock = FakeClock()
+    for background in (Background(None, 0.5, clock), Background(Units(count=0), 0.5, clock)):
+        assert background.pause(None) is None
+        assert background.beside() is None
+    background = Background(Units(count=1, seconds=0.02), 0.0, clock)
+    last = UnitCall(unit=background.idle(None), arrays=None, started=clock())
+    assert not background.is_over(last)
+    clock.sleep(0.02)
+    assert background.is_over(last)
+
+
+def test_a_function_is_repeated_until_it_has_nothing_to_do():
+    left = [1, 2, 3]
+    work = Repeated(lambda params: left.pop() if left else None, seconds=0.5)
+    seconds = []
+    while (unit := work.next()) is not None:
+        seconds.append(unit.seconds)
+        unit.start(None)
+        work.done(unit, 0.1)
+    assert seconds == pytest.approx([0.5, 0.3, 0.2, 0.15])
+    assert work.units == 3
+    work = Repeated(lambda params: 1)
+    work.failed(work.next(), ValueError("broken"))
+    assert work.next() is None
+    assert str(work.error) == "broken"
+
+
+# In the engine.
+
+
+def steps(engine, count):
+    for _ in range(count):
         assert engine.step() == []
-    assert seen.given == [0.5] * 3
 
 
-@pytest.mark.parametrize("between", [0.0, 0.25])
-def test_work_runs_between_calls_and_changes_no_result(between, lively, adapters, rng):
-    seen, engine = seen_by(lively, background_seconds=between, idle_seconds=0.5)
+def test_an_idle_engine_gives_the_device_to_it(lively):
+    work = Units(count=7, seconds=0.0)
+    engine = Engine(lively, TIGHT, background=work)
+    assert engine.pause == 0
+    steps(engine, 20)
+    assert len(work.took) == 7
+    assert all(seconds >= 0 for seconds in work.took)
+    assert engine.pause is None
+    assert not engine.has_work
+
+
+def test_units_get_the_engines_own_weights(lively):
+    seen = []
+    engine = Engine(lively, TIGHT, background=Units(count=1, seconds=0.0, start=lambda p: seen.append(p) or p["norm"]))
+    steps(engine, 3)
+    assert seen[0] is engine.runner.params
+
+
+def test_at_most_one_unit_is_ahead_of_a_request_and_one_behind_that(lively, rng):
+    """A unit that is under way when a request comes, and one that was started as that one ended."""
+    work = Units(seconds=1000.0)
+    engine = Engine(lively, TIGHT, background=work)
+    steps(engine, 5)
+    assert work.given == 2, "one under way; the next is only looked at"
+    assert 900 < engine.pause < 1000
+    one = request(some(rng, 9), max_tokens=4)
+    number = engine.add(one)
+    assert engine.pause == 0
+    engine.step()
+    assert [step.kind for step in engine.under_way] == ["prefill"]
+    assert_as_alone(lively, one, [drain(engine)[number, 0]])
+
+
+class Order(Observer):
+    """Notes how many units were given out when each step is started and collected."""
+
+    def __init__(self, work):
+        self.work, self.starts, self.ahead = work, [], 0
+
+    def started(self, step, under_way):
+        self.starts.append(self.work.given)
+        self.ahead += len(under_way) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_beside_requests_it_gets_its_share_and_changes_no_result(share, lively, adapters, rng):
+    work = Units(seconds=1e-5)
+    order = Order(work)
+    engine = Engine(lively, TIGHT, background=work, background_share=share, observer=order)
     requests = [request(some(rng, 20), adapters[kind], max_tokens=9, n=2) for kind in ("lora", "loreft", "lora_all")]
     numbers = [engine.add(one) for one in requests]
     wholes = drain(engine)
     for number, one in zip(numbers, requests, strict=True):
         assert_as_alone(lively, one, [wholes[number, i] for i in range(2)])
-    assert not any(seen.in_flight), "the device is one queue"
-    calls = engine.stats.prefill_calls + engine.stats.decode_calls
-    assert [given for given in seen.given if given == 0.25] == [0.25] * (calls if between else 0)
+    between = [b - a for a, b in zip(order.starts, order.starts[1:], strict=False)]
+    assert max(between) <= 1, "never two units between two calls"
+    assert (sum(between) > 3) == (share > 0)
+    assert order.ahead > 3, "calls are started ahead all the same"
     assert engine.stats.recompiles == 0
 
 
-def test_outputs_do_not_wait_for_idle_work(lively, rng):
-    seen, engine = seen_by(lively, idle_seconds=0.5)
-    engine.add(request(some(rng, 9)))
-    drain(engine)
-    assert not any(seen.waiting)
+def test_tokens_of_the_call_before_a_unit_go_out_first(lively, rng):
+    """A unit's results are waited for only once what was started before it has been told."""
+
+    class Slow:
+        def block_until_ready(self):
+            raise AssertionError("waited for")
+
+    work = Units(seconds=1e-9, start=lambda params: Slow())
+    engine = Engine(lively, TIGHT, background=work, background_share=0.9)
+    engine.add(request(some(rng, 9), max_tokens=3))
+    told = []
+    for _ in range(4):
+        told += engine.step()
+        if told:
+            break
+    assert told
+    assert not work.errors
 
 
-def test_no_idle_work_while_a_request_is_running(lively, rng):
-    seen, engine = seen_by(lively, idle_seconds=0.5)
-    engine.add(request(some(rng, 9), max_tokens=20))
-    advance(engine, {}, 3)
-    assert seen.given == []
+@pytest.mark.parametrize("where", ["start", "fetch"])
+def test_work_that_fails_does_not_reach_the_engine(where, lively, rng):
+    class Late:
+        def block_until_ready(self):
+            raise ValueError("broken")
 
+    def start(params):
+        if where == "start":
+            raise ValueError("broken")
+        return Late()
 
-def test_work_that_fails_does_not_reach_the_engine(lively, rng):
-    work = Work(0.01, breaks=3)
-    engine = Engine(lively, TIGHT, background=work.repeated(), background_seconds=0.02, idle_seconds=0.02)
+    work = Units(count=3, seconds=1e-9, start=start)
+    engine = Engine(lively, TIGHT, background=work, background_share=0.5)
     one = request(some(rng, 9), max_tokens=12)
     number = engine.add(one)
     assert_as_alone(lively, one, [drain(engine)[number, 0]])
-    assert work.calls == 3
+    steps(engine, 9)
+    assert [str(error) for error in work.errors] == ["broken"] * 3
+    assert engine.stats.device_failures == 0
+
+
+def test_units_under_way_go_on_when_a_call_fails(lively, rng):
+    class Failing(Observer):
+        times = 0
+
+        def collecting(self, step):
+            if step.rows and not self.times:
+                self.times += 1
+                raise RuntimeError("broken")
+
+    work = Units(seconds=1e-9)
+    engine = Engine(lively, TIGHT, background=work, background_share=0.5, observer=Failing())
+    one = request(some(rng, 9), max_tokens=12)
+    number = engine.add(one)
+    assert_as_alone(lively, one, [drain(engine)[number, 0]])
+    assert engine.stats.device_failures == 1
+    work.count = work.given
+    steps(engine, 9)
+    assert len(work.took) == work.given
+    assert not work.errors
+
+
+def test_a_share_is_a_part_of_the_whole(lively):
+    with pytest.raises(ValueError, match="background_share is 1"):
+        Engine(lively, TIGHT, background=Units(), background_share=1)

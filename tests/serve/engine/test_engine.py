@@ -22,7 +22,7 @@ from engine_outputs import (
 )  # fmt: skip
 from engine_runs import assert_is_reference
 
-from preft_jax import SamplingParams
+from preft_jax import Adapter, SamplingParams
 from preft_jax.errors import AdapterError, ConfigError, RequestError
 from preft_jax.text.chat import EncodedPrompt
 from serve.engine.engine import Engine
@@ -100,12 +100,15 @@ def test_adapters_that_cannot_be_served_are_refused(lively, adapters, engine):
     loud = adapters["lora"]
     other = dataclasses.replace(loud, config=dataclasses.replace(loud.config, base_model_digest="1" * 64))
     skip = request([1] * 9, adapters["lora_skip"], spans=[(5, 12)])
+    lacking = Adapter(loud.config, {"layers": [{"q": {}}, *loud.params["layers"][1:]]})
     with pytest.raises(AdapterError, match="rank"):
         base(lively, max_rank=16).add(request([1], adapters["lora_r24"]))
     with pytest.raises(AdapterError, match="bank_pages"):
         base(lively).add(request([1], loud))
     with pytest.raises((AdapterError, RequestError), match="base"):
         engine.add(request([1], other))
+    with pytest.raises(AdapterError, match=r"missing layers\.0\.q\.lora_a"):
+        engine.add(request([1], lacking))
     with pytest.raises(AdapterError, match=r"all_token=True.*--all-token"):
         Engine(lively, dataclasses.replace(TIGHT, all_token=False)).add(request([1], adapters["lora_all"]))
     with pytest.raises(RequestError, match="span"):

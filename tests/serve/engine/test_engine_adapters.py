@@ -1,8 +1,10 @@
 """Adapters of an engine: on the host, in the bank, beside each other; and the programs that they need."""
 
+import collections
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from engine_outputs import (
     SCORING,
@@ -19,12 +21,14 @@ from engine_outputs import (
 )
 
 from preft_jax import AdapterConfig, SamplingParams, random_adapter
-from preft_jax.errors import AdapterError, ConfigError
+from preft_jax.device import programs
+from preft_jax.errors import AdapterError, ConfigError, RequestError
 from preft_jax.models.cache import init_cache
 from preft_jax.shapes import LINEAR_SITES
 from serve.engine import runner
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.observer import Observer
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +121,33 @@ def test_a_preempted_request_keeps_its_adapter_on_the_host(lively, many, rng):
         assert_as_alone(lively, one, group)
 
 
-def count_rows(runner, name):
-    """Return a list that gets the number of rows of each call."""
-    real, sizes = getattr(runner, name), []
+@pytest.mark.parametrize("positions", ["prompt", "all"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_adapter_that_is_not_finite_is_refused_and_spoils_nothing(positions, value, lively, adapters, rng):
+    """It never reaches the bank, where it would share tiles with others; those beside and after it are served."""
+    config = AdapterConfig(rank=8, positions=positions)
+    bad = random_adapter(config, lively.config, jax.random.key(9))
+    bad.params["layers"][1]["down"]["lora_b"][3, 2] = value
+    engine = Engine(lively, TIGHT)
+    beside = request(some(rng, 7), adapters["lora"])
+    number = engine.add(beside)
+    with pytest.raises(AdapterError, match=r"'down'.*NaN or infinite"):
+        engine.add(request(some(rng, 7), bad))
+    assert set(engine.adapters._known) == {adapters["lora"].digest}
+    assert_as_alone(lively, beside, [drain(engine)[number, 0]])
+    for adapter in (None, adapters["lora_all"]):
+        after = request(some(rng, 7), adapter)
+        assert_as_alone(lively, after, [run_one(engine, after)])
 
-    def counted(sequences, *args):
-        sizes.append(len(sequences))
-        return real(sequences, *args)
 
-    setattr(runner, name, counted)
-    return sizes
+class Rows(Observer):
+    """Notes how many rows each call of an operation has."""
+
+    def __init__(self):
+        self.of = collections.defaultdict(list)
+
+    def calling(self, operation, sequences):
+        self.of[operation].append(len(sequences))
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -136,27 +157,52 @@ def test_all_token_and_plain_rows_in_one_call_and_in_two(merged, lively, adapter
         request(some(rng, 7 + i), adapters.get(kind), sampling=SamplingParams(seed=i), max_tokens=12)
         for i, kind in enumerate(kinds)
     ]
-    engine = Engine(lively, TIGHT)
+    rows = Rows()
+    engine = Engine(lively, TIGHT, observer=rows)
     engine.warm_up()
     for name in engine.runner.programs:
         engine.runner.step_seconds[name] = 1.0 if merged else float("adapted" in name)
-    calls = {name: count_rows(engine.runner, name) for name in ("decode", "decode_adapted")}
     for one, samples in zip(requests, run_all(engine, requests), strict=True):
         assert_as_alone(lively, one, samples)
-    assert max(calls["decode_adapted"]) == (4 if merged else 2)
-    assert max(calls["decode"], default=0) == (0 if merged else 2)
+    assert max(rows.of["decode_adapted"]) == (4 if merged else 2)
+    assert max(rows.of["decode"], default=0) == (0 if merged else 2)
 
 
 def test_at_most_ten_programs_and_each_has_a_name_and_its_seconds(lively):
     engine = Engine(lively, SCORING)
-    assert engine.runner.programs == {}
     engine.warm_up()
     assert sorted(engine.runner.programs) == [
         "copy-pages", "decode-2", "decode-6", "decode-adapted-6", "draw-6", "prefill-16", "prefill-32", "score",
         "write-pages", "write-whole-pages",
     ]  # fmt: skip
-    assert engine.runner.compile_seconds.keys() == engine.runner.programs.keys()
-    assert sum(engine.runner.compile_seconds.values()) > 0
+    seconds = engine.runner.programs.seconds
+    assert seconds.keys() == engine.runner.programs.keys()
+    assert sum(seconds.values()) > 0
+
+
+def test_an_engine_that_was_not_warmed_up_compiles_what_it_calls(lively, many, rng, monkeypatch):
+    monkeypatch.setattr(programs, "_shared", {})
+    engine = Engine(lively, TIGHT)
+    assert not engine.runner.programs.seconds
+    run_one(engine, request(some(rng, 9), many[0], max_tokens=3))
+    compiled = set(engine.runner.programs.seconds)
+    assert "decode-6" not in compiled
+    assert {"decode-2", "prefill-16"} <= compiled < set(engine.runner.programs)
+    assert engine.stats.recompiles == 0
+    before = set(engine.runner.programs.missing)
+    engine.warm_up()
+    assert before
+    assert not engine.runner.programs.missing
+    assert engine.runner.step_seconds.keys() == {name for name in engine.runner.programs if name.startswith("decode")}
+    run_one(engine, request(some(rng, 9), many[0], max_tokens=3))
+    assert engine.stats.recompiles == 0
+
+
+def test_an_engine_with_requests_is_not_warmed_up(lively, rng):
+    engine = Engine(lively, TIGHT)
+    engine.add(request(some(rng, 9)))
+    with pytest.raises(RequestError, match="1 requests are unfinished"):
+        engine.warm_up()
 
 
 @pytest.mark.parametrize("max_tokens", [1, 12])
@@ -178,7 +224,7 @@ def test_in_a_stream_of_prompts_only_the_first_call_waits_for_its_adapters(max_t
 @pytest.mark.parametrize("all_token", [False, True])
 def test_larger_engines_have_at_most_ten_programs_too(scoring, all_token, lively):
     config = dataclasses.replace(TIGHT, max_num_seqs=16, prefill_tokens=512, scoring=scoring, all_token=all_token)
-    names = [name for name, _ in Engine(lively, config).runner._trace()]
+    names = list(Engine(lively, config).runner.programs)
     assert 8 < len(set(names)) == len(names) <= 10
 
 
@@ -275,14 +321,16 @@ def test_a_cache_that_memory_has_no_room_for_in_one_piece_gets_fewer_pages(livel
 
 def test_compilers_have_the_memory_that_calls_work_on(lively, monkeypatch):
     """XLA tries matrix products out while it compiles; cache, bank and logits are there again when it is done."""
+    monkeypatch.setattr(programs, "_shared", {})
     engine = Engine(lively, TIGHT)
 
     def held():
         return jax.tree.leaves((engine.runner.cache, engine.runner.bank, engine.runner._logits))
 
     compiling = []
-    monkeypatch.setattr(runner, "_shared", {})
-    monkeypatch.setattr(runner, "_compile", lambda traced: (compiling.extend(x.is_deleted() for x in held()), 0.0))
+    monkeypatch.setattr(
+        programs.Programs, "compile", lambda self, traced: compiling.extend(x.is_deleted() for x in held())
+    )
     monkeypatch.setattr(runner.Runner, "_time_decode", lambda self: None)
     engine.runner.warm_up()
     assert compiling

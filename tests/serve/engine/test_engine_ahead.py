@@ -23,68 +23,59 @@ from engine_outputs import (
 from engine_runs import STEPS, assert_is_reference
 
 from preft_jax import SamplingParams
+from serve.engine.arrays import MAX_STOP_IDS, Arrays
 from serve.engine.engine import Engine
-from serve.engine.runner import MAX_STOP_IDS, Runner
-from serve.engine.scheduler import Decode, Prefill, Scheduler
-
-
-class Nothing:
-    """Background work that has nothing to do."""
-
-    def run(self, seconds):
-        return False
+from serve.engine.observer import Observer
+from serve.engine.scheduler import Scheduler
 
 
 def by_turns(model):
     """Return an engine that has one call under way at most."""
-    return Engine(model, TIGHT, background=Nothing(), background_seconds=1e-9)
+    return Engine(model, TIGHT, goes_ahead=False)
 
 
-def kind(plan):
-    """Return what a call is; "further" goes on with the rows of the call before it."""
-    if isinstance(plan, Prefill):
-        return "prefill"
-    return "decode" if plan.drawing is None else "further"
+def kind(step, before):
+    """Return what a call is; "further" goes on with rows of the call before it."""
+    if step.chunks or before is None or before.chunks:
+        return step.kind
+    return "further"
 
 
-class Watched:
+class Watched(Observer):
     """An engine of which we know what each call was, and what was under way when it started."""
 
-    def __init__(self, engine):
-        self.engine, self.started, self.wholes = engine, [], {}
-        self.ended_in_flight, self.wrong, self.behind_two, self.starting = set(), [], 0, False
-        self._start = engine._starter.start
-        engine._starter.start = self.start
-        self._prepare = engine._starter.prepare
-        engine._starter.prepare = self.prepare
+    def __init__(self, model, config=TIGHT, **options):
+        self.engine = Engine(model, config, observer=self, **options)
+        self.pairs, self.wholes = [], {}
+        self.ended_in_flight, self.wrong, self.behind_two, self.copied = set(), [], 0, collections.Counter()
+        self.kinds = {}
 
-    def start(self, plan, before, **options):
+    def planned(self, step):
+        self.behind_two += 1
+        if [under_way.kind for under_way in self.engine.under_way] != ["prefill"]:
+            self.wrong.append("it should have been started at once")
+
+    def started(self, step, under_way):
         # The engine takes what is raised here for a failure of the device.
-        if list(self.engine._calls) != ([] if before is None else [before]):
+        if len(under_way) > 1:
             self.wrong.append("more than two calls")
-        apart = any(s.cohort is not None for group in self.engine._live.values() for s in group)
-        if apart and (before is not None or len({s.cohort for s in plan.sequences}) > 1):
+        before = under_way[0] if under_way else None
+        cohorts = {sequence.cohort for sequence in step.sequences}
+        if cohorts != {None} and (before is not None or len(cohorts) > 1):
             self.wrong.append("those whose call failed do not run apart from others")
-        self.starting = True
-        call = self._start(plan, before, **options)
-        self.starting = False
-        self.started.append((before and kind(before.plan), kind(plan)))
-        return call
+        self.kinds[id(step)] = kind(step, before)
+        self.pairs.append((before and self.kinds[id(before)], self.kinds[id(step)]))
 
-    def prepare(self, plan):
-        if not self.starting:
-            self.behind_two += 1
-            if [kind(call.plan) for call in self.engine._calls] != ["prefill"]:
-                self.wrong.append("it should have been started at once")
-        return self._prepare(plan)
+    def copying(self, digests):
+        self.copied.update(digests)
 
     def count(self, before, plan):
-        return self.started.count((before, plan))
+        return self.pairs.count((before, plan))
 
     @property
     def rows(self):
         """Samples in the calls that are under way."""
-        return [(s.request_id, s.index) for call in self.engine._calls for s in call.plan.sequences]
+        return [(s.request_id, s.index) for step in self.engine.under_way for s in step.sequences]
 
     def step(self):
         before = {key for key, whole in self.wholes.items() if whole.finish_reason}
@@ -110,7 +101,7 @@ class Watched:
 
 @pytest.fixture
 def watched(lively):
-    return Watched(Engine(lively, TIGHT))
+    return Watched(lively)
 
 
 _alone: dict = {}
@@ -142,23 +133,17 @@ def test_over_a_long_decode_most_calls_start_while_another_is_under_way(watched,
     requests = [request(some(rng, 8), max_tokens=40, seed=i, sampling=SamplingParams(ignore_eos=True)) for i in (0, 1)]
     assert_as_alone(lively, requests, watched.serve(requests))
     assert watched.engine.stats.preemptions == 0
-    alone_in_flight = [plan for before, plan in watched.started if before is None]
+    alone_in_flight = [plan for before, plan in watched.pairs if before is None]
     assert alone_in_flight == ["prefill", "decode"]
     assert watched.count("further", "further") > 15
 
 
-def test_with_background_seconds_two_calls_are_never_under_way(lively, rng):
-    watched = Watched(by_turns(lively))
+def test_an_engine_that_does_not_go_ahead_has_one_call_under_way(lively, rng):
+    watched = Watched(lively, goes_ahead=False)
     requests = [request(some(rng, 30), max_tokens=20, seed=i) for i in range(3)]
     watched.serve(requests, steps=[0, 4, 9])
-    assert {before for before, _ in watched.started} == {None}
-    assert len(watched.started) > 15
-
-
-def test_background_work_that_gets_idle_time_only_does_not_keep_calls_apart(lively, rng):
-    watched = Watched(Engine(lively, TIGHT, background=Nothing()))
-    watched.serve([request(some(rng, 8), max_tokens=20)])
-    assert watched.count("further", "further") > 5
+    assert {before for before, _ in watched.pairs} == {None}
+    assert len(watched.pairs) > 15
 
 
 # What is in calls that overlap.
@@ -173,7 +158,7 @@ def test_prompts_that_arrive_while_calls_are_under_way(watched, lively, adapters
         for i, kind in enumerate(kinds)
     ]  # fmt: skip
     assert_as_alone(lively, requests, watched.serve(requests, steps=[0, 0, 3, 6, 7, 15, 16, 22, 30, 31]))
-    pairs = collections.Counter(watched.started)
+    pairs = collections.Counter(watched.pairs)
     for pair in (("prefill", "decode"), ("decode", "prefill"), ("decode", "further"), ("further", "further")):
         assert pairs[pair] > 0, pairs
     assert watched.engine.stats.preemptions > 0
@@ -187,17 +172,10 @@ def test_prompts_that_fill_prefill_calls(lively, adapters, rng):
                 sampling=SamplingParams(temperature=0.5 * (i % 3)))
         for i in range(18)
     ]  # fmt: skip
-    watched = Watched(Engine(lively, dataclasses.replace(TIGHT, max_num_seqs=8, num_kv_pages=60, bank_pages=9)))
-    copy, copied = watched.engine.runner.copy_adapters, collections.Counter()
-
-    def copy_adapters(loads):
-        copied.update(load.digest for load in loads)
-        return copy(loads)
-
-    watched.engine.runner.copy_adapters = copy_adapters
+    watched = Watched(lively, dataclasses.replace(TIGHT, max_num_seqs=8, num_kv_pages=60, bank_pages=9))
     assert_as_alone(lively, requests, watched.serve(requests))
     assert watched.behind_two > 1
-    assert copied == {adapters[kind].digest: 1 for kind in kinds if kind is not None}
+    assert watched.copied == {adapters[kind].digest: 1 for kind in kinds if kind is not None}
     assert watched.count("prefill", "prefill") > 0
 
 
@@ -233,18 +211,11 @@ def test_all_token_adapters_and_plain_rows_go_on_together_and_apart(merged, watc
     engine.warm_up()
     for name in engine.runner.programs:
         engine.runner.step_seconds[name] = 1.0 if merged else float("adapted" in name)
-    parts = set()
-    real = watched._start
-
-    def start(plan, before, **options):
-        call = real(plan, before, **options)
-        if kind(plan) == "further":
-            parts.add(tuple(len(part.sequences) for part in call.parts))
-        return call
-
-    watched._start = start
+    parts, collected = set(), watched.collected
+    watched.collected = lambda sequences, drawn: parts.add(len(sequences)) or collected(sequences, drawn)
     assert_as_alone(lively, requests, watched.serve(requests))
-    assert ((4,) if merged else (2, 2)) in parts
+    assert (4 in parts) == merged
+    assert merged or 2 in parts
     assert watched.count("further", "further") > 3
 
 
@@ -305,10 +276,11 @@ def decoding(watched, requests, tokens):
     numbers = [watched.engine.add(one) for one in requests]
     for _ in range(STEPS):
         watched.step()
-        group = [watched.engine._live[number][0] for number in numbers]
-        calls = watched.engine._calls
-        if calls and kind(calls[0].plan) == "further" and min(s.generated for s in group) >= tokens:
-            return group
+        steps = watched.engine.under_way
+        group = steps[0].sequences if steps else []
+        further = bool(steps) and watched.kinds[id(steps[0])] == "further"
+        if further and len(group) == len(numbers) and min(s.generated for s in group) >= tokens:
+            return sorted(group, key=lambda s: s.request_id)
     raise AssertionError("no call went on with another")
 
 
@@ -333,10 +305,11 @@ def test_the_pages_of_one_that_is_given_up_go_to_the_next_at_once(watched, livel
     engine.cancel(given_up.request_id)
     late = request(some(rng, len(pages) * TIGHT.page_size - 2), max_tokens=12)
     number = engine.add(late)
-    (sequence,) = engine._live[number]
     watched.step()
+    (sequence,) = engine.under_way[-1].sequences
+    assert sequence.request_id == number
     assert sorted(sequence.pages) == sorted(pages), "there were no others"
-    assert watched.started[-1] == ("further", "prefill")
+    assert watched.pairs[-1] == ("further", "prefill")
     engine.pages.release(kept_free)
     check_kept(lively, watched, {0: requests[0], 2: requests[2], number: late})
     whole, other = watched.wholes[1, 0], alone(lively, requests[1])
@@ -360,9 +333,9 @@ def test_a_call_that_nobody_waits_for_any_more(fails, watched, lively, rng):
     (one,) = long_ones(rng, 1)
     one = dataclasses.replace(one, sampling=lettered(1, frozenset(range(97, 123)), ignore_eos=True))
     watched.serve([ending("text", lively, one)])
-    (left,) = watched.engine._calls
+    (left,) = watched.engine.under_way
     if fails:
-        left.results = broken
+        watched.collecting = lambda step: broken() if step is left else None
     later = long_ones(rng, 2)
     assert_as_alone(lively, later, watched.serve(later))
     assert watched.engine.stats.device_failures == fails
@@ -393,37 +366,33 @@ def test_after_a_call_that_fails_beside_another_everybody_finishes(pair, where, 
         for i, kind in enumerate(kinds)
     ]  # fmt: skip
     requests[3] = dataclasses.replace(requests[3], n=2)
-    engine, real, failed = watched.engine, watched._start, []
+    engine, started, failing = watched.engine, watched.started, []
 
-    def start(plan, before, **options):
-        fails = not failed and before is not None and (kind(before.plan), kind(plan)) == pair
-        if fails:
-            failed.append(plan)
-        if fails and where == "the start":
-            raise BrokenError(where)
-        call = real(plan, before, **options)
-        if fails and where == "behind the start":
-            raise BrokenError(where)
-        if fails:
-            (before if where == "the fetch of the older" else call).results = broken
-        return call
+    def start(step, under_way):
+        started(step, under_way)
+        if not failing and under_way and watched.pairs[-1] == pair:
+            failing.append({"the fetch": step, "the fetch of the older": under_way[0]}.get(where))
+            if where == "the start":
+                broken()
 
-    watched._start = start
+    def call(operation, sequences):
+        if failing and where == "behind the start" and operation == "draw" and not engine.stats.device_failures:
+            broken()
+
+    watched.started, watched.calling = start, call
+    watched.collecting = lambda step: broken() if failing and step is failing[0] else None
     assert_as_alone(lively, requests, watched.serve(requests, steps=[0, 0, 0, 5, 5, 6]))
-    assert len(failed) == engine.stats.device_failures == 1
+    assert len(failing) == engine.stats.device_failures == 1
 
 
 def test_one_whose_calls_fail_again_and_again_ends_alone(watched, lively, rng):
     requests = long_ones(rng, 3)
-    real = watched._start
 
-    def start(plan, before, **options):
-        call = real(plan, before, **options)
-        if isinstance(plan, Decode) and any(s.request_id == 1 and s.generated > 4 for s in plan.sequences):
-            call.results = broken
-        return call
+    def collecting(step):
+        if step.rows and any(s.request_id == 1 and s.generated > 4 for s in step.sequences):
+            broken()
 
-    watched._start = start
+    watched.collecting = collecting
     samples = watched.serve(requests)
     assert_as_alone(lively, requests[::2], samples[::2])
     (whole,) = samples[1]
@@ -435,15 +404,14 @@ def test_one_whose_calls_fail_again_and_again_ends_alone(watched, lively, rng):
 def test_an_adapter_that_cannot_be_written_while_a_call_is_under_way(watched, lively, adapters, rng):
     requests = [*long_ones(rng, 2), request(some(rng, 9), adapters["lora"]), request(some(rng, 9), adapters["direft"])]
     engine, bad = watched.engine, adapters["lora"].digest
-    real, beside = engine.runner.write_adapters, []
+    beside = []
 
-    def write(loads):
-        if any(load.digest == bad for load in loads):
-            beside.append(len(engine._calls))
+    def writing(digests):
+        if bad in digests:
+            beside.append(len(engine.under_way))
             broken()
-        real(loads)
 
-    engine.runner.write_adapters = write
+    watched.writing = writing
     samples = watched.serve(requests, steps=[0, 0, 5, 5])
     kept = (0, 1, 3)
     assert_as_alone(lively, [requests[i] for i in kept], [samples[i] for i in kept])
@@ -454,66 +422,45 @@ def test_an_adapter_that_cannot_be_written_while_a_call_is_under_way(watched, li
 # What a broken engine would do.
 
 
-def check_one_given_up(model, rng_seed):
-    """The rows of a call go on beside one that the host ended; the first page is one of theirs."""
-    rng = np.random.default_rng(rng_seed)
-    watched, requests = Watched(Engine(model, TIGHT)), long_ones(rng, 3)
+def test_one_that_is_given_up_is_in_no_later_call(watched, lively, rng):
+    """The rows of its call go on without it; the first page is one of theirs."""
+    requests = long_ones(rng, 3)
     first, given_up, _ = decoding(watched, requests, 9)
     assert 0 in first.pages
     watched.engine.cancel(given_up.request_id)
-    check_kept(model, watched, {0: requests[0], 2: requests[2]})
+    watched.step()
+    assert all(given_up not in step.sequences for step in watched.engine.under_way[1:])
+    check_kept(lively, watched, {0: requests[0], 2: requests[2]})
     assert watched.count("further", "further") > 5
 
 
-def test_a_row_that_the_host_ended_writes_nothing(lively, rng, trap):
-    seed = int(rng.integers(2**31))
-    real = Runner._row_args
-
-    def all_alive(self, sequences, *args):
-        rows, plan, *rest = real(self, sequences, *args)
-        return rows, plan._replace(alive_B=np.arange(len(plan.alive_B)) < len(sequences)), *rest
-
-    trap(Runner, "_row_args", all_alive, lambda: check_one_given_up(lively, seed))
-
-
 def check_a_long_decode(model, requests):
-    samples = Watched(Engine(model, TIGHT)).serve(requests)
+    samples = Watched(model).serve(requests)
     assert_as_alone(model, requests, samples)
 
 
 def test_rows_go_on_from_what_the_device_drew(lively, rng, trap):
     requests = long_ones(rng, 2)
-    real = Runner._call_decode
+    real = Arrays.picks
 
-    def from_the_host(self, name, sequences, places, steps, begin=None, after=None, **options):
-        return real(self, name, sequences, places, steps, begin, **options)
+    def from_the_host(self, sequences, index, fresh, size):
+        return real(self, sequences, index, [True] * len(sequences), size)
 
-    trap(Runner, "_call_decode", from_the_host, lambda: check_a_long_decode(lively, requests))
+    trap(Arrays, "picks", from_the_host, lambda: check_a_long_decode(lively, requests))
 
 
 def test_there_are_pages_for_what_is_being_drawn(lively, rng, trap):
     requests = long_ones(rng, 2)
-    real = Scheduler._decode
+    real = Scheduler.plan_rows
 
-    def forgetting(self, rows, steps, drawing=None):
-        plan = real(self, rows, steps, drawing and dict.fromkeys(drawing, 0))
-        return plan and Decode(plan.sequences, plan.steps, drawing)
+    def forgetting(self, sequences, repeats):
+        sequences = list(sequences)
+        drawing = [sequence.drawing for sequence in sequences]
+        for sequence in sequences:
+            sequence.drawing = 0
+        step = real(self, sequences, repeats)
+        for sequence, count in zip(sequences, drawing, strict=True):
+            sequence.drawing += count
+        return step
 
-    trap(Scheduler, "_decode", forgetting, lambda: check_a_long_decode(lively, requests))
-
-
-def test_samples_whose_first_token_is_being_drawn_take_no_step(lively, rng, trap):
-    long = long_ones(rng, 1)
-    forked = request(some(rng, 13), max_tokens=9, n=2, sampling=SamplingParams(seed=3, ignore_eos=True))
-    requests = [*long, forked, request(some(rng, 30), max_tokens=5)]
-    real = Scheduler.ahead
-
-    def everybody(self, under_way):
-        if isinstance(under_way, Prefill) and self._running and real(self, under_way):
-            return self._decode(list(self._running), 1)
-        return real(self, under_way)
-
-    def check():
-        assert_as_alone(lively, requests, Watched(Engine(lively, TIGHT)).serve(requests, steps=[0, 4, 4]))
-
-    trap(Scheduler, "ahead", everybody, check)
+    trap(Scheduler, "plan_rows", forgetting, lambda: check_a_long_decode(lively, requests))

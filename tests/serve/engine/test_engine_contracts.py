@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from engine_runs import (
+    ATOL,
     GREEDY,
     ROOMY,
     TIGHT,
@@ -43,18 +44,12 @@ def kinds(adapters):
 
 @pytest.fixture
 def roomy(lively):
-    return fresh(lively, ROOMY)
+    return Engine(lively, ROOMY)
 
 
 @pytest.fixture
 def tight(lively):
-    return fresh(lively, TIGHT)
-
-
-def fresh(model, config):
-    engine = Engine(model, config)
-    engine.warm_up()
-    return engine
+    return Engine(lively, TIGHT)
 
 
 def like(adapter, **changes):
@@ -104,12 +99,32 @@ def test_a_mixed_batch_is_the_references(sampling, config, lively, kinds, rng):
         request(tokens, adapter, spans=[(4, 9)], sampling=sampling, max_tokens=8, seed=i, n=1 + i % 2, logprobs=2)
         for i, adapter in enumerate(kinds.values())
     ]
-    done = serve(fresh(lively, config), requests)
+    done = serve(Engine(lively, config), requests)
     for one, samples in zip(requests, done, strict=True):
         check(lively, one, samples, compare_alone=False)
     first = np.array([samples[0].logprobs[0] for samples in done])
     apart = np.abs(first[:, None] - first) + np.eye(len(first))
     assert (apart > 1e-6).all(), "two adapters gave one answer"
+
+
+@pytest.mark.parametrize("name", [None, *PREFILL_ONLY, *ALL_TOKEN])
+def test_logprobs_are_the_trainers_on_the_same_tokens(name, roomy, lively, kinds, trained, rng):
+    """15 prompt tokens and six drawn at temperature 0.8; the raw log-probability is that of temperature 1."""
+    sampling = SamplingParams(temperature=0.8, top_k=40)
+    one = request(rng.integers(0, 250, 15), kinds[name], sampling=sampling, seed=3)
+    sample, _ = serve_one(roomy, one)
+    tokens = [*one.prompt.token_ids, *sample.token_ids]
+    log_probs = trained(lively, one.adapter, tokens, mask_of(one, 6))[14:-1]
+    np.testing.assert_allclose(sample.logprobs, log_probs[np.arange(6), sample.token_ids], atol=ATOL)
+
+
+def test_the_same_batch_twice_is_bitwise_the_same(lively, kinds, rng):
+    requests = [
+        request(rng.integers(0, 250, 3 + 2 * i), kinds[name], sampling=DRAWN, seed=i)
+        for i, name in enumerate((None, "lora", "direft", "loreft_f3l2", "lora_all", "lora_pattern"))
+    ]
+    first, again = (serve(Engine(lively, ROOMY), requests) for _ in range(2))
+    assert [sample for (sample,) in first] == [sample for (sample,) in again]
 
 
 def test_prompts_and_generated_tokens_share_calls(tight, lively, kinds, rng):
@@ -126,7 +141,7 @@ def test_prompts_and_generated_tokens_share_calls(tight, lively, kinds, rng):
 @pytest.mark.slow
 def test_chunks_may_be_shorter_than_a_tile(lively, kinds, rng):
     """Two adapters that fit no tile together: the second one's chunk begins at the next, after a gap."""
-    engine = fresh(lively, dataclasses.replace(TIGHT, chunk_tokens=5, prefill_seqs=2, bank_pages=8))
+    engine = Engine(lively, dataclasses.replace(TIGHT, chunk_tokens=5, prefill_seqs=2, bank_pages=8))
     requests = [request(rng.integers(0, 250, 24), kinds[name]) for name in ("lora_pattern", "loreft_f3l2")]
     for one, (sample,) in zip(requests, serve(engine, requests), strict=True):
         assert_is_reference(lively, one, sample)
@@ -196,7 +211,7 @@ def test_a_short_prompts_last_token_is_edited_beside_decodes(tight, lively, kind
 @pytest.mark.parametrize("caching", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_generated_tokens_stay_unedited_when_computed_again(caching, lively, kinds, rng):
     """Six long answers in a cache for two: all but the first are preempted, and resumed with generated tokens."""
-    engine = fresh(lively, dataclasses.replace(TIGHT, prefix_caching=caching))
+    engine = Engine(lively, dataclasses.replace(TIGHT, prefix_caching=caching))
     names = ("lora", "loreft", "direft", "loreft_f3l2", "lora_r24", "lora_skip")
     requests = [request(rng.integers(0, 250, 13 + i), kinds[name], max_tokens=34) for i, name in enumerate(names)]
     done = serve(engine, requests)
@@ -405,7 +420,7 @@ def test_draws_do_not_depend_on_neighbours_or_arrival(lively, kinds, rng):
     cold = [alone(lively, one) for one in requests]
     for config, every in itertools.product((ROOMY, TIGHT), (0, 3)):
         for order in (requests, requests[::-1]):
-            done = dict(zip(order, serve(fresh(lively, config), order, every), strict=True))
+            done = dict(zip(order, serve(Engine(lively, config), order, every), strict=True))
             for one, expected in zip(requests, cold, strict=True):
                 assert not assert_same(lively, one, done[one][0], expected)
 

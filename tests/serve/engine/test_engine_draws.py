@@ -21,25 +21,25 @@ OTHERS = (
 @pytest.fixture
 def plainly(monkeypatch):
     """Let runners have the programs that they have on a GPU; returns how calls draw and what decodes, in a list."""
-    calls, choose, draw, decode = [], Runner._choose_programs, Runner._draw, Runner._call_decode
+    calls, choose, draw, decode = [], Runner._choose_programs, Runner.draw, Runner.decode
 
     def gpu_programs(self):
         choose(self)
         self.draws_plainly, self.draw_counts = True, self.row_counts[-1:]
         self.row_counts, self.adapted_row_counts = self.row_counts[:1], [4, 6]
 
-    def named(self, name, sequences, *args, **options):
-        if sequences:
+    def named(self, name, rows, pages=None):
+        if np.asarray(rows.alive_B).any():
             calls.append(name)
-        return decode(self, name, sequences, *args, **options)
+        return decode(self, name, rows, pages)
 
-    def counted(self, index, rows, plan, sampling, history):
-        calls.append("plain" if history is None else "full")
-        return draw(self, index, rows, plan, sampling, history)
+    def counted(self, picks, sampling, texts=None, *, plainly=False):
+        calls.append("plain" if plainly else "full")
+        return draw(self, picks, sampling, texts, plainly=plainly)
 
     monkeypatch.setattr(Runner, "_choose_programs", gpu_programs)
-    monkeypatch.setattr(Runner, "_draw", counted)
-    monkeypatch.setattr(Runner, "_call_decode", named)
+    monkeypatch.setattr(Runner, "draw", counted)
+    monkeypatch.setattr(Runner, "decode", named)
     return calls
 
 

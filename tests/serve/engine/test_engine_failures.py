@@ -12,7 +12,9 @@ from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.sampling.device import INVALID
+from preft_jax.text.streams import TextStream
 from serve.engine.engine import Engine
+from serve.engine.observer import Observer
 from serve.engine.residency import Load
 from serve.engine.runner import Runner
 from serve.store.host_copy import pack
@@ -22,37 +24,31 @@ class BrokenError(RuntimeError):
     """What a device raises here."""
 
 
-class Late:
-    """An array that raises when it is fetched."""
+class Faults(Observer):
+    """Lets a call of the device fail whenever ``breaks`` says so of its sequences; ``times`` counts."""
 
-    def __array__(self, *args, **kwargs):
-        raise BrokenError("at the fetch")
+    def __init__(self, call, breaks):
+        self.call, self.breaks, self.times, self.active = call, breaks, 0, True
+
+    def calling(self, operation, sequences):
+        self.look(operation, sequences)
+
+    def collecting(self, step):
+        self.look("fetch", step.sequences)
+
+    def writing(self, digests):
+        self.look("write_adapters", digests)
+
+    def look(self, operation, what):
+        if self.active and operation == self.call and self.breaks(what):
+            self.times += 1
+            raise BrokenError(f"in {operation}")
 
 
-def late_steps(decoded):
-    """Let what a decode call drew fail when it is fetched."""
-    return decoded._replace(steps=[drawn._replace(token_NB=Late()) for drawn in decoded.steps])
-
-
-def sequences_of(call, args):
-    """Return the sequences of a call of the runner."""
-    if call in ("prefill", "score"):
-        return [chunk.sequence for chunk in args[0]]
-    return args[1] if call == "draw" else args[0]
-
-
-def breaking(engine, call, breaks):
-    """Let a runner's call raise whenever ``breaks`` says so of its sequences; returns how often it did, in a list."""
-    real, times = getattr(engine.runner, call), [0]
-
-    def broken(*args):
-        if breaks(sequences_of(call, args)):
-            times[0] += 1
-            raise BrokenError(f"in {call}")
-        return real(*args)
-
-    setattr(engine.runner, call, broken)
-    return times
+def breaking(model, call, breaks, config=TIGHT):
+    """Return an engine whose device fails, and what makes it fail."""
+    faults = Faults(call, breaks)
+    return Engine(model, config, observer=faults), faults
 
 
 def apart(engine):
@@ -92,68 +88,53 @@ def assert_others_as_alone(model, requests, samples, bad):
 )
 def test_a_request_whose_calls_fail_ends_alone(call, which, lively, adapters, rng):
     requests = mixed(rng, adapters)
-    engine = Engine(lively, TIGHT)
-    times = breaking(engine, call, lambda sequences: any(s.request_id == which for s in sequences))
+    engine, faults = breaking(lively, call, lambda sequences: any(s.request_id == which for s in sequences))
     apart(engine)
     samples = serve(engine, requests)
     assert_others_as_alone(lively, requests, samples, {which})
     for whole in samples[which]:
         assert whole.finish_reason == "error"
         assert f"BrokenError: in {call}" in whole.error
-    assert engine.stats.device_failures >= times[0] > 0
+    assert engine.stats.device_failures >= faults.times > 0
     assert engine.stats.failed == len(samples[which])
 
 
 def test_a_request_that_fails_at_the_fetch_ends_alone(lively, adapters, rng):
     requests = mixed(rng, adapters)
     requests[1] = dataclasses.replace(requests[1], max_tokens=25)
-    engine = Engine(lively, TIGHT)
-    real = engine.runner.decode
-
-    def late(sequences, *args):
-        decoded = real(sequences, *args)
-        return late_steps(decoded) if any(s.request_id == 1 and s.generated > 2 for s in sequences) else decoded
-
-    engine.runner.decode = late
+    engine, _ = breaking(
+        lively, "fetch", lambda sequences: any(s.request_id == 1 and s.generated > 2 for s in sequences)
+    )
     samples = serve(engine, requests)
     assert_others_as_alone(lively, requests, samples, {1})
     (whole,) = samples[1]
     assert whole.finish_reason == "error"
-    assert "at the fetch" in whole.error
+    assert "in fetch" in whole.error
     assert whole.token_ids == alone(lively, requests[1]).token_ids[: len(whole.token_ids)]
     assert len(whole.token_ids) > 2, "what it had is kept"
 
 
-def cannot_write(engine, adapter):
-    """Let the writing of an adapter to the bank fail."""
-    real = engine.runner.write_adapters
-
-    def write(loads):
-        if any(load.digest == adapter.digest for load in loads):
-            raise BrokenError("no room")
-        return real(loads)
-
-    engine.runner.write_adapters = write
+def cannot_write(model, adapter):
+    """Return an engine that cannot write an adapter to the bank."""
+    return breaking(model, "write_adapters", lambda digests: adapter.digest in digests)[0]
 
 
 def test_an_adapter_that_cannot_be_written_fails_only_its_requests(lively, adapters, rng):
     requests = [
         request(some(rng, 9 + i), adapters.get(kind)) for i, kind in enumerate((None, "lora", "direft", "lora"))
     ]
-    engine = Engine(lively, TIGHT)
-    cannot_write(engine, adapters["lora"])
+    engine = cannot_write(lively, adapters["lora"])
     samples = serve(engine, requests)
     assert_others_as_alone(lively, requests, samples, {1, 3})
     for which in (1, 3):
         assert samples[which][0].finish_reason == "error"
-        assert "no room" in samples[which][0].error
+        assert "in write_adapters" in samples[which][0].error
 
 
 def test_an_adapter_that_cannot_be_written_ahead_fails_nobody_else(lively, adapters, rng):
     requests = [request(some(rng, 6), max_tokens=8) for _ in range(TIGHT.max_num_seqs)]
     requests.append(request(some(rng, 6), adapters["lora"]))
-    engine = Engine(lively, TIGHT)
-    cannot_write(engine, adapters["lora"])
+    engine = cannot_write(lively, adapters["lora"])
     assert_others_as_alone(lively, requests, serve(engine, requests), {6})
 
 
@@ -172,43 +153,35 @@ def test_a_cancelled_prompt_with_an_adapter_fails_no_call(lively, adapters, rng)
 @pytest.mark.parametrize("nth", [1, 2, 3])
 def test_after_a_call_that_fails_once_everybody_finishes(call, nth, lively, adapters, rng):
     requests = mixed(rng, adapters)
-    engine = Engine(lively, TIGHT)
-    name = "decode" if call == "fetch" else call
-    real, calls = getattr(engine.runner, name), [0]
+    calls = [0]
 
-    def once(*args):
-        several = call in ("write_adapters", "copy_pages") or len(sequences_of(name, args)) > 1
+    def once(what):
+        several = call in ("write_adapters", "copy_pages") or len(what) > 1
         calls[0] += several
-        fails = several and calls[0] == nth
-        if fails and call != "fetch":
-            raise BrokenError(call)
-        result = real(*args)
-        return late_steps(result) if fails else result
+        return several and calls[0] == nth
 
-    setattr(engine.runner, name, once)
+    engine, _ = breaking(lively, call, once)
     apart(engine)
     assert_others_as_alone(lively, requests, serve(engine, requests), ())
     assert engine.stats.device_failures == (calls[0] >= nth)
 
 
 def test_one_request_alone_survives_a_call_that_fails_once(lively, rng):
-    engine, one = Engine(lively, TIGHT), request(some(rng, 9), max_tokens=9)
-    tries = iter([False, True])
-    breaking(engine, "decode", lambda sequences: next(tries, False))
+    one, tries = request(some(rng, 9), max_tokens=9), iter([False, True])
+    engine, _ = breaking(lively, "decode", lambda sequences: next(tries, False))
     assert_as_alone(lively, one, serve(engine, [one])[0])
 
 
 @pytest.mark.parametrize("call", ["prefill", "decode", "draw"])
 def test_if_every_call_fails_every_request_ends(call, lively, adapters, rng):
     requests = mixed(rng, adapters)
-    engine = Engine(lively, TIGHT)
-    breaking(engine, call, lambda sequences: True)
+    engine, faults = breaking(lively, call, lambda sequences: True)
     apart(engine)
     for group, one in zip(serve(engine, requests), requests, strict=True):
         everywhere = one.adapter is not None and not one.adapter.config.prefill_only
         for whole in group:
             assert whole.finish_reason == "error" or (everywhere and call == "decode")
-    delattr(engine.runner, call)
+    faults.active = False
     assert_others_as_alone(lively, requests, serve(engine, requests), ())
 
 
@@ -220,16 +193,10 @@ def test_if_every_call_fails_every_request_ends(call, lively, adapters, rng):
     ],
 )
 def test_a_request_that_fails_in_its_second_chunk_ends_while_others_keep_coming(most, lively, adapters, rng):
-    engine = Engine(lively, TIGHT)
+    engine, _ = breaking(
+        lively, "prefill", lambda sequences: any(s.request_id == 0 and s.computed > 0 for s in sequences)
+    )
     bad = engine.add(request(some(rng, 30), adapters["lora"]))
-    real = engine.runner.prefill
-
-    def prefill(chunks, *args):
-        if any(c.sequence.request_id == bad and c.start > 0 for c in chunks):
-            raise BrokenError("second chunk")
-        return real(chunks, *args)
-
-    engine.runner.prefill = prefill
     wholes = {}
     for _ in range(60):
         if len(engine._live) < most:
@@ -265,30 +232,29 @@ def test_an_adapter_whose_numbers_overflow_fails_only_its_requests(kind, lively,
     assert engine.stats.device_failures == 0
 
 
-@pytest.mark.parametrize("call", ["decode", "draw"])
-def test_a_row_that_draws_nothing_ends_and_keeps_what_it_had(call, lively, adapters, rng):
+class Invalid(Observer):
+    """Lets the first draw of each call be of logits that are no numbers, for some sequences."""
+
+    def __init__(self, of, step=0):
+        self.of, self.step = of, step
+
+    def collected(self, sequences, drawn):
+        tokens = np.array(drawn.token_NB)
+        rows = [row for row, sequence in enumerate(sequences) if self.of(sequence)]
+        if len(tokens) > self.step:
+            tokens[self.step, rows] = INVALID
+        return drawn._replace(token_NB=tokens)
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_a_row_that_draws_nothing_ends_and_keeps_what_it_had(least, lively, adapters, rng):
     requests = mixed(rng, adapters)
-    engine = Engine(lively, TIGHT)
-    real = getattr(engine.runner, call)
-
-    def invalid(*args):
-        result = real(*args)
-        sequences = sequences_of(call, args)
-        rows = [row for row, s in enumerate(sequences) if s.request_id == 0]
-        if not rows or (call == "decode" and sequences[rows[0]].generated < 3):
-            return result
-        first = result if call == "draw" else result.steps[0]
-        tokens = np.array(first.token_NB)
-        tokens[:, rows] = INVALID
-        first = first._replace(token_NB=tokens)
-        return first if call == "draw" else result._replace(steps=[first, *result.steps[1:]])
-
-    setattr(engine.runner, call, invalid)
+    engine = Engine(lively, TIGHT, observer=Invalid(lambda s: s.request_id == 0 and s.generated >= least))
     samples = serve(engine, requests)
     (whole,) = samples[0]
     assert whole.finish_reason == "error"
     assert "logits are not numbers" in whole.error
-    assert len(whole.token_ids) >= (0 if call == "draw" else 3)
+    assert len(whole.token_ids) >= least
     assert whole.token_ids == alone(lively, requests[0]).token_ids[: len(whole.token_ids)]
     assert_others_as_alone(lively, requests, samples, {0})
 
@@ -296,19 +262,10 @@ def test_a_row_that_draws_nothing_ends_and_keeps_what_it_had(call, lively, adapt
 def test_a_prompt_that_once_had_no_numbers_can_be_asked_again(lively, rng):
     one = request(some(rng, 24))
     engine = Engine(lively, TIGHT)
-    real, calls = engine.runner.prefill, iter(range(100))
-
-    def prefill(*args):
-        result = real(*args)
-        if next(calls) == 1:
-            runner = engine.runner
-            runner.cache, runner._logits = jax.tree.map(lambda x: x * np.nan, (runner.cache, runner._logits))
-        return result
-
-    engine.runner.prefill = prefill
     number = engine.add(one)
+    engine.step()  # Its first chunk is computed.
+    engine.runner.cache = jax.tree.map(lambda x: x * np.nan, engine.runner.cache)
     assert drain(engine)[number, 0].finish_reason == "error"
-    engine.runner.prefill = real
     number = engine.add(one)
     assert_as_alone(lively, one, [drain(engine)[number, 0]])
 
@@ -316,16 +273,8 @@ def test_a_prompt_that_once_had_no_numbers_can_be_asked_again(lively, rng):
 def test_a_stop_text_before_the_failure_ends_the_sample_well(lively, rng):
     one = request(some(rng, 9), sampling=lettered(3), max_tokens=16)
     stopping = dataclasses.replace(one, stop=(alone(lively, one).text[1:3],))
-    engine = Engine(lively, dataclasses.replace(TIGHT, decode_steps=8))  # Two calls of four steps.
-    real = engine.runner.decode
-
-    def decode(*args):
-        decoded = real(*args)
-        drawn = decoded.steps[3]
-        nothing = np.full_like(drawn.token_NB, INVALID)
-        return decoded._replace(steps=[*decoded.steps[:3], drawn._replace(token_NB=nothing), *decoded.steps[4:]])
-
-    engine.runner.decode = decode
+    config = dataclasses.replace(TIGHT, decode_steps=8)  # Two calls of four steps.
+    engine = Engine(lively, config, observer=Invalid(lambda s: s.generated, step=3))
     assert_as_alone(lively, stopping, serve(engine, [stopping])[0])
 
 
@@ -345,9 +294,8 @@ def test_all_finish_when_pages_run_out(lively, adapters, rng):
 
 def test_a_sample_has_one_last_output_even_after_failures(lively, adapters, rng):
     requests = mixed(rng, adapters)
-    engine = Engine(lively, TIGHT)
     counter = iter(range(10**6))
-    breaking(engine, "decode", lambda sequences: next(counter) % 3 == 0)
+    engine, _ = breaking(lively, "decode", lambda sequences: next(counter) % 3 == 0)
     numbers = [engine.add(one) for one in requests]
     wholes: dict[tuple[int, int], Whole] = {}
     drain(engine, wholes)
@@ -358,16 +306,24 @@ def test_a_sample_has_one_last_output_even_after_failures(lively, adapters, rng)
         assert whole.finish_reason == "error" or whole.token_ids == other
 
 
-def test_a_text_that_cannot_be_made_ends_its_own_sample_only(lively, rng):
+def test_a_text_that_cannot_be_made_ends_its_own_sample_only(lively, rng, monkeypatch):
     requests = [request(some(rng, 7 + i), max_tokens=8) for i in range(3)]
     engine = Engine(lively, TIGHT)
+    texts, push, make = [], TextStream.push, TextStream.__init__
+
+    def made(self, *args):
+        make(self, *args)
+        texts.append(self)
+
+    monkeypatch.setattr(TextStream, "__init__", made)
     numbers = [engine.add(one) for one in requests]
-    (sequence,) = engine._live[numbers[1]]
 
-    def broken(token_ids):
-        raise BrokenError("no such character")
+    def broken(self, token_ids):
+        if self is texts[1]:
+            raise BrokenError("no such character")
+        return push(self, token_ids)
 
-    sequence.info.text.push = broken
+    monkeypatch.setattr(TextStream, "push", broken)
     wholes = drain(engine)
     assert wholes[numbers[1], 0].finish_reason == "error"
     assert "no such character" in wholes[numbers[1], 0].error
@@ -407,7 +363,7 @@ def test_pages_written_together_are_those_written_one_by_one(writes, dtype, tiny
     model = tiny if dtype == "float32" else load_model("tiny", dtype=dtype)
     runner = Runner(model, dataclasses.replace(TIGHT, bank_pages=12).resolve("cpu"))
     runner._writes = writes
-    runner.programs = {name: traced.lower().compile() for name, traced in runner._trace() if name.startswith("write")}
+    runner.programs = runner._name_programs(key=(dtype, writes))
     allocator, loads = BankAllocator(12), []
     expected = init_bank(model.config, 12, runner.dtype)
     for kind in ("lora", "direft", "loreft", "loreft_f3l2", "lora_r24"):

@@ -9,7 +9,7 @@ from engine_runs import TIGHT, request, serve
 
 from kernels import dispatch
 from preft_jax import SamplingParams
-from serve.engine import runner
+from preft_jax.device import programs
 from serve.engine.engine import Engine
 
 pytestmark = pytest.mark.gpu
@@ -39,7 +39,7 @@ def ran(monkeypatch):
         return run
 
     monkeypatch.setattr(dispatch, "load", load)
-    monkeypatch.setattr(runner, "_shared", {})
+    monkeypatch.setattr(programs, "_shared", {})
     return found, refused
 
 
@@ -66,7 +66,7 @@ def test_every_operation_of_the_engine_is_a_kernel_and_gives_what_plain_jax_give
     assert operations <= {op for op, _ in found}
     assert {name for _, name in found} == {"triton"}
     found.clear()
-    runner._shared.clear()
+    programs.forget_shared()
     with dispatch.preferring("xla"):
         plain = serve(Engine(lively, ROOMY), requests)
     assert {name for _, name in found} == {"xla"}

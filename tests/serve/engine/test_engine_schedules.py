@@ -261,7 +261,6 @@ def check_schedules(model, kinds, config, seed, examples):
     @hypothesis.given(palettes, st.lists(arrivals, min_size=4, max_size=9))
     def each_request_is_itself(palette, arriving):
         engine = Engine(model, config)
-        engine.warm_up()
         schedule = Schedule(engine, [kinds[name] for name in palette], documents, LONGEST + 4)
         schedule.run([*RELOADS, *arriving])
         schedule.check(model, tally)

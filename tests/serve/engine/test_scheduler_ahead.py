@@ -1,52 +1,36 @@
 """The scheduler alone, with a call planned while the one before it is under way."""
 
 import pytest
-from scheduler_world import World, shape
+from scheduler_world import Place, World, decoding, launch, shape
 
-from serve.engine.scheduler import Decode, Prefill, Scheduler
+from serve.engine import lookahead
+from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Status
-
-
-def decoding(*lengths, prompt=4, steps=0, **world):
-    """Return a world in which sequences of so many tokens to generate have their first, and them.
-
-    ``steps``: calls of decode steps after that, so that prefill goes first again.
-    """
-    world = World(goes_ahead=True, **world)
-    group = [world.add(prompt, max_tokens=length) for length in lengths]
-    while any(s.generated == 0 for s in group):
-        world.step()
-    assert [s.generated for s in group] == [1] * len(group)
-    for _ in range(steps):
-        world.step()
-    return world, group
-
-
-def launch(world):
-    """Start what is to be done while no call is under way; returns the plan."""
-    plan = world.scheduler.schedule()
-    world.start(plan)
-    return plan
 
 
 def ahead(world):
     """Return the shape of what was started behind the call under way, or None."""
-    plan = world.ahead()
-    return plan and shape(plan)
+    return shape(world.ahead())
+
+
+def draws(world, call=-1):
+    """Return who draws in a call under way, and how many tokens at most."""
+    return {row.sequence: row.draws for row in world.calls[call].step.rows}
 
 
 def test_calls_in_their_order():
     world = World(goes_ahead=True)
     world.add(4, max_tokens=12)
     world.add(30, max_tokens=2)
-    assert [shape(plan) for plan in world.run()] == [
+    assert [shape(step) for step in world.run()] == [
         ("prefill", [(0, 0, 4), (1, 0, 12)]),
         ("decode", 1, [0]),
         ("prefill", [(1, 12, 24)]),
         ("decode", 1, [0]),
         ("prefill", [(1, 24, 30)]),
-        *[("decode", 2, [0, 1])] * 4,
-        ("decode", 1, [0, 1]),
+        ("decode", 2, [0, 1]),
+        *[("decode", 2, [0])] * 3,
+        ("decode", 1, [0]),
     ]
 
 
@@ -58,7 +42,6 @@ def test_behind_prefill_those_who_decode_take_one_step_if_more_of_a_prompt_follo
     world.add(30, max_tokens=2)
     assert shape(launch(world)) == ("prefill", [(2, 0, 12)])
     assert ahead(world) == ("decode", 1, [0, 1])
-    assert world.calls[1].plan.drawing is None
     world.commit()
     assert ahead(world) == ("prefill", [(2, 12, 24)])
     world.run()
@@ -96,8 +79,7 @@ def test_samples_whose_first_token_is_being_drawn_do_not_take_part():
     world, _ = decoding(12, steps=1)
     samples = world.add(8, n=2, max_tokens=4)
     world.add(30)
-    plan = launch(world)
-    assert shape(plan) == ("prefill", [(1, 0, 8), (2, 0, 12)])
+    assert shape(launch(world)) == ("prefill", [(1, 0, 8), (2, 0, 12)])
     assert samples[1].status is Status.RUNNING
     assert ahead(world) == ("decode", 1, [0])
     world.run()
@@ -127,15 +109,14 @@ def queued(*lengths, **world):
 
 
 def fill(world):
-    plan = world.fill()
-    return plan and shape(plan)
+    return shape(world.fill())
 
 
 def test_full_prefill_is_started_behind_prefill_and_a_step():
     world = queued(*[8] * 6)
     assert fill(world) == ("prefill", [(4, 0, 8), (5, 0, 8), (6, 0, 8)])
     world.commit()
-    assert [type(call.plan) for call in world.calls] == [Decode, Prefill]
+    assert [call.step.kind for call in world.calls] == ["decode", "prefill"]
     world.commit()
     assert ahead(world) is None, "no prompt waits: those of the last call take part in the next step"
     world.commit()
@@ -168,7 +149,7 @@ def test_while_nobody_decodes_it_is_started_right_behind_prefill():
 def test_a_call_that_is_not_full_waits_for_prompts_that_may_come():
     world = queued(*[8] * 5)
     assert fill(world) is None
-    assert not any(s.started for s in world.scheduler._waiting)
+    assert not any(s.started for s in world.scheduler.waiting)
     world.add(8)
     assert fill(world) == ("prefill", [(4, 0, 8), (5, 0, 8), (6, 0, 8)])
     world.run()
@@ -182,7 +163,7 @@ def test_tokens_fill_a_call_too():
 
 def test_chunks_that_follow_those_under_way_are_in_it():
     world = queued(30, 8, 8)
-    assert shape(world.calls[0].plan) == ("prefill", [(1, 0, 12), (2, 0, 8), (3, 0, 8)])
+    assert shape(world.calls[0].step) == ("prefill", [(1, 0, 12), (2, 0, 8), (3, 0, 8)])
     assert fill(world) is None, "one chunk does not fill a call"
     for _ in range(2):
         world.add(8)
@@ -208,7 +189,7 @@ def test_adapters_that_are_in_use_leave_room_for_those_of_the_next_call(room, st
     launch(world)
     ahead(world)
     assert (fill(world) is not None) is started
-    assert sorted(+world.slots.held) == (names if started else names[:3])
+    assert sorted(+world.bank.held) == (names if started else names[:3])
     world.run()
 
 
@@ -249,7 +230,7 @@ def test_two_calls_have_as_many_steps_together_as_one_alone(decode_steps, each):
     world, group = decoding(20, 20, decode_steps=decode_steps)
     for start in (launch, World.ahead):
         assert shape(start(world)) == ("decode", each, [0, 1])
-    assert world.calls[1].plan.drawing == dict.fromkeys(group, each)
+    assert [s.drawing for s in group] == [2 * each] * 2
     world.run()
 
 
@@ -267,14 +248,15 @@ def test_while_somebody_waits_without_room_calls_end_with_the_first_who_makes_ro
 
 def test_the_same_rows_go_on_until_they_end():
     world, _ = decoding(9, 20)
-    plans = [launch(world)]
-    while (plan := world.ahead()) is not None:
-        plans.append(plan)
+    steps = [launch(world)]
+    while (step := world.ahead()) is not None:
+        steps.append(step)
         world.commit()
-    assert [shape(plan) for plan in plans[:4]] == [("decode", 2, [0, 1])] * 4
-    assert [set(plan.drawing.values()) for plan in plans[1:4]] == [{2}] * 3
-    assert len(plans) == 10
-    assert all(plan.sequences == plans[0].sequences for plan in plans), "the row of one that ended stays"
+    assert [shape(step) for step in steps] == [
+        *[("decode", 2, [0, 1])] * 4,
+        *[("decode", 2, [1])] * 5,
+        ("decode", 1, [1]),
+    ]
     world.run()
 
 
@@ -311,12 +293,12 @@ def test_they_do_not_go_on_beside_one_that_joined_a_moment_ago():
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
-        ((3, 20), ("decode", 2, [0, 1])),
+        ((3, 20), ("decode", 2, [1])),
         ((3, 3, 20), None),
-        ((3, 20, 20), ("decode", 2, [0, 1, 2])),
+        ((3, 20, 20), ("decode", 2, [1, 2])),
         ((3, 3, 3, 20), None),
         ((3, 3), None),
-        ((4, 3), ("decode", 1, [0, 1])),
+        ((4, 3), ("decode", 1, [0])),
     ],
 )
 def test_they_go_on_if_half_of_them_do(lengths, expected):
@@ -331,11 +313,10 @@ def test_those_that_the_host_ended_do_not_count():
     launch(world)
     for s in group[:2]:
         world.finish(s)
-    assert ahead(world) == ("decode", 2, [0, 1, 2, 3])
-    assert [*world.calls[1].plan.drawing] == group[2:]
-    assert [*world.calls[1].drawn] == group[2:]
+    assert ahead(world) == ("decode", 2, [2, 3])
     world.commit()
-    world.finish(group[2])
+    for s in group[2:]:
+        world.finish(s)
     assert ahead(world) is None
     world.run()
 
@@ -346,8 +327,7 @@ def test_an_end_token_that_the_device_found_a_moment_ago_is_no_obstacle():
     world.step()
     launch(world)
     assert ahead(world) == ("decode", 2, [0, 1])
-    assert [*world.calls[1].plan.drawing] == group, "nobody knows yet"
-    assert [*world.calls[1].drawn] == group[1:]
+    assert [*world.calls[1].drawn] == group[1:], "but it is not known yet"
     world.run()
     assert group[0].generated == 2
 
@@ -413,8 +393,7 @@ def test_a_sequence_that_ends_by_its_length_is_given_no_page():
     world.ahead()
     world.commit()
     assert [len(s.pages) for s in (short, long)] == [2, 2]
-    assert ahead(world) == ("decode", 2, [0, 1])
-    assert [*world.calls[1].plan.drawing] == [long]
+    assert ahead(world) == ("decode", 2, [1])
     assert [len(s.pages) for s in (short, long)] == [2, 3]
     world.run()
 
@@ -423,7 +402,7 @@ def test_a_sequence_that_ends_within_the_further_steps_is_given_pages_up_to_ther
     world, (short, long) = decoding(4, 20, prompt=5)
     launch(world)
     world.ahead()
-    assert [*world.calls[1].plan.drawing] == [short, long]
+    assert draws(world) == {short: 1, long: 2}
     assert [len(s.pages) for s in (short, long)] == [2, 3], "tokens 7 of the one, 7 and 8 of the other"
     world.run()
 
@@ -436,32 +415,63 @@ def long_run():
     return world.run()
 
 
+def patched_rows(change):
+    """Return a ``plan_rows`` that plans while ``change`` is done to the sequences, and gives them back as they were."""
+    real = Scheduler.plan_rows
+
+    def plan_rows(self, sequences, repeats):
+        sequences = [*sequences]
+        before = [s.drawing for s in sequences]
+        for s in sequences:
+            change(s)
+        step = real(self, sequences, repeats)
+        draws = {row.sequence: row.draws for row in step.rows} if step else {}
+        for s, drawing in zip(sequences, before, strict=True):
+            s.drawing = drawing + draws.get(s, 0)
+        return step
+
+    return plan_rows
+
+
 def test_pages_for_what_is_being_drawn_are_not_forgotten(trap):
-    real = Scheduler._decode
-
-    def forgetting(self, rows, steps, drawing=None):
-        plan = real(self, rows, steps, drawing and dict.fromkeys(drawing, 0))
-        return plan and Decode(plan.sequences, plan.steps, drawing)
-
-    trap(Scheduler, "_decode", forgetting, long_run)
+    trap(Scheduler, "plan_rows", patched_rows(lambda s: setattr(s, "drawing", 0)), long_run)
 
 
 def test_rows_whose_newest_tokens_are_not_known_are_not_started_from_what_the_host_knows(trap):
-    real = Scheduler._decode
+    trap(World, "read", lambda self, s: Place([*s.tokens], s.remaining), long_run)
 
-    def anew(self, rows, steps, drawing=None):
-        return real(self, rows, steps)
 
-    trap(Scheduler, "_decode", anew, long_run)
+def test_what_a_step_may_draw_is_counted_until_it_is_over(trap):
+    real = Scheduler.plan_rows
+
+    def forgetting(self, sequences, repeats):
+        step = real(self, sequences, repeats)
+        for row in step.rows if step else ():
+            row.sequence.drawing -= row.draws
+        return step
+
+    trap(Scheduler, "plan_rows", forgetting, long_run)
+
+
+def test_a_slot_is_one_sequence_s(trap):
+    real = Scheduler.plan_prefill
+
+    def first_slot(self, *sizes):
+        step = real(self, *sizes)
+        for chunk in step.chunks if step else ():
+            chunk.sequence.slot = 0
+        return step
+
+    trap(Scheduler, "plan_prefill", first_slot, long_run)
 
 
 def test_a_chunk_is_not_computed_twice_at_a_time(trap):
-    real = Scheduler.full_prefill
+    real = lookahead.full_prefill
 
-    def forgetting(self):
-        for s in self._prefilling:
+    def forgetting(scheduler):
+        for s in scheduler.prefilling:
             s.started = s.computed
-        return real(self)
+        return real(scheduler)
 
     def check():
         world, _ = decoding(12)
@@ -469,4 +479,4 @@ def test_a_chunk_is_not_computed_twice_at_a_time(trap):
             world.add(30)
         world.run()
 
-    trap(Scheduler, "full_prefill", forgetting, check)
+    trap(lookahead, "full_prefill", forgetting, check)

@@ -3,8 +3,10 @@
 import pytest
 
 from preft_jax.config import PRESETS
+from serve.engine.observer import Observer
+from serve.engine.recovery import STRIKES
 from serve.engine.residency import AdapterBank
-from serve.engine.staging import STRIKES, Staging, WriteError
+from serve.engine.staging import Staging, WriteError
 from serve.store.host_copy import Columns, Known
 
 
@@ -43,12 +45,12 @@ def unused(adapter):
     raise AssertionError(adapter)
 
 
-def make(names="abcdef", *, bank_pages=5, room=2, pages=1):
+def make(names="abcdef", *, bank_pages=5, room=2, pages=1, observer=None):
     bank = AdapterBank(PRESETS["tiny"], bank_pages, 4, unused)
     for name in names:
         bank.put(name, Known({"q": Columns((0,) * pages)}, {"q": [f"{name}{n}" for n in range(pages)]}))
     diary = Diary()
-    return bank, diary, Staging(bank, diary, room)
+    return bank, diary, Staging(bank, diary, room, observer)
 
 
 def copy_beside(staging, digests):
@@ -219,3 +221,44 @@ def test_many_adapters_that_a_call_waits_for_are_brought_a_few_at_a_time():
     staging.bring(set("abcde"))
     assert diary.take() == ["copy a b", "write a b", "copy c d", "write c d", "copy e", "write e"]
     assert staging.waits == 5
+
+
+class Watching(Observer):
+    """Notes what it is told; what is in ``failing`` fails."""
+
+    def __init__(self):
+        self.lines, self.failing = [], set()
+
+    def copying(self, digests):
+        self.note("copying", digests)
+
+    def writing(self, digests):
+        self.note("writing", digests)
+
+    def note(self, *line):
+        self.lines.append(line)
+        if line[0] in self.failing:
+            raise OSError("a failure that is played")
+
+
+def test_an_observer_is_told_before_the_device_is():
+    watching = Watching()
+    bank, diary, staging = make(observer=watching)
+    assert bank.acquire("a")
+    copy_beside(staging, "ab")
+    assert watching.lines == [("copying", ["a", "b"])]
+    staging.bring({"a"})
+    assert watching.lines[1:] == [("writing", ["a"])]
+    assert diary.take() == ["copy a b", "write a"]
+
+
+@pytest.mark.parametrize(("failing", "done"), [("copying", []), ("writing", ["copy a"])])
+def test_what_an_observer_raises_is_a_failure_of_the_device(failing, done):
+    watching = Watching()
+    watching.failing.add(failing)
+    bank, diary, staging = make(observer=watching)
+    assert bank.acquire("a")
+    with pytest.raises(WriteError) as error:
+        staging.bring({"a"})
+    assert error.value.digests == ["a"]
+    assert diary.take() == done

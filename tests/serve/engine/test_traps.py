@@ -11,7 +11,7 @@ from engine_outputs import TIGHT, advance, assert_released, drain, request, run_
 
 from preft_jax import Adapter, AdapterConfig, SamplingParams, random_adapter
 from preft_jax.models.cache import NO_SLOT
-from serve.engine import admission, prefix, runner
+from serve.engine import admission, arrays, prefix
 from serve.engine.engine import Engine
 from serve.engine.scheduler import Scheduler
 
@@ -48,14 +48,14 @@ def lora(adapters):
 
 
 def masks_from(decide):
-    """Return a ``Runner._spans`` that takes the edit mask from ``decide(chunk)``, not from the request."""
-    real = runner.Runner._spans
+    """Return an ``arrays.span_of`` that takes the edit mask from ``decide(chunk)``, not from the request."""
+    real = arrays.span_of
 
-    def spans(self, chunks, places):
-        made = real(self, chunks, places)
-        return [dataclasses.replace(s, edit_mask=decide(c, s)) for c, s in zip(chunks, made, strict=True)]
+    def span_of(chunk, adapter_pages):
+        span = real(chunk, adapter_pages)
+        return dataclasses.replace(span, edit_mask=decide(chunk, span))
 
-    return spans
+    return span_of
 
 
 # The prompt mask.
@@ -70,7 +70,7 @@ def test_generated_tokens_are_not_edited_when_they_are_computed_again(lively, lo
     def whatever_is_prefilled(chunk, span):
         return np.stack([np.ones(len(span.tokens), bool), np.zeros(len(span.tokens), bool)], axis=1)
 
-    trap(runner.Runner, "_spans", masks_from(whatever_is_prefilled), check)
+    trap(arrays, "span_of", masks_from(whatever_is_prefilled), check)
 
 
 @pytest.mark.parametrize("length", [1, 17])
@@ -80,7 +80,7 @@ def test_a_prompt_or_a_last_chunk_of_one_token_is_edited(length, lively, lora, r
     def only_longer_ones(chunk, span):
         return span.edit_mask & (len(span.tokens) > 1)
 
-    trap(runner.Runner, "_spans", masks_from(only_longer_ones), lambda: serve_right(lively, requests))
+    trap(arrays, "span_of", masks_from(only_longer_ones), lambda: serve_right(lively, requests))
 
 
 def test_the_last_prompt_token_is_prefilled_with_its_edit(lively, lora, rng, trap):
@@ -90,7 +90,7 @@ def test_the_last_prompt_token_is_prefilled_with_its_edit(lively, lora, rng, tra
         return mask
 
     requests = [request(some(rng, 12), lora)]
-    trap(runner.Runner, "_spans", masks_from(left_to_decode), lambda: serve_right(lively, requests))
+    trap(arrays, "span_of", masks_from(left_to_decode), lambda: serve_right(lively, requests))
 
 
 def test_a_prompt_that_is_all_in_the_cache_computes_and_edits_its_last_token(lively, lora, rng, trap):
@@ -104,7 +104,7 @@ def test_a_prompt_that_is_all_in_the_cache_computes_and_edits_its_last_token(liv
     def base_alone(chunk, span):
         return span.edit_mask & (chunk.start == 0)
 
-    trap(runner.Runner, "_spans", masks_from(base_alone), check)
+    trap(arrays, "span_of", masks_from(base_alone), check)
 
 
 def test_padding_rows_list_the_null_page(lively, adapters, rng, trap):
@@ -114,24 +114,25 @@ def test_padding_rows_list_the_null_page(lively, adapters, rng, trap):
         engine = Engine(lively, TIGHT)
         engine.warm_up()
         engine.runner.step_seconds = dict.fromkeys(engine.runner.programs, 1.0)
-        real, seen = engine.runner._row_pages, []
-        engine.runner._row_pages = lambda places, rows: seen.append((places, real(places, rows))) or seen[-1][1]
+        made, seen = engine.runner.arrays, []
+        real = made.row_pages
+        made.row_pages = lambda rows, *args: seen.append((rows, real(rows, *args))) or seen[-1][1]
         for one, samples in zip(requests, run_all(engine, requests), strict=True):
             assert_right(lively, one, samples[0])
-        assert any(len(places) == 2 for places, _ in seen)
-        for places, lists in seen:
+        assert any(len(rows) == 2 for rows, _ in seen)
+        for rows, lists in seen:
             for pages in lists.values():
-                null = [i for i in range(len(pages)) if i >= len(places) or not places[i]]
+                null = [i for i in range(len(pages)) if i >= len(rows) or not rows[i].all_token]
                 assert (pages[null] == 0).all()
-        batch = engine.runner._pack([], 16)
+        batch = made.packed([], None, 16)
         assert (batch.slots_T == NO_SLOT).all()
         assert all((tiles.page_NE == 0).all() for tiles in batch.tiles.values())
 
-    def the_last_one(places, *, real=runner.pack_rows, **kwargs):
+    def the_last_one(places, *, real=arrays.pack_rows, **kwargs):
         held = [place for place in places if place]
         return real([place or held[-1] for place in places] if held else places, **kwargs)
 
-    trap(runner, "pack_rows", the_last_one, check)
+    trap(arrays, "pack_rows", the_last_one, check)
 
 
 # KV and the prefix cache.
@@ -219,7 +220,7 @@ def test_base_requests_go_on_beside_an_adapter_that_cannot_load(lively, lora, rn
         engine.cancel(stuck)
         drain(engine, wholes)
 
-    real = Scheduler._plan_prefill
+    real = Scheduler.plan_prefill
 
     def in_order(self):
         first = next(iter(self._waiting), None)
@@ -227,7 +228,7 @@ def test_base_requests_go_on_beside_an_adapter_that_cannot_load(lively, lora, rn
             return None
         return real(self)
 
-    trap(Scheduler, "_plan_prefill", in_order, check)
+    trap(Scheduler, "plan_prefill", in_order, check)
 
 
 def test_a_bad_adapter_fails_its_own_requests_only(lively, lora, rng):
@@ -249,17 +250,17 @@ def test_rows_are_found_by_request_at_high_concurrency(lively, lora, rng, trap):
         request(some(rng, 1 + i % 13), (None, lora)[i % 2], max_tokens=1 + 7 * i % 11, sampling=SamplingParams(seed=i))
         for i in range(30)
     ]
-    real = runner.Runner._row_args
+    real = arrays.Arrays.rows
 
     cursor = itertools.count()
 
-    def ring(self, sequences, *args):
-        rows, plan, *rest = real(self, sequences, *args)
+    def ring(self, sequences, size):
+        rows = real(self, sequences, size)
         if len(sequences) > 1 and next(cursor) > 2:
-            plan.page_table_BP[: len(sequences)] = np.roll(plan.page_table_BP[: len(sequences)], 1, axis=0)
-        return rows, plan, *rest
+            rows.page_table_BP[: len(sequences)] = np.roll(rows.page_table_BP[: len(sequences)], 1, axis=0)
+        return rows
 
-    trap(runner.Runner, "_row_args", ring, lambda: serve_right(lively, requests))
+    trap(arrays.Arrays, "rows", ring, lambda: serve_right(lively, requests))
 
 
 # Sampling.
@@ -284,12 +285,12 @@ def test_draws_do_not_depend_on_the_place_in_the_batch(lively, rng, trap):
             drawn.add(tuple(samples[place][0].token_ids))
         assert len(drawn) == 1
 
-    real = runner.sampling_arrays
+    real = arrays.sampling_arrays
 
     def by_row(params, seeds, size):
         return real(params, [seed + row for row, seed in enumerate(seeds)], size)
 
-    trap(runner, "sampling_arrays", by_row, check)
+    trap(arrays, "sampling_arrays", by_row, check)
 
 
 def test_no_token_outside_the_vocabulary_is_drawn(lively, rng):

@@ -160,8 +160,8 @@ def _check_served(program, known, before):
 
 NEVER_COMPILED = """
 import sys, threading
-import serve.runner
-serve.runner._compile = lambda lowered: threading.Event().wait()
+from preft_jax.device.programs import Programs
+Programs._compile = lambda *args: threading.Event().wait()
 from serve.api import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -179,7 +179,7 @@ def test_requests_have_ids_and_one_line_of_the_log_without_prompts(raw, caplog):
 
 
 def test_why_a_request_failed_is_for_the_log_alone(raw, caplog, monkeypatch):
-    def broken(new):
+    def broken(new, sample):
         raise RuntimeError("the file /secret/place is gone")
 
     caplog.set_level(logging.INFO, "preft.server")

@@ -157,9 +157,8 @@ def test_a_failed_load_is_told_and_may_be_tried_again():
 def test_a_pinned_adapter_whose_load_failed_is_pinned_once_it_can_be_loaded():
     store, files, later = make()
     fill(store, files, later)
-    registered(store, files, "cold")
+    pinned = registered(store, files, "cold", pinned=True)
     files.broken.add("/cold")
-    pinned = store.set_pinned("cold", True)
     later.run()
     files.broken.clear()
     lease = store.lease(pinned)
@@ -229,8 +228,6 @@ def test_names_that_are_not_registered_are_refused():
     store, _, _ = make()
     with pytest.raises(AdapterError, match="no adapter is registered as 'a'"):
         store.unregister("a")
-    with pytest.raises(AdapterError, match="no adapter is registered as 'a'"):
-        store.set_pinned("a", True)
 
 
 def test_pinned_adapters_stay_and_take_at_most_half():
@@ -244,7 +241,7 @@ def test_pinned_adapters_stay_and_take_at_most_half():
             later.run()
         store.release(lease)
     assert all(store.lease(one).known is not None for one in pinned)
-    store.set_pinned("p0", False)
+    registered(store, files, "p0", pinned=False, replace=True)
     registered(store, files, "p5", pinned=True)
 
 
@@ -317,7 +314,7 @@ def test_a_hundred_thousand_random_operations():
         elif what < 0.18 and names:
             some = rng.choice(list(names))
             try:
-                names[some] = store.set_pinned(some, rng.random() < 0.5)
+                names[some] = store.register(some, f"/{some}", replace=True, pinned=rng.random() < 0.5)
             except AdapterError:
                 ended["unpinned"] += 1
         elif what < 0.5 and names:

@@ -9,7 +9,7 @@ from tokenizers import processors
 from train_cases import CHAT, LORA, SKIP
 
 from preft_jax import AdapterConfig, RequestError
-from preft_jax.generator import prompt_edit_mask
+from preft_jax.adapters.edit_mask import prompt_edit_mask
 from preft_jax.text.chat import encode_prompt, render_chat
 from preft_jax.text.tokenizer import byte_tokenizer
 from train.data.rows import DataOptions, make_examples

@@ -1,0 +1,171 @@
+"""``generate``: text for library users, each prompt with an adapter of its own or none, over the engine."""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.pages import adapter_page_counts
+from preft_jax.errors import ConfigError, RequestError
+from preft_jax.loading import Model, check_base
+from preft_jax.models.batch import bucket
+from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.shapes import RANK_PAGE
+from preft_jax.text.chat import EncodedPrompt, encode_prompt
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.engine.request import Request
+
+
+@dataclasses.dataclass(kw_only=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Attributes:
+        text: decoded tokens, special tokens and the end token left out; empty without a tokenizer.
+        token_ids: generated tokens, the end token included.
+        logprobs: raw log-probability of each, temperature 1.
+        sampling_logprobs: log-probability of each under the distribution that it was drawn from.
+        finish_reason: ``"stop"`` (an end token), ``"length"``, or ``"error"``: the model's logits were not numbers (its
+            weights or the adapter overflow); other prompts are not affected.
+        error: why it is ``"error"``.
+    """
+
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: str = ""
+    error: str | None = None
+
+
+def generate(
+    model: Model,
+    prompts: Any,
+    adapters: Any = None,
+    sampling: Any = SamplingParams(),
+    max_tokens: int = 64,
+    *,
+    max_num_seqs: int = 16,
+    seed: int = 0,
+) -> list[Completion]:
+    """Generate for one prompt or many, each with its own adapter or none.
+
+        generate(model, ["Hello", [{"role": "user", "content": "Hi"}]], adapters=[None, adapter])
+
+    Args:
+        model: from ``load_model``.
+        prompts: a list of prompts, each a string, a list of token ids, or a list of chat messages
+            (``{"role": ..., "content": ...}``). One string, or one list of messages, stands for a list of one.
+        adapters: one ``Adapter`` for all, or a list with one (or None, the base model) for each prompt.
+        sampling: one ``SamplingParams`` for all, or one for each.
+        max_tokens: generate at most this many tokens for each.
+        max_num_seqs: prompts that run together; more wait.
+        seed: where a request's own seed is None, it gets ``seed`` plus its index.
+
+    Returns:
+        One ``Completion`` for each prompt, in order.
+
+    Raises:
+        RequestError: for a prompt that is empty or too long, or wrong counts; nothing has run then.
+        AdapterError: for an adapter of another base model.
+    """
+    prompts = _as_list(prompts)
+    if not prompts:
+        return []
+    encoded = [encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size) for prompt in prompts]
+    requests = [
+        Request(prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=(seed + i) % 2**32)
+        for i, (one, adapter, own) in enumerate(
+            zip(
+                encoded,
+                _per_prompt(adapters, len(prompts), "adapters"),
+                _per_prompt(sampling, len(prompts), "sampling"),
+                strict=True,
+            )
+        )
+    ]
+    return run(model, requests, max_num_seqs=max_num_seqs)
+
+
+def run(model: Model, requests: Sequence[Request], *, max_num_seqs: int = 16) -> list[Completion]:
+    """Serve requests of one sample each on an engine made for them; return their completions in order.
+
+    Raises:
+        RequestError, AdapterError: for the first that can never be served; nothing has run then.
+    """
+    engine = Engine(model, config_for(model, requests, max_num_seqs=max_num_seqs))
+    return run_on(engine, requests)
+
+
+def run_on(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    """``run`` on an engine that is there already."""
+    done = {engine.add(request): Completion() for request in requests}
+    while engine.has_work:
+        for output in engine.step():
+            one = done[output.request_id]
+            one.text += output.text
+            one.token_ids += output.token_ids
+            one.logprobs += output.logprobs
+            one.sampling_logprobs += output.sampling_logprobs
+            one.finish_reason, one.error = output.finish_reason or "", output.error
+    return list(done.values())
+
+
+def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) -> EngineConfig:
+    """Return sizes that fit these requests, rounded up, so that calls with like ones share compiled programs.
+
+    The bank holds the adapters of as many requests as run together, the largest of them.
+
+    Raises:
+        ConfigError: for a ``max_num_seqs`` that is no positive integer.
+        RequestError: if a request is longer than the model.
+        AdapterError: for an adapter that is not of this model.
+    """
+    if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs is {max_num_seqs!r}; give an integer of at least 1")
+    longest = max(len(request.prompt.token_ids) + request.max_tokens for request in requests)
+    most = model.config.max_position_embeddings
+    if longest > most:
+        raise RequestError(
+            f"the longest prompt with its max_tokens has {longest} tokens; the model has {most} positions"
+        )
+    size = min(max_num_seqs, bucket(len(requests)))
+    given = {id(r.adapter): r.adapter for r in requests if isinstance(r.adapter, Adapter)}
+    for adapter in given.values():
+        check_base(adapter, model)  # The digest needs every leaf.
+    adapters = {adapter.digest: adapter for adapter in given.values()}
+    counts = [adapter_page_counts(adapter.config, model.config) for adapter in adapters.values()]
+    pages = sorted((max(count.values(), default=0) for count in counts), reverse=True)
+    return EngineConfig(
+        max_num_seqs=size,
+        max_model_len=min(bucket(longest, 64), most),
+        prefill_seqs=min(size, 8),
+        max_rank=RANK_PAGE * bucket(max(pages, default=1)),
+        bank_pages=bucket(sum(pages[:size]) + 1),
+        all_token=any(not adapter.config.prefill_only for adapter in adapters.values()),
+        prefix_caching=False,
+    )
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """Return a list of prompts; one text, one sequence of token ids and one list of messages count as one prompt."""
+    if isinstance(prompts, str | EncodedPrompt):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray):
+        raise RequestError(
+            f"prompts is of type {type(prompts).__name__}; give text, token ids, messages, or a list of them"
+        )
+    one = len(prompts) > 0 and isinstance(prompts[0], Mapping | numbers.Integral)
+    return [prompts] if one else list(prompts)
+
+
+def _per_prompt(values: Any, count: int, what: str) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        return [values] * count
+    if len(values) != count:
+        raise RequestError(f"{what} has {len(values)} entries for {count} prompts; give one for all, or one for each")
+    return list(values)

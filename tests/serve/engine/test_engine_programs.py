@@ -1,0 +1,79 @@
+"""The engine's compiled programs: cache and bank are updated in place and never copied."""
+
+import re
+
+import jax
+import pytest
+
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+
+CONFIG = EngineConfig(
+    max_num_seqs=4, max_model_len=48, page_size=8, num_kv_pages=37, prefill_tokens=32, prefill_seqs=2, tile=16,
+    max_rank=16, bank_pages=5, all_token=True,
+)  # fmt: skip
+"""Its numbers of pages are no other size in any program."""
+NAMES = ("prefill-32", "decode-4", "decode-adapted-4", "write-pages", "copy-pages")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return Engine(tiny, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def compiled(engine, compiled_here):
+    """Return the optimised HLO of each program."""
+    return {name: engine.runner.programs.trace(name).lower().compile().as_text() for name in NAMES}
+
+
+def shape_of(array):
+    return f"f32[{','.join(map(str, array.shape))}]"
+
+
+def flat(shape):
+    """Return an array's shape with its first two axes as one."""
+    first, second, *rest = map(int, shape[4:-1].split(","))
+    return f"f32[{','.join(map(str, (first * second, *rest)))}]"
+
+
+def copies_of(text, shapes):
+    """Return the lines that copy an array of one of these shapes, as it is or with its first two axes as one."""
+    shapes = {*shapes, *map(flat, shapes)}
+    copies = [line for line in text.splitlines() if re.search(r"= \S+ copy\(", line)]
+    return [line for line in copies if any(shape in line for shape in shapes)]
+
+
+def assert_in_place(text, arrays):
+    """Every one of these arrays is a parameter that an output takes the place of."""
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text.splitlines()[0])
+    assert aliases is not None
+    aliased = set(re.findall(r"\((\d+), \{\}, m\w+-alias\)", aliases.group(1)))
+    entry = text[text.index("\nENTRY ") :]
+    shapes = {shape_of(array) for array in arrays}
+    found = [
+        number
+        for shape in shapes
+        for number in re.findall(rf"= {re.escape(shape)}\S* parameter\((\d+)\)", entry)
+    ]  # fmt: skip
+    assert len(found) == len(arrays), "the test looks for shapes that the program does not have"
+    assert set(found) <= aliased
+    assert not copies_of(text, shapes)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "write-pages"])
+def test_every_kv_buffer_is_aliased_and_never_copied(name, engine, compiled):
+    assert_in_place(compiled[name], engine.runner.cache.kv)
+
+
+@pytest.mark.parametrize("name", ["prefill-32", "decode-adapted-4"])
+def test_the_bank_is_read_where_it_lies(name, engine, compiled):
+    """No copy of a pool of rank pages: a prefill that copied 84 MB an adapter would cost more than its edits."""
+    text = compiled[name]
+    shapes = {shape_of(leaf) for leaf in jax.tree.leaves(engine.runner.bank) if leaf.ndim == 4}
+    assert all(shape in text for shape in shapes), "the test looks for a shape that the program does not have"
+    assert not copies_of(text, shapes)
+
+
+def test_rank_pages_are_written_into_the_banks_own_buffers(engine, compiled):
+    assert_in_place(compiled["write-pages"], jax.tree.leaves(engine.runner.bank))
