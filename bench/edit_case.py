@@ -24,7 +24,7 @@ OPS = ("shrink", "expand", "lowrank_edit", "norm_shrink", "rope_kv", "silu_mul_s
 """Operations of an ``EditCase``; ``backward`` is both halves of the backward pass, with ``s`` kept from the forward."""
 
 NORM_EPS = 1e-2
-"""Of ``norm_shrink``: larger than a model's, so that leaving it out would show."""
+"""Of ``norm_shrink`` and of heads: larger than a model's, so that leaving it out would show."""
 
 MODELS: Mapping[str, ModelConfig] = {
     **PRESETS,
@@ -72,6 +72,8 @@ class EditInputs(NamedTuple):
     sin_TX: jax.Array | None = None
     kv_PSJC: jax.Array | None = None
     slots_T: jax.Array | None = None
+    q_norm_C: jax.Array | None = None
+    k_norm_C: jax.Array | None = None
     pages: tuple[jax.Array, ...] = ()
 
     def all_sites(self) -> tuple[Site, ...]:
@@ -99,6 +101,7 @@ def run_edit(op: str, inputs: EditInputs, implementation: str | None) -> Any:
         case "norm_shrink":
             return api.norm_shrink(x, rest.edits, rest.block, rest.weight_D, NORM_EPS, rest.sites, mask, **how)
         case "rope_kv":
+            how |= {"q_norm_C": rest.q_norm_C, "k_norm_C": rest.k_norm_C, "eps": NORM_EPS}
             return api.rope_kv(x, rest.edits, rest.cos_TX, rest.sin_TX, rest.kv_PSJC, rest.slots_T, **how)
         case "silu_mul_shrink":
             return api.silu_mul_shrink(x, rest.edits, rest.sites, mask, **how)
@@ -170,6 +173,7 @@ class EditCase:
         spare_pages: rank pages in each pool that nobody names.
         min_entries: least width of the page lists.
         page_size: of the KV pool (``rope_kv``).
+        head_norm: are the heads of q and k normed (``rope_kv``)?
     """
 
     name: str
@@ -191,6 +195,7 @@ class EditCase:
     spare_pages: int = 3
     min_entries: int = 1
     page_size: int = 16
+    head_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -340,7 +345,10 @@ class EditCase:
         slots[: layout.tokens] = rng.permutation(pages * self.page_size)[: layout.tokens]
         angle = rng.uniform(0, 2 * np.pi, (tokens, config.head_dim // 2))
         kv_shape = (pages, self.page_size, 2 * config.num_key_value_heads, config.head_dim)
+        norms = [normal(rng, (config.head_dim,), self.dtype) if self.head_norm else None for _ in "qk"]
         return common._replace(
+            q_norm_C=norms[0],
+            k_norm_C=norms[1],
             x_TD=normal(rng, (tokens, self.widths("qkv")[1]), self.dtype),
             cos_TX=jnp.asarray(np.cos(angle), jnp.float32),
             sin_TX=jnp.asarray(np.sin(angle), jnp.float32),

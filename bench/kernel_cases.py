@@ -86,6 +86,10 @@ def _edit_tests() -> list[EditCase]:
     found += _with(few, "mixed/bf16", **MIXED, **bf16)
     found += _with(_labelled(qwen, "q+k+v", "q", "v", "down+block->q+k+v", "gate+up->down", "gate"), "filled/bf16",
                    **FILLED, **bf16)  # fmt: skip
+    heads = {"head_norm": True}
+    found += _with([c for c in narrow if c.op == "rope_kv"], "head-norm", **MIXED, **heads)
+    found += _with(_labelled([c for c in small if c.op == "rope_kv"], "q+k+v"), "head-norm/bf16", **MIXED, **heads,
+                   tile=64, **bf16)  # fmt: skip
     found += _with(few, "crowd", **CROWD) + _with(_labelled(narrow, "q", "gate"), "crowd/bf16", **CROWD, **bf16)
     found += _with(full, "f7+l7", lengths=(40, 6, 1, 70), groups=2, mask="f7+l7", ranks=(16, 4), padding=3)
     found += _with(full, "groups/bf16", lengths=(19, 30), groups=2, mask="random", ranks=(8, 40), tile=32, **bf16)
@@ -208,6 +212,9 @@ def _edit_benchmarks() -> list[EditCase]:
     for batch, shape in _BATCHES.items():
         for op, label, what in every + fused if batch == "32x256-r16" else fused:
             found.append(EditCase(name=f"{op}/llama3-8b/{label}/{batch}", op=op, **_LLAMA | shape | what))
+    shape = {**_LLAMA, **_BATCHES["32x256-r16"], "model": "qwen3-8b", "page_size": 64, "head_norm": True}
+    name = "rope_kv/qwen3-8b/q+k+v/32x256-r16"
+    found.append(EditCase(name=name, op="rope_kv", edits=("q", "k", "v"), **shape))
     for site in ("q", "gate", "down"):
         for batch, adapters in (("32x256-r16", None), ("one-adapter-32x256-r16", 1)):
             shape = {**_BATCHES["32x256-r16"], "adapters": adapters}

@@ -20,6 +20,7 @@ from kernels.checks import (
     check,
     check_activations,
     check_array,
+    check_head_norms,
     check_mask,
     check_pool,
     check_shrunk,
@@ -147,6 +148,9 @@ def rope_kv(
     kv_PSJC: jax.Array,
     slots_T: jax.Array,
     *,
+    q_norm_C: jax.Array | None = None,
+    k_norm_C: jax.Array | None = None,
+    eps: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Edit the fused q, k and v, rotate q and k, and write k and v to the KV pool at each token's slot.
@@ -158,6 +162,9 @@ def rope_kv(
         sin_TX: likewise. Channel i of a head pairs with i + C / 2.
         kv_PSJC: KV pool ``[pages, page size, 2K, C]``, heads k0 v0 k1 v1 ...; updated in place where it is donated.
         slots_T: int32, page * page size + offset of each token; slots beyond the pool are not written.
+        q_norm_C: weight of an RMS norm over each head of q before it is rotated (Qwen3), or None.
+        k_norm_C: likewise of k; with the one goes the other.
+        eps: static, of these norms.
         implementation: see the module.
 
     Returns:
@@ -177,7 +184,11 @@ def rope_kv(
         if edit is not None:
             check_shrunk(edit, tokens, own)
             debug.check_tiles(edit.site, tokens)
-    return dispatch.run("rope_kv", implementation, qkv_TF, tuple(edits), cos_TX, sin_TX, kv_PSJC, slots_T)
+    check_head_norms(q_norm_C, k_norm_C, eps, channels)
+    return dispatch.run(
+        "rope_kv", implementation, qkv_TF, tuple(edits), cos_TX, sin_TX, kv_PSJC, slots_T,
+        q_norm_C=q_norm_C, k_norm_C=k_norm_C, eps=eps,
+    )  # fmt: skip
 
 
 def _check_heads(name: str, width: int, kv_PSJC: jax.Array) -> int:
@@ -352,6 +363,9 @@ def decode_attention(
     page_table_BP: jax.Array,
     position_B: jax.Array,
     *,
+    q_norm_C: jax.Array | None = None,
+    k_norm_C: jax.Array | None = None,
+    eps: float = 0.0,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -365,6 +379,9 @@ def decode_attention(
         page_table_BP: int32, the pages of each row in order; entries past its token may be any valid page.
         position_B: int32, where each row's token stands: its key and value are written there, and it attends to the
             keys up to there. Below 0 the row is idle: nothing is written.
+        q_norm_C: as of ``rope_kv``, with ``k_norm_C`` and ``eps``.
+        k_norm_C: likewise.
+        eps: likewise.
         scale: static, multiplies the scores, positive; ``C ** -0.5`` if None.
         implementation: see the module.
 
@@ -380,11 +397,12 @@ def decode_attention(
     _check_rope(cos_BX, sin_BX, ("cos_BX", "sin_BX"), batch, channels)
     for name, array in (("page_table_BP", page_table_BP), ("position_B", position_B)):
         check(array.shape[0] == batch, f"{name} has {array.shape[0]} rows; qkv_BF has {batch}")
+    check_head_norms(q_norm_C, k_norm_C, eps, channels)
     debug.check_range("page_table_BP", page_table_BP, kv_PSJC.shape[0])
     debug.check_range("position_B + 1", position_B + 1, page_table_BP.shape[1] * kv_PSJC.shape[1] + 1)
     return dispatch.run(
         "decode_attention", implementation, qkv_BF, cos_BX, sin_BX, kv_PSJC, page_table_BP, position_B,
-        scale=_scale(scale, channels),
+        q_norm_C=q_norm_C, k_norm_C=k_norm_C, eps=eps, scale=_scale(scale, channels),
     )  # fmt: skip
 
 

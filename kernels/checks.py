@@ -66,6 +66,16 @@ def check_mask(mask_TG: jax.Array, num_tokens: int) -> None:
     )
 
 
+def check_head_norms(q_norm_C: Any, k_norm_C: Any, eps: float, channels: int) -> None:
+    """Check the weights of the norms over each head of q and k: both or neither."""
+    check((q_norm_C is None) == (k_norm_C is None), "q_norm_C and k_norm_C go together: give both, or neither")
+    for name, weight in (("q_norm_C", q_norm_C), ("k_norm_C", k_norm_C)):
+        if weight is not None:
+            check_array(name, weight, 1, jnp.floating)
+            check(weight.shape == (channels,), f"{name} has shape {weight.shape}; expected ({channels},)")
+    check(isinstance(eps, int | float), f"eps is of type {type(eps).__name__}; give a number")
+
+
 def check_sites(sites: tuple[Site, ...], width_in: int, num_tokens: int) -> None:
     """Check sites that are about to shrink an x of this shape."""
     for pool, tiles in sites:

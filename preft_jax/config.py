@@ -113,6 +113,11 @@ PRESETS: Mapping[str, ModelConfig] = {
         num_key_value_heads=2, head_dim=64, rope_theta=1_000_000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
         qkv_bias=True, max_position_embeddings=32768, eos_token_ids=(151643,), model_type="qwen2",
     ),
+    "qwen3-8b": ModelConfig(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, rms_norm_eps=1e-6, qk_norm=True,
+        max_position_embeddings=40960, eos_token_ids=(151645,), model_type="qwen3",
+    ),
     "llama3-8b": ModelConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, rope_theta=500_000.0, rope_scaling=_LLAMA3_ROPE,

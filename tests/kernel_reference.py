@@ -72,7 +72,11 @@ def norm_shrink(x, edits, block, weight, sites, mask):
     return x, h, tuple(shrink(h, site, mask) for site in sites)
 
 
-def rope_kv(qkv, edits, cos, sin, kv, slots):
+def head_norm(x, weight):
+    return x if weight is None else x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS) * f64(weight)
+
+
+def rope_kv(qkv, edits, cos, sin, kv, slots, norms=(None, None)):
     tokens, (pages, size, heads2, channels) = len(qkv), kv.shape
     kv_width = heads2 // 2 * channels
     parts = np.split(qkv, (qkv.shape[1] - 2 * kv_width, qkv.shape[1] - kv_width), axis=1)
@@ -85,7 +89,7 @@ def rope_kv(qkv, edits, cos, sin, kv, slots):
         return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
     kv = kv.copy()
-    q, k = rotate(q), rotate(k)
+    q, k = (rotate(head_norm(x, weight)) for x, weight in zip((q, k), norms, strict=True))
     for token, slot in enumerate(slots):
         if slot < pages * size:
             kv[slot // size, slot % size, 0::2] = k[token]
@@ -128,7 +132,8 @@ def edit_op(op, inputs):
             return norm_shrink(x, edits, inputs.block, f64(inputs.weight_D), sites, mask)
         case "rope_kv":
             rope = f64(inputs.cos_TX), f64(inputs.sin_TX)
-            return rope_kv(x, edits, *rope, f64(inputs.kv_PSJC), np.asarray(inputs.slots_T))
+            norms = inputs.q_norm_C, inputs.k_norm_C
+            return rope_kv(x, edits, *rope, f64(inputs.kv_PSJC), np.asarray(inputs.slots_T), norms)
         case "silu_mul_shrink":
             return silu_mul_shrink(x, edits, sites, mask)
         case "backward":

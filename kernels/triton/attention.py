@@ -135,6 +135,9 @@ def decode_attention(
     page_table_BP: jax.Array,
     position_B: jax.Array,
     *,
+    q_norm_C: jax.Array | None = None,
+    k_norm_C: jax.Array | None = None,
+    eps: float = 0.0,
     scale: float,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -155,6 +158,7 @@ def decode_attention(
     out, lse, kv_PSJC = call(
         decode_attend_kernel,
         qkv_BF, cos_BX, sin_BX, kv_PSJC, jnp.asarray(page_table_BP, jnp.int32), jnp.asarray(position_B, jnp.int32),
+        *(qkv_BF if weight is None else weight for weight in (q_norm_C, k_norm_C)),
         out=[
             jax.ShapeDtypeStruct((batch, heads, channels), qkv_BF.dtype)
             if whole
@@ -166,7 +170,7 @@ def decode_attention(
         grid=(kv_heads, batch, splits),
         warps=config.warps, stages=config.stages,
         SCALE=scale, B=batch, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width, G=group,
-        M=max(16, power_of_two(group)), BN=config.keys, SPLITS=splits,
+        M=max(16, power_of_two(group)), BN=config.keys, SPLITS=splits, NORM=q_norm_C is not None, EPS=eps,
     )  # fmt: skip
     return (out if whole else _combine(out, lse, qkv_BF.dtype)), kv_PSJC
 

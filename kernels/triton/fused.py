@@ -157,6 +157,9 @@ def rope_kv(
     kv_PSJC: jax.Array,
     slots_T: jax.Array,
     *,
+    q_norm_C: jax.Array | None = None,
+    k_norm_C: jax.Array | None = None,
+    eps: float = 0.0,
     config: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``kernels.api.rope_kv``. ``config`` is chosen by the shapes if None."""
@@ -177,6 +180,7 @@ def rope_kv(
         rope_kv_kernel,
         qkv_TF, cos_TX, sin_TX, kv_PSJC, slots_T,
         *(array for edit in edits for array in _pending(edit, qkv_TF)),
+        *(qkv_TF if weight is None else weight for weight in (q_norm_C, k_norm_C)),
         out=[
             jax.ShapeDtypeStruct((tokens, heads * channels), qkv_TF.dtype),
             jax.ShapeDtypeStruct(kv_PSJC.shape, kv_PSJC.dtype),
@@ -188,6 +192,7 @@ def rope_kv(
         EDIT0=edits[0] is not None, EDIT1=edits[1] is not None, EDIT2=edits[2] is not None,
         E0=widths[0], E1=widths[1], E2=widths[2],
         EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), EB2=rank_of(widths[2]), BT=config.rows,
+        NORM=q_norm_C is not None, EPS=eps,
     )  # fmt: skip
     return q_TF.reshape(tokens, heads, channels), kv_PSJC
 

@@ -61,6 +61,10 @@ def rope_kv(
     sin_TX: jax.Array,
     kv_PSJC: jax.Array,
     slots_T: jax.Array,
+    *,
+    q_norm_C: jax.Array | None = None,
+    k_norm_C: jax.Array | None = None,
+    eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``kernels.api.rope_kv``."""
     channels = kv_PSJC.shape[3]
@@ -69,6 +73,8 @@ def rope_kv(
     parts = jnp.split(qkv_TF, (q_size, q_size + kv_size), axis=1)
     parts = [y if edit is None else expand(edit, y) for y, edit in zip(parts, edits, strict=True)]
     q, k, v = (y.reshape(y.shape[0], -1, channels) for y in parts)
+    if q_norm_C is not None and k_norm_C is not None:
+        q, k = (rms_norm(y, weight.astype(y.dtype), eps) for y, weight in ((q, q_norm_C), (k, k_norm_C)))
     rope = cos_TX[:, None], sin_TX[:, None]
     return rotate(q, rope), write_kv(kv_PSJC, slots_T, rotate(k, rope), v)
 

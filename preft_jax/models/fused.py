@@ -5,7 +5,7 @@ where the backend has these kernels and the weights are in the serving layout.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,8 @@ class Batch(NamedTuple):
 
 
 def applies(config: ModelConfig, params: Params) -> bool:
-    """Return whether the fused kernels serve this model here: not with head norms (Qwen3), not in other layouts."""
-    plain = isinstance(params["layers"][0].get("qkv"), jax.Array)
-    return plain and not config.qk_norm and dispatch.chosen("norm_shrink") != "xla"
+    """Return whether the fused kernels serve this model here: not in other layouts than the fused one."""
+    return isinstance(params["layers"][0].get("qkv"), jax.Array) and dispatch.chosen("norm_shrink") != "xla"
 
 
 def hidden(
@@ -84,7 +83,7 @@ def hidden(
     """Run all layers and the final norm.
 
     Args:
-        config: static; ``qk_norm`` is not supported.
+        config: static.
         params: in the serving layout, not transposed.
         bank: rank pages; None computes the plain base model.
         kv: the KV pool of each layer, ``kv_PSJC``.
@@ -131,7 +130,9 @@ def hidden(
             if config.qkv_bias:
                 qkv = qkv + w["qkv_bias"]
             qkv = edited(("q", "k", "v"), h, qkv)
-            mixed, kv[layer] = _attend(qkv, _edits(held, shrunk), kv[layer], batch, implementation)
+            mixed, kv[layer] = _attend(
+                qkv, _edits(held, shrunk), kv[layer], batch, head_norms(config, w), implementation
+            )
             mixed = mixed.reshape(mixed.shape[0], -1)
             held = _present(sites("o"))
             shrunk = api.shrink(
@@ -169,21 +170,32 @@ def hidden(
     return h, kv
 
 
+def head_norms(config: ModelConfig, w: Params) -> dict[str, Any]:
+    """Return the arguments of kernels that norm the heads of q and k, of a layer with weights ``w``."""
+    return {"q_norm_C": w["q_norm"], "k_norm_C": w["k_norm"], "eps": config.rms_norm_eps} if config.qk_norm else {}
+
+
 def _attend(
-    qkv_TF: jax.Array, edits: list[Shrunk | None], kv_PSJC: jax.Array, batch: Batch, implementation: str | None
+    qkv_TF: jax.Array,
+    edits: list[Shrunk | None],
+    kv_PSJC: jax.Array,
+    batch: Batch,
+    norms: dict[str, Any],
+    implementation: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotate, keep keys and values, attend; returns ``[T, H, C]`` and the KV pool."""
     places, rope = batch.places, (batch.cos_TX, batch.sin_TX)
     if isinstance(places, Decoding):
-        return api.decode_attention(qkv_TF, *rope, kv_PSJC, *places, implementation=implementation)
+        return api.decode_attention(qkv_TF, *rope, kv_PSJC, *places, **norms, implementation=implementation)
     if isinstance(places, Mixed):
-        packed_THC, kv_PSJC = _attend(qkv_TF, edits, kv_PSJC, batch._replace(places=places.packed), implementation)
+        packed = batch._replace(places=places.packed)
+        packed_THC, kv_PSJC = _attend(qkv_TF, edits, kv_PSJC, packed, norms, implementation)
         at = qkv_TF.shape[0] - places.rows.position_B.shape[0]
         rest = batch._replace(places=places.rows, cos_TX=batch.cos_TX[at:], sin_TX=batch.sin_TX[at:])
-        rows_BHC, kv_PSJC = _attend(qkv_TF[at:], [], kv_PSJC, rest, implementation)
+        rows_BHC, kv_PSJC = _attend(qkv_TF[at:], [], kv_PSJC, rest, norms, implementation)
         is_row_B11 = (places.rows.position_B >= 0)[:, None, None]
         return packed_THC.at[at:].set(jnp.where(is_row_B11, rows_BHC, packed_THC[at:])), kv_PSJC
-    q_THC, kv_PSJC = api.rope_kv(qkv_TF, edits, *rope, kv_PSJC, places.slots_T, implementation=implementation)
+    q_THC, kv_PSJC = api.rope_kv(qkv_TF, edits, *rope, kv_PSJC, places.slots_T, **norms, implementation=implementation)
     mixed_THC = api.paged_attention(
         q_THC, kv_PSJC, places.page_table_BP, places.query_start_B1, places.kv_len_B,
         max_query_len=places.max_query_len, implementation=implementation,

@@ -35,8 +35,12 @@ CASES = {
     "shared-prefix": ((40, 33, 50), {"shared_pages": 2}),
     "float8-pool": ((40, 33, 50), {"kv_dtype": "float8_e4m3fn", "dtype": "bfloat16"}),
     "scale": ((40, 3), {"scale": 1.7}),
+    "head-norm": ((1, 16, 0, 65, 100), {"head_norm": True}),
+    "head-norm/bf16": ((5, 40, 33), {**LLAMA, "head_norm": True}),
+    "head-norm/split": ((2000, 1, 0, 64, 1025), {"heads": 2, "kv_heads": 1, "head_norm": True}),
 }  # fmt: skip
-"""Keys of each row, its own token included (0: an idle row), and what differs from a case's defaults."""
+"""Keys of each row, its own token included (0: an idle row), and what differs from a case's defaults; ``head_norm``: of
+q and k."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +52,8 @@ def full_float32():
 def draw(name, rng):
     """Return a case and its arguments; every slot that holds no key yet, own tokens' slots too, holds NaN."""
     keys, options = CASES[name]
+    options = dict(options)
+    heads = 2 if options.pop("head_norm", False) else 0
     case = AttentionCase(name=name, tags=(), query_lens=tuple(min(n, 1) for n in keys), kv_lens=keys, **options)
     inputs = case.inputs(rng)
     batch, size = len(keys), case.page_size
@@ -61,24 +67,30 @@ def draw(name, rng):
     arguments = (
         normal(rng, (batch, (case.heads + 2 * case.kv_heads) * case.head_size), case.dtype),
         jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)), jnp.asarray(kv), inputs.page_table_BP,
-        jnp.asarray(keys, jnp.int32) - 1,
+        jnp.asarray(keys, jnp.int32) - 1, *(normal(rng, (case.head_size,), case.dtype) for _ in range(heads)),
     )  # fmt: skip
     return case, arguments
 
 
+def norms_of(arguments):
+    """Return the weights of the norms of heads by name, if a case has them."""
+    return dict(zip(("q_norm_C", "k_norm_C"), arguments[6:], strict=False)) | {"eps": reference.NORM_EPS}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def attend(implementation, scale, arguments):
-    return api.decode_attention(*arguments, scale=scale, implementation=implementation)
+    norms = norms_of(arguments)
+    return api.decode_attention(*arguments[:6], **norms, scale=scale, implementation=implementation)
 
 
 def expected(case, arguments):
     """Return the result in float64, with keys and values rounded as the pool keeps them, and the slots written."""
-    qkv, cos, sin, kv, table, position = map(np.asarray, arguments)
+    qkv, cos, sin, kv, table, position, *norms = map(np.asarray, arguments)
     pages, size = kv.shape[:2]
     alive = position >= 0
     slots = np.where(alive, table[np.arange(len(position)), np.maximum(position, 0) // size] * size + position % size,
                      pages * size)  # fmt: skip
-    q, pool = reference.rope_kv(f64(qkv), (None, None, None), f64(cos), f64(sin), f64(kv), slots)
+    q, pool = reference.rope_kv(f64(qkv), (None, None, None), f64(cos), f64(sin), f64(kv), slots, norms or (None, None))
     pool = f64(pool.astype(kv.dtype))
     out = np.zeros((len(position), case.heads, case.head_size))
     inputs = jax.tree.map(jnp.asarray, (q[alive], np.nan_to_num(pool), table[alive]))
@@ -111,21 +123,24 @@ def test_it_is_attention_with_the_own_token_rotated_and_kept(name, implementatio
     assert after.dtype == before.dtype
     flat = [x.reshape(-1, *x.shape[2:]) for x in (f64(after), wanted_pool)]
     coarse = 0.13 if case.kv_dtype else tolerance  # Rounding a number the other way is one step of the pool's dtype.
-    np.testing.assert_allclose(flat[0][slots], flat[1][slots], rtol=coarse, atol=coarse * 0.1)
+    # A normed key is rounded three times, and rotated after the first two.
+    least = 2 * tolerance if norms_of(arguments).keys() > {"eps"} else coarse * 0.1
+    np.testing.assert_allclose(flat[0][slots], flat[1][slots], rtol=coarse, atol=least)
     others = np.setdiff1d(np.arange(before.shape[0] * before.shape[1]), slots)
     bits = [np.ascontiguousarray(x).reshape(-1, *x.shape[2:])[others].tobytes() for x in (before, after)]
     assert bits[0] == bits[1]
 
 
-@pytest.mark.parametrize("name", ["mixed/bf16", "idle-rows", "split"])
+@pytest.mark.parametrize("name", ["mixed/bf16", "idle-rows", "split", "head-norm/bf16"])
 def test_it_is_rope_kv_then_paged_attention(name, implementation, rng):
     case, arguments = draw(name, rng)
-    qkv, cos, sin, kv, table, position = arguments
+    qkv, cos, sin, kv, table, position = arguments[:6]
     out, pool = attend(implementation, case.scale, arguments)
     size = case.page_size
     page = table[jnp.arange(len(position)), jnp.maximum(position, 0) // size]
     slots = jnp.where(position >= 0, page * size + position % size, kv.shape[0] * size)
-    q, written = api.rope_kv(qkv, (None, None, None), cos, sin, kv, slots, implementation=implementation)
+    q, written = api.rope_kv(qkv, (None, None, None), cos, sin, kv, slots, **norms_of(arguments),
+                             implementation=implementation)  # fmt: skip
     apart = api.paged_attention(
         q, written, table, jnp.arange(len(position) + 1, dtype=jnp.int32), jnp.maximum(position + 1, 0),
         max_query_len=1, scale=case.scale, implementation=implementation,
@@ -144,6 +159,8 @@ def test_wrong_arguments_are_named(rng):
         ({"page_table_BP": table[1:]}, "page_table_BP has 7 rows; qkv_BF has 8"),
         ({"position_B": position[1:]}, "position_B has 7 rows; qkv_BF has 8"),
         ({"position_B": position.astype(jnp.float32)}, "position_B"),
+        ({"q_norm_C": cos[0]}, "q_norm_C and k_norm_C go together: give both, or neither"),
+        ({"q_norm_C": qkv[0, :64], "k_norm_C": qkv[0, :63]}, r"k_norm_C has shape \(63,\); expected \(64,\)"),
         ({"kv_PSJC": kv[:, :, :-1]}, "kv_PSJC has 3 heads; keys and values alternate, so it must be even"),
     ):
         arguments = {"qkv_BF": qkv, "cos_BX": cos, "sin_BX": sin, "kv_PSJC": kv, "page_table_BP": table,

@@ -262,6 +262,11 @@ def expand_or_not(edit, y, implementation):
     return y if edit is None else api.expand(edit.s_TER, y, *edit.site, implementation=implementation)
 
 
+def head_norm(x, weight):
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=2, keepdims=True) + NORM_EPS)).astype(x.dtype) * weight
+
+
 def rope_kv_by_parts(inputs, implementation):
     kv = inputs.kv_PSJC
     channels, kv_width = kv.shape[3], kv.shape[2] // 2 * kv.shape[3]
@@ -277,6 +282,8 @@ def rope_kv_by_parts(inputs, implementation):
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)
         return (x.astype(jnp.float32) * cos + jnp.concatenate([-second, first], axis=2) * sin).astype(x.dtype)
 
+    if inputs.q_norm_C is not None:
+        q, k = head_norm(q, inputs.q_norm_C), head_norm(k, inputs.k_norm_C)
     new = jnp.stack([rotate(k), v], axis=2).reshape(k.shape[0], *kv.shape[2:])
     return rotate(q), kv.reshape(-1, *kv.shape[2:]).at[inputs.slots_T].set(new, mode="drop").reshape(kv.shape)
 
@@ -299,6 +306,8 @@ FUSED = [
     named("norm_shrink/smollm2-135m/o->gate+up/mixed/bf16"),
     named("rope_kv/narrow/q+k+v/mixed"),
     named("rope_kv/smollm2-135m/q+k+v/mixed/bf16"),
+    named("rope_kv/narrow/q+k+v/head-norm"),
+    named("rope_kv/smollm2-135m/q+k+v/head-norm/bf16"),
     named("silu_mul_shrink/narrow/gate+up->down/mixed"),
     named("silu_mul_shrink/smollm2-135m/gate+up->down/mixed/bf16"),
 ]

@@ -3,6 +3,7 @@
 Needs triton, jax-triton and JAX's CUDA plugin (``pip install preft-jax[gpu]``, or these three with ``--no-deps``).
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -70,7 +71,10 @@ def one_of_each():
     chosen = {}
     for case in select("bench"):
         edits = isinstance(case, EditCase)
-        key = (case.op, max(case.ranks) if edits else (case.page_size, case.head_size, max(case.query_lens) == 1))
+        key = (
+            case.op,
+            (max(case.ranks), case.head_norm) if edits else (case.page_size, case.head_size, max(case.query_lens) == 1),
+        )
         chosen.setdefault(key, case)
     return list(chosen.values())
 
@@ -131,10 +135,10 @@ def test_blocks_that_do_not_divide_the_widths_of_a_decode_edit_are_refused(confi
         decode_edit(zeros((3, 1024)), zeros((3, 2560)), pools, pages, columns=(0, 2048), config=Config(**config))
 
 
-@pytest.fixture(scope="module")
-def programs():
-    """Return prefill and decode at the SmolLM2 shape, lowered for a GPU, by name."""
-    config = PRESETS["smollm2-135m"]
+@pytest.fixture(scope="module", params=["smollm2-135m", "qwen3-8b"])
+def programs(request):
+    """Return prefill and decode at the shape of a model, lowered for a GPU, by name."""
+    config = dataclasses.replace(PRESETS[request.param], num_hidden_layers=3)
     dtype = jnp.bfloat16
     params = jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, dtype))
     cache = jax.eval_shape(lambda: init_cache(config, 37, 16, dtype))
@@ -189,6 +193,7 @@ INTERPRETED = (
     "test_edit[triton-norm_shrink/narrow/o->gate+up/base-only]",
     "test_edit[triton-norm_shrink/narrow/plain/mixed]",
     "test_edit[triton-rope_kv/narrow/q+k+v/f7+l7]",
+    "test_edit[triton-rope_kv/narrow/q+k+v/head-norm]",
     "test_edit[triton-silu_mul_shrink/narrow/gate+up->down/mixed]",
     "test_edit[triton-silu_mul_shrink/narrow/gate+up->down/null-pages]",
     "test_edit[triton-silu_mul_shrink/narrow/plain/mixed]",
@@ -207,7 +212,7 @@ def test_kernels_are_right_in_tritons_interpreter():
     tests += ["tests/kernels/test_pages.py"]
     tests += [
         f"tests/kernels/test_decode_attention.py::test_it_is_attention_with_the_own_token_rotated_and_kept[triton-{case}]"
-        for case in ("mixed/bf16", "page-64", "idle-rows", "split")
+        for case in ("mixed/bf16", "page-64", "idle-rows", "split", "head-norm/split", "head-norm/bf16")
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *tests],

@@ -100,10 +100,18 @@ def attend_kernel(
 
 
 @triton.jit
+def _normed(y, scale, weight_ptr, c, dtype: tl.constexpr):
+    """Return channels ``c`` of normed heads in float32, rounded where RMS norms round."""
+    weight = tl.load(weight_ptr + c).to(dtype).to(tl.float32)
+    return ((y * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def decode_attend_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, table_ptr, position_ptr, out_ptr, lse_ptr, kv_out,
+    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, table_ptr, position_ptr, q_norm, k_norm, out_ptr, lse_ptr, kv_out,
     SCALE: tl.constexpr, B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """A program: the G query heads of one KV head of a row, over a split of the keys before its token.
 
@@ -124,13 +132,24 @@ def decode_attend_kernel(
     at_head = (head * G + m)[:, None] * C
     q = tl.load(token + at_head + c[None, :], mask=live[:, None], other=0.0).to(tl.float32)
     q_other = tl.load(token + at_head + other[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(q * q, 1) / C + EPS)[:, None]
+        q = _normed(q, scale, q_norm, c[None, :], dtype)
+        q_other = _normed(q_other, scale, q_norm, other[None, :], dtype)
     q = (q * cos[None, :] + q_other * sin[None, :]).to(dtype)
     own = position >= 0
     if SPLITS > 1:
         own = own & (split == SPLITS - 1)
     token += (H + head) * C
-    own_k = tl.load(token + c, mask=own, other=0.0).to(tl.float32) * cos
-    own_k += tl.load(token + other, mask=own, other=0.0).to(tl.float32) * sin
+    if NORM:
+        own_k = tl.load(token + c, mask=own, other=0.0).to(tl.float32)
+        k_other = tl.load(token + other, mask=own, other=0.0).to(tl.float32)
+        scale_k = tl.rsqrt(tl.sum(own_k * own_k, 0) / C + EPS)
+        own_k = _normed(own_k, scale_k, k_norm, c, dtype) * cos
+        own_k += _normed(k_other, scale_k, k_norm, other, dtype) * sin
+    else:
+        own_k = tl.load(token + c, mask=own, other=0.0).to(tl.float32) * cos
+        own_k += tl.load(token + other, mask=own, other=0.0).to(tl.float32) * sin
     own_k = own_k.to(dtype).to(kv_ptr.dtype.element_ty)
     own_v = tl.load(token + K * C + c, mask=own, other=0.0).to(kv_ptr.dtype.element_ty)
     stop = position

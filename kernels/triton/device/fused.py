@@ -195,12 +195,26 @@ def _rope_head(
 
 
 @triton.jit
+def _norm_head(first, second, weight_ptr, C: tl.constexpr, EPS: tl.constexpr, dtype: tl.constexpr):
+    """Return the two halves of a head in float32, its norm rounded where RMS norms round."""
+    half = tl.arange(0, C // 2)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / C + EPS)[:, None]
+    weight = tl.load(weight_ptr + half).to(dtype).to(tl.float32)[None, :]
+    a = ((a * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + C // 2 + half).to(dtype).to(tl.float32)[None, :]
+    b = ((b * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def rope_kv_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, slot_ptr, s0, b0, page0, s1, b1, page1, s2, b2, page2, q_out, kv_out,
+    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, slot_ptr, s0, b0, page0, s1, b1, page1, s2, b2, page2, q_norm, k_norm,
+    q_out, kv_out,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     HB: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr, EDIT2: tl.constexpr,
     E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    EB0: tl.constexpr, EB1: tl.constexpr, EB2: tl.constexpr, BT: tl.constexpr,
+    EB0: tl.constexpr, EB1: tl.constexpr, EB2: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """A program: BT rows by HB heads, all of them of q, of k or of v."""
     row = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -220,7 +234,10 @@ def rope_kv_kernel(
                 a, b = _rope_head(
                     qkv_ptr, s0, b0, page0, row, live, tile, head * C, head, H * C, WIDTH, C, E0, EB0, EDIT0
                 )
-                a, b = a.to(tl.float32), b.to(tl.float32)
+                if NORM:
+                    a, b = _norm_head(a, b, q_norm, C, EPS, dtype)
+                else:
+                    a, b = a.to(tl.float32), b.to(tl.float32)
                 at = q_out + row.to(tl.int64)[:, None] * (H * C) + head * C + half[None, :]
                 tl.store(at, (a * cos - b * sin).to(dtype), mask=live[:, None])
                 tl.store(at + C // 2, (b * cos + a * sin).to(dtype), mask=live[:, None])
@@ -232,7 +249,10 @@ def rope_kv_kernel(
                 a, b = _rope_head(
                     qkv_ptr, s1, b1, page1, row, live, tile, (H + head) * C, head, K * C, WIDTH, C, E1, EB1, EDIT1
                 )
-                a, b = a.to(tl.float32), b.to(tl.float32)
+                if NORM:
+                    a, b = _norm_head(a, b, k_norm, C, EPS, dtype)
+                else:
+                    a, b = a.to(tl.float32), b.to(tl.float32)
                 at = kv_out + (slot.to(tl.int64)[:, None] * (2 * K) + 2 * head) * C + half[None, :]
                 tl.store(at, (a * cos - b * sin).to(dtype).to(kv_out.dtype.element_ty), mask=kept[:, None])
                 tl.store(at + C // 2, (b * cos + a * sin).to(dtype).to(kv_out.dtype.element_ty), mask=kept[:, None])

@@ -66,8 +66,23 @@ def both_ways(monkeypatch, run):
     return plain, run()
 
 
-def test_prefill_with_edits_and_then_decode(lively, batch, monkeypatch):
-    config, params = lively.config, fused_layout(lively.params, transpose=False)
+def with_options(model, rng, **options):
+    """Return the config of a model with other options, and its weights with random ones for what they add."""
+    config = dataclasses.replace(model.config, **options)
+    layers = init_params(config, jax.random.key(3))["layers"]
+    added = [
+        {name: jnp.asarray(1 + 0.3 * rng.standard_normal(leaf.shape), jnp.float32) for name, leaf in layer.items()}
+        for layer in layers
+    ]
+    return config, model.params | {
+        "layers": [new | old for new, old in zip(added, model.params["layers"], strict=True)]
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=lambda options: "+".join(options))
+def test_prefill_with_edits_and_then_decode(options, lively, batch, monkeypatch, rng):
+    config, params = with_options(lively, rng, **options)
+    params = fused_layout(params, transpose=False)
     bank, packed = batch
 
     def run():
@@ -106,32 +121,13 @@ def test_the_edits_of_every_site_arrive(lively, batch, monkeypatch):
         assert np.abs(edited - run(bank._replace(sites=without)))[[0, 2]].max() > 1e-3, site
 
 
-def test_biases_of_the_fused_projection(monkeypatch, lively, rng):
-    config = dataclasses.replace(lively.config, qkv_bias=True)
-    params = init_params(config, jax.random.key(3))
-    for layer in params["layers"]:
-        for name in ("q_bias", "k_bias", "v_bias"):
-            layer[name] = jnp.asarray(rng.standard_normal(layer[name].shape), jnp.float32)
-    params = fused_layout(params, transpose=False)
-    rows = DecodeBatch(
-        jnp.asarray([3, 5], jnp.int32), jnp.asarray([0, 0], jnp.int32), jnp.asarray([[0], [1]], jnp.int32)
-    )  # fmt: skip
-
-    def run():
-        cache = init_cache(config, 2, PAGE_SIZE, jnp.float32)
-        return forward.decode(config, params, cache, rows)[0]
-
-    plain, ours = both_ways(monkeypatch, run)
-    np.testing.assert_allclose(ours, plain, atol=ATOL)
-
-
 def test_when_the_fused_layers_apply(lively):
     params = fused_layout(lively.params, transpose=False)
     assert not fused.applies(lively.config, params) or jax.default_backend() == "gpu"
     with dispatch.preferring("triton"):
         assert fused.applies(lively.config, params)
         assert not fused.applies(lively.config, lively.params)
-        assert not fused.applies(dataclasses.replace(lively.config, qk_norm=True), params)
+        assert fused.applies(dataclasses.replace(lively.config, qk_norm=True), params)
         transposed = fused_layout(lively.params, transpose=True)
         assert isinstance(transposed["layers"][0]["qkv"], Transposed)
         assert not fused.applies(lively.config, transposed)
