@@ -1,6 +1,5 @@
-"""What holds for the project as a whole: pins, import direction, clashing names, documents in step with results."""
+"""What holds for the project as a whole: pins, public names, clashing names, documents in step with results."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -12,12 +11,6 @@ import pytest
 from bench import tables
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("kernels", "preft_jax", "serve", "train")
-"""A package may import those before it, and itself."""
-
-
-EXCEPTIONS = {("preft_jax/__init__.py", "serve")}
-"""``preft_jax.generate`` runs on the engine: the name is forwarded to ``serve.generate`` when it is asked for."""
 
 
 def project():
@@ -36,32 +29,6 @@ def test_every_pin_lies_in_the_declared_range():
         floor = re.search(r">=([\d.]+)", declared.get(name, ""))
         if floor:
             assert tuple(map(int, version.split("."))) >= tuple(map(int, floor.group(1).split("."))), pin
-
-
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.split(".")[0]
-
-
-@pytest.mark.parametrize("package", ORDER)
-def test_imports_run_one_way(package):
-    later = ORDER[ORDER.index(package) + 1 :]
-    wrong = [
-        (p.relative_to(ROOT).as_posix(), name)
-        for p in (ROOT / package).rglob("*.py")
-        for name in imported(p)
-        if name in (*later, "bench")
-    ]
-    assert set(wrong) <= EXCEPTIONS
-
-
-def test_host_modules_import_no_jax():
-    """The edit mask and the workload are plain data, tested and used without a device."""
-    for module in ("preft_jax/adapters/edit_mask.py", "preft_jax/errors.py", "preft_jax/shapes.py"):
-        assert "jax" not in set(imported(ROOT / module)), module
 
 
 def test_every_public_name_is_found():
