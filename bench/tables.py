@@ -1,8 +1,8 @@
 """``python -m bench.tables``: rewrite the tables of README and docs from the committed result files.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json`` by the
-function of that name here, so that no figure in the text is written by hand. ``--check`` changes nothing and fails if
-a table is out of date. A block that is empty stays so while its file is not there.
+function that ``TABLES`` names for it, so that no figure in the text is written by hand. ``--check`` changes nothing and
+fails if a table is out of date. A block that is empty stays so while its file is not there.
 """
 
 import argparse
@@ -13,20 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+from bench.table_parts import RESULTS, ROOT, contender, interval, machine, markdown
+from bench.tables_device import decode, headline, headline_summary, kernels, prefill, tpu_programs
+
 _BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def _machine(figures: dict[str, Any]) -> str:
-    device = figures["device"]
-    name = device.get("processor", device["kind"])
-    return f"{figures['date']}, {name}, jax {figures['versions']['jax']}, commit {figures['commit']}"
 
 
 def cpu_generation(figures: dict[str, Any]) -> str:
@@ -41,13 +31,8 @@ def cpu_generation(figures: dict[str, Any]) -> str:
         for row in figures["cases"]
     ]
     peer = ", ".join(f"{name} {version}" for name, version in figures["peer_versions"].items())
-    table = _markdown(["SmolLM2-135M, greedy, tokens/s", "preft-jax", "transformers", "ratio (min to max)"], rows)
-    return f"{table}\n{_machine(figures)}, {figures['threads']} threads; peer: {peer}.\n"
-
-
-def _interval(ratio: dict[str, float]) -> str:
-    spread = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if "low" in ratio else ""
-    return f"{ratio['mean']:.2f}{spread}"
+    table = markdown(["SmolLM2-135M, greedy, tokens/s", "preft-jax", "transformers", "ratio (min to max)"], rows)
+    return f"{table}\n{machine(figures)}, {figures['threads']} threads; peer: {peer}.\n"
 
 
 def cpu_adapters(figures: dict[str, Any]) -> str:
@@ -56,8 +41,8 @@ def cpu_adapters(figures: dict[str, Any]) -> str:
         [
             f"{row['mode'].replace('_', '-')}, {row['num_adapters']} adapters" if row["num_adapters"] else row["mode"],
             f"{row['figures']['mean_tpot_ms']:.0f}",
-            _interval(row["ratio"]["mean_tpot"]),
-            _interval(row["ratio"]["output_throughput"]),
+            interval(row["ratio"]["mean_tpot"]),
+            interval(row["ratio"]["output_throughput"]),
             f"{row['counters']['prefill_seconds']:.0f}",
             f"{row['counters']['decode_seconds']:.0f}",
         ]
@@ -71,7 +56,7 @@ def cpu_adapters(figures: dict[str, Any]) -> str:
         "prefill, s",
         "decode, s",
     ]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+    return f"{markdown(header, rows)}\n{machine(figures)}.\n"
 
 
 def cpu_serve_bench(figures: dict[str, Any]) -> str:
@@ -83,86 +68,12 @@ def cpu_serve_bench(figures: dict[str, Any]) -> str:
             [
                 name.replace("_", "-"),
                 f"{mode['output_throughput']:.1f}",
-                _interval(ratio) if ratio else "",
+                interval(ratio) if ratio else "",
                 f"{mode['mean_tpot_ms']:.0f}",
             ]
         )
     header = ["mode", "output tokens/s", "vs base (95% interval)", "mean TPOT, ms"]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
-
-
-_OURS = ("triton", "pallas_tpu")
-_PEERS = ("ragged_dot", "cudnn_paged", "cudnn_contiguous")
-
-
-def kernels(figures: dict[str, Any]) -> str:
-    """Each kernel's time, floor and ratio to it, beside plain XLA and the fastest peer."""
-    rows = []
-    for row in figures["cases"]:
-        timed = {name: result for name, result in row["results"].items() if "us" in result}
-        ours = next((timed[name] for name in _OURS if name in timed), None)
-        peers = {name: timed[name] for name in _PEERS if name in timed}
-        fastest = min(peers, key=lambda name: peers[name]["us"], default=None)
-        rows.append(
-            [
-                row["case"],
-                f"{row['floor_us']:.0f} ({row['bound']})",
-                f"**{ours['us']:.0f}**" if ours else "",
-                f"{ours['ratio_to_floor']:.2f}" if ours else "",
-                f"{timed['xla']['us']:.0f}" if "xla" in timed else "",
-                f"{peers[fastest]['us']:.0f} ({fastest})" if fastest else "",
-            ]
-        )
-    ceilings = figures["ceilings"]
-    rates = ", ".join(f"{rate:g} TFLOP/s ({dtype})" for dtype, rate in ceilings["matmul_tflop_per_s"].items())
-    header = ["kernel, median us", "floor (bound)", "preft-jax", "x floor", "XLA", "fastest peer"]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}; ceilings: {ceilings['copy_gb_per_s']:g} GB/s, {rates}.\n"
-
-
-def prefill(figures: dict[str, Any]) -> str:
-    """Each case of ``bench.prefill`` over its base."""
-    rows = [
-        [
-            row["case"],
-            f"{row['base_tokens_per_s']:,.0f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"**{row['ratio']:.3f}** ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
-        ]
-        for row in figures["cases"]
-    ]
-    header = [f"prefill of {figures['model']}, tokens/s", "base", "with adapters", "time over base (middle half)"]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
-
-
-def tpu_programs(figures: dict[str, Any]) -> str:
-    """Whole programs as libtpu compiled them; memory of one chip."""
-
-    def figures_of(row: dict[str, Any]) -> list[str]:
-        if row["status"] != "ok":
-            return [""] * 5
-        memory = (f"{row[f'{key}_bytes'] / 2**20:,.0f}" for key in ("argument", "temp", "alias"))
-        return [*memory, str(sum(row["pool_copies"].values())), f"{row['compile_s']:.0f}"]
-
-    rows = [
-        [
-            f"{row['target']} {row['model']} {row['case']}",
-            row["status"] if row["status"] == "ok" else f"{row['status']}: {row['reason']}",
-            *figures_of(row),
-        ]
-        for row in figures["rows"]
-    ]
-    header = ["compiled without a TPU", "status", "arguments, MiB", "temp", "aliased", "pool copies", "seconds"]
-    versions = figures["versions"]
-    note = f"{figures['date']}, libtpu {versions['libtpu']}, jax {versions['jax']}, commit {figures['commit']}"
-    return f"{_markdown(header, rows)}\n{note}.\n"
-
-
-def _contender(row: dict[str, Any]) -> str:
-    if row["mode"] == "base":
-        return "base"
-    drawn = row.get("distribution", "round-robin")
-    count = row["num_adapters"]
-    return f"{row['mode']}, {count:,} adapter{'s' * (count != 1)}{'' if drawn == 'round-robin' else f', {drawn}'}"
+    return f"{markdown(header, rows)}\n{machine(figures)}.\n"
 
 
 def engine(figures: dict[str, Any]) -> str:
@@ -171,7 +82,7 @@ def engine(figures: dict[str, Any]) -> str:
     base = next((row["output_throughput"] for row in figures["rows"] if row["mode"] == "base"), float("nan"))
     rows = [
         [
-            _contender(row),
+            contender(row),
             f"{row['output_throughput']:,.0f}",
             f"{row.get('ratio_to_base', {}).get('mean', row['output_throughput'] / base):.3f}".replace("nan", ""),
             f"{row['prefill_tokens_per_s']:,.0f}",
@@ -183,7 +94,7 @@ def engine(figures: dict[str, Any]) -> str:
         for row in figures["rows"]
     ]
     floors = [("floor of base", floor)]
-    floors += [(f"floor of {_contender(row)}", row["floor"]) for row in figures["rows"] if "floor" in row]
+    floors += [(f"floor of {contender(row)}", row["floor"]) for row in figures["rows"] if "floor" in row]
     rows += [
         [
             name,
@@ -206,7 +117,7 @@ def engine(figures: dict[str, Any]) -> str:
         "host",
         "at a time",
     ]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+    return f"{markdown(header, rows)}\n{machine(figures)}.\n"
 
 
 def trace(figures: dict[str, Any]) -> str:
@@ -214,7 +125,7 @@ def trace(figures: dict[str, Any]) -> str:
     options, capacity, offered = figures["options"], figures["capacity"], figures["offered_requests_per_s"]
     rows = [
         [
-            _contender(row),
+            contender(row),
             f"**{row['request_goodput']:.2f}**",
             "" if row["goodput_ratio_to_base"] is None else f"{row['goodput_ratio_to_base']:.2f}",
             f"{row['goodput_fraction']:.1%}",
@@ -241,7 +152,7 @@ def trace(figures: dict[str, Any]) -> str:
     if capacity is not None:
         pace += f", {options['load']:.0%} of the base's capacity ({capacity['requests_per_s']:.2f} requests/s)"
     bounds = "bounds: TTFT {ttft_ms:,g} ms, TPOT {tpot_ms:g} ms".format(**options)
-    return f"{_markdown(header, rows)}\n{pace}; {bounds}; {_machine(figures)}.\n"
+    return f"{markdown(header, rows)}\n{pace}; {bounds}; {machine(figures)}.\n"
 
 
 def tiers(figures: dict[str, Any]) -> str:
@@ -274,8 +185,8 @@ def tiers(figures: dict[str, Any]) -> str:
     ]
     size = f"{figures['adapter_bytes'] / 1e6:.1f} MB of rank pages an adapter"
     return (
-        f"{_markdown([title, 'median TTFT, ms', 'longest', 'GB/s from there'], first)}\n{_markdown(header, second)}\n"
-        f"{size}; {_machine(figures)}.\n"
+        f"{markdown([title, 'median TTFT, ms', 'longest', 'GB/s from there'], first)}\n{markdown(header, second)}\n"
+        f"{size}; {machine(figures)}.\n"
     )
 
 
@@ -286,7 +197,7 @@ def overload(figures: dict[str, Any]) -> str:
         shown = ", ".join(f"{n} x {status}" for status, n in value.items()) if isinstance(value, dict) else str(value)
         rows.append([name.replace("_", " "), shown])
     title = f"{figures['model']}, {figures['options']['factor']:g} times its capacity"
-    return f"{_markdown([title, ''], rows)}\n{_machine(figures)}.\n"
+    return f"{markdown([title, ''], rows)}\n{machine(figures)}.\n"
 
 
 def server(figures: dict[str, Any]) -> str:
@@ -296,7 +207,7 @@ def server(figures: dict[str, Any]) -> str:
         [
             f"{row['num_adapters']} adapters, {options['adapter_distribution']}" if row["num_adapters"] else "base",
             f"{row['figures']['output_throughput']:.1f}",
-            _interval(row["ratio"]["output_throughput"]),
+            interval(row["ratio"]["output_throughput"]),
             f"{row['figures']['mean_tpot_ms']:.0f}",
             f"{row['figures']['mean_ttft_ms']:.0f}",
         ]
@@ -304,7 +215,7 @@ def server(figures: dict[str, Any]) -> str:
     ]
     title = "through HTTP, {input_len} in, {output_len} out, {rounds} rounds".format(**options)
     header = [title, "output tokens/s", "vs base (95% interval)", "mean TPOT, ms", "mean TTFT, ms"]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+    return f"{markdown(header, rows)}\n{machine(figures)}.\n"
 
 
 def sft(figures: dict[str, Any]) -> str:
@@ -332,7 +243,7 @@ def sft(figures: dict[str, Any]) -> str:
         )
     title = "{model}, LoRA r{rank} on all linears".format(**options)
     header = [title, "rows x tokens", "adapters", "computed again", "tokens/s", "TFLOP/s (4N)", "peak GiB"]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}.\n"
+    return f"{markdown(header, rows)}\n{machine(figures)}.\n"
 
 
 def accuracy(figures: dict[str, Any]) -> str:
@@ -364,98 +275,9 @@ def accuracy(figures: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in figures["task_versions"].items())
     seeds = len(figures["rows"][0]["runs"])
     return (
-        f"{_markdown(header, rows)}\n{seeds} seeds, {options['held_out']} held-out questions, {versions}; "
-        f"{_machine(figures)}.\n"
+        f"{markdown(header, rows)}\n{seeds} seeds, {options['held_out']} held-out questions, {versions}; "
+        f"{machine(figures)}.\n"
     )
-
-
-def decode(figures: dict[str, Any]) -> str:
-    """A decode step beside its floor, and where it goes."""
-    kinds = ("matrix products", "attention", "norms", "activation", "the rest")
-    rows = [
-        [
-            f"{row['rows']} x {row['context']}",
-            f"{row['step_ms']:.1f}",
-            f"{row['floor_ms']:.1f}",
-            f"**{row['ratio']:.2f}**",
-            *_profiled(row, kinds),
-        ]
-        for row in figures["rows"]
-    ]
-    header = [f"{figures['options']['model']}, rows x context", "step, ms", "floor", "over floor", *kinds, "idle"]
-    return f"{_markdown([*header, 'kernels'], rows)}\n{_machine(figures)}; ceilings: {_ceilings(figures)}.\n"
-
-
-def _profiled(row: dict[str, Any], kinds: Sequence[str]) -> list[str]:
-    if "kinds_ms" not in row:
-        return [""] * (len(kinds) + 2)
-    return [*(f"{row['kinds_ms'].get(kind, 0):.2f}" for kind in kinds), f"{row['idle_ms']:.2f}", str(row["kernels"])]
-
-
-def _ceilings(figures: dict[str, Any]) -> str:
-    return "{copy_gb_per_s:,.0f} GB/s, {matmul_tflop_per_s:,.0f} TFLOP/s".format(**figures["ceilings"])
-
-
-def headline(figures: dict[str, Any]) -> str:
-    """All contenders beside the peer: ``bench.headline`` without and with all-token adapters."""
-    every, peer = (json.loads((RESULTS / f"h100-{name}.json").read_text()) for name in ("all-token", "peer"))
-    together = every["ceilings"] == figures["ceilings"]
-    base = next(row["output_throughput"] for row in figures["rows"] if row["mode"] == "base")
-    rows = []
-    for row in (*figures["rows"], *every["rows"]):
-        rate, beside = row["output_throughput"], together or row["mode"] != "all-token"
-        rows.append(
-            [
-                _contender(row),
-                f"{rate:,.0f}",
-                f"{row.get('ratio_to_base', {}).get('mean', rate / base):.3f}" if beside else "",
-                f"{rate / peer['output_throughput']:.3f}" if beside else "",
-                f"{row['prefill_tokens_per_s']:,.0f}",
-                f"{row['decode_step_ms']:.1f}",
-                f"{row['mean_tpot_ms']:.1f}",
-                f"{row['most_running']:.0f}",
-            ]
-        )
-    rate, prefill = peer["output_throughput"], peer["prefill_tokens_per_s"]
-    name = f"vLLM {peer['versions']['vllm']}, base"
-    rows.append([name, f"{rate:,.0f}", f"{rate / base:.3f}", "1.000", f"{prefill:,.0f}", "", "", "512"])
-    floors = [("floor of base", figures["floors"])]
-    floors += [(f"floor of {_contender(row)}", row["floor"]) for row in every["rows"]]
-    for name, one in floors:
-        values = f"{one['output_throughput']:,.0f}", "", "", f"{one['prefill_tokens_per_s']:,.0f}"
-        rows.append([name, *values, f"{one['decode_step_ms']:.1f}", "", ""])
-    header = [
-        "{model}, {num_prompts} requests, {input_len} in, {output_len} out".format(**figures["options"]),
-        "output tokens/s",
-        "vs base",
-        "vs vLLM's base",
-        "prefill tokens/s",
-        "decode step, ms",
-        "mean TPOT, ms",
-        "at a time",
-    ]
-    notes = [f"{_machine(one)}; ceilings: {_ceilings(one)}" for one in (figures, every)]
-    note = notes[0] if together else f"{notes[0]}. All-token on another machine: {notes[1]}"
-    return f"{_markdown(header, rows)}\n{note}.\n"
-
-
-def headline_summary(figures: dict[str, Any]) -> str:
-    """The base, most prefill-only adapters and most all-token ones of ``headline``: three rows."""
-    every = json.loads((RESULTS / "h100-all-token.json").read_text())
-    base = figures["rows"][0]
-    most = [max(one["rows"], key=lambda row: row["num_adapters"]) for one in (figures, every)]
-    rows = [
-        [
-            _contender(row),
-            f"{row['output_throughput']:,.0f}",
-            f"{row['mean_tpot_ms']:.1f}",
-            f"{row['most_running']:.0f}",
-        ]
-        for row in (base, *most)
-    ]
-    options = figures["options"]
-    header = [f"{options['model']}, up to 512 requests at a time", "output tokens/s", "mean TPOT, ms", "at a time"]
-    return f"{_markdown(header, rows)}\n{_machine(figures)}; all-token: {_machine(every)}.\n"
 
 
 TABLES = {

@@ -42,7 +42,6 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
 KERNEL_BODIES = ("kernels/pallas_tpu", "kernels/triton/device")
 LONG_FILES = {
-    "bench/tables.py",
     "tests/kernels/test_pallas_tpu.py",
     "tests/kernels/test_reference.py",
     "tests/preft_jax/sampling/test_sampling.py",
