@@ -64,7 +64,7 @@ def write_adapter(shape: str, rank: int, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="llama3-8b")
@@ -74,7 +74,18 @@ def main() -> None:
         add(f"--{name}", type=int, default=default)
     add("--rounds", type=int, default=1, help="runs of the workload; all are given, the median counts")
     add("--output-json", type=Path, default=None, help="also write the JSON line here")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def report(figures: dict[str, Any], path: Path | None) -> None:
+    line = json.dumps(figures)
+    if path is not None:
+        path.write_text(line + "\n")
+    print(line)
+
+
+def main() -> None:
+    args = options()
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -140,10 +151,7 @@ def main() -> None:
         "output_throughput": round(float(np.median(rates)), 1),
         "throughputs": [round(rate, 1) for rate in rates],
     }
-    line = json.dumps(figures)
-    if args.output_json is not None:
-        args.output_json.write_text(line + "\n")
-    print(line)
+    report(figures, args.output_json)
 
 
 if __name__ == "__main__":

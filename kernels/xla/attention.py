@@ -18,6 +18,42 @@ def _dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
+def _read(
+    kv_PSJC: jax.Array, table_NP: jax.Array, key_S: jax.Array, kv_len_N: jax.Array, head_K1: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Read the keys and values ``[N, K, S, C]`` of each block's request at positions ``key_S``; keys' heads given."""
+    page_size = kv_PSJC.shape[1]
+    # Beyond its last key a request reads that key again, so that what other slots hold never gets here. Keys and
+    # values have a gather each: each is then fused with its conversion, where a shared one would be stored and read
+    # again.
+    read_NS = jnp.minimum(key_S, jnp.maximum(kv_len_N[:, None] - 1, 0))
+    page_NS = jnp.take_along_axis(table_NP, read_NS // page_size, axis=1)
+    slot_N1S = page_NS[:, None], (read_NS % page_size)[:, None]
+    return kv_PSJC[*slot_N1S, head_K1].astype(dtype), kv_PSJC[*slot_N1S, head_K1 + 1].astype(dtype)
+
+
+def _mix(
+    q_NKGQC: jax.Array,
+    k_NKSC: jax.Array,
+    v_NKSC: jax.Array,
+    visible_NQS: jax.Array,
+    scale: float,
+    state: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+    """Take some keys into the running softmax: its largest score, its sum of weights, its weighted sum of values."""
+    most_NKGQ, total_NKGQ, sum_NKGQC = state
+    scores_NKGQS = jnp.where(visible_NQS[:, None, None], _dot(q_NKGQC, k_NKSC, 3) * scale, _MASKED)
+    new_NKGQ = jnp.maximum(most_NKGQ, scores_NKGQS.max(axis=-1))
+    weights_NKGQS = jnp.exp(scores_NKGQS - new_NKGQ[..., None])
+    keep_NKGQ = jnp.exp(most_NKGQ - new_NKGQ)
+    seen_NKGQC = _dot(weights_NKGQS.astype(q_NKGQC.dtype), v_NKSC, 2)
+    return (
+        new_NKGQ,
+        total_NKGQ * keep_NKGQ + weights_NKGQS.sum(axis=-1),
+        sum_NKGQC * keep_NKGQ[..., None] + seen_NKGQC,
+    )
+
+
 def paged_attention(
     q_THC: jax.Array,
     kv_PSJC: jax.Array,
@@ -37,8 +73,7 @@ def paged_attention(
     """
     page_table_BP, query_start_B1, kv_len_B = map(jnp.asarray, (page_table_BP, query_start_B1, kv_len_B))
     num_tokens, heads, channels = q_THC.shape
-    batch = kv_len_B.shape[0]
-    page_size, kv_heads = kv_PSJC.shape[1], kv_PSJC.shape[2] // 2
+    batch, page_size, kv_heads = kv_len_B.shape[0], kv_PSJC.shape[1], kv_PSJC.shape[2] // 2
     size = min(_QUERY_BLOCK, max_query_len)
     num_blocks = min(batch * -(-max_query_len // size), num_tokens // size + batch)
     together = min(num_blocks, max(1, _QUERIES_TOGETHER // size))
@@ -62,34 +97,14 @@ def paged_attention(
         q_NKGQC = q_NQKGC.transpose(0, 2, 3, 1, 4)
 
         def look(at: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            most_NKGQ, total_NKGQ, sum_NKGQC = state
             key_S = at * keys + jnp.arange(keys, dtype=jnp.int32)
             visible_NQS = (key_S <= last_key_NQ[..., None]) & (key_S < kv_len_N[:, None, None])
-            # Beyond its last key a request reads that key again, so that what other slots hold never gets here. Keys
-            # and values have a gather each: each is then fused with its conversion, where a shared one would be stored
-            # and read again.
-            read_NS = jnp.minimum(key_S, jnp.maximum(kv_len_N[:, None] - 1, 0))
-            page_NS = jnp.take_along_axis(table_NP, read_NS // page_size, axis=1)
-            slot_N1S = page_NS[:, None], (read_NS % page_size)[:, None]
-            k_NKSC = kv_PSJC[*slot_N1S, head_K1].astype(q_THC.dtype)
-            v_NKSC = kv_PSJC[*slot_N1S, head_K1 + 1].astype(q_THC.dtype)
-            scores_NKGQS = jnp.where(visible_NQS[:, None, None], _dot(q_NKGQC, k_NKSC, 3) * scale, _MASKED)
-            new_NKGQ = jnp.maximum(most_NKGQ, scores_NKGQS.max(axis=-1))
-            weights_NKGQS = jnp.exp(scores_NKGQS - new_NKGQ[..., None])
-            keep_NKGQ = jnp.exp(most_NKGQ - new_NKGQ)
-            seen_NKGQC = _dot(weights_NKGQS.astype(q_THC.dtype), v_NKSC, 2)
-            return (
-                new_NKGQ,
-                total_NKGQ * keep_NKGQ + weights_NKGQS.sum(axis=-1),
-                sum_NKGQC * keep_NKGQ[..., None] + seen_NKGQC,
-            )
+            k_NKSC, v_NKSC = _read(kv_PSJC, table_NP, key_S, kv_len_N, head_K1, q_THC.dtype)
+            return _mix(q_NKGQC, k_NKSC, v_NKSC, visible_NQS, scale, state)
 
         rows = q_NKGQC.shape[:4]
-        state = (
-            jnp.full(rows, _MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros(q_NKGQC.shape, jnp.float32),
-        )
+        most_NKGQ = jnp.full(rows, _MASKED, jnp.float32)
+        state = (most_NKGQ, jnp.zeros(rows, jnp.float32), jnp.zeros(q_NKGQC.shape, jnp.float32))
         last = jnp.minimum(jnp.minimum(kv_len_N.max(), last_key_NQ.max() + 1), num_keys)
         _, total_NKGQ, sum_NKGQC = jax.lax.fori_loop(0, -(-last // keys), look, state)
         mixed_NKGQC = (sum_NKGQC / jnp.maximum(total_NKGQ, 1e-30)[..., None]).astype(q_THC.dtype)
