@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preft_jax.errors import ConfigError, did_you_mean
+from preft_jax.models.registry import family
 from preft_jax.shapes import LINEAR_SITES
 
 
@@ -31,7 +32,7 @@ class RopeScaling:
 class ModelConfig:
     """Shape and constants of a Llama-family decoder; field names are Hugging Face's.
 
-    One definition covers Llama 3.x (``rope_scaling``), SmolLM2, Qwen2.5 (``qkv_bias``) and Qwen3 (``qk_norm``).
+    What a family's layers have besides (``qkv_bias``, ``qk_norm``) is said by its record, ``models/family.py``.
     Instances are hashable, so a config can be a static argument of a jitted function.
     """
 
@@ -131,8 +132,6 @@ PRESETS: Mapping[str, ModelConfig] = {
 }  # fmt: skip
 """Shapes by name. ``load_model`` gives them random weights, except ``smollm2-135m``, which has real ones."""
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
-
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read theta and scaling from either layout: ``rope_theta`` + ``rope_scaling``, or ``rope_parameters``."""
@@ -155,20 +154,6 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def _refuse_unsupported(hf: Mapping[str, Any], model_type: str) -> None:
-    """Raise for options of a Hugging Face config that would change the computation and that we do not compute."""
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; allowed: 'silu'")
-    if hf.get("mlp_bias"):
-        raise ConfigError("mlp_bias true is not supported; only models without MLP biases are")
-    if model_type != "qwen2" and hf.get("attention_bias"):
-        raise ConfigError(f"attention_bias true is not supported for model_type {model_type!r}; only Qwen2's q/k/v is")
-    if hf.get("use_sliding_window"):
-        raise ConfigError("use_sliding_window true is not supported; set it to false to attend to everything")
-    if hf.get("quantization_config"):
-        raise ConfigError("quantization_config is not supported; load unquantised safetensors, or a GGUF file")
-
-
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Build a ``ModelConfig`` from the contents of a Hugging Face ``config.json``.
 
@@ -176,9 +161,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ConfigError: for another family, a missing field, or an option whose computation is not implemented.
     """
     model_type = hf.get("model_type", "llama")
-    if model_type not in _FAMILIES:
-        raise ConfigError(f"model_type {model_type!r} is not supported; allowed: {', '.join(_FAMILIES)}")
-    _refuse_unsupported(hf, model_type)
+    record = family(model_type)
+    record.check_hf(hf)
     theta, scaling = _rope(hf)
     eos = hf.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
@@ -196,8 +180,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             rope_scaling=scaling,
             rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=model_type == "qwen2",
-            qk_norm=model_type == "qwen3",
+            **record.layer_options(),
             max_position_embeddings=hf.get("max_position_embeddings", 8192),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=eos_ids,
@@ -209,17 +192,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ) from None
 
 
-_HF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """Return the ``config.json`` that ``config_from_hf`` reads back to an equal config; ``dtype`` as torch names it."""
+    record = family(config.model_type)
+    omitted = ("rope_scaling", "eos_token_ids", *record.layer_options())
     hf: dict[str, Any] = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in ("rope_scaling", "qkv_bias", "qk_norm", "eos_token_ids")
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in omitted
     }
-    hf["architectures"] = [_HF_ARCHITECTURES[config.model_type]]
+    hf["architectures"] = [record.architecture]
     hf["hidden_act"] = "silu"
     hf["attention_bias"] = False
     hf["dtype"] = dtype

@@ -12,6 +12,7 @@ from preft_jax.adapters.patterns import Matcher, parse
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, did_you_mean, shown
+from preft_jax.models.family import HF_MODULES
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
 
 KINDS = ("lora", "direft", "loreft")
@@ -184,15 +185,7 @@ class AdapterConfig:
         return self._found[key]
 
 
-PEFT_MODULES: Mapping[str, str] = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
+PEFT_MODULES: Mapping[str, str] = HF_MODULES
 """Each linear site's module path inside a Hugging Face layer."""
 
 

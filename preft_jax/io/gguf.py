@@ -1,10 +1,11 @@
 """Models in GGUF files: architecture metadata -> ``ModelConfig``, quantised tensors -> parameters, and the tokenizer.
 
-Supported: architectures ``llama``, ``qwen2`` and ``qwen3``; tensor types F32, F16, BF16, Q4_0, Q4_1 and Q8_0.
+Supported: the architectures of ``models/registry.py``; tensor types F32, F16, BF16, Q4_0, Q4_1 and Q8_0.
 
-GGUF stores the query and key projections of ``llama`` with the rows of each head permuted, so that rotary embeddings
-act on neighbouring pairs; ours act on halves, as Hugging Face's do, and the permutation is undone here. Llama 3.1's
-frequency scaling is stored as a tensor of factors, which is recognised by recomputing it.
+GGUF stores the query and key projections of some families (``Family.gguf_permuted``) with the rows of each head
+permuted, so that rotary embeddings act on neighbouring pairs; ours act on halves, as Hugging Face's do, and the
+permutation is undone here. Llama 3.1's frequency scaling is stored as a tensor of factors, which is recognised by
+recomputing it.
 """
 
 import dataclasses
@@ -20,30 +21,9 @@ from preft_jax.errors import ConfigError, ModelError, PreftError
 from preft_jax.io.gguf_file import GGUFFile, open_gguf
 from preft_jax.io.weights import build_params, check_tensors, tensor_slots
 from preft_jax.models.forward import rope_frequencies
+from preft_jax.models.registry import GGUF_FAMILIES, family
 from preft_jax.text.tokenizer import gguf_tokenizer
 
-GGUF_NAMES: Mapping[str, str] = {
-    "embed": "token_embd.weight",
-    "norm": "output_norm.weight",
-    "lm_head": "output.weight",
-    "q": "blk.{}.attn_q.weight",
-    "k": "blk.{}.attn_k.weight",
-    "v": "blk.{}.attn_v.weight",
-    "o": "blk.{}.attn_output.weight",
-    "gate": "blk.{}.ffn_gate.weight",
-    "up": "blk.{}.ffn_up.weight",
-    "down": "blk.{}.ffn_down.weight",
-    "attn_norm": "blk.{}.attn_norm.weight",
-    "mlp_norm": "blk.{}.ffn_norm.weight",
-    "q_bias": "blk.{}.attn_q.bias",
-    "k_bias": "blk.{}.attn_k.bias",
-    "v_bias": "blk.{}.attn_v.bias",
-    "q_norm": "blk.{}.attn_q_norm.weight",
-    "k_norm": "blk.{}.attn_k_norm.weight",
-}
-"""Parameter name in our tree -> tensor name in a GGUF file."""
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
 _DEFAULT_THETA = 10_000.0
 
@@ -54,10 +34,11 @@ class _Metadata:
     def __init__(self, path: Path, values: Mapping[str, Any]):
         self.path, self.values = path, values
         self.architecture = str(values.get("general.architecture"))
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in GGUF_FAMILIES:
             raise ModelError(
-                f"{path} has the unsupported architecture {self.architecture!r}; allowed: {', '.join(ARCHITECTURES)}"
+                f"{path} has the unsupported architecture {self.architecture!r}; allowed: {', '.join(GGUF_FAMILIES)}"
             )
+        self.family = GGUF_FAMILIES[self.architecture]
 
     def number(self, key: str, kind: type, default: Any = None) -> Any:
         """Return ``{architecture}.{key}`` as ``kind`` (int or float); required unless there is a default."""
@@ -134,9 +115,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
     hidden = meta.number("embedding_length", int)
     head_dim = meta.number("attention.key_length", int, default=hidden // max(heads, 1))
     _refuse_unsupported(meta, head_dim)
-    embedding = file.tensors.get(GGUF_NAMES["embed"])
+    names = meta.family.gguf_names
+    embedding = file.tensors.get(names["embed"])
     if embedding is None:
-        raise ModelError(f"{file.path} has no tensor {GGUF_NAMES['embed']!r}; is it a whole model?")
+        raise ModelError(f"{file.path} has no tensor {names['embed']!r}; is it a whole model?")
     layers = meta.number("block_count", int)
     if layers > len(file.tensors):
         raise ModelError(f"{file.path} claims {layers} layers and has {len(file.tensors)} tensors; get the file again")
@@ -153,13 +135,12 @@ def read_config(file: GGUFFile) -> ModelConfig:
             rope_theta=meta.number("rope.freq_base", float, default=_DEFAULT_THETA),
             # Stored as float32: 9.999999747e-06 was written as 1e-5.
             rms_norm_eps=float(f"{meta.number('attention.layer_norm_rms_epsilon', float):.6g}"),
-            tie_word_embeddings=GGUF_NAMES["lm_head"] not in file.tensors,
-            qkv_bias=meta.architecture == "qwen2",
-            qk_norm=meta.architecture == "qwen3",
+            tie_word_embeddings=names["lm_head"] not in file.tensors,
+            **meta.family.layer_options(),
             max_position_embeddings=meta.number("context_length", int),
             bos_token_id=_token_id(meta, "bos_token_id"),
             eos_token_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),
-            model_type=meta.architecture,
+            model_type=meta.family.model_type,
         )
         return dataclasses.replace(config, rope_scaling=_rope_scaling(file, meta, config))
     except ConfigError as error:
@@ -182,11 +163,12 @@ def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, dict[str, Any], Any]
     file = open_gguf(path)
     try:
         config = read_config(file)
-        slots = tensor_slots(config, GGUF_NAMES)
+        record = family(config.model_type)
+        slots = tensor_slots(config, record.gguf_names)
         found = {name: info.shape for name, info in file.tensors.items() if name != _ROPE_FACTORS}
         check_tensors(slots, found, str(path))
         heads = {}
-        if config.model_type == "llama":
+        if record.gguf_permuted:
             heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
 
         def read(name: str) -> np.ndarray:

@@ -18,29 +18,16 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from preft_jax.adapters.config import PEFT_MODULES
 from preft_jax.config import ModelConfig, config_from_hf, config_to_hf
 from preft_jax.errors import ConfigError, ModelError
 from preft_jax.io.weights import build_params, check_tensors, raise_differences, tensor_slots, tensors_of
+from preft_jax.models.registry import family
 from preft_jax.text.tokenizer import load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 STORED_DTYPES = ("F32", "F16", "BF16")
 """Dtypes, as safetensors names them, that weights may be stored in."""
-
-HF_NAMES: Mapping[str, str] = {
-    "embed": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-    **{site: f"model.layers.{{}}.{module}.weight" for site, module in PEFT_MODULES.items()},
-    "attn_norm": "model.layers.{}.input_layernorm.weight",
-    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
-    **{f"{site}_bias": f"model.layers.{{}}.{PEFT_MODULES[site]}.bias" for site in ("q", "k", "v")},
-    "q_norm": "model.layers.{}.self_attn.q_norm.weight",
-    "k_norm": "model.layers.{}.self_attn.k_norm.weight",
-}
-"""Parameter name in our tree -> tensor name in a Hugging Face model."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -119,7 +106,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _ignored(name: str, config: ModelConfig) -> bool:
     """Return whether a tensor repeats what is known otherwise: rotary frequencies, or the head of a tied model."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == HF_NAMES["lm_head"])
+    head = family(config.model_type).hf_names["lm_head"]
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == head)
 
 
 class _Shards:
@@ -167,7 +155,7 @@ def load_hf_model(directory: Path, dtype: Any) -> tuple[ModelConfig, dict[str, A
         ConfigError: if the model is of a kind that is not supported.
     """
     config = read_config(directory)
-    slots = tensor_slots(config, HF_NAMES)
+    slots = tensor_slots(config, family(config.model_type).hf_names)
     tokenizer = load_tokenizer(directory)
     with contextlib.ExitStack() as stack:
         shards = _Shards(directory, stack)
@@ -194,12 +182,13 @@ def save_hf_model(
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists already; give a directory that does not exist or is empty")
-    tensors = tensors_of(params, tensor_slots(config, HF_NAMES))
+    names = family(config.model_type).hf_names
+    tensors = tensors_of(params, tensor_slots(config, names))
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        dtype = str(tensors[HF_NAMES["embed"]].dtype)
+        dtype = str(tensors[names["embed"]].dtype)
         (temporary / "config.json").write_text(json.dumps(config_to_hf(config, dtype), indent=2, sort_keys=True) + "\n")
         safetensors.numpy.save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         if tokenizer is not None:

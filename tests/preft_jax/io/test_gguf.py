@@ -12,10 +12,11 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from preft_jax.config import PRESETS
 from preft_jax.errors import ModelError, PreftError
-from preft_jax.io.gguf import GGUF_NAMES, load_gguf
+from preft_jax.io.gguf import load_gguf
 from preft_jax.io.gguf_file import open_gguf
-from preft_jax.io.hf import HF_NAMES, load_hf_model
+from preft_jax.io.hf import load_hf_model
 from preft_jax.io.weights import tensor_slots, tensors_of
+from preft_jax.models.family import GGUF_NAMES
 from preft_jax.text.tokenizer import gguf_tokenizer
 
 MODELS = Path(__file__).parents[2] / "fixtures" / "models"
@@ -359,7 +360,3 @@ def test_smollm2_tokenizer_gives_the_ids_the_fixtures_were_made_for(smollm2):
     prompts = json.loads((SMOLLM2 / "prompts.json").read_text())
     for entry in prompts["texts"]:
         assert smollm2.tokenizer.encode(entry["text"]) == entry["token_ids"]
-
-
-def test_name_tables_cover_the_same_parameters():
-    assert GGUF_NAMES.keys() == HF_NAMES.keys()

@@ -21,12 +21,12 @@ from preft_jax.models.modules import abstract_params, init_params
 from preft_jax.text.tokenizer import byte_tokenizer, load_tokenizer
 
 MODELS = Path(__file__).parents[2] / "fixtures" / "models"
-FAMILIES = ["llama3", "smollm2", "qwen2", "qwen3"]
+FAMILIES = sorted(path.name for path in MODELS.iterdir())
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """A directory of each family: sharded float32, tied bfloat16, float16 with biases, float32 with head norms."""
+    """A directory of each model: sharded float32, tied bfloat16, float16 with biases, float32 with head norms ..."""
     return MODELS / request.param
 
 

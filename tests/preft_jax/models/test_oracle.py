@@ -20,7 +20,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 F32_TOLERANCE = 2e-4
 """Of logits of order 10, between two float32 implementations that sum in different orders."""
 
-FAMILIES = ("llama3", "smollm2", "qwen2", "qwen3")
+FAMILIES = sorted(path.name for path in (FIXTURES / "models").iterdir())
 PEFT_ADAPTERS = ("lora", "rslora", "patterns", "regex", "all_linear")
 
 

@@ -1,0 +1,107 @@
+"""What a family of models is: how its configs and weight files are read, and what its layers have.
+
+Each family is a record in a file of its own; ``models/registry.py`` lists them. Nothing else knows a family by name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from preft_jax.errors import ConfigError
+
+HF_MODULES: Mapping[str, str] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""Each linear site's module path inside a Hugging Face layer."""
+
+HF_NAMES: Mapping[str, str] = {
+    "embed": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    **{site: f"model.layers.{{}}.{module}.weight" for site, module in HF_MODULES.items()},
+    "attn_norm": "model.layers.{}.input_layernorm.weight",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
+    **{f"{site}_bias": f"model.layers.{{}}.{HF_MODULES[site]}.bias" for site in ("q", "k", "v")},
+    "q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+}
+"""Parameter name in our tree -> tensor name in a Hugging Face model."""
+
+GGUF_NAMES: Mapping[str, str] = {
+    "embed": "token_embd.weight",
+    "norm": "output_norm.weight",
+    "lm_head": "output.weight",
+    "q": "blk.{}.attn_q.weight",
+    "k": "blk.{}.attn_k.weight",
+    "v": "blk.{}.attn_v.weight",
+    "o": "blk.{}.attn_output.weight",
+    "gate": "blk.{}.ffn_gate.weight",
+    "up": "blk.{}.ffn_up.weight",
+    "down": "blk.{}.ffn_down.weight",
+    "attn_norm": "blk.{}.attn_norm.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "q_bias": "blk.{}.attn_q.bias",
+    "k_bias": "blk.{}.attn_k.bias",
+    "v_bias": "blk.{}.attn_v.bias",
+    "q_norm": "blk.{}.attn_q_norm.weight",
+    "k_norm": "blk.{}.attn_k_norm.weight",
+}
+"""Parameter name in our tree -> tensor name in a GGUF file."""
+
+MLP_BIAS = "mlp_bias true is not supported; only models without MLP biases are"
+ATTENTION_BIAS = "attention_bias true is not supported for model_type {model_type!r}; only Qwen2's q/k/v is"
+SLIDING_WINDOW = "use_sliding_window true is not supported; set it to false to attend to everything"
+QUANTIZATION = "quantization_config is not supported; load unquantised safetensors, or a GGUF file"
+
+REFUSED: Mapping[str, str] = {
+    "mlp_bias": MLP_BIAS,
+    "attention_bias": ATTENTION_BIAS,
+    "use_sliding_window": SLIDING_WINDOW,
+    "quantization_config": QUANTIZATION,
+}
+"""Fields of ``config.json`` that must not be set, for they change what is computed, and what is said of each."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """A family of models.
+
+    Attributes:
+        model_type: as ``config.json`` names it.
+        architecture: the class that ``config.json`` names.
+        qkv_bias: have q, k and v biases?
+        qk_norm: are the heads of q and k normed?
+        refused: fields of ``config.json`` that must not be set -> the error, which may name ``{model_type}``.
+        hf_names: parameter name in our tree -> tensor name in safetensors.
+        gguf_architecture: name in a GGUF file; None where there are none of this family.
+        gguf_names: parameter name in our tree -> tensor name in a GGUF file.
+        gguf_permuted: are the rows of q and k in GGUF files ordered by rotary pairs instead of halves?
+    """
+
+    model_type: str
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    refused: Mapping[str, str] = dataclasses.field(default_factory=lambda: REFUSED)
+    hf_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: HF_NAMES)
+    gguf_architecture: str | None
+    gguf_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: GGUF_NAMES)
+    gguf_permuted: bool = False
+
+    def check_hf(self, hf: Mapping[str, Any]) -> None:
+        """Raise ``ConfigError`` for fields of a ``config.json`` that change the computation and are not computed."""
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; allowed: 'silu'")
+        for field, message in self.refused.items():
+            if hf.get(field):
+                raise ConfigError(message.format(model_type=self.model_type))
+
+    def layer_options(self) -> dict[str, Any]:
+        """Return the fields of a ``ModelConfig`` that say what the family's layers have."""
+        return {"qkv_bias": self.qkv_bias, "qk_norm": self.qk_norm}

@@ -1,0 +1,7 @@
+"""Llama 2 and 3.x, and models of their shape, SmolLM2 among them."""
+
+from preft_jax.models.family import Family
+
+LLAMA = Family(
+    model_type="llama", architecture="LlamaForCausalLM", gguf_architecture="llama", gguf_permuted=True
+)  # fmt: skip
