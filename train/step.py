@@ -22,7 +22,7 @@ from kernels.types import PagePool, TilePages
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.edits import Dropout, Edits, FoldedEdits, RowsEdits
 from preft_jax.adapters.fold import fold_params
-from preft_jax.adapters.pages import adapter_page_counts
+from preft_jax.adapters.pages import adapter_page_counts, cut_edit
 from preft_jax.config import ModelConfig
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.forward import Remat, train_hidden
@@ -133,33 +133,23 @@ def _pools(config: ModelConfig, groups: Sequence[Group], folds: Sequence[Any], d
 
     def pool(layer: int, site: str) -> PagePool:
         d, f = config.site_shape(site)
-        a, c, b = (
-            [jnp.zeros((1, d, RANK_PAGE), dtype)],
-            [jnp.zeros((1, RANK_PAGE))],
-            [jnp.zeros((1, RANK_PAGE, f), dtype)],
-        )
+        shapes = (d, RANK_PAGE), (RANK_PAGE,), (RANK_PAGE, f)
+        parts = [[jnp.zeros((1, *shape)) for shape in shapes]]  # The null page.
         for group, fold, count in zip(groups, folds, counts, strict=True):
             if not count.get(site):
                 continue
-            parts = group.config.groups
-            ranks = count[site] // parts * RANK_PAGE
-            pages, n = count[site] * group.size, group.size
-            edit = fold["layers"][layer].get(site)
+            edit, pages = fold["layers"][layer].get(site), count[site] * group.size
             if edit is None:  # Another layer's adapter edits the site.
-                a.append(jnp.zeros((pages, d, RANK_PAGE), dtype))
-                c.append(jnp.zeros((pages, RANK_PAGE)))
-                b.append(jnp.zeros((pages, RANK_PAGE, f), dtype))
-                continue
-            own = edit.a_DR.shape[2] // parts
-            room = ((0, 0), (0, 0), (0, ranks - own))
-            a_JDGR = jnp.pad(edit.a_DR.reshape(n * d, parts, own), room).reshape(
-                n, d, parts * ranks // RANK_PAGE, RANK_PAGE
-            )
-            a.append(a_JDGR.transpose(0, 2, 1, 3).reshape(pages, d, RANK_PAGE).astype(dtype))
-            c.append(jnp.pad(edit.c_R.reshape(n, parts, own), room).reshape(pages, RANK_PAGE))
-            b_JGRF = jnp.pad(edit.b_RF.reshape(n, parts, own, f), (*room, (0, 0)))
-            b.append(b_JGRF.reshape(pages, RANK_PAGE, f).astype(dtype))
-        return PagePool(jnp.concatenate(a), jnp.concatenate(c), jnp.concatenate(b))
+                parts.append([jnp.zeros((pages, *shape)) for shape in shapes])
+            else:
+                cut = cut_edit(edit, count[site], group.config.groups)
+                parts.append([array.reshape(pages, *shape) for array, shape in zip(cut, shapes, strict=True)])
+        a, c, b = zip(*parts, strict=True)
+        return PagePool(
+            jnp.concatenate([x.astype(dtype) for x in a]),
+            jnp.concatenate(c),
+            jnp.concatenate([x.astype(dtype) for x in b]),
+        )
 
     edited = [site for site in SITES if any(count.get(site) for count in counts)]
     return [{site: pool(layer, site) for site in edited} for layer in range(config.num_hidden_layers)]

@@ -30,10 +30,8 @@ from preft_jax.adapters.config import (
     AdapterConfig,
     adapter_shapes,
 )
-from preft_jax.adapters.digest import _digest
-from preft_jax.adapters.fold import (
-    fold_params,
-)
+from preft_jax.adapters.digest import digest_of_fold
+from preft_jax.adapters.fold import fold_on_host, fold_params
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError
 
@@ -54,7 +52,7 @@ class Adapter:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of what the adapter computes: folded tensors, kind, positions and turn rule."""
-        return _digest(self.config, self.params)
+        return digest_of_fold(self.config, fold_on_host(self.config, self.params))
 
 
 def fold(adapter: Adapter) -> dict[str, Any]:

@@ -1,31 +1,33 @@
 """The digest of an adapter: SHA-256 over what it computes."""
 
 import hashlib
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.fold import FOLD_VERSION, fold_params
+from preft_jax.adapters.fold import FOLD_VERSION, LowRankEdit
 
 
-def _digest(config: AdapterConfig, params: Any) -> str:
+def digest_of_fold(config: AdapterConfig, layers: Sequence[Mapping[str, LowRankEdit]]) -> str:
+    """Return SHA-256 (hex) of an adapter's fold: folded tensors, kind, positions and turn rule.
+
+    Args:
+        config: of the adapter.
+        layers: what ``fold_on_host`` gives.
+    """
     sha = hashlib.sha256()
 
-    def part(data: bytes) -> None:
-        sha.update(len(data).to_bytes(8, "little"))
+    def part(data: bytes | np.ndarray) -> None:
+        sha.update((data.nbytes if isinstance(data, np.ndarray) else len(data)).to_bytes(8, "little"))
         sha.update(data)
 
     for text in (f"fold{FOLD_VERSION}", config.kind, config.positions, config.assistant_turns):
         part(text.encode())
-    # On the CPU, so that one adapter has one digest whatever accelerator serves it.
-    with jax.default_device(jax.devices("cpu")[0]):
-        folded = fold_params(config, jax.tree.map(np.asarray, params))
-    for i, sites in enumerate(folded["layers"]):
+    for i, sites in enumerate(layers):
         for site in sorted(sites):
             part(f"{i}.{site}".encode())
             for leaf in sites[site]:
                 part(str(leaf.shape).encode())
-                part(np.asarray(leaf).tobytes())
+                part(np.ascontiguousarray(leaf))
     return sha.hexdigest()

@@ -1,10 +1,11 @@
-"""TODO"""
+"""The fold: an adapter's trainable parameters as low-rank edits (the table is in ``adapters/adapter.py``)."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
 
@@ -64,3 +65,13 @@ def fold_params(config: AdapterConfig, params: Any) -> dict[str, Any]:
             for i, sites in enumerate(params["layers"])
         ]
     }
+
+
+def fold_on_host(config: AdapterConfig, params: Any) -> list[dict[str, LowRankEdit]]:
+    """Return the fold of each layer in NumPy arrays, computed on the CPU.
+
+    So one adapter has one fold, and one digest, whatever accelerator serves it.
+    """
+    with jax.default_device(jax.devices("cpu")[0]):
+        folded = fold_params(config, jax.tree.map(np.asarray, params))
+    return jax.tree.map(np.asarray, folded["layers"])

@@ -1,14 +1,14 @@
-"""Cuts a folded adapter to rank pages of rank 16, on the host."""
+"""Cuts folded adapters to rank pages of rank 16: on the host for the bank, and inside a training step."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.fold import LowRankEdit, fold_params
+from preft_jax.adapters.digest import digest_of_fold
+from preft_jax.adapters.fold import LowRankEdit, fold_on_host
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError
 from preft_jax.shapes import RANK_PAGE
@@ -42,6 +42,37 @@ class PackedSite(NamedTuple):
     groups: tuple[int, ...]
 
 
+def cut_edit(edit: LowRankEdit, num_pages: int, groups: int) -> tuple[Any, Any, Any]:
+    """Cut a folded edit to rank pages; works for NumPy arrays and, differentiably, for JAX arrays.
+
+    Page ``n`` belongs to position group ``n // (num_pages // groups)``. Ranks that do not fill a group's pages are
+    padded with zeros.
+
+    Args:
+        edit: leaves ``[..., D, R]``, ``[..., R]`` and ``[..., R, F]`` with any leading axes (the slots of training);
+            each group's ranks follow one another, as ``fold_site`` gives them.
+        num_pages: of all groups together.
+        groups: position groups.
+
+    Returns:
+        ``a [..., n, D, 16]``, ``c [..., n, 16]`` and ``b [..., n, 16, F]``, arrays of the kind and dtype given.
+    """
+    xp = edit.a_DR.__array_namespace__()
+    *lead, d, rank = edit.a_DR.shape
+    f = edit.b_RF.shape[-1]
+    own, room = rank // groups, num_pages // groups * RANK_PAGE
+    a = edit.a_DR.reshape(*lead, d, groups, own)
+    c = edit.c_R.reshape(*lead, groups, own)
+    b = edit.b_RF.reshape(*lead, groups, own, f)
+    if own < room:
+        outer, end = [(0, 0)] * len(lead), (0, room - own)
+        a = xp.pad(a, [*outer, (0, 0), (0, 0), end])
+        c = xp.pad(c, [*outer, (0, 0), end])
+        b = xp.pad(b, [*outer, (0, 0), end, (0, 0)])
+    a = xp.moveaxis(a.reshape(*lead, d, num_pages, RANK_PAGE), -2, -3)
+    return a, c.reshape(*lead, num_pages, RANK_PAGE), b.reshape(*lead, num_pages, RANK_PAGE, f)
+
+
 def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32) -> dict[str, PackedSite]:
     """Fold an adapter and cut it to rank pages on the host.
 
@@ -52,14 +83,28 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32)
         AdapterError: if it holds what is not finite in ``dtype``, the bank's: a tile's tokens are multiplied with all
             of the tile's pages, so the requests beside it would be spoilt too.
     """
-    with jax.default_device(jax.devices("cpu")[0]):
-        folded = fold_params(adapter.config, jax.tree.map(np.asarray, adapter.params))
-    layers = jax.tree.map(np.asarray, folded["layers"])
-    counts = adapter_page_counts(adapter.config, config)
+    return _pack(adapter.config, fold_on_host(adapter.config, adapter.params), config, dtype)
+
+
+def fold_and_cut(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32) -> tuple[str, dict[str, PackedSite]]:
+    """Fold an adapter once for both its digest and its rank pages: ``(adapter.digest, pack_adapter(...))``.
+
+    Raises:
+        AdapterError: as ``pack_adapter``.
+    """
+    layers = fold_on_host(adapter.config, adapter.params)
+    packed = _pack(adapter.config, layers, config, dtype)
+    return digest_of_fold(adapter.config, layers), packed
+
+
+def _pack(
+    adapter: AdapterConfig, layers: Sequence[dict[str, LowRankEdit]], config: ModelConfig, dtype: Any
+) -> dict[str, PackedSite]:
+    counts = adapter_page_counts(adapter, config)
     with np.errstate(over="ignore"):
         packed = {
-            site: _cut_site(layers, site, config.site_shape(site), counts[site], adapter.config.groups, dtype)
-            for site in adapter.config.targets
+            site: _pack_site(layers, site, config.site_shape(site), counts[site], adapter.groups, dtype)
+            for site in adapter.targets
         }
     for site, edit in packed.items():
         if not all(np.isfinite(array).all() for array in (edit.a, edit.c, edit.b)):
@@ -70,31 +115,20 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32)
     return packed
 
 
-def _cut_site(
+def _pack_site(
     layers: Sequence[dict[str, LowRankEdit]],
     site: str,
     widths: tuple[int, int],
-    pages: int,
+    num_pages: int,
     groups: int,
     dtype: Any,
 ) -> PackedSite:
-    """Cut one site of a folded adapter to ``pages`` rank pages in all layers."""
+    """Cut one site of a folded adapter to rank pages in all layers; zeros in those that it does not edit."""
     d, f = widths
-    ranks = pages // groups * RANK_PAGE
-    a = np.zeros((len(layers), groups, d, ranks), dtype)
-    c = np.zeros((len(layers), groups, ranks), np.float32)
-    b = np.zeros((len(layers), groups, ranks, f), dtype)
+    a = np.zeros((len(layers), num_pages, d, RANK_PAGE), dtype)
+    c = np.zeros((len(layers), num_pages, RANK_PAGE), np.float32)
+    b = np.zeros((len(layers), num_pages, RANK_PAGE, f), dtype)
     for i, edits in enumerate(layers):
-        for group in range(groups) if site in edits else ():
-            edit, own = edits[site], edits[site].group_R == group
-            count = int(own.sum())
-            a[i, group, :, :count] = edit.a_DR[:, own]
-            c[i, group, :count] = edit.c_R[own]
-            b[i, group, :count] = edit.b_RF[own]
-    a = a.reshape(len(layers), groups, d, pages // groups, RANK_PAGE).transpose(0, 1, 3, 2, 4)
-    return PackedSite(
-        a.reshape(len(layers), pages, d, RANK_PAGE),
-        c.reshape(len(layers), pages, RANK_PAGE),
-        b.reshape(len(layers), pages, RANK_PAGE, f),
-        tuple(group for group in range(groups) for _ in range(pages // groups)),
-    )
+        if site in edits:
+            a[i], c[i], b[i] = cut_edit(edits[site], num_pages, groups)
+    return PackedSite(a, c, b, tuple(n // (num_pages // groups) for n in range(num_pages)))

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.fold import FOLD_VERSION
-from preft_jax.adapters.pages import pack_adapter
+from preft_jax.adapters.pages import fold_and_cut
 from preft_jax.errors import AdapterError, PreftError
 from preft_jax.io.adapter_files import load_adapter
 from preft_jax.io.adapter_limits import AdapterLimits
@@ -60,9 +61,17 @@ class AdapterFiles:
             AdapterError: if it cannot be read, is larger than the limits allow, or is not for this base model.
         """
         adapter = load_adapter(path, self._model, limits=self._limits)
+        return self.take(adapter)
+
+    def take(self, adapter: Adapter) -> Read:
+        """Check and fold an adapter that is in memory, once for digest and rank pages.
+
+        Raises:
+            AdapterError: if it is not for this base model, or holds what is not finite.
+        """
         check_base(adapter, self._model)
-        known = pack(pack_adapter(adapter, self._model.config, self._dtype), self._dtype)
-        return Read(adapter.config, adapter.digest, known)
+        digest, packed = fold_and_cut(adapter, self._model.config, self._dtype)
+        return Read(adapter.config, digest, pack(packed, self._dtype))
 
     def load(self, path: str, digest: str) -> Known:
         """Return the rank pages of an adapter that was read before.
