@@ -28,17 +28,22 @@ class Program:
             environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, *run, "--port", "0", *SIZES, *KEYS, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.lines = []
+        self.lines, self.others = [], []
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
         while not (found := self.events("listening")):
-            assert self.process.poll() is None, self.lines
+            assert self.process.poll() is None, (self.lines, self.others)
+            assert self.reader.is_alive(), (self.lines, self.others)
             time.sleep(0.05)
         self.url = found[0]["url"]
 
     def _read(self):
+        """Read its log. Its libraries may write lines of their own beside it, as XLA does of a slow compilation."""
         for line in self.process.stderr:
-            self.lines.append(json.loads(line))
+            try:
+                self.lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                self.others.append(line)
 
     def events(self, name):
         return [line for line in self.lines if line["event"] == name]
