@@ -23,6 +23,7 @@ class ScriptedEngine:
         self.cancelled = []
         self.threads = set()
         self.num_steps = self.num_added = 0
+        self.in_step = False
 
     @property
     def has_work(self):
@@ -58,7 +59,9 @@ class ScriptedEngine:
         early, self.early = self.early, []
         if early:
             return early
+        self.in_step = True
         self.allowed.acquire()
+        self.in_step = False
         self.num_steps += 1
         outputs = []
         for request_id, entry in list(self.live.items()):

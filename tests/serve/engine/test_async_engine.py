@@ -96,7 +96,7 @@ def test_a_request_that_is_given_up_while_it_is_handed_over_is_cancelled():
 
     async def test(server):
         first = await server.open([request()])
-        await until(lambda: engine.live)
+        await until(lambda: engine.in_step)  # What is asked for from here on lies in the inbox.
         waits = asyncio.create_task(server.open([request()]))
         await asyncio.sleep(0.01)
         waits.cancel()
