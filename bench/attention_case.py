@@ -46,6 +46,7 @@ class AttentionCase:
         padding: rows of q after the last request's.
         max_query_len: bound given to the kernel; None: the longest.
         scale: of the scores; None: the default.
+        window: most keys that a query sees; None: all before it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class AttentionCase:
     padding: int = 0
     max_query_len: int | None = None
     scale: float | None = None
+    window: int | None = None
     op: str = "paged_attention"
 
     def __post_init__(self) -> None:
@@ -107,17 +109,27 @@ class AttentionCase:
     def run(self, inputs: AttentionInputs, implementation: str | None = None) -> jax.Array:
         """Call ``kernels.api.paged_attention``."""
         longest = self.max_query_len or max(1, *self.query_lens)
-        return api.paged_attention(*inputs, max_query_len=longest, scale=self.scale, implementation=implementation)
+        return api.paged_attention(
+            *inputs, max_query_len=longest, scale=self.scale, window=self.window, implementation=implementation
+        )
 
     def flops(self) -> int:
         """Return the multiplications and additions of both matrix products over visible keys."""
-        visible = sum(n * keys - n * (n - 1) // 2 for n, keys in zip(self.query_lens, self.kv_lens, strict=True))
+        visible = sum(
+            min(keys - n + i + 1, self.window or keys)
+            for n, keys in zip(self.query_lens, self.kv_lens, strict=True)
+            for i in range(n)
+        )
         return 4 * self.heads * self.head_size * visible
 
     def bytes(self) -> int:
         """Return the least traffic: q read, the output written, each live token's keys and values read once."""
         shared = self.shared_pages * self.page_size
-        live = shared + sum(max(keys - shared, 0) for keys in self.kv_lens)
+        seen = [
+            min(keys, self.window + n - 1) if self.window else keys
+            for n, keys in zip(self.query_lens, self.kv_lens, strict=True)
+        ]
+        live = shared + sum(max(keys - shared, 0) for keys in seen)
         kv_size = jnp.dtype(self.kv_dtype or self.dtype).itemsize
         q_bytes = 2 * self.num_tokens * self.heads * self.head_size * jnp.dtype(self.dtype).itemsize
         return q_bytes + live * 2 * self.kv_heads * self.head_size * kv_size

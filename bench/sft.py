@@ -29,7 +29,7 @@ from preft_jax.adapters.config import AdapterConfig
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
-from preft_jax.models.forward import Remat
+from preft_jax.models.layer import Remat
 from preft_jax.shapes import NUM_GROUPS
 from preft_jax.text.chat import EncodedPrompt
 from serve.bench.environment import environment

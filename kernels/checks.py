@@ -92,3 +92,24 @@ def check_shrunk(edit: Shrunk, num_tokens: int, width_out: int) -> None:
     check(edit.s_TER.shape == expected, f"s_TER has shape {edit.s_TER.shape}; expected {expected}")
     check_array("pool.a_PDR", pool.a_PDR, 3, jnp.floating)
     check_pool(pool, pool.a_PDR.shape[1], width_out)
+
+
+def check_heads(name: str, width: int, kv_PSJC: jax.Array) -> int:
+    """Raise unless a width holds the heads of fused queries, keys and values of a pool; return the size of a head."""
+    kv_heads2, channels = kv_PSJC.shape[2:]
+    check(kv_heads2 % 2 == 0, f"kv_PSJC has {kv_heads2} heads; keys and values alternate, so it must be even")
+    check(channels % 2 == 0, f"kv_PSJC has odd head size {channels}; rotary channels come in pairs")
+    heads = width // channels - kv_heads2
+    check(
+        width % channels == 0 and heads > 0 and heads % (kv_heads2 // 2) == 0,
+        f"{name} has width {width}; with {kv_heads2 // 2} KV heads of size {channels} expected a multiple of "
+        f"{kv_heads2 // 2 * channels} beyond {kv_heads2 * channels}",
+    )
+    return channels
+
+
+def check_rope(cos: jax.Array, sin: jax.Array, names: tuple[str, str], tokens: int, channels: int) -> None:
+    """Check the shapes of the cos and sin of the tokens' rotations, which have these names."""
+    for name, table in zip(names, (cos, sin), strict=True):
+        expected = (tokens, channels // 2)
+        check(table.shape == expected, f"{name} has shape {table.shape}; expected {expected}")

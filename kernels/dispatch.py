@@ -1,13 +1,14 @@
 """Which implementation of an operation runs.
 
-``implementation=None`` takes the first of the backend's preferences that supports these shapes; a name takes that one
-or raises ``NotImplementedError`` with the reason. ``preferring`` puts another first, for tracing a program for a device
-that is not the default backend.
+``implementation=None`` takes the first of the backend's preferences that supports these shapes, and logs what it passes
+over (logger ``preft.kernels``); a name takes that one or raises ``NotImplementedError`` with the reason. ``preferring``
+puts another first, for tracing a program for a device that is not the default backend.
 """
 
 import contextlib
 import functools
 import importlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import jax
 
 from kernels.types import Unsupported
+
+_log = logging.getLogger("preft.kernels")
 
 MODULES = {"xla": "kernels.xla", "pallas_tpu": "kernels.pallas_tpu", "triton": "kernels.triton"}
 """Implementation name to the module that holds its operations."""
@@ -80,6 +83,12 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"{reason}; running plain JAX instead", stacklevel=4)
 
 
+@functools.cache
+def _tell_once(op: str, name: str, reason: str) -> None:
+    """Log that an operation of a program loses its kernel: these shapes are not supported."""
+    _log.warning("%s runs in plain JAX, not by its %s kernel: %s", op, name, reason)
+
+
 def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
     """Run ``op`` with the implementation asked for, or with the best that supports the arguments."""
     if implementation is not None:
@@ -92,6 +101,8 @@ def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
             except Unsupported as error:
                 if isinstance(error.__cause__, ImportError):
                     _warn_once(str(error))
+                else:
+                    _tell_once(op, name, str(error))
     return load("xla", op)(*args, **options)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preft_jax.errors import ConfigError, did_you_mean
+from preft_jax.models.family import LAYER_OPTIONS
 from preft_jax.models.registry import family
 from preft_jax.shapes import LINEAR_SITES
 
@@ -32,7 +33,8 @@ class RopeScaling:
 class ModelConfig:
     """Shape and constants of a Llama-family decoder; field names are Hugging Face's.
 
-    What a family's layers have besides (``qkv_bias``, ``qk_norm``) is said by its record, ``models/family.py``.
+    What a family's layers have besides (``qkv_bias``, ``qk_norm``, ``sliding_window``: most keys that a query sees) is
+    said by its record, ``models/family.py``.
     Instances are hashable, so a config can be a static argument of a jitted function.
     """
 
@@ -49,6 +51,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
     max_position_embeddings: int = 8192
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -64,6 +67,10 @@ class ModelConfig:
             raise ConfigError(
                 f"num_attention_heads is {self.num_attention_heads}, not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
+            )
+        if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
+            raise ConfigError(
+                f"sliding_window is {self.sliding_window!r}; give an integer of at least 1, or null to see all keys"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
@@ -180,7 +187,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             rope_scaling=scaling,
             rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            **record.layer_options(),
+            **record.layer_options(hf),
             max_position_embeddings=hf.get("max_position_embeddings", 8192),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=eos_ids,
@@ -195,7 +202,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """Return the ``config.json`` that ``config_from_hf`` reads back to an equal config; ``dtype`` as torch names it."""
     record = family(config.model_type)
-    omitted = ("rope_scaling", "eos_token_ids", *record.layer_options())
+    omitted = ("rope_scaling", "eos_token_ids", *(name for name in LAYER_OPTIONS if name not in record.read))
     hf: dict[str, Any] = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in omitted
     }

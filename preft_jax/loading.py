@@ -20,10 +20,8 @@ from preft_jax.io.weights import MAX_DIFFERENCES
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import init_params
 from preft_jax.models.params import Params
+from preft_jax.shapes import DTYPES
 from preft_jax.text.tokenizer import byte_tokenizer
-
-DTYPES = ("float32", "bfloat16", "float16")
-"""Dtypes a model can be loaded in."""
 
 _BUILT_IN = "smollm2-135m"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -27,6 +27,9 @@
 ``bool`` masks are named ``mask_...``; counts and cumulative counts are ``int32``.
 """
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes of weights, of the KV cache and of rank pages."""
+
 RANK_PAGE = 16
 """Rank of one page of the adapter bank: an edit of rank 48 occupies three pages."""
 

@@ -143,7 +143,7 @@ def edit_op(op, inputs):
     raise ValueError(op)
 
 
-def paged_attention(inputs, scale=None):
+def paged_attention(inputs, scale=None, window=None):
     """Attend request by request; rows of q that belong to no request give zeros."""
     q, kv = f64(inputs.q_THC), f64(inputs.kv_PSJC)
     _, size, heads2, channels = kv.shape
@@ -157,7 +157,8 @@ def paged_attention(inputs, scale=None):
         own = kv[np.asarray(inputs.page_table_BP)[row, position // size], position % size]
         k, v = (np.repeat(own[:, half::2], group, axis=1) for half in (0, 1))
         scores = np.einsum("qhc,shc->hqs", q[start:end], k) * (channels**-0.5 if scale is None else scale)
-        hidden = position > keys - (end - start) + np.arange(end - start)[:, None]
+        own_position = keys - (end - start) + np.arange(end - start)[:, None]
+        hidden = (position > own_position) | (position <= own_position - (window or keys))
         scores[:, hidden] = -np.inf
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         out[start:end] = np.einsum("hqs,shc->qhc", weights / weights.sum(axis=-1, keepdims=True), v)

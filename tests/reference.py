@@ -162,14 +162,18 @@ def rotate(x, positions, freqs):
     return out
 
 
-def attention(q, k, v, scale):
-    """Causal attention of ``q [T, H, C]`` over ``k, v [T, K, C]``; query head h reads KV head h // (H / K)."""
+def attention(q, k, v, scale, window=None):
+    """Causal attention of ``q [T, H, C]`` over ``k, v [T, K, C]``; query head h reads KV head h // (H / K).
+
+    With a ``window`` a query sees so many keys, the last of which is its own.
+    """
     tokens, heads, _ = q.shape
     out = np.empty_like(q)
     for h in range(heads):
         kv = h // (heads // k.shape[1])
         scores = scale * q[:, h] @ k[:, kv].T
         scores[np.triu_indices(tokens, 1)] = -np.inf
+        scores[np.tril_indices(tokens, -(window or tokens))] = -np.inf
         out[:, h] = np.exp(log_softmax(scores)) @ v[:, kv]
     return out
 
@@ -204,7 +208,7 @@ def forward_with_kv(config, params, tokens, adapter=None, mask=None):
                 qkv[site] = rms_norm(qkv[site], w[f"{site}_norm"], config.rms_norm_eps)
         q, k = (rotate(qkv[site], positions, freqs) for site in ("q", "k"))
         cache.append((k, qkv["v"]))
-        mixed = attention(q, k, qkv["v"], config.head_dim**-0.5).reshape(len(tokens), -1)
+        mixed = attention(q, k, qkv["v"], config.head_dim**-0.5, config.sliding_window).reshape(len(tokens), -1)
         x = x + edit("o", mixed, mixed @ f64(w["o"]))
         h = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
         gate, up = (edit(site, h, h @ f64(w[site])) for site in ("gate", "up"))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from preft_jax.models.forward import lm_head
-from preft_jax.models.linear import Transposed
+from preft_jax.models.linear import linear_transpose, output_head
 from preft_jax.models.params import Params
 
 _CHUNK_BYTES = 1 << 28
@@ -87,9 +87,7 @@ def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
 
 def _through_head(head: Params, slope_IV: jax.Array) -> jax.Array:
     """Return ``slope @ head^T`` in the slope's dtype."""
-    weight = head.get("lm_head", Transposed(head["embed"]))
-    w, axis = (weight.w_FD, 0) if isinstance(weight, Transposed) else (weight, 1)
-    return jax.lax.dot_general(slope_IV, w, (((1,), (axis,)), ((), ())), preferred_element_type=slope_IV.dtype)
+    return linear_transpose(slope_IV, output_head(head))
 
 
 def _backward(kept: tuple[jax.Array, jax.Array], cotangent_T: jax.Array) -> Any:

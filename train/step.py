@@ -25,7 +25,8 @@ from preft_jax.adapters.fold import fold_params
 from preft_jax.adapters.pages import adapter_page_counts, cut_edit
 from preft_jax.config import ModelConfig
 from preft_jax.models.attention import DenseKernel
-from preft_jax.models.forward import Remat, train_hidden
+from preft_jax.models.forward import train_hidden
+from preft_jax.models.layer import Remat
 from preft_jax.models.params import Params
 from preft_jax.shapes import RANK_PAGE, SITES
 from train.data.batches import Batch

@@ -15,7 +15,7 @@ from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.batch import bucket
-from preft_jax.models.forward import Remat
+from preft_jax.models.layer import Remat
 from preft_jax.models.layout import fused_layout
 from train.data.batches import Rows, collate
 from train.data.rows import Example
@@ -29,7 +29,7 @@ class TrainOptions:
     """How the device is used.
 
     Attributes:
-        gradient_checkpointing: what the backward pass computes again (``models.forward.Remat``): ``none``, ``cheap``
+        gradient_checkpointing: what the backward pass computes again (``models.layer.Remat``): ``none``, ``cheap``
             (all but matrix products) or ``full`` (whole layers: a quarter more time on an H100, docs/training.md).
         max_jobs: jobs that are trained at a time; others wait. 0: all.
         attention: ``xla``, ``cudnn``, or None for cuDNN's on a GPU in a 16-bit dtype.

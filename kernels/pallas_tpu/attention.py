@@ -188,7 +188,7 @@ def _by_head(pages: jax.Array, swapped: bool) -> list[jax.Array]:
 
 
 def _kernel(
-    swapped: bool, size: int, table_width: int, group: int, scale: float,
+    swapped: bool, size: int, table_width: int, group: int, scale: float, window: int | None,
     table_ref: Any, request_ref: Any, position_ref: Any, keys_ref: Any, before_ref: Any,
     q_ref: Any, kv_ref: Any, out_ref: Any, pages_ref: Any, semaphores: Any, max_ref: Any, sum_ref: Any, acc_ref: Any,
 ) -> None:  # fmt: skip
@@ -203,9 +203,12 @@ def _kernel(
     keys = keys_ref[n]
     num_steps = pl.cdiv(keys, step_keys)
 
+    def first_step(block: Any) -> Any:
+        return 0 if window is None else _first_step(position_ref[block], window, step_keys)
+
     def copies(block: Any, step: Any, act: Any) -> None:
         """Start or wait for the copies of one step over keys of a block; pages without keys are left out."""
-        buffer = jax.lax.rem(before_ref[block] + step, 2)
+        buffer = jax.lax.rem(before_ref[block] + step - first_step(block), 2)
         for i in range(per_step):
             page = step * per_step + i
 
@@ -219,7 +222,7 @@ def _kernel(
 
     @pl.when((n == 0) & (keys > 0))
     def _() -> None:
-        start(0, 0)
+        start(0, first_step(0))
 
     max_ref[...] = jnp.full_like(max_ref, _MASKED)
     sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -235,11 +238,12 @@ def _kernel(
 
         @pl.when((step + 1 == num_steps) & (n + 1 < pl.num_programs(0)))
         def _() -> None:
-            start(n + 1, 0)
+            start(n + 1, first_step(n + 1))
 
         copies(n, step, lambda copy: copy.wait())
-        buffer = jax.lax.rem(before_ref[n] + step, 2)
-        visible = step * step_keys + jax.lax.broadcasted_iota(jnp.int32, (rows, step_keys), 1) <= last_key
+        buffer = jax.lax.rem(before_ref[n] + step - first_step(n), 2)
+        key = step * step_keys + jax.lax.broadcasted_iota(jnp.int32, (rows, step_keys), 1)
+        visible = key <= last_key if window is None else (key <= last_key) & (key > last_key - window)
         filled = step * step_keys + jax.lax.broadcasted_iota(jnp.int32, (step_keys, 1), 0) < keys
         by_head = _by_head(pages_ref[buffer], swapped)
         for head in range(q_ref.shape[1]):
@@ -255,16 +259,21 @@ def _kernel(
             max_ref[head] = jnp.broadcast_to(highest, max_ref.shape[1:])
             sum_ref[head] = jnp.broadcast_to(total, sum_ref.shape[1:])
 
-    jax.lax.fori_loop(0, num_steps, attend, None)
+    jax.lax.fori_loop(first_step(n), num_steps, attend, None)
     for head in range(q_ref.shape[1]):
         total = sum_ref[head, :, :1]
         out = acc_ref[head, :, -out_ref.shape[3] :] / jnp.where(total == 0, 1.0, total)
         out_ref[0, head] = out.astype(out_ref.dtype)
 
 
+def _first_step(position: Any, window: int, step_keys: int) -> Any:
+    """Return the step over keys that has the first one that a query at ``position`` sees."""
+    return jax.lax.div(jnp.maximum(position - window + 1, 0), step_keys)
+
+
 def _own(
     q_THC: jax.Array, kv_PSJC: jax.Array, page_table_BP: jax.Array, query_start_B1: jax.Array, kv_len_B: jax.Array,
-    max_query_len: int, scale: float,
+    max_query_len: int, scale: float, window: int | None,
 ) -> jax.Array:  # fmt: skip
     """Attention by our kernel, between a gather of query blocks and one back."""
     tokens, heads, channels = q_THC.shape
@@ -278,6 +287,8 @@ def _own(
     num_blocks, rows = plan.request_N.shape[0], queries * group
     q_NQKGC = q_THC[plan.row_NQ].reshape(num_blocks, queries, kv_heads, group, channels)
     steps_N = -(-plan.keys_N // (pages * size))
+    if window is not None:
+        steps_N = jnp.maximum(steps_N - _first_step(plan.position_N, window, pages * size), 0)
     q_NKRC = q_NQKGC.transpose(0, 2, 1, 3, 4).reshape(num_blocks, kv_heads, rows, channels)
     page, swapped = _page_view(size, kv_heads2, channels)
     pool = kv_PSJC.reshape(-1, size, page[0] if swapped else page[1], page[2])
@@ -288,7 +299,7 @@ def _own(
         return pl.BlockSpec((1, kv_heads, rows, lanes), lambda n, *_: (n, 0, 0, 0))
 
     out = pl.pallas_call(
-        functools.partial(_kernel, swapped, size, table_width, group, scale),
+        functools.partial(_kernel, swapped, size, table_width, group, scale, window),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(num_blocks,),
@@ -321,7 +332,7 @@ def _own(
 
 def _stock(
     q_THC: jax.Array, kv_PSJC: jax.Array, page_table_BP: jax.Array, query_start_B1: jax.Array, kv_len_B: jax.Array,
-    scale: float,
+    scale: float, window: int | None,
 ) -> jax.Array:  # fmt: skip
     """Attention by the stock kernel.
 
@@ -341,6 +352,7 @@ def _stock(
     kv_len_B = jnp.where(asks_B & (total > 0), jnp.maximum(kv_len_B, 1), 1).astype(jnp.int32)
     out = ragged_paged_attention(
         q_THC, kv_PSJC, kv_len_B, page_table_BP.astype(jnp.int32), start_B1, num_requests[None], sm_scale=scale,
+        sliding_window=window,
         num_queries_per_block=queries, num_kv_pages_per_block=pages,
     )  # fmt: skip
     real_T = jnp.arange(tokens, dtype=jnp.int32) < total
@@ -356,6 +368,7 @@ def paged_attention(
     *,
     max_query_len: int,
     scale: float,
+    window: int | None = None,
 ) -> jax.Array:
     """See ``kernels.api.paged_attention``. Keys and values are multiplied in the dtype of ``q_THC``.
 
@@ -377,5 +390,5 @@ def paged_attention(
         )
     arrays = (q_THC, kv_PSJC, page_table_BP, query_start_B1, kv_len_B)
     if stock_takes(kv_heads2, channels):
-        return _stock(*arrays, scale)
-    return _own(*arrays, max_query_len, scale)
+        return _stock(*arrays, scale, window)
+    return _own(*arrays, max_query_len, scale, window)

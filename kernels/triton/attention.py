@@ -79,6 +79,7 @@ def paged_attention(
     *,
     max_query_len: int,
     scale: float,
+    window: int | None = None,
     config: Config | None = None,
 ) -> jax.Array:
     """See ``kernels.api.paged_attention``. ``config`` is chosen by the shapes if None."""
@@ -90,7 +91,8 @@ def paged_attention(
     _check_channels("q_THC", channels)
     if config is None:
         config = config_for(
-            batch=batch, kv_heads=kv_heads, group=group, max_query_len=max_query_len, max_keys=width * size,
+            batch=batch, kv_heads=kv_heads, group=group, max_query_len=max_query_len,
+            max_keys=min(width * size, window or width * size),
             bytes_each=q_THC.dtype.itemsize,
         )  # fmt: skip
     request_N, offset_N = query_blocks(query_start_B1, tokens, batch, config.queries, max_query_len)
@@ -111,7 +113,7 @@ def paged_attention(
         warps=config.warps, stages=config.stages,
         SCALE=scale, T=tokens, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width,
         G=group, GP=group_padded, M=max(16, group_padded * config.queries), BQ=config.queries, BN=config.keys,
-        SPLITS=splits,
+        SPLITS=splits, WINDOW=window or 0,
     )  # fmt: skip
     return out if whole else _combine(out, lse, q_THC.dtype)
 
@@ -139,6 +141,7 @@ def decode_attention(
     k_norm_C: jax.Array | None = None,
     eps: float = 0.0,
     scale: float,
+    window: int | None = None,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``kernels.api.decode_attention``. ``config`` is chosen by the shapes if None."""
@@ -150,7 +153,8 @@ def decode_attention(
     group = heads // kv_heads
     if config is None:
         config = config_for(
-            batch=batch, kv_heads=kv_heads, group=group, max_query_len=1, max_keys=width * size,
+            batch=batch, kv_heads=kv_heads, group=group, max_query_len=1,
+            max_keys=min(width * size, window or width * size),
             bytes_each=qkv_BF.dtype.itemsize,
         )  # fmt: skip
     splits = config.splits
@@ -171,6 +175,7 @@ def decode_attention(
         warps=config.warps, stages=config.stages,
         SCALE=scale, B=batch, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width, G=group,
         M=max(16, power_of_two(group)), BN=config.keys, SPLITS=splits, NORM=q_norm_C is not None, EPS=eps,
+        WINDOW=window or 0,
     )  # fmt: skip
     return (out if whole else _combine(out, lse, qkv_BF.dtype)), kv_PSJC
 

@@ -54,6 +54,23 @@ def _mix(
     )
 
 
+def _visible(key_S: jax.Array, last_key_NQ: jax.Array, kv_len_N: jax.Array, window: int | None) -> jax.Array:
+    """Return which keys each query sees, bool ``[N, Q, S]``."""
+    visible_NQS = (key_S <= last_key_NQ[..., None]) & (key_S < kv_len_N[:, None, None])
+    return visible_NQS if window is None else visible_NQS & (key_S > last_key_NQ[..., None] - window)
+
+
+def _seen(
+    last_key_NQ: jax.Array, kv_len_N: jax.Array, num_keys: int, window: int | None
+) -> tuple[jax.Array | int, jax.Array]:
+    """Return the first key that any query of some blocks sees, and the one after the last."""
+    end = jnp.minimum(jnp.minimum(kv_len_N.max(), last_key_NQ.max() + 1), num_keys)
+    if window is None:
+        return 0, end
+    first_N = jnp.where(kv_len_N > 0, last_key_NQ[:, 0] - window + 1, num_keys)
+    return jnp.maximum(first_N.min(), 0), end
+
+
 def paged_attention(
     q_THC: jax.Array,
     kv_PSJC: jax.Array,
@@ -63,13 +80,14 @@ def paged_attention(
     *,
     max_query_len: int,
     scale: float,
+    window: int | None = None,
 ) -> jax.Array:
     """Causal attention of packed, ragged queries over a paged KV cache; see ``kernels.api.paged_attention``.
 
     Each request's queries are cut into blocks of at most ``_QUERY_BLOCK``. A few blocks at a time look at their
     requests' keys, ``_KEY_BLOCK`` after ``_KEY_BLOCK``, with a running softmax (Milakov and Gimelshein, arXiv
-    1805.02867). Both loops end with the last real block and key: the work is that of the tokens there are, however
-    unequal the requests.
+    1805.02867). Both loops end with the last real block and key, and with a window the inner one begins with the first
+    key that is seen: the work is that of the tokens there are, however unequal the requests.
     """
     page_table_BP, query_start_B1, kv_len_B = map(jnp.asarray, (page_table_BP, query_start_B1, kv_len_B))
     num_tokens, heads, channels = q_THC.shape
@@ -98,15 +116,14 @@ def paged_attention(
 
         def look(at: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             key_S = at * keys + jnp.arange(keys, dtype=jnp.int32)
-            visible_NQS = (key_S <= last_key_NQ[..., None]) & (key_S < kv_len_N[:, None, None])
             k_NKSC, v_NKSC = _read(kv_PSJC, table_NP, key_S, kv_len_N, head_K1, q_THC.dtype)
-            return _mix(q_NKGQC, k_NKSC, v_NKSC, visible_NQS, scale, state)
+            return _mix(q_NKGQC, k_NKSC, v_NKSC, _visible(key_S, last_key_NQ, kv_len_N, window), scale, state)
 
         rows = q_NKGQC.shape[:4]
         most_NKGQ = jnp.full(rows, _MASKED, jnp.float32)
         state = (most_NKGQ, jnp.zeros(rows, jnp.float32), jnp.zeros(q_NKGQC.shape, jnp.float32))
-        last = jnp.minimum(jnp.minimum(kv_len_N.max(), last_key_NQ.max() + 1), num_keys)
-        _, total_NKGQ, sum_NKGQC = jax.lax.fori_loop(0, -(-last // keys), look, state)
+        begin, end = _seen(last_key_NQ, kv_len_N, num_keys, window)
+        _, total_NKGQ, sum_NKGQC = jax.lax.fori_loop(begin // keys, -(-end // keys), look, state)
         mixed_NKGQC = (sum_NKGQC / jnp.maximum(total_NKGQ, 1e-30)[..., None]).astype(q_THC.dtype)
         mixed_NQHC = mixed_NKGQC.transpose(0, 3, 1, 2, 4).reshape(together, size, heads, channels)
         return jax.lax.dynamic_update_slice(out_NQHC, mixed_NQHC, (first * together, 0, 0, 0))

@@ -19,6 +19,7 @@ def decode_attention(
     k_norm_C: jax.Array | None = None,
     eps: float = 0.0,
     scale: float,
+    window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``kernels.api.decode_attention``."""
     pages, size = kv_PSJC.shape[:2]
@@ -31,6 +32,6 @@ def decode_attention(
     )
     out_BHC = paged_attention(
         q_BHC, kv_PSJC, page_table_BP, jnp.arange(batch + 1, dtype=jnp.int32), jnp.maximum(position_B + 1, 0),
-        max_query_len=1, scale=scale,
+        max_query_len=1, scale=scale, window=window,
     )  # fmt: skip
     return jnp.where(alive_B[:, None, None], out_BHC, jnp.zeros((), out_BHC.dtype)), kv_PSJC

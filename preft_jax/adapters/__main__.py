@@ -32,7 +32,8 @@ from preft_jax.io.hf import save_hf_model
 from preft_jax.io.hub import hub_snapshot
 from preft_jax.io.pyreft import convert_pyreft
 from preft_jax.io.safetensors_io import read_bytes
-from preft_jax.loading import DTYPES, HUB_ID, Model, load_model
+from preft_jax.loading import HUB_ID, Model, load_model
+from preft_jax.shapes import DTYPES
 
 SOURCES = ("peft", "pyreft", "preft")
 

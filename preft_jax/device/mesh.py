@@ -1,29 +1,55 @@
-"""Where arrays lie on several devices: one table from the axes' names to the mesh.
+"""Where arrays lie on several devices: one table from logical axes to axes of the mesh, asked by all.
 
-A training mesh has one axis, ``fsdp``: every device has a part of each weight and of each batch (Zhao et al., arXiv
+Weights name their axes in ``models/params.py``, KV pages in ``models/cache.py``, rank pages in ``adapters/bank.py``. A
+training mesh has one axis, ``fsdp``: every device has a part of each weight and of each batch (Zhao et al., arXiv
 2304.11277), and the compiler gathers a layer's weights where they are used.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from preft_jax.errors import ConfigError
+from preft_jax.models.linear import logical_axes
 
-AXES = {"batch": "fsdp", "model": "fsdp", "other": None}
-"""From a logical axis to an axis of the mesh; None: every device has all of it."""
+TABLE: Mapping[str, tuple[str, ...]] = {
+    "batch": ("fsdp",),
+    "vocab": ("tensor", "fsdp"),
+    "heads": ("tensor", "fsdp"),
+    "kv_heads": ("tensor", "fsdp"),
+    "qkv": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "hidden": (),
+    "head": (),
+    "layers": (),
+    "pages": (),
+    "tokens": (),
+    "rank": (),
+}
+"""From a logical axis to the axes of a mesh that may cut it, the first that there is; none: every device has all of it.
+
+A mesh axis cuts one axis of an array, and only where the parts are equal.
+"""
 
 
-def spec(*logical: str) -> PartitionSpec:
-    """Return the partition of an array by its logical axes."""
-    return PartitionSpec(*(AXES[name] for name in logical))
+def spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
+    """Return how a mesh cuts an array of a shape and logical axes."""
+    left = dict(mesh.shape)
+    found: list[str | None] = []
+    for size, logical in zip(shape, axes, strict=True):
+        axis = next((name for name in TABLE[logical] if name in left and size % left[name] == 0), None)
+        if axis is not None:
+            del left[axis]
+        found.append(axis)
+    return PartitionSpec(*found)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and how training uses it; ``mesh`` None is one device."""
+    """A mesh and how arrays lie on it; ``mesh`` None is one device."""
 
     mesh: Mesh | None
 
@@ -56,28 +82,28 @@ class Placement:
         """Parts that a batch is cut into."""
         return 1 if self.mesh is None else self.mesh.size
 
-    def put_params(self, params: Any) -> Any:
-        """Spread weights: each by the last of its axes that divides evenly, norms and biases whole."""
+    def put(self, tree: Any, axes: Any) -> Any:
+        """Spread arrays by their logical axes: ``axes`` has a tuple of names in place of each array."""
         if self.mesh is None:
-            return params
+            return tree
+        return jax.tree.map(self._put, tree, axes)
 
-        def one(leaf: jax.Array) -> jax.Array:
-            even = [axis for axis, size in enumerate(leaf.shape) if size % self.num_shards == 0]
-            logical = ["other"] * leaf.ndim
-            if leaf.ndim > 1 and even:
-                logical[even[-1]] = "model"
-            return self._put(leaf, spec(*logical))
-
-        return jax.tree.map(one, params)
+    def put_params(self, params: Any) -> Any:
+        """Spread weights in any layout, each by the axes of its name."""
+        return self.put(params, logical_axes(params))
 
     def put_replicated(self, tree: Any) -> Any:
         """Let every device have all of it."""
-        return tree if self.mesh is None else jax.tree.map(lambda leaf: self._put(leaf, spec()), tree)
+        if self.mesh is None:
+            return tree
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def put_rows(self, batch: Any) -> Any:
         """Spread a batch's rows."""
-        return batch if self.mesh is None else jax.tree.map(lambda leaf: self._put(leaf, spec("batch")), batch)
+        if self.mesh is None:
+            return batch
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(*TABLE["batch"])))
 
-    def _put(self, leaf: Any, partition: PartitionSpec) -> jax.Array:
+    def _put(self, leaf: Any, axes: tuple[str, ...]) -> jax.Array:
         assert self.mesh is not None
-        return jax.device_put(leaf, NamedSharding(self.mesh, partition))
+        return jax.device_put(leaf, NamedSharding(self.mesh, spec(self.mesh, leaf.shape, axes)))

@@ -136,7 +136,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
             # Stored as float32: 9.999999747e-06 was written as 1e-5.
             rms_norm_eps=float(f"{meta.number('attention.layer_norm_rms_epsilon', float):.6g}"),
             tie_word_embeddings=names["lm_head"] not in file.tensors,
-            **meta.family.layer_options(),
+            **meta.family.layer_options({}),
             max_position_embeddings=meta.number("context_length", int),
             bos_token_id=_token_id(meta, "bos_token_id"),
             eos_token_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import api
-from preft_jax.models.cache import KVCache, write_kv
+from preft_jax.models.cache import NO_SLOT, KVCache, write_kv
+from preft_jax.models.places import Decoding, Mixed, Packed, Places
 
 DenseKernel = Literal["xla", "cudnn"]
 """Implementations of ``jax.nn.dot_product_attention`` that training runs over."""
@@ -17,63 +18,52 @@ DenseKernel = Literal["xla", "cudnn"]
 class Attention(Protocol):
     """What a layer of the model knows of attention: it gives rotated queries and keys, and values, and gets the mix."""
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Return the attention output in the shape of ``q``."""
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        """Return the attention output in the shape of ``q``; ``window``: most keys that a query sees, None for all."""
         ...
 
 
 class PagedAttention:
     """Writes new keys and values to the cache, then attends over it; ``cache`` is its state after all layers so far."""
 
-    def __init__(
-        self,
-        cache: KVCache,
-        *,
-        slots_T: jax.Array,
-        page_table_BP: jax.Array,
-        query_start_B1: jax.Array,
-        kv_len_B: jax.Array,
-        max_query_len: int,
-    ):
+    def __init__(self, cache: KVCache, places: Places):
         self.cache = KVCache(list(cache.kv))
-        self._slots_T = slots_T
-        self._ragged = (page_table_BP, query_start_B1, kv_len_B)
-        self._max_query_len = max_query_len
+        self._places = places
+        self._rows = _rows_packed(places.rows, cache.page_size) if isinstance(places, Mixed) else None
+        packed = places.packed if isinstance(places, Mixed) else places
+        self._packed = _rows_packed(packed, cache.page_size) if isinstance(packed, Decoding) else packed
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Attend packed queries ``q [T, H, C]`` to their requests' cached keys."""
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        """Attend queries ``q [T, H, C]`` to their sequences' cached keys."""
+        packed = self._attend(layer, self._packed, q, k, v, window)
+        if self._rows is None or not isinstance(self._places, Mixed):
+            return packed
+        at = q.shape[0] - self._rows.kv_len_B.shape[0]
+        return self._places.put_rows(packed, self._attend(layer, self._rows, q[at:], k[at:], v[at:], window))
+
+    def _attend(
+        self, layer: int, places: Packed, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None
+    ) -> jax.Array:
+        slots_T, *ragged, max_query_len = places
         pools = self.cache.kv
-        pools[layer] = write_kv(pools[layer], self._slots_T, k, v)
+        pools[layer] = write_kv(pools[layer], slots_T, k, v)
         kv_PSJC = pools[layer].reshape(*pools[layer].shape[:2], -1, q.shape[2])
-        return api.paged_attention(q, kv_PSJC, *self._ragged, max_query_len=self._max_query_len)
+        return api.paged_attention(q, kv_PSJC, *ragged, max_query_len=max_query_len, window=window)
 
 
-class MixedAttention:
-    """Packed tokens, the last of which are those of decoding rows: each attends as it does alone.
-
-    Args:
-        packed: of all tokens; rows are of no request there, and write no key.
-        rows: of the last tokens, one a row.
-        is_row_B: bool, which of these hold a row.
-    """
-
-    def __init__(self, packed: PagedAttention, rows: PagedAttention, is_row_B: jax.Array):
-        self._packed = packed
-        self._rows = rows
-        self._is_row_B11 = is_row_B[:, None, None]
-
-    @property
-    def cache(self) -> KVCache:
-        """The cache after all layers so far."""
-        return self._rows.cache
-
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Attend queries ``[T, H, C]`` to their sequences' cached keys."""
-        at = q.shape[0] - self._is_row_B11.shape[0]
-        packed = self._packed.attend(layer, q, k, v)
-        self._rows.cache.kv[layer] = self._packed.cache.kv[layer]
-        rows = self._rows.attend(layer, q[at:], k[at:], v[at:])
-        return packed.at[at:].set(jnp.where(self._is_row_B11, rows, packed[at:]))
+def _rows_packed(rows: Decoding, page_size: int) -> Packed:
+    """Return rows of one token as packed requests."""
+    size = rows.position_B.shape[0]
+    position_B = jnp.maximum(rows.position_B, 0)
+    page_B = jnp.take_along_axis(rows.page_table_BP, (position_B // page_size)[:, None], axis=1)[:, 0]
+    slot_B = page_B * page_size + position_B % page_size
+    return Packed(
+        slots_T=jnp.where(rows.position_B >= 0, slot_B, NO_SLOT),
+        page_table_BP=rows.page_table_BP,
+        query_start_B1=jnp.arange(size + 1, dtype=jnp.int32),
+        kv_len_B=position_B + 1,
+        max_query_len=1,
+    )
 
 
 class DenseAttention(NamedTuple):
@@ -85,12 +75,23 @@ class DenseAttention(NamedTuple):
     mask_BSS: jax.Array | None
     implementation: DenseKernel = "xla"
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
         """Attend ``q [B, S, H, C]`` to ``k, v [B, S, K, C]``."""
         mask = None if self.mask_BSS is None else self.mask_BSS[:, None]
+        local = None
+        if window is not None and mask is not None:
+            mask = mask & _within(window, q.shape[1])
+        elif window is not None and window < q.shape[1]:
+            local = (window - 1, 0)
         return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=mask is None, implementation=self.implementation
+            q, k, v, mask=mask, is_causal=mask is None, local_window_size=local, implementation=self.implementation
         )
+
+
+def _within(window: int, size: int) -> jax.Array:
+    """Return which keys are among the ``window`` up to a query's own, or after it: bool ``[S, S]``."""
+    position_S = jnp.arange(size, dtype=jnp.int32)
+    return position_S[None, :] > position_S[:, None] - window
 
 
 def dense_attention(segments_BS: jax.Array | None, implementation: DenseKernel = "xla") -> DenseAttention:

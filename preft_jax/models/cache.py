@@ -17,6 +17,10 @@ NO_SLOT = np.iinfo(np.int32).max
 """The slot of a token whose KV is not kept: writes to it are dropped."""
 
 
+KV_AXES = ("pages", "tokens", "kv_heads", "head")
+"""The logical axes of a layer's pool."""
+
+
 class KVCache(NamedTuple):
     """Keys and values of every layer: ``kv_PSJC [pages, page size, 2 * KV heads, C]``, its heads k0 v0 k1 v1 ...
 

@@ -1,6 +1,6 @@
 """What a family of models is: how its configs and weight files are read, and what its layers have.
 
-Each family is a record in a file of its own; ``models/registry.py`` lists them. Nothing else knows a family by name.
+Each family is a record in a file of its own in ``models/families``. Nothing else knows a family by name.
 """
 
 import dataclasses
@@ -68,6 +68,10 @@ REFUSED: Mapping[str, str] = {
 """Fields of ``config.json`` that must not be set, for they change what is computed, and what is said of each."""
 
 
+LAYER_OPTIONS = ("qkv_bias", "qk_norm", "sliding_window")
+"""Fields of ``ModelConfig`` that say what a family's layers have."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """A family of models.
@@ -77,6 +81,7 @@ class Family:
         architecture: the class that ``config.json`` names.
         qkv_bias: have q, k and v biases?
         qk_norm: are the heads of q and k normed?
+        read: options of layers that ``config.json`` says -> what holds where it is silent.
         refused: fields of ``config.json`` that must not be set -> the error, which may name ``{model_type}``.
         hf_names: parameter name in our tree -> tensor name in safetensors.
         gguf_architecture: name in a GGUF file; None where there are none of this family.
@@ -88,6 +93,7 @@ class Family:
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    read: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=lambda: REFUSED)
     hf_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: HF_NAMES)
     gguf_architecture: str | None
@@ -102,6 +108,7 @@ class Family:
             if hf.get(field):
                 raise ConfigError(message.format(model_type=self.model_type))
 
-    def layer_options(self) -> dict[str, Any]:
-        """Return the fields of a ``ModelConfig`` that say what the family's layers have."""
-        return {"qkv_bias": self.qkv_bias, "qk_norm": self.qk_norm}
+    def layer_options(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a ``ModelConfig`` that say what the layers of a model with this ``config.json`` have."""
+        read = {name: hf.get(name, silent) for name, silent in self.read.items()}
+        return {"qkv_bias": self.qkv_bias, "qk_norm": self.qk_norm, **read}

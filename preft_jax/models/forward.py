@@ -1,45 +1,30 @@
 """The forward passes: prefill (with edits), decode (without), decode for all-token adapters, and the training forward.
 
-One definition of a layer serves them all; they differ in how attention sees keys (``preft_jax/models/attention.py``)
-and in how edits are applied (``preft_jax/adapters/edits.py``). All are pure functions of pytrees; ``config`` and
-keyword arguments are static.
+One definition of a layer serves them all (``models/layer.py``). They differ in its operations, in how attention sees
+keys (``models/attention.py``) and in how edits are applied (``adapters/edits.py``). All are pure functions of pytrees;
+``config`` and keyword arguments are static.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from kernels.types import TilePages
-from kernels.xla.fused import rms_norm, rotate
 from preft_jax.adapters.bank import Bank
 from preft_jax.adapters.edits import Edits, FoldedEdits, NoEdits, PackedEdits, RowEdits
 from preft_jax.config import ModelConfig
 from preft_jax.models import fused
-from preft_jax.models.attention import Attention, DenseKernel, MixedAttention, PagedAttention, dense_attention
+from preft_jax.models.attention import DenseKernel, PagedAttention, dense_attention
 from preft_jax.models.batch import DecodeBatch, PrefillBatch
-from preft_jax.models.cache import NO_SLOT, KVCache
-from preft_jax.models.linear import Transposed, linear
+from preft_jax.models.cache import KVCache
+from preft_jax.models.layer import Remat, hidden
+from preft_jax.models.linear import linear, output_head
 from preft_jax.models.params import Params
+from preft_jax.models.places import Mixed, Places, packed_places, row_places
+from preft_jax.models.plain import PlainLayers
 from preft_jax.sampling.device import top_logprobs
-
-QKV = ("q", "k", "v")
-
-SAVED = "matmul"
-"""Name of what is kept with ``remat="cheap"``."""
-
-Remat = Literal["none", "cheap", "full"]
-"""What a backward pass computes again: nothing; norms, rotations, attention and activations, but no matrix product with
-a weight; or whole layers."""
-
-_POLICIES: Mapping[str, Any] = {
-    "cheap": jax.checkpoint_policies.save_only_these_names(SAVED),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -65,152 +50,40 @@ def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, ja
     return jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
 
 
-def _project_qkv(config: ModelConfig, w: Params, h: jax.Array) -> tuple[jax.Array, ...]:
-    if "qkv" not in w:
-        return tuple(linear(h, w[s]) + w[f"{s}_bias"] if config.qkv_bias else linear(h, w[s]) for s in QKV)
-    fused = linear(h, w["qkv"])
-    if config.qkv_bias:
-        fused = fused + w["qkv_bias"]
-    return tuple(jnp.split(fused, (config.q_size, config.q_size + config.kv_size), axis=-1))
-
-
-def _project_gate_up(w: Params, h: jax.Array) -> tuple[jax.Array, ...]:
-    if "gate_up" not in w:
-        return linear(h, w["gate"]), linear(h, w["up"])
-    return tuple(jnp.split(linear(h, w["gate_up"]), 2, axis=-1))
-
-
-def decoder_layer(
-    config: ModelConfig,
-    layer: int,
-    w: Params,
-    x: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    attention: Attention,
-    edits: Edits,
-) -> jax.Array:
-    """One layer on a residual stream ``x [..., D]`` with any leading axes.
-
-    Edits act on each linear's output, then on the stream.
-    """
-    with jax.named_scope("attention"):
-        h = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
-        q, k, v = edits.apply(layer, QKV, h, _project_qkv(config, w, h))
-        q, k, v = (checkpoint_name(y, SAVED) for y in (q, k, v))
-        q, k, v = (y.reshape(*y.shape[:-1], -1, config.head_dim) for y in (q, k, v))
-        if config.qk_norm:
-            q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
-            k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
-        mixed = attention.attend(layer, rotate(q, rope), rotate(k, rope), v)
-        mixed = checkpoint_name(mixed.reshape(*mixed.shape[:-2], -1), SAVED)
-        (o,) = edits.apply(layer, ("o",), mixed, (linear(mixed, w["o"]),))
-        x = checkpoint_name(x + o, SAVED)
-    with jax.named_scope("mlp"):
-        h = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
-        gate, up = edits.apply(layer, ("gate", "up"), h, _project_gate_up(w, h))
-        gate, up = checkpoint_name(gate, SAVED), checkpoint_name(up, SAVED)
-        h = jax.nn.silu(gate) * up
-        (down,) = edits.apply(layer, ("down",), h, (linear(h, w["down"]),))
-        x = x + down
-    (x,) = edits.apply(layer, ("block",), x, (x,))
-    return x
-
-
-def _hidden(
-    config: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    attention: Attention,
-    edits: Edits,
-    remat: Remat = "none",
-) -> jax.Array:
-    """Return the residual stream after the last layer, before the final norm."""
-    x = params["embed"][tokens]
-    rope = rope_table(config, positions)
-    for i, w in enumerate(params["layers"]):
-
-        def layer(x: jax.Array, w: Params = w, i: int = i) -> jax.Array:
-            return decoder_layer(config, i, w, x, rope, attention, edits)
-
-        x = layer(x) if remat == "none" else jax.checkpoint(layer, policy=_POLICIES[remat])(x)
-    return x
-
-
-def lm_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Final norm and output head: float32 logits ``[..., V]`` of ``x [..., D]``."""
-    return lm_head(params, rms_norm(x, params["norm"], config.rms_norm_eps))
-
-
 def lm_head(params: Params, h: jax.Array) -> jax.Array:
     """Float32 logits ``[..., V]`` of the normed stream ``h [..., D]``."""
-    head = params["lm_head"] if "lm_head" in params else Transposed(params["embed"])
-    return linear(h, head, jnp.float32)
+    return linear(h, output_head(params), jnp.float32)
 
 
-def _fused_hidden(
+def _cached_hidden(
     config: ModelConfig,
     params: Params,
-    bank: Bank | None,
     cache: KVCache,
     tokens_T: jax.Array,
     positions_T: jax.Array,
-    places: fused.Packed | fused.Decoding | fused.Mixed,
-    *,
-    mask_TG: jax.Array,
-    tiles: Mapping[str, TilePages],
-    rows: RowEdits | None = None,
+    places: Places,
+    edits: NoEdits | PackedEdits | RowEdits,
 ) -> tuple[jax.Array, KVCache]:
-    """Return the normed stream after the last layer, by the fused kernels, and the cache."""
-    cos_T1X, sin_T1X = rope_table(config, positions_T)
-    batch = fused.Batch(places, mask_TG, cos_T1X[:, 0], sin_T1X[:, 0], tiles)
-    h_TD, kv = fused.hidden(config, params, bank, cache.kv, params["embed"][tokens_T], batch, rows=rows)
-    return h_TD, KVCache(kv)
+    """Return the normed stream ``[T, D]`` after the last layer, and the cache."""
+    rope = rope_table(config, positions_T)
+    if fused.why_not(params) is None:
+        layers = fused.FusedLayers(config, rope, cache, places, edits)
+        return hidden(layers, params, tokens_T), layers.cache
+    attention = PagedAttention(cache, places)
+    return hidden(PlainLayers(config, rope, attention, edits), params, tokens_T), attention.cache
+
+
+def _packed_edits(bank: Bank | None, batch: PrefillBatch) -> NoEdits | PackedEdits:
+    return NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
 
 
 def _prefill_hidden(
     config: ModelConfig, params: Params, bank: Bank | None, cache: KVCache, batch: PrefillBatch, max_query_len: int
 ) -> tuple[jax.Array, KVCache]:
-    """Return the normed stream ``[T, D]`` after the last layer, and the cache."""
-    if fused.applies(config, params):
-        return _fused_hidden(
-            config, params, bank, cache, batch.tokens_T, batch.positions_T, _packed(batch, max_query_len),
-            mask_TG=batch.edit_mask_TG, tiles=batch.tiles,
-        )  # fmt: skip
-    attention = _packed_attention(cache, batch, max_query_len)
-    edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
-    x_TD = _hidden(config, params, batch.tokens_T, batch.positions_T, attention, edits)
-    return rms_norm(x_TD, params["norm"], config.rms_norm_eps), attention.cache
-
-
-def _packed(batch: PrefillBatch, max_query_len: int) -> fused.Packed:
-    return fused.Packed(batch.slots_T, batch.page_table_BP, batch.query_start_B1, batch.kv_len_B, max_query_len)
-
-
-def _packed_attention(cache: KVCache, batch: PrefillBatch, max_query_len: int) -> PagedAttention:
-    return PagedAttention(
-        cache,
-        slots_T=batch.slots_T,
-        page_table_BP=batch.page_table_BP,
-        query_start_B1=batch.query_start_B1,
-        kv_len_B=batch.kv_len_B,
-        max_query_len=max_query_len,
-    )
-
-
-def _row_attention(cache: KVCache, rows: DecodeBatch) -> PagedAttention:
-    size = rows.tokens_B.shape[0]
-    position_B = jnp.maximum(rows.positions_B, 0)
-    page_B = jnp.take_along_axis(rows.page_table_BP, (position_B // cache.page_size)[:, None], axis=1)[:, 0]
-    slot_B = page_B * cache.page_size + position_B % cache.page_size
-    return PagedAttention(
-        cache,
-        slots_T=jnp.where(rows.positions_B >= 0, slot_B, NO_SLOT),
-        page_table_BP=rows.page_table_BP,
-        query_start_B1=jnp.arange(size + 1, dtype=jnp.int32),
-        kv_len_B=position_B + 1,
-        max_query_len=1,
-    )
+    return _cached_hidden(
+        config, params, cache, batch.tokens_T, batch.positions_T, packed_places(batch, max_query_len),
+        _packed_edits(bank, batch),
+    )  # fmt: skip
 
 
 def prefill(
@@ -302,46 +175,21 @@ def mixed(
     Returns:
         The logits of each row, of each request's last token in the batch (float32), and the cache.
     """
-    at = batch.tokens_T.shape[0] - rows.tokens_B.shape[0]
-    is_row_B = rows.positions_B >= 0
-
-    def with_rows(packed_T: jax.Array, row_B: jax.Array) -> jax.Array:
-        packed_T = jnp.asarray(packed_T)
-        return packed_T.at[at:].set(jnp.where(is_row_B, row_B, packed_T[at:]))
-
-    tokens_T = with_rows(batch.tokens_T, rows.tokens_B)
-    positions_T = with_rows(batch.positions_T, rows.positions_B)
-    if fused.applies(config, params):
-        places = fused.Mixed(_packed(batch, max_query_len), fused.Decoding(rows.page_table_BP, rows.positions_B))
-        h_TD, cache = _fused_hidden(
-            config, params, bank, cache, tokens_T, positions_T, places, mask_TG=batch.edit_mask_TG, tiles=batch.tiles
-        )
-    else:
-        attention = MixedAttention(
-            _packed_attention(cache, batch, max_query_len), _row_attention(cache, rows), is_row_B
-        )
-        edits = NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
-        x_TD = _hidden(config, params, tokens_T, positions_T, attention, edits)
-        h_TD, cache = rms_norm(x_TD, params["norm"], config.rms_norm_eps), attention.cache
-    logits = lm_head(params, jnp.concatenate([h_TD[at:], h_TD[batch.last_token_B]]))
-    return logits[: len(is_row_B)], logits[len(is_row_B) :], cache
+    places = Mixed(packed_places(batch, max_query_len), row_places(rows))
+    tokens_T = places.put_rows(jnp.asarray(batch.tokens_T), rows.tokens_B)
+    positions_T = places.put_rows(jnp.asarray(batch.positions_T), rows.positions_B)
+    h_TD, cache = _cached_hidden(config, params, cache, tokens_T, positions_T, places, _packed_edits(bank, batch))
+    size = rows.tokens_B.shape[0]
+    logits = lm_head(params, jnp.concatenate([h_TD[-size:], h_TD[batch.last_token_B]]))
+    return logits[:size], logits[size:], cache
 
 
 def _decode(
-    config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBatch, edits: Edits
+    config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBatch, edits: NoEdits | RowEdits
 ) -> tuple[jax.Array, KVCache]:
-    size = batch.tokens_B.shape[0]
     position_B = jnp.maximum(batch.positions_B, 0)
-    if isinstance(edits, NoEdits | RowEdits) and fused.applies(config, params):
-        h_BD, cache = _fused_hidden(
-            config, params, None, cache, batch.tokens_B, position_B,
-            fused.Decoding(batch.page_table_BP, batch.positions_B),
-            mask_TG=fused.no_mask(size), tiles={}, rows=edits if isinstance(edits, RowEdits) else None,
-        )  # fmt: skip
-        return lm_head(params, h_BD), cache
-    attention = _row_attention(cache, batch)
-    x_BD = _hidden(config, params, batch.tokens_B, position_B, attention, edits)
-    return lm_logits(config, params, x_BD), attention.cache
+    h_BD, cache = _cached_hidden(config, params, cache, batch.tokens_B, position_B, row_places(batch), edits)
+    return lm_head(params, h_BD), cache
 
 
 def decode(config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array, KVCache]:
@@ -388,9 +236,8 @@ def train_hidden(
     """
     if positions_BS is None:
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
-    attend = dense_attention(segments_BS, attention)
-    x_BSD = _hidden(config, params, tokens_BS, positions_BS, attend, edits, remat)
-    return rms_norm(x_BSD, params["norm"], config.rms_norm_eps)
+    layers = PlainLayers(config, rope_table(config, positions_BS), dense_attention(segments_BS, attention), edits)
+    return hidden(layers, params, tokens_BS, remat=remat)
 
 
 def train_forward(

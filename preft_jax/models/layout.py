@@ -6,17 +6,17 @@ each weight once a step, so it fuses the linears that share an input (``qkv``, `
 """
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from preft_jax.models.linear import Transposed
+from preft_jax.errors import ConfigError
+from preft_jax.models.linear import JOINED, Weight, stored
 from preft_jax.models.params import Params
 
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
-
-def fused_layout(params: Params, *, transpose: bool, consume: bool = False) -> Params:
+def fused_layout(params: Params, *, transpose: bool, consume: bool = False, shards: int = 1) -> Params:
     """Return the serving tree: q, k, v fused to ``qkv``, gate and up to ``gate_up``, biases likewise.
 
     Args:
@@ -24,22 +24,28 @@ def fused_layout(params: Params, *, transpose: bool, consume: bool = False) -> P
         transpose: store linears as ``[output, input]``.
         consume: delete the linears of each layer once they are fused, so that the next layer's go where they were:
             else both trees are in memory, and the first leaves it in pieces. ``params`` cannot be used afterwards.
+        shards: devices that the fused linears will be cut over. The heads of q, k and v that belong together (a KV
+            group), and the channels of gate and up, then stand shard by shard, so that an equal cut gives every device
+            the fused linear of its own heads and channels.
+
+    Raises:
+        ConfigError: a linear cannot be cut into so many equal parts.
     """
 
-    def stored(w_DF: jax.Array) -> jax.Array | Transposed:
-        return Transposed(jnp.asarray(w_DF).T) if transpose else w_DF
+    def as_asked(w_DF: jax.Array) -> Weight:
+        return stored(w_DF, transpose=transpose)
 
     def one(layer: Params) -> Params:
         out = {name: value for name, value in layer.items() if name.endswith("norm")}
-        for name, parts in FUSED.items():
-            out[name] = stored(jnp.concatenate([layer[part] for part in parts], axis=1))
+        for parts, name in JOINED.items():
+            out[name] = as_asked(_side_by_side([layer[part] for part in parts], shards))
+            if f"{parts[0]}_bias" in layer:
+                out[f"{name}_bias"] = _side_by_side([layer[f"{part}_bias"] for part in parts], shards)
         for name in ("o", "down"):
-            out[name] = stored(layer[name])
-        if "q_bias" in layer:
-            out["qkv_bias"] = jnp.concatenate([layer["q_bias"], layer["k_bias"], layer["v_bias"]])
+            out[name] = as_asked(layer[name])
         if consume:
             jax.block_until_ready(out)
-            for name in (*itertools.chain(*FUSED.values()), *(("o", "down") if transpose else ())):
+            for name in (*itertools.chain(*JOINED), *(("o", "down") if transpose else ())):
                 if isinstance(layer[name], jax.Array):
                     layer[name].delete()
         return out
@@ -48,5 +54,17 @@ def fused_layout(params: Params, *, transpose: bool, consume: bool = False) -> P
         return params
     fused = {**params, "layers": [one(layer) for layer in params["layers"]]}
     if "lm_head" in params:
-        fused["lm_head"] = stored(params["lm_head"])
+        fused["lm_head"] = as_asked(params["lm_head"])
     return fused
+
+
+def _side_by_side(parts: Sequence[jax.Array], shards: int) -> jax.Array:
+    """Join the last axes of arrays: of each shard its part of every array, one shard after the other."""
+    for part in parts:
+        if part.shape[-1] % shards:
+            raise ConfigError(f"a linear of width {part.shape[-1]} cannot be cut into {shards} equal parts")
+    if shards == 1:
+        return jnp.concatenate(parts, axis=-1)
+    return jnp.concatenate(
+        [own for cut in zip(*(jnp.split(part, shards, -1) for part in parts), strict=True) for own in cut], axis=-1
+    )

@@ -1,15 +1,4 @@
-"""The Llama family as flax.nnx modules: they own the model's names, shapes and initialisation.
-
-Everything that is jitted or differentiated takes the plain tree that ``module_params`` makes of a module:
-
-    {"embed" [V, D],
-     "layers": [{"q" [D, H*C], "k", "v" [D, K*C], "o" [H*C, D], "gate", "up" [D, F], "down" [F, D],
-                 "attn_norm", "mlp_norm" [D], ("q_bias", "k_bias", "v_bias"), ("q_norm", "k_norm" [C])}],
-     "norm" [D], ("lm_head" [D, V])}
-
-Linear weights are ``[input, output]``. Biases exist with ``qkv_bias`` (Qwen2.5), head norms with ``qk_norm`` (Qwen3),
-and ``lm_head`` unless the embeddings are tied.
-"""
+"""The Llama family as flax.nnx modules: they own the model's names and make its parameters (``models/params.py``)."""
 
 import functools
 from typing import Any
@@ -19,31 +8,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from preft_jax.config import ModelConfig
-from preft_jax.models.params import Params
-from preft_jax.shapes import LINEAR_SITES
+from preft_jax.models.params import Params, ParamSpec, layer_specs, outer_specs
 
 
-def _linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal, standard deviation 0.02, drawn in float32 and then cast: one seed is one model, rounded, in every
-    dtype.
+def _made(spec: ParamSpec, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Param:
+    """Draw a parameter with standard deviation 0.02, in float32 and then cast: one seed is one model, rounded, in every
+    dtype. Norms begin with ones, biases with zeros.
     """
-    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    if spec.init == "normal":
+        drawn = 0.02 * jax.random.normal(rngs.params(), spec.shape, jnp.float32)
+        return nnx.Param(drawn.astype(dtype))
+    return nnx.Param(jnp.ones(spec.shape, dtype) if spec.init == "ones" else jnp.zeros(spec.shape, dtype))
 
 
 class Layer(nnx.Module):
     """One decoder layer: attention and a gated MLP, each after an RMS norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        for site in LINEAR_SITES:
-            setattr(self, site, nnx.Param(_linear_init(rngs.params(), config.site_shape(site), dtype)))
-        self.attn_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-        self.mlp_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-        if config.qkv_bias:
-            for site, size in (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size)):
-                setattr(self, f"{site}_bias", nnx.Param(jnp.zeros(size, dtype)))
-        if config.qk_norm:
-            self.q_norm = nnx.Param(jnp.ones(config.head_dim, dtype))
-            self.k_norm = nnx.Param(jnp.ones(config.head_dim, dtype))
+        for name, spec in layer_specs(config).items():
+            setattr(self, name, _made(spec, dtype, rngs))
 
 
 class Llama(nnx.Module):
@@ -55,12 +38,12 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         dtype = jnp.dtype(dtype)
         self.config = config
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed = nnx.Param(_linear_init(rngs.params(), shape, dtype))
+        specs = outer_specs(config)
+        self.embed = _made(specs["embed"], dtype, rngs)
         self.layers = nnx.List([Layer(config, dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-        if not config.tie_word_embeddings:
-            self.lm_head = nnx.Param(_linear_init(rngs.params(), shape[::-1], dtype))
+        self.norm = _made(specs["norm"], dtype, rngs)
+        if "lm_head" in specs:
+            self.lm_head = _made(specs["lm_head"], dtype, rngs)
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Return float32 ``logits_BSV``."""

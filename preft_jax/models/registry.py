@@ -1,25 +1,24 @@
-"""Every family of models there is. To add one: a record in a file of its own, and a line here."""
+"""Every family of models there is: the records of ``models/families``."""
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 
 from preft_jax.errors import ConfigError
+from preft_jax.models import families
 from preft_jax.models.family import Family
-from preft_jax.models.llama import LLAMA
-from preft_jax.models.qwen2 import QWEN2
-from preft_jax.models.qwen3 import QWEN3
 
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
-    for family in (
-        LLAMA,
-        QWEN2,
-        QWEN3,
-    )
-}
+
+def _records() -> list[Family]:
+    names = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+    return [importlib.import_module(f"{families.__name__}.{name}").FAMILY for name in names]
+
+
+FAMILIES: Mapping[str, Family] = {record.model_type: record for record in _records()}
 """Records by the ``model_type`` of ``config.json``."""
 
 GGUF_FAMILIES: Mapping[str, Family] = {
-    family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture is not None
+    record.gguf_architecture: record for record in FAMILIES.values() if record.gguf_architecture is not None
 }
 """Records by the architecture of GGUF files."""
 

@@ -12,6 +12,7 @@ import jax
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.init import random_adapter
 from preft_jax.adapters.pages import adapter_page_counts
+from preft_jax.device.memory import in_use, limit
 from preft_jax.errors import ConfigError
 from preft_jax.io.hf import read_config
 from preft_jax.loading import Model, load_model
@@ -23,7 +24,6 @@ from serve.bench.client import HttpTarget, ServedModel, list_models
 from serve.bench.contest import Contender
 from serve.bench.load import EngineTarget, LoadRequest, Target
 from serve.bench.workload import adapter_configs
-from serve.engine import memory
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.request import Request
@@ -35,8 +35,9 @@ _LEAST_BANK = 64
 
 def memory_in_use() -> float | None:
     """Return which part of an accelerator's memory is in use; None where that means nothing, as on a CPU."""
-    most = memory.limit()
-    return None if most is None else memory.in_use() / most
+    devices = jax.local_devices()[:1]
+    most = limit(devices)
+    return None if most is None else in_use(devices) / most
 
 
 @dataclasses.dataclass(frozen=True)

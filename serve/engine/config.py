@@ -3,7 +3,7 @@
 import dataclasses
 
 from preft_jax.errors import ConfigError
-from preft_jax.shapes import RANK_PAGE, SITES
+from preft_jax.shapes import DTYPES, RANK_PAGE, SITES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,10 @@ class EngineConfig:
         bank_sites: what adapters may edit, of q, k, v, o, gate, up, down and block (all); what none edits leaves its
             memory to the KV cache.
         all_token: whether all-token adapters are served (one program more).
+        kv_dtype: of the KV cache: ``float32``, ``bfloat16`` or ``float16`` (that of the weights).
+        bank_dtype: of rank pages in the bank and in host memory, likewise (that of the weights).
+        reserved_bytes: of an accelerator's memory, left to other work (training beside serving, say), which leases it
+            from ``Engine.memory``.
         scoring: whether ``prompt_logprobs`` is served (one program more).
         mixed_tokens: tokens of the largest call in which running sequences take a decode step beside chunks of prompts,
             both counted; 0: prompts and decode steps have calls of their own. A multiple of four tiles.
@@ -53,6 +57,9 @@ class EngineConfig:
     mixed_tokens: int = 0
     decode_steps: int = 8
     prefix_caching: bool = True
+    kv_dtype: str | None = None
+    bank_dtype: str | None = None
+    reserved_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -64,11 +71,14 @@ class EngineConfig:
                 if not isinstance(value, tuple | list) or not value or any(site not in SITES for site in value):
                     raise ConfigError(f"bank_sites is {value!r}; give a tuple of some of {', '.join(SITES)}")
                 object.__setattr__(self, field.name, tuple(site for site in SITES if site in value))
+            elif field.name in ("kv_dtype", "bank_dtype"):
+                if value is not None and value not in DTYPES:
+                    raise ConfigError(f"{field.name} is {value!r}; allowed: {', '.join(DTYPES)}, or None")
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ConfigError(f"{field.name} is {value!r}; it must be True or False")
-            elif (field.name == "mixed_tokens" and value == 0) or (value is None and field.default is None):
-                continue
+            elif value == field.default and not value:
+                continue  # Nothing is asked for.
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name} is {value!r}; it must be an integer of at least 1")
 

@@ -17,6 +17,7 @@ import jax
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.device.compiles import CompileCounter
+from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
 from preft_jax.sampling.rows import Drawn
@@ -105,7 +106,7 @@ class Engine:
             mixed_sizes=self.runner.mixed_counts,
         )
         self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging, self._observer)
-        self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.dtype), seed)
+        self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.kv_dtype), seed)
         self._claims = Claims(self.adapters, store)
         if store is not None:
             store.check = self._admission.check_config
@@ -161,6 +162,11 @@ class Engine:
     def _check_idle(self) -> None:
         if self.has_work:
             raise RequestError(f"{len(self._live)} requests are unfinished; cancel them, or step until they are done")
+
+    @property
+    def memory(self) -> Budget | None:
+        """The budget of an accelerator's memory, of which other work leases its share; None on a CPU."""
+        return self.runner.memory
 
     @property
     def has_work(self) -> bool:
@@ -233,7 +239,7 @@ class Engine:
                 self._end(Delta(sequence=sequence, finish="abort", error=error))
 
     def _pack(self, adapter: Adapter) -> Known:
-        return pin(pack(pack_adapter(adapter, self.model.config, self.runner.dtype), self.runner.dtype))
+        return pin(pack(pack_adapter(adapter, self.model.config, self.runner.bank_dtype), self.runner.bank_dtype))
 
     # Steps
 

@@ -6,6 +6,7 @@ of them by ``warm_up``, or each when it is first called.
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from preft_jax.adapters.bank import AdapterPages, Bank, init_bank
+from preft_jax.device.memory import Budget, devices_of
 from preft_jax.device.programs import Programs
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
+from preft_jax.models import fused
 from preft_jax.models.batch import PrefillBatch, bucket, round_up
 from preft_jax.models.cache import KVCache, init_cache, pages_for
 from preft_jax.sampling.arrays import SamplingArrays
@@ -32,6 +35,8 @@ from serve.engine.packing import READS_WEIGHTS, worth_filling
 from serve.engine.residency import Load
 from serve.store.host_copy import ALL_LINEARS
 from serve.store.slabs import slab_width
+
+_log = logging.getLogger("preft.engine")
 
 COPIES = 8
 """KV pages that one call copies."""
@@ -55,6 +60,11 @@ class Runner:
         self.config = config
         self.params = serving_params(model, config.max_num_seqs)
         self.dtype = self.params["embed"].dtype
+        self.kv_dtype = jnp.dtype(config.kv_dtype or self.dtype)
+        self.bank_dtype = jnp.dtype(config.bank_dtype or self.dtype)
+        if reason := fused.why_not(self.params):
+            level = logging.WARNING if jax.default_backend() == "gpu" else logging.INFO
+            _log.log(level, "layers run over plain operations, not over fused kernels: %s", reason)
         self.table_width = pages_for(config.max_model_len, config.page_size or 1)
         self._adapters = config.bank_pages > 1
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
@@ -63,7 +73,7 @@ class Runner:
         self.bank = self._new_bank()
         self._choose_programs()
         room = self._room()
-        self.staged_pages, self._working_bytes = room.staged_pages, room.working_bytes
+        self.staged_pages, self._working_bytes = room.staged_pages, room.call_bytes + room.staged_bytes
         self.num_kv_pages = config.num_kv_pages or room.kv_pages
         self.cache = self._first_cache()
         self._logits = self._new_logits()
@@ -119,19 +129,29 @@ class Runner:
     def _new_bank(self) -> Bank | None:
         config = self.config
         return (
-            init_bank(self.model.config, config.bank_pages, self.dtype, config.bank_sites) if self._adapters else None
+            init_bank(self.model.config, config.bank_pages, self.bank_dtype, config.bank_sites)
+            if self._adapters
+            else None
         )
 
     def _new_cache(self) -> KVCache:
-        return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.dtype)
+        return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.kv_dtype)
 
     def _room(self) -> memory.Room:
-        if self.config.num_kv_pages or memory.limit() is None:
-            return memory.Room(self.config.max_num_seqs * self.table_width, self.staged_pages, 0)
-        return memory.share_out(
-            self.model.config, self.config, self.dtype, held=(self.params, self.bank), table_width=self.table_width,
-            logit_rows=self._logit_rows, staged_pages=self.staged_pages if self._adapters else 0, writes=self._writes,
+        """Share the device's memory out, and lease what the engine takes of it; on a CPU there is nothing to share."""
+        jax.block_until_ready((self.params, self.bank))
+        devices = devices_of(self.params)
+        self.memory = Budget.of(devices, self.config.memory_utilization)
+        if self.config.num_kv_pages or self.memory is None:
+            return memory.Room(self.config.max_num_seqs * self.table_width, self.staged_pages)
+        room = memory.share_out(
+            self.model.config, self.config, self.memory.free, dtype=self.dtype, kv_dtype=self.kv_dtype,
+            bank_dtype=self.bank_dtype, table_width=self.table_width, logit_rows=self._logit_rows,
+            staged_pages=self.staged_pages if self._adapters else 0, writes=self._writes,
         )  # fmt: skip
+        self.memory.lease("calls", room.call_bytes)
+        self.memory.lease("adapters on their way", room.staged_bytes)
+        return room
 
     def _first_cache(self) -> KVCache:
         """Make the cache, with fewer pages if memory that is free lies in pieces too small for it."""
@@ -140,6 +160,9 @@ class Runner:
             try:
                 cache, room = self._new_cache(), jnp.zeros(self._working_bytes, jnp.uint8)
                 jax.block_until_ready((cache, room))
+                if self.memory is not None:
+                    size = sum(pool.nbytes for pool in cache.kv)
+                    self.memory.lease("KV cache", size if self._working_bytes else min(size, self.memory.free))
                 return cache
             except jax.errors.JaxRuntimeError as error:
                 fewer = self.num_kv_pages * 31 // 32
@@ -409,7 +432,7 @@ class Runner:
 
     def copy_adapters(self, loads: Many[Load]) -> list[Load]:
         """Begin to copy adapters' rank pages to the device; returns the loads with the copies."""
-        on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+        on_device = self.params["norm"].sharding.with_memory_kind("device")
         copied = jax.device_put([load.slabs for load in loads], on_device)
         return [load._replace(slabs=slabs) for load, slabs in zip(loads, copied, strict=True)]
 
@@ -437,14 +460,14 @@ class Runner:
         """Return arguments of calls that write nothing but zeros to the null page."""
         if not self._empty_slabs:
             layers, widths = self.model.config.num_hidden_layers, self._slab_widths()
-            self._empty_slabs = jax.device_put({s: np.zeros((layers, w), self.dtype) for s, w in widths.items()})
+            self._empty_slabs = jax.device_put({s: np.zeros((layers, w), self.bank_dtype) for s, w in widths.items()})
         nowhere = {site: np.zeros(self._writes, np.int32) for site in self.config.bank_sites}
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
 
     def _slab_widths(self) -> dict[str, int]:
         """Return the width of the slabs of each site, and of all linears if the bank holds them."""
         model = self.model.config
-        widths = {s: slab_width(*model.site_shape(s), RANK_PAGE, self.dtype) for s in self.config.bank_sites}
+        widths = {s: slab_width(*model.site_shape(s), RANK_PAGE, self.bank_dtype) for s in self.config.bank_sites}
         if set(LINEAR_SITES) <= set(widths):
             widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
         return widths

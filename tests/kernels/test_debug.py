@@ -164,7 +164,7 @@ def test_a_cpu_takes_the_reference_unless_told_otherwise(op, rng):
     assert unasked.as_text() == asked.as_text()
 
 
-def test_an_implementation_that_refuses_these_shapes_gives_way_only_unasked(rng, monkeypatch):
+def test_an_implementation_that_refuses_these_shapes_gives_way_only_unasked_and_is_named(rng, monkeypatch, caplog):
     case = case_named(CALLS["paged_attention"])
     inputs = case.inputs(rng)
     real = dispatch.load
@@ -177,6 +177,7 @@ def test_an_implementation_that_refuses_these_shapes_gives_way_only_unasked(rng,
     monkeypatch.setattr(dispatch, "load", load)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert jnp.isfinite(jax.jit(case.run)(inputs)).all()
+    assert "paged_attention runs in plain JAX, not by its triton kernel: paged_attention: not with" in caplog.text
     with pytest.raises(NotImplementedError, match="head size like that"):
         case.run(inputs, "triton")
 

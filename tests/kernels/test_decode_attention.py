@@ -35,6 +35,8 @@ CASES = {
     "shared-prefix": ((40, 33, 50), {"shared_pages": 2}),
     "float8-pool": ((40, 33, 50), {"kv_dtype": "float8_e4m3fn", "dtype": "bfloat16"}),
     "scale": ((40, 3), {"scale": 1.7}),
+    "window": ((1, 16, 0, 17, 65, 100, 200), {"window": 16}),
+    "window/split": ((2000, 1, 0, 64, 1025), {"heads": 2, "kv_heads": 1, "window": 700}),
     "head-norm": ((1, 16, 0, 65, 100), {"head_norm": True}),
     "head-norm/bf16": ((5, 40, 33), {**LLAMA, "head_norm": True}),
     "head-norm/split": ((2000, 1, 0, 64, 1025), {"heads": 2, "kv_heads": 1, "head_norm": True}),
@@ -77,10 +79,10 @@ def norms_of(arguments):
     return dict(zip(("q_norm_C", "k_norm_C"), arguments[6:], strict=False)) | {"eps": reference.NORM_EPS}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def attend(implementation, scale, arguments):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def attend(implementation, scale, window, arguments):
     norms = norms_of(arguments)
-    return api.decode_attention(*arguments[:6], **norms, scale=scale, implementation=implementation)
+    return api.decode_attention(*arguments[:6], **norms, scale=scale, window=window, implementation=implementation)
 
 
 def expected(case, arguments):
@@ -100,7 +102,7 @@ def expected(case, arguments):
             q_THC=inputs[0], kv_PSJC=inputs[1], page_table_BP=inputs[2], query_start_B1=starts,
             kv_len_B=position[alive] + 1,
         )  # fmt: skip
-        out[alive] = reference.paged_attention(ragged, case.scale)
+        out[alive] = reference.paged_attention(ragged, case.scale, case.window)
     return out, pool, slots[alive]
 
 
@@ -109,8 +111,8 @@ def test_it_is_attention_with_the_own_token_rotated_and_kept(name, implementatio
     case, arguments = draw(name, rng)
     if case.kv_dtype and implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton's interpreter rounds to float8 otherwise: 1.99 to 1")
-    out, pool = attend(implementation, case.scale, arguments)
-    again, _ = attend(implementation, case.scale, arguments)
+    out, pool = attend(implementation, case.scale, case.window, arguments)
+    again, _ = attend(implementation, case.scale, case.window, arguments)
     np.testing.assert_array_equal(np.asarray(out), np.asarray(again))
     assert out.dtype == arguments[0].dtype
     wanted, wanted_pool, slots = expected(case, arguments)
@@ -131,11 +133,11 @@ def test_it_is_attention_with_the_own_token_rotated_and_kept(name, implementatio
     assert bits[0] == bits[1]
 
 
-@pytest.mark.parametrize("name", ["mixed/bf16", "idle-rows", "split", "head-norm/bf16"])
+@pytest.mark.parametrize("name", ["mixed/bf16", "idle-rows", "split", "head-norm/bf16", "window/split"])
 def test_it_is_rope_kv_then_paged_attention(name, implementation, rng):
     case, arguments = draw(name, rng)
     qkv, cos, sin, kv, table, position = arguments[:6]
-    out, pool = attend(implementation, case.scale, arguments)
+    out, pool = attend(implementation, case.scale, case.window, arguments)
     size = case.page_size
     page = table[jnp.arange(len(position)), jnp.maximum(position, 0) // size]
     slots = jnp.where(position >= 0, page * size + position % size, kv.shape[0] * size)
@@ -143,7 +145,7 @@ def test_it_is_rope_kv_then_paged_attention(name, implementation, rng):
                              implementation=implementation)  # fmt: skip
     apart = api.paged_attention(
         q, written, table, jnp.arange(len(position) + 1, dtype=jnp.int32), jnp.maximum(position + 1, 0),
-        max_query_len=1, scale=case.scale, implementation=implementation,
+        max_query_len=1, scale=case.scale, window=case.window, implementation=implementation,
     )  # fmt: skip
     alive = np.asarray(position) >= 0
     tolerance = 2 * TOLERANCES[case.dtype]

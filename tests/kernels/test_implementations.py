@@ -52,9 +52,11 @@ def full_float32():
 edit_program = jax.jit(run_edit, static_argnames=("op", "implementation"))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def attention_program(implementation, max_query_len, scale, inputs):
-    return api.paged_attention(*inputs, max_query_len=max_query_len, scale=scale, implementation=implementation)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def attention_program(implementation, max_query_len, scale, window, inputs):
+    return api.paged_attention(
+        *inputs, max_query_len=max_query_len, scale=scale, window=window, implementation=implementation
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -159,13 +161,13 @@ def test_attention(case, implementation, rng):
     inputs = spoil_slots(case.inputs(rng))
     longest = case.max_query_len or max(case.query_lens)
     try:
-        ours = run_twice(attention_program, implementation, longest, case.scale, inputs)
+        ours = run_twice(attention_program, implementation, longest, case.scale, case.window, inputs)
     except NotImplementedError as error:
         if "odd" not in case.tags:
             raise
         pytest.skip(str(error))
     assert ours.dtype == case.dtype
-    assert_close(ours, reference.paged_attention(inputs, case.scale), case.dtype)
+    assert_close(ours, reference.paged_attention(inputs, case.scale, case.window), case.dtype)
 
 
 @over(edits("lowrank_edit"))
@@ -439,3 +441,11 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
     inputs = case.inputs(np.random.default_rng(0))
     with pytest.raises(ValueError, match=f"scale is {scale}; give a positive number"):
         api.paged_attention(*inputs, max_query_len=1, scale=scale)
+
+
+@pytest.mark.parametrize("window", [0, -4, 2.5])
+def test_a_window_that_is_no_positive_integer_is_refused(window):
+    (case,) = select("test", "attention/decode/one-row")
+    inputs = case.inputs(np.random.default_rng(0))
+    with pytest.raises(ValueError, match=f"window is {window}; give a positive integer, or None"):
+        api.paged_attention(*inputs, max_query_len=1, window=window)

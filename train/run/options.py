@@ -11,8 +11,8 @@ import yaml
 
 from preft_jax.adapters.config import KINDS, AdapterConfig
 from preft_jax.errors import ConfigError, reject_unknown
-from preft_jax.loading import DTYPES
-from preft_jax.models.forward import Remat
+from preft_jax.models.layer import Remat
+from preft_jax.shapes import DTYPES
 from train.data.batches import BatchOptions
 from train.data.rows import DataOptions
 from train.jobs import JobConfig

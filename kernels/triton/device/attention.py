@@ -8,10 +8,12 @@ import triton.language as tl
 def _attend_keys(
     q, kv_ptr, table_ptr, at, last, stop, best, total, acc,
     SCALE: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """A step of the online softmax: BN keys from ``at`` on; ``kv_ptr`` and ``table_ptr`` of the head and the request.
 
-    With MASK, keys from ``stop`` on and those after the ``last`` of a query are not seen.
+    With MASK, keys from ``stop`` on and those after the ``last`` of a query are not seen, nor, unless WINDOW is 0,
+    those before the WINDOW ones up to it.
     """
     n = at + tl.arange(0, BN)
     c = tl.arange(0, C)
@@ -33,7 +35,10 @@ def _attend_keys(
         v = tl.load(base + C).to(q.dtype)
     score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if MASK:
-        score = tl.where((n[None, :] <= last[:, None]) & (n < stop)[None, :], score, float("-inf"))
+        seen = (n[None, :] <= last[:, None]) & (n < stop)[None, :]
+        if WINDOW:
+            seen = seen & (n[None, :] > last[:, None] - WINDOW)
+        score = tl.where(seen, score, float("-inf"))
     log2: tl.constexpr = SCALE * 1.4426950408889634
     new = tl.maximum(best, tl.max(score, 1) * log2)
     weight = tl.exp2(score * log2 - new[:, None])
@@ -48,7 +53,7 @@ def attend_kernel(
     q_ptr, kv_ptr, table_ptr, request_ptr, offset_ptr, start_ptr, len_ptr, out_ptr, lse_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """A program: BQ queries of one request for the G query heads of one KV head, over a split of the keys."""
     head, split = tl.program_id(0), tl.program_id(2)
@@ -69,9 +74,11 @@ def attend_kernel(
     last = prefix + query
     stop = tl.minimum(keys, prefix + offset + BQ)
     first = 0
+    if WINDOW:
+        first = tl.maximum(prefix + offset - WINDOW + 1, 0) // BN * BN
     if SPLITS > 1:
-        run = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
-        first = split * run
+        run = tl.cdiv(tl.cdiv(stop - first, BN), SPLITS) * BN
+        first += split * run
         stop = tl.minimum(stop, first + run)
     # Up to here every query sees every key of a step.
     whole = first + tl.maximum(tl.minimum(stop, prefix + offset + 1) - first, 0) // BN * BN
@@ -80,13 +87,22 @@ def attend_kernel(
     acc = tl.zeros([M, C], tl.float32)
     table_ptr += request * WIDTH
     kv_ptr += 2 * head * C
+    if WINDOW:
+        # From here on the last query sees every key of a step, and so do those before it.
+        inside = tl.minimum(tl.cdiv(tl.maximum(prefix + offset + BQ - WINDOW, 0), BN) * BN, stop)
+        for at in range(first, inside, BN):
+            best, total, acc = _attend_keys(
+                q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True, WINDOW
+            )
+        first = tl.maximum(first, inside)
+        whole = tl.maximum(first, whole)
     for at in range(first, whole, BN):
         best, total, acc = _attend_keys(
-            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, False
+            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, False, 0
         )
     for at in range(whole, stop, BN):
         best, total, acc = _attend_keys(
-            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True
+            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True, WINDOW
         )
     if SPLITS > 1:
         seen = best > -1.0e29
@@ -111,7 +127,7 @@ def decode_attend_kernel(
     qkv_ptr, cos_ptr, sin_ptr, kv_ptr, table_ptr, position_ptr, q_norm, k_norm, out_ptr, lse_ptr, kv_out,
     SCALE: tl.constexpr, B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """A program: the G query heads of one KV head of a row, over a split of the keys before its token.
 
@@ -154,18 +170,20 @@ def decode_attend_kernel(
     own_v = tl.load(token + K * C + c, mask=own, other=0.0).to(kv_ptr.dtype.element_ty)
     stop = position
     first = 0
+    if WINDOW:
+        first = tl.maximum(position - WINDOW + 1, 0) // BN * BN
     if SPLITS > 1:
-        run = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
-        first = split * run
+        run = tl.cdiv(tl.cdiv(stop - first, BN), SPLITS) * BN
+        first += split * run
         stop = tl.minimum(stop, first + run)
     best = tl.full([M], -1.0e30, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, C], tl.float32)
-    last = tl.zeros([M], tl.int32) + stop
+    last = tl.zeros([M], tl.int32) + position
     for at in range(first, stop, BN):
         best, total, acc = _attend_keys(
             q, kv_ptr + 2 * head * C, table_ptr + row * WIDTH, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN,
-            True,
+            True, WINDOW,
         )  # fmt: skip
     if own:
         page = tl.load(table_ptr + row * WIDTH + position // PAGE).to(tl.int64)

@@ -202,6 +202,7 @@ VARIANTS = {
     },
     "qwen2": {"qkv_bias": True, "num_key_value_heads": 1},
     "qwen3": {"qk_norm": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+    "sliding_window": {"sliding_window": 5},
 }
 
 

@@ -2,6 +2,6 @@
 
 from preft_jax.models.family import Family
 
-LLAMA = Family(
+FAMILY = Family(
     model_type="llama", architecture="LlamaForCausalLM", gguf_architecture="llama", gguf_permuted=True
 )  # fmt: skip

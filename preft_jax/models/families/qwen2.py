@@ -2,7 +2,7 @@
 
 from preft_jax.models.family import REFUSED, Family
 
-QWEN2 = Family(
+FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     qkv_bias=True,

@@ -2,4 +2,4 @@
 
 from preft_jax.models.family import Family
 
-QWEN3 = Family(model_type="qwen3", architecture="Qwen3ForCausalLM", qk_norm=True, gguf_architecture="qwen3")
+FAMILY = Family(model_type="qwen3", architecture="Qwen3ForCausalLM", qk_norm=True, gguf_architecture="qwen3")

@@ -1,0 +1,79 @@
+"""One table says where arrays lie: each parameter by its name, KV and rank pages by their axes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from preft_jax.adapters.bank import init_bank, pool_axes
+from preft_jax.device.mesh import TABLE, spec
+from preft_jax.errors import ConfigError
+from preft_jax.models.cache import KV_AXES
+from preft_jax.models.layout import fused_layout
+from preft_jax.models.linear import logical_axes
+from preft_jax.models.params import AXES, layer_specs, outer_specs
+
+FSDP, TENSOR = AbstractMesh((4,), ("fsdp",)), AbstractMesh((2,), ("tensor",))
+
+
+def specs(mesh, params):
+    return jax.tree.map(lambda leaf, axes: spec(mesh, leaf.shape, axes), params, logical_axes(params))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_every_weight_is_cut_in_every_layout_and_norms_are_whole(lively, transpose):
+    for params in (lively.params, fused_layout(lively.params, transpose=transpose)):
+        found = specs(FSDP, params)
+        for leaf, one in zip(*map(jax.tree.leaves, (params, found)), strict=True):
+            assert [axis for axis in one if axis] == (["fsdp"] if leaf.ndim == 2 else [])
+
+
+def test_a_linear_and_the_one_behind_it_are_cut_along_the_axis_that_they_share(lively):
+    layer = specs(TENSOR, lively.params)["layers"][0]
+    assert layer["q"] == layer["up"] == PartitionSpec(None, "tensor")
+    assert layer["o"] == layer["down"] == PartitionSpec("tensor", None)
+
+
+def test_what_does_not_divide_stays_whole():
+    assert spec(FSDP, (64, 6), AXES["q"]) == PartitionSpec(None, None)
+
+
+def test_kv_and_rank_pages_are_cut_as_their_linears(tiny):
+    assert spec(TENSOR, (9, 16, 4, 32), KV_AXES) == PartitionSpec(None, None, "tensor", None)
+    bank = init_bank(tiny.config, 2, jnp.float32)
+    for site, pools in bank.sites.items():
+        a, c, b = (spec(TENSOR, pool.shape, axes) for pool, axes in zip(pools, pool_axes(site), strict=True))
+        cut_input, cut_output = site in ("o", "down"), site in ("q", "k", "v", "gate", "up")
+        assert a == PartitionSpec(None, None, "tensor" if cut_input else None, None)
+        assert b == PartitionSpec(None, None, None, "tensor" if cut_output else None)
+        assert not any(c)
+
+
+def test_every_axis_that_a_parameter_names_is_in_the_table(lively):
+    config = dataclasses.replace(lively.config, qkv_bias=True, qk_norm=True, tie_word_embeddings=False)
+    for one in (*layer_specs(config).values(), *outer_specs(config).values()):
+        assert len(one.axes) == len(one.shape)
+        assert set(one.axes) <= set(TABLE)
+    assert {axis for axes in AXES.values() for axis in axes} | set(KV_AXES) <= set(TABLE)
+
+
+def test_an_equal_cut_of_the_fused_linears_is_the_fused_linears_of_the_cut_heads(lively, rng):
+    """Shard s of q|k|v holds the query heads of its KV groups, their keys and their values."""
+    config = lively.config
+    layer = lively.params["layers"][0] | {
+        f"{site}_bias": jnp.asarray(rng.standard_normal(config.site_shape(site)[1]), jnp.float32) for site in "qkv"
+    }
+    shards = config.num_key_value_heads
+    params = lively.params | {"layers": [layer]}
+    cut = fused_layout(params, transpose=False, shards=shards)["layers"][0]
+    for s in range(shards):
+        own = {name: np.split(np.asarray(layer[name]), shards, axis=-1)[s] for name in ("q", "k", "v", "gate", "up")}
+        own |= {f"{site}_bias": np.split(np.asarray(layer[f"{site}_bias"]), shards)[s] for site in "qkv"}
+        alone = fused_layout(params | {"layers": [layer | own]}, transpose=False)["layers"][0]
+        for name in ("qkv", "gate_up", "qkv_bias"):
+            np.testing.assert_array_equal(np.split(np.asarray(cut[name]), shards, axis=-1)[s], alone[name])
+    with pytest.raises(ConfigError, match="cannot be cut into 7 equal parts"):
+        fused_layout(params, transpose=False, shards=7)
