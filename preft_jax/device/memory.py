@@ -7,7 +7,7 @@ with budget.lease("KV cache", 40 << 30):
 
 import threading
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -16,19 +16,32 @@ from preft_jax.errors import ConfigError
 _GIB = 1 << 30
 
 
-def devices_of(tree: Any) -> set[jax.Device]:
+class Device(Protocol):
+    """What is asked of a ``jax.Device``."""
+
+    @property
+    def platform(self) -> str:
+        """``cpu``, ``gpu`` or ``tpu``."""
+        ...
+
+    def memory_stats(self) -> dict[str, int] | None:
+        """Return what is known of its memory."""
+        ...
+
+
+def devices_of(tree: Any) -> set[Device]:
     """Return the devices that arrays lie on; the default one if there is no array."""
     found = {device for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) for device in leaf.devices()}
     return found or set(jax.local_devices()[:1])
 
 
-def limit(devices: Iterable[jax.Device]) -> int | None:
+def limit(devices: Iterable[Device]) -> int | None:
     """Return the bytes that the process may take of each of some devices; None if that means nothing, as on a CPU."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices if device.platform != "cpu"]
     return min((found for found in limits if found is not None), default=None)
 
 
-def in_use(devices: Iterable[jax.Device]) -> int:
+def in_use(devices: Iterable[Device]) -> int:
     """Return the bytes that the process uses of that of some devices on which it uses most."""
     return max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in devices)
 
@@ -68,7 +81,7 @@ class Budget:
         self._lock = threading.RLock()
 
     @classmethod
-    def of(cls, devices: Collection[jax.Device], utilization: float) -> "Budget | None":
+    def of(cls, devices: Collection[Device], utilization: float) -> "Budget | None":
         """Return the budget of a part of the memory of some devices, cut alike; None where memory is not counted."""
         most = limit(devices)
         return None if most is None else cls(int(most * utilization), in_use(devices))

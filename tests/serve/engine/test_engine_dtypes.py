@@ -1,0 +1,41 @@
+"""Weights, KV cache and bank have dtypes of their own. bfloat16 has 8 bits: 0.15 of log-probabilities within ±10."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine_runs import ROOMY, request, serve
+
+from preft_jax.errors import ConfigError
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+
+PLAIN = dataclasses.replace(ROOMY, all_token=False)
+
+
+def first_logprobs(engine, requests):
+    return np.array([sample.logprobs[0] for (sample,) in serve(engine, requests)])
+
+
+@pytest.mark.parametrize("field", ["kv_dtype", "bank_dtype"])
+def test_one_of_them_narrower_loses_its_own_rounding_only(field, lively, adapters, rng):
+    requests = [
+        request(rng.integers(0, 250, 12), adapters[name], max_tokens=2)
+        for name in ("lora_r24", "direft", "loreft_f3l2")
+    ]
+    engine = Engine(lively, dataclasses.replace(PLAIN, **{field: "bfloat16"}))
+    dtypes = {
+        "kv_dtype": engine.runner.cache.kv[0].dtype,
+        "bank_dtype": engine.runner.bank.sites["q"].a_LPDR.dtype,
+        "weights": engine.runner.params["embed"].dtype,
+    }
+    assert {name for name, dtype in dtypes.items() if dtype == jnp.bfloat16} == {field}
+    loss = np.abs(first_logprobs(engine, requests) - first_logprobs(Engine(lively, PLAIN), requests))
+    assert 1e-5 < loss.max() < 0.15
+
+
+@pytest.mark.parametrize("field", ["kv_dtype", "bank_dtype"])
+def test_another_dtype_is_refused_with_those_there_are(field):
+    with pytest.raises(ConfigError, match=f"{field} is 'int4'; allowed: float32, bfloat16, float16, or None"):
+        EngineConfig(**{field: "int4"})
