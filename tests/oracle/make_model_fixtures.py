@@ -3,7 +3,7 @@
 
     python tests/oracle/make_model_fixtures.py --output tests/fixtures/models --smollm2 tests/fixtures/smollm2
 
-``--output`` gets one directory for each of four small random models, as ``save_pretrained`` writes it, and in it
+``--output`` gets one directory for each of five small random models, as ``save_pretrained`` writes it, and in it
 ``logits.npz``, computed in float32 from the weights as they are stored:
 
     tokens              int32 [2, 24]
@@ -18,6 +18,7 @@
     smollm2  an odd number of heads, three for each KV head             bfloat16  yes     one
     qwen2    q, k and v biases                                          float16   no      one
     qwen3    q and k norms, head_dim that is not hidden / heads         float32   yes     one
+    mistral  a sliding window of seven keys                             float32   no      one
     =======  =========================================================  ========  ======  =======
 
 ``--smollm2`` holds ``prompts.json`` (see ``make_prompts.py``) and gets, for SmolLM2-135M with the GGUF file's weights
@@ -93,6 +94,11 @@ MODELS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         "Qwen3",
         torch.float32,
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+    ),
+    "mistral": (
+        "Mistral",
+        torch.float32,
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 7, "tie_word_embeddings": False},
     ),
 }  # fmt: skip
 """Name -> (family, stored dtype, config fields beyond ``COMMON``)."""
