@@ -24,6 +24,7 @@ from preft_jax.adapters.edits import Dropout, Edits, FoldedEdits, RowsEdits
 from preft_jax.adapters.fold import fold_params
 from preft_jax.adapters.pages import adapter_page_counts, cut_edit
 from preft_jax.config import ModelConfig
+from preft_jax.errors import ConfigError
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.forward import Remat, train_hidden
 from preft_jax.models.params import Params
@@ -240,6 +241,12 @@ def batch_losses(
     logprob_T = token_logprobs(base, h_BSD.reshape(-1, h_BSD.shape[2]), batch.targets_BS.reshape(-1), weights_T != 0)
     needed = {f"{name}_T": getattr(batch, f"{name}_BS").reshape(-1) for name in loss.needs}
     loss_T, metrics = loss.function(logprob_T, LossInputs(weights_T, **needed))
+    for name, value_T in {"its loss": loss_T, **metrics}.items():
+        if jnp.shape(value_T) != weights_T.shape:
+            raise ConfigError(
+                f"the loss {loss.name!r} gives {name} the shape {list(jnp.shape(value_T))}, expected "
+                f"{list(weights_T.shape)}: one value for each token, which the trainer weighs and sums"
+            )
 
     def by_slot(value_T: jax.Array) -> jax.Array:
         # Zero without weight whatever the value is.

@@ -179,6 +179,18 @@ def test_an_update_of_two_losses_is_their_sum_and_metrics_are_means_of_their_own
     )
 
 
+def test_a_loss_that_sums_by_itself_is_refused_and_what_was_gathered_stays(linear, lively, rng):
+    register_loss("sum", lambda logprob_T, inputs: (-logprob_T, {"surprise": -logprob_T.mean()}))
+    rows = [[document(cases.example(CONFIG, rng))]]
+    job = one_job(lively)
+    trainer = Trainer(lively, [job])
+    trainer.forward_backward({job: rows})
+    with pytest.raises(ConfigError, match=r"the loss 'sum' gives surprise the shape \[\], expected \[128\]"):
+        trainer.forward_backward({job: rows}, "sum")
+    trainer.optim_step()
+    assert result_of(trainer).finite
+
+
 def test_the_optimizers_numbers_may_be_given(lively, rng):
     rows = [[document(cases.example(CONFIG, rng))]]
     job = one_job(lively)
