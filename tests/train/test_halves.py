@@ -82,20 +82,29 @@ def test_jobs_step_when_they_are_asked_to_and_others_keep_what_they_gathered(liv
     """As each alone; one joins, with a group of its own, while another has gathered something."""
     rows = {name: [[document(example)] for example in cases.examples(config, rng, 3)]
             for name, config in (("a", CONFIG), ("b", OTHER), ("c", CONFIG))}  # fmt: skip
+
+    def make():
+        # SGD, which would step by numbers of any kind.
+        sgd = {"optim": "sgd", "learning_rate": 0.1}
+        return (
+            one_job(lively, optimizer=sgd),
+            one_job(lively, OTHER, name="b"),
+            one_job(lively, name="c", optimizer=sgd),
+        )
+
     alone = {}
-    for name, config in (("a", CONFIG), ("b", OTHER), ("c", CONFIG)):
-        job = one_job(lively, config, name=name)
+    for job in make():
         trainer = Trainer(lively, [job])
-        trainer.forward_backward({job: rows[name]})
+        trainer.forward_backward({job: rows[job.name]})
         trainer.optim_step()
-        alone[name] = result_of(trainer), trainer.state_of(job).params
-    a, b, c = (one_job(lively, config, name=name) for name, config in (("a", CONFIG), ("b", OTHER), ("c", CONFIG)))
+        alone[job.name] = result_of(trainer), trainer.state_of(job).params
+    a, b, c = make()
     trainer = Trainer(lively, [a])
     trainer.forward_backward({a: rows["a"][:1]})
     trainer.add(b)
     trainer.add(c)
     trainer.forward_backward({b: rows["b"], c: rows["c"][:2]})
-    first = {job: trainer.state_of(job) for job in (a, c)}
+    first = {job: jax.tree.map(np.array, trainer.state_of(job)) for job in (a, c)}
     assert trainer.optim_step([b]) is None
     assert [result.job for result in trainer.finish().results] == [b]
     for job, state in first.items():
@@ -109,6 +118,20 @@ def test_jobs_step_when_they_are_asked_to_and_others_keep_what_they_gathered(liv
     for job in (a, b, c):
         assert job.step == 1
         same(trainer.state_of(job).params, alone[job.name][1], ATOL)
+
+
+def test_each_micro_batch_of_an_update_draws_its_own_dropout(lively, rng):
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    rows, norms = [[document(cases.example(config, rng))]], []
+    for count in (1, 1, 2):
+        job = one_job(lively, config)
+        trainer = Trainer(lively, [job])
+        for _ in range(count):
+            trainer.forward_backward({job: rows})
+        trainer.optim_step()
+        norms.append(result_of(trainer).grad_norm)
+    assert norms[0] == norms[1]
+    assert abs(norms[2] - norms[0]) > 1e-3 * norms[0]
 
 
 def test_a_slot_that_is_taken_again_has_gathered_nothing(lively, rng):
