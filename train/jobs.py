@@ -67,6 +67,8 @@ class JobConfig:
 class Job:
     """A job's examples, plan and clock; ``initial`` is ``first_adapter``'s if it is None.
 
+    A job without examples is trained on rows given to ``Trainer.forward_backward``; ``max_steps`` says how long.
+
     Attributes:
         step: updates done.
         total_steps: updates in all.
@@ -122,12 +124,20 @@ class Job:
     @property
     def count(self) -> int:
         """Micro-batches before the next update."""
+        if not self.examples:
+            return self.step * self.config.gradient_accumulation_steps
         epoch = self._epoch_of(self.step)
         into = (self.step - self._first[epoch]) * self.config.gradient_accumulation_steps
         return sum(self._batches[:epoch]) + into
 
     def micro_batches(self) -> list[list[Row]]:
-        """Return the micro-batches of the next update: lists of rows, which are lists of indices of examples."""
+        """Return the micro-batches of the next update: lists of rows, which are lists of indices of examples.
+
+        Raises:
+            ConfigError: if the job has no examples.
+        """
+        if not self.examples:
+            raise ConfigError(f"{self.name!r} has no examples; give it some, or train it with forward_backward")
         epoch, size = self._epoch_of(self.step), self.config.gradient_accumulation_steps
         at = (self.step - self._first[epoch]) * size
         return self._plan(epoch)[at : at + size]

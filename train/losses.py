@@ -1,99 +1,143 @@
-"""Next-token cross-entropy without the logits of all tokens: a chunk of tokens at a time, its gradient made with it.
+"""Losses by name: what a token's loss is, given its log-probability.
 
-The gradient of a token's loss with respect to the stream is ``(softmax(logits) - onehot(target)) @ head^T``, times the
-token's own cotangent; it is computed where the logits are, so that they are neither kept nor computed twice.
+A loss is a function ``(logprob_T, inputs) -> (loss_T, metrics)`` of float32 arrays with one value for each token. It is
+differentiated with respect to the log-probabilities; their own gradient is made chunk by chunk, so that a loss never
+sees logits. Tokens are weighted, summed and divided by the sum of their weights by the trainer, and so are metrics.
+
+    def pessimistic(logprob_T, inputs):
+        return -inputs.advantages_T * logprob_T, {"surprise": -logprob_T}
+
+    register_loss("pessimistic", pessimistic, needs=("advantages",))
+    trainer.forward_backward({job: rows}, "pessimistic")
 """
 
-import math
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from preft_jax.models.forward import lm_head
-from preft_jax.models.linear import linear_transpose, output_head
-from preft_jax.models.params import Params
-
-_CHUNK_BYTES = 1 << 28
-"""Float32 logits that exist at a time, at most."""
+from kernels.types import Array
+from preft_jax.errors import ConfigError, did_you_mean
+from train.data.documents import OPTIONAL_FIELDS
 
 
-def chunk_size(tokens: int, vocab: int) -> int:
-    """Return how many of ``tokens`` have their logits made at a time: a divisor of ``tokens``."""
-    most = max(1, _CHUNK_BYTES // (4 * vocab))
-    return math.gcd(tokens, 1 << (most.bit_length() - 1))
+class LossInputs(NamedTuple):
+    """What a loss knows of each token besides its log-probability, float32 ``[T]``.
+
+    Attributes:
+        weights_T: that the trainer multiplies the loss with; 0 where nothing is learned, and the log-probability is 0.
+        old_logprobs_T: under the distribution that the token was sampled from; None if the loss does not need it.
+        advantages_T: None if the loss does not need it.
+    """
+
+    weights_T: Array
+    old_logprobs_T: Array = None
+    advantages_T: Array = None
 
 
-def token_losses(params: Params, h_TD: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> jax.Array:
-    """Return ``weight * -log softmax(head(h))[target]`` of each token.
+Metrics = Mapping[str, jax.Array]
+"""Values of each token, ``[T]``, by name."""
+
+
+class LossFunction(Protocol):
+    """A loss of each token: ``(loss_T, metrics)``."""
+
+    def __call__(self, logprob_T: jax.Array, inputs: LossInputs, /) -> tuple[jax.Array, Metrics]:
+        """Return the unweighted loss of each token."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A registered loss: its function, and which of ``OPTIONAL_FIELDS`` every document must have for it."""
+
+    name: str
+    function: LossFunction
+    needs: tuple[str, ...] = ()
+
+
+def cross_entropy(logprob_T: jax.Array, inputs: LossInputs) -> tuple[jax.Array, Metrics]:
+    """Return ``-log p``: supervised fine-tuning."""
+    return -logprob_T, {}
+
+
+def importance_sampling(logprob_T: jax.Array, inputs: LossInputs) -> tuple[jax.Array, Metrics]:
+    """Return ``-r A`` with the ratio ``r = p / p_old``: the policy gradient, corrected for who sampled.
+
+    Its gradient is ``-r A d log p``: REINFORCE (Williams, 1992) where ``p`` is ``p_old``.
+    """
+    ratio_T, metrics = _ratio(logprob_T, inputs)
+    return -ratio_T * inputs.advantages_T, metrics
+
+
+def ppo(
+    logprob_T: jax.Array, inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> tuple[jax.Array, Metrics]:
+    """Return ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = p / p_old``.
+
+    Schulman et al., arXiv 1707.06347, equation 7; a higher ``clip_high`` is DAPO's (Yu et al., arXiv 2503.14476). For
+    others than 0.2: ``register_loss("dapo", functools.partial(ppo, clip_high=0.28), needs=OPTIONAL_FIELDS)``.
+    """
+    ratio_T, metrics = _ratio(logprob_T, inputs)
+    clipped_T = jnp.clip(ratio_T, 1 - clip_low, 1 + clip_high)
+    gain_T, clipped_gain_T = ratio_T * inputs.advantages_T, clipped_T * inputs.advantages_T
+    is_clipped_T = (clipped_gain_T < gain_T).astype(jnp.float32)
+    return -jnp.minimum(gain_T, clipped_gain_T), {**metrics, "clip_fraction": is_clipped_T}
+
+
+def _ratio(logprob_T: jax.Array, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return ``p / p_old``, and it as a metric beside the estimate ``r - 1 - log r`` of KL(p_old || p).
+
+    The estimate is Schulman's k3 (http://joschu.net/blog/kl-approx.html): unbiased, and never negative.
+    """
+    log_ratio_T = logprob_T - inputs.old_logprobs_T
+    ratio_T = jnp.exp(log_ratio_T)
+    return ratio_T, {"ratio": ratio_T, "approx_kl": ratio_T - 1 - log_ratio_T}
+
+
+_LOSSES: dict[str, Loss] = {}
+
+
+def register_loss(name: str, function: LossFunction, needs: tuple[str, ...] = (), *, replace: bool = False) -> None:
+    """Let a name stand for a loss.
 
     Args:
-        params: of the base model; not differentiated.
-        h_TD: normed stream after the last layer; differentiable.
-        targets_T: int32.
-        weights_T: float32; chunks of tokens whose weights are all zero cost nothing. Not differentiated.
+        name: by which ``Trainer.forward_backward`` takes it.
+        function: pure; see the module.
+        needs: which of ``old_logprobs`` and ``advantages`` every document must have; others are None in its inputs.
+        replace: let a name that is taken stand for it.
 
-    Returns:
-        Float32 ``[T]``.
+    Raises:
+        ConfigError: if the name is taken, or no document has what is needed.
     """
-    head = {name: params[name] for name in ("embed", "lm_head") if name in params}
-    return _weighted(head, h_TD, targets_T, weights_T)
+    if name in _LOSSES and not replace:
+        raise ConfigError(f"there is a loss {name!r} already; choose another name, or give replace=True")
+    for field in needs:
+        if field not in OPTIONAL_FIELDS:
+            raise ConfigError(
+                f"the loss {name!r} needs {field!r}{did_you_mean(field, OPTIONAL_FIELDS)}; a document may have: "
+                f"{', '.join(OPTIONAL_FIELDS)}"
+            )
+    _LOSSES[name] = Loss(name, function, tuple(needs))
 
 
-def _chunks(x: jax.Array, size: int) -> jax.Array:
-    return x.reshape(-1, size, *x.shape[1:])
+def find_loss(name: str) -> Loss:
+    """Return a registered loss.
+
+    Raises:
+        ConfigError: if the name is none of one.
+    """
+    if name not in _LOSSES:
+        raise ConfigError(
+            f"loss is {name!r}{did_you_mean(name, tuple(_LOSSES))}; allowed: {', '.join(_LOSSES)}, and what "
+            "register_loss adds"
+        )
+    return _LOSSES[name]
 
 
-def _map(one: Any, head: Params, h_TD: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> Any:
-    """Run ``one`` on each chunk; zeros for those that nothing is learned from."""
-    size = chunk_size(len(targets_T), head["embed"].shape[0])
-
-    def chunk(args: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-        h_ID, targets_I, weights_I = args
-        shapes = jax.eval_shape(one, h_ID, targets_I)
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.cond((weights_I != 0).any(), one, lambda *_: nothing, h_ID, targets_I)
-
-    out = jax.lax.map(chunk, (_chunks(h_TD, size), _chunks(targets_T, size), _chunks(weights_T, size)))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
-
-
-@jax.custom_vjp
-def _weighted(head: Params, h_TD: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> jax.Array:
-    def one(h_ID: jax.Array, targets_I: jax.Array) -> jax.Array:
-        logits_IV = lm_head(head, h_ID)
-        return jax.nn.logsumexp(logits_IV, axis=1) - jnp.take_along_axis(logits_IV, targets_I[:, None], axis=1)[:, 0]
-
-    return _weigh(weights_T, _map(one, head, h_TD, targets_T, weights_T))
-
-
-def _forward(head: Params, h_TD: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> Any:
-    def one(h_ID: jax.Array, targets_I: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_IV = lm_head(head, h_ID)
-        norm_I = jax.nn.logsumexp(logits_IV, axis=1)
-        chosen_I = jnp.take_along_axis(logits_IV, targets_I[:, None], axis=1)[:, 0]
-        onehot_IV = targets_I[:, None] == jnp.arange(logits_IV.shape[1], dtype=targets_I.dtype)
-        slope_IV = (jnp.exp(logits_IV - norm_I[:, None]) - onehot_IV).astype(h_ID.dtype)
-        return norm_I - chosen_I, _through_head(head, slope_IV)
-
-    loss_T, slope_TD = _map(one, head, h_TD, targets_T, weights_T)
-    return _weigh(weights_T, loss_T), (slope_TD, weights_T)
-
-
-def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Return the product, and zero without weight whatever the value is."""
-    return jnp.where(weights != 0, values * weights, 0.0)
-
-
-def _through_head(head: Params, slope_IV: jax.Array) -> jax.Array:
-    """Return ``slope @ head^T`` in the slope's dtype."""
-    return linear_transpose(slope_IV, output_head(head))
-
-
-def _backward(kept: tuple[jax.Array, jax.Array], cotangent_T: jax.Array) -> Any:
-    slope_TD, weights_T = kept
-    scaled_TD = _weigh((cotangent_T * weights_T)[:, None], slope_TD.astype(jnp.float32))
-    return None, scaled_TD.astype(slope_TD.dtype), None, None
-
-
-_weighted.defvjp(_forward, _backward)
+register_loss("cross_entropy", cross_entropy)
+register_loss("importance_sampling", importance_sampling, needs=OPTIONAL_FIELDS)
+register_loss("ppo", ppo, needs=OPTIONAL_FIELDS)
+CROSS_ENTROPY = find_loss("cross_entropy")

@@ -24,13 +24,15 @@ from preft_jax.adapters.edits import Dropout, Edits, FoldedEdits, RowsEdits
 from preft_jax.adapters.fold import fold_params
 from preft_jax.adapters.pages import adapter_page_counts, cut_edit
 from preft_jax.config import ModelConfig
+from preft_jax.errors import ConfigError
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.forward import train_hidden
 from preft_jax.models.layer import Remat
 from preft_jax.models.params import Params
 from preft_jax.shapes import RANK_PAGE, SITES
 from train.data.batches import Batch
-from train.losses import token_losses
+from train.logprobs import token_logprobs
+from train.losses import CROSS_ENTROPY, Loss, LossInputs
 from train.optimizer import Numbers, init_state, transformation
 
 _TILE = 128
@@ -74,22 +76,33 @@ State = tuple[Slots, ...]
 """One ``Slots`` for each group."""
 
 
+class Means(NamedTuple):
+    """A metric on its way to a mean by slot: the sum of its weighted values, and of the weights. Float32 ``[J]``."""
+
+    sum_J: jax.Array
+    count_J: jax.Array
+
+
 class Sums(NamedTuple):
-    """What micro-batches add up to: gradients (of the sum of losses), and by slot the losses and learned tokens."""
+    """What micro-batches add up to: gradients (of the sum of losses), and by slot the losses, the weights of learned
+    tokens (their number, where each weighs 1) and the metrics of the losses.
+    """
 
     grads: Any
     loss_J: jax.Array
     count_J: jax.Array
+    metrics: dict[str, Means]
 
 
 class Report(NamedTuple):
-    """What an update tells of each slot: mean loss, global norm of the mean gradient, and whether these and the new
-    parameters are finite.
+    """What an update tells of each slot: mean loss, global norm of the mean gradient, whether these and the new
+    parameters are finite, and the means of metrics, which are NaN where a slot has none.
     """
 
     loss_J: jax.Array
     grad_norm_J: jax.Array
     finite_J: jax.Array
+    metrics: dict[str, jax.Array]
 
 
 def empty_slots(group: Group, params: Any) -> Slots:
@@ -209,26 +222,41 @@ def _by_slot(row_B: jax.Array, slot_B: jax.Array, num_slots: int) -> jax.Array:
     return jnp.where(slot_B[:, None] == jnp.arange(num_slots), row_B[:, None], 0.0).sum(axis=0)
 
 
-def losses(
+def batch_losses(
     config: ModelConfig,
     base: Params,
     batch: Batch,
     edits: Edits,
     num_slots: int,
     *,
+    loss: Loss,
     attention: DenseKernel,
     remat: Remat,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the summed loss of learned tokens and their number, float32 ``[J]`` each: ``(sum, count)``."""
+) -> tuple[jax.Array, jax.Array, dict[str, Means]]:
+    """Return by slot the summed loss of learned tokens, their weights (float32 ``[J]`` each) and the loss's metrics."""
     h_BSD = train_hidden(
         config, base, batch.tokens_BS, edits, segments_BS=batch.segments_BS, positions_BS=batch.positions_BS,
         attention=attention, remat=remat,
     )  # fmt: skip
-    h_TD = h_BSD.reshape(-1, h_BSD.shape[2])
-    loss_T = token_losses(base, h_TD, batch.targets_BS.reshape(-1), batch.weights_BS.reshape(-1))
-    loss_B = loss_T.reshape(batch.tokens_BS.shape).sum(axis=1)
-    count_B = batch.weights_BS.sum(axis=1)
-    return _by_slot(loss_B, batch.slot_B, num_slots), _by_slot(count_B, batch.slot_B, num_slots)
+    weights_T = batch.weights_BS.reshape(-1)
+    logprob_T = token_logprobs(base, h_BSD.reshape(-1, h_BSD.shape[2]), batch.targets_BS.reshape(-1), weights_T != 0)
+    needed = {f"{name}_T": getattr(batch, f"{name}_BS").reshape(-1) for name in loss.needs}
+    loss_T, metrics = loss.function(logprob_T, LossInputs(weights_T, **needed))
+    for name, value_T in {"its loss": loss_T, **metrics}.items():
+        if jnp.shape(value_T) != weights_T.shape:
+            raise ConfigError(
+                f"the loss {loss.name!r} gives {name} the shape {list(jnp.shape(value_T))}, expected "
+                f"{list(weights_T.shape)}: one value for each token, which the trainer weighs and sums"
+            )
+
+    def by_slot(value_T: jax.Array) -> jax.Array:
+        # Zero without weight whatever the value is.
+        weighted_T = jnp.where(weights_T != 0, value_T * weights_T, 0.0)
+        return _by_slot(weighted_T.reshape(batch.tokens_BS.shape).sum(axis=1), batch.slot_B, num_slots)
+
+    count_J = _by_slot(batch.weights_BS.sum(axis=1), batch.slot_B, num_slots)
+    means = {name: Means(by_slot(jax.lax.stop_gradient(value_T)), count_J) for name, value_T in metrics.items()}
+    return by_slot(loss_T), count_J, means
 
 
 def accumulate(
@@ -241,18 +269,26 @@ def accumulate(
     sums: Sums | None,
     batch: Batch,
     dropout_J: jax.Array | None,
+    loss: Loss = CROSS_ENTROPY,
 ) -> Sums:
-    """Add a micro-batch's gradients, losses and counts to ``sums`` (donated; None at a step's first)."""
+    """Add a micro-batch's gradients, losses, counts and metrics to ``sums`` (donated; None at a step's first)."""
     num_slots = sum(group.size for group in groups)
 
-    def objective(params: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def objective(params: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, Means]]]:
         edits = make_edits(config, groups, params, batch, dropout_J, base["embed"].dtype)
-        loss_J, count_J = losses(config, base, batch, edits, num_slots, attention=attention, remat=remat)
-        return loss_J.sum(), (loss_J, count_J)
+        found = batch_losses(config, base, batch, edits, num_slots, loss=loss, attention=attention, remat=remat)
+        return found[0].sum(), found
 
-    grads, (loss_J, count_J) = jax.grad(objective, has_aux=True)(params)
-    new = Sums(grads, loss_J, count_J)
-    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+    grads, found = jax.grad(objective, has_aux=True)(params)
+    new = Sums(grads, *found)
+    if sums is None:
+        return new
+    # Micro-batches of an update may have losses with metrics of different names.
+    metrics = {**sums.metrics, **new.metrics}
+    for name in sums.metrics.keys() & new.metrics.keys():
+        metrics[name] = jax.tree.map(jnp.add, sums.metrics[name], new.metrics[name])
+    grads, loss_J, count_J = jax.tree.map(jnp.add, tuple(sums[:3]), tuple(new[:3]))
+    return Sums(grads, loss_J, count_J, metrics)
 
 
 def evaluate(
@@ -263,9 +299,13 @@ def evaluate(
     params: tuple[Any, ...],
     batch: Batch,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``(sum, count)`` of a batch's losses by slot, without dropout."""
+    """Return ``(sum, count)`` of a batch's cross-entropies by slot, without dropout."""
     edits = make_edits(config, groups, params, batch, None, base["embed"].dtype)
-    return losses(config, base, batch, edits, sum(g.size for g in groups), attention=attention, remat="none")
+    num_slots = sum(group.size for group in groups)
+    loss_J, count_J, _ = batch_losses(
+        config, base, batch, edits, num_slots, loss=CROSS_ENTROPY, attention=attention, remat="none"
+    )
+    return loss_J, count_J
 
 
 def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> tuple[State, Report]:
@@ -287,7 +327,7 @@ def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[N
             count: jax.Array,
             optim: str = group.optim,
         ) -> tuple[Slots, jax.Array, jax.Array]:
-            mean = jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), grads)
+            mean = jax.tree.map(lambda leaf: leaf / jnp.where(count > 0, count, 1), grads)
             norm = optax.tree.norm(mean)
             updates, after = transformation(optim, n).update(mean, opt_state, params)
             taken = Slots(optax.apply_updates(params, updates), after)
@@ -302,8 +342,9 @@ def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[N
         new.append(slots)
         norms.append(norm)
         finite.append(good)
-    loss_J = sums.loss_J / jnp.maximum(sums.count_J, 1)
-    return tuple(new), Report(loss_J, jnp.concatenate(norms), jnp.concatenate(finite))
+    loss_J = sums.loss_J / jnp.where(sums.count_J > 0, sums.count_J, 1)
+    metrics = {name: means.sum_J / means.count_J for name, means in sums.metrics.items()}
+    return tuple(new), Report(loss_J, jnp.concatenate(norms), jnp.concatenate(finite), metrics)
 
 
 class Programs:
@@ -311,7 +352,9 @@ class Programs:
 
     def __init__(self, config: ModelConfig, groups: tuple[Group, ...], *, attention: DenseKernel, remat: Remat):
         self.accumulate = jax.jit(
-            functools.partial(accumulate, config, groups, attention, remat), donate_argnames=("sums",)
+            functools.partial(accumulate, config, groups, attention, remat),
+            donate_argnames=("sums",),
+            static_argnames=("loss",),
         )
         self.update = jax.jit(functools.partial(update, groups), donate_argnames=("state",))
         self.evaluate = jax.jit(functools.partial(evaluate, config, groups, attention))

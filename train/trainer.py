@@ -1,8 +1,13 @@
-"""Trains jobs beside each other on one base model: rows of all of them in each batch, a slot of a group for each."""
+"""Trains jobs beside each other on one base model: rows of all of them in each batch, a slot of a group for each.
+
+Training has two halves: ``Trainer.forward_backward`` adds up gradients, ``Trainer.optim_step`` lets jobs step by them.
+``Trainer.step`` is both, on the jobs' own data.
+"""
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +23,15 @@ from preft_jax.models.batch import bucket
 from preft_jax.models.layer import Remat
 from preft_jax.models.layout import fused_layout
 from train.data.batches import Rows, collate
+from train.data.documents import Document
 from train.data.rows import Example
 from train.jobs import Job
+from train.losses import Loss, find_loss
 from train.optimizer import Numbers
-from train.step import Group, Programs, Report, Slots, empty_slots, fold_config
+from train.step import Group, Means, Programs, Report, Slots, Sums, empty_slots, fold_config
+
+DocumentRow = Sequence[Example | Document]
+"""Documents that share a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +51,7 @@ class TrainOptions:
 
 
 class Result(NamedTuple):
-    """What one update of one job gave."""
+    """What one update of one job gave; ``metrics`` are those of its losses, means as ``loss`` is one."""
 
     job: Job
     step: int
@@ -49,10 +59,11 @@ class Result(NamedTuple):
     grad_norm: float
     learning_rate: float
     finite: bool
+    metrics: Mapping[str, float] = types.MappingProxyType({})
 
 
 class StepResult(NamedTuple):
-    """What a step of all jobs gave: results by job, tokens of their examples, and tokens with padding."""
+    """What an update gave: results by job, tokens of the batches before it, and tokens with padding."""
 
     results: list[Result]
     tokens: int
@@ -72,11 +83,24 @@ class _Pending:
     padded_tokens: int
 
 
+class _Own(NamedTuple):
+    """A job's part of the sums."""
+
+    grads: Any
+    loss: jax.Array
+    count: jax.Array
+    metrics: dict[str, Means]
+
+
 class Trainer:
     """Jobs, their states on the device, and the programs over them.
 
-    ``step`` starts an update of every running job and returns the results of the update before, so that the device
-    does not wait for the host; ``finish`` returns the last one's.
+        trainer.forward_backward({ann: rows, bob: others}, "ppo")
+        trainer.optim_step()
+        results = trainer.finish().results
+
+    ``optim_step`` and ``step`` start an update and return the results of the update before, so that the device does not
+    wait for the host; ``finish`` returns the last one's.
     """
 
     def __init__(
@@ -96,6 +120,9 @@ class Trainer:
         self._state: list[Slots] = []
         self._restored: dict[Job, Slots] = {}
         self._pending: _Pending | None = None
+        self._sums: Sums | None = None
+        self._gathered: dict[Job, int] = {}
+        self._tokens = self._padded_tokens = 0
         self._most_rows = 0
         for job in jobs:
             self.add(job)
@@ -123,6 +150,7 @@ class Trainer:
     def admit(self) -> None:
         """Give waiting jobs a slot, as many as may be trained at a time: a free one of their group, or a new one."""
         grown = False
+        gathered = {job: self._own_sums(job) for job in self._gathered} if self._waiting else {}
         while self._waiting and (not self.options.max_jobs or len(self._places) < self.options.max_jobs):
             job = self._waiting.popleft()
             key = fold_config(job.initial.config), job.config.optimizer.optim
@@ -154,6 +182,7 @@ class Trainer:
                 attention=self._attention(),
                 remat=self.options.gradient_checkpointing,
             )
+            self._sums = self._placement.put_replicated(self._joined(gathered)) if gathered else None
 
     def _drop_empty_groups(self) -> None:
         kept = sorted({place.group for place in self._places.values()})
@@ -184,39 +213,86 @@ class Trainer:
 
     # Steps
 
+    def forward_backward(self, rows: Mapping[Job, Sequence[DocumentRow]], loss: str = "cross_entropy") -> None:
+        """Add the gradients, losses and weights of rows to what jobs have gathered for their next update.
+
+        Losses are summed here, and divided by the sum of the weights once, in ``optim_step``: calls before it are
+        micro-batches of one update, of one loss or several.
+
+        Args:
+            rows: of each job, each a list of documents; one micro-batch.
+            loss: a name of ``train.losses``.
+
+        Raises:
+            ConfigError: if there is no such loss, a job is not running, or a row does not fit.
+        """
+        found = find_loss(loss)
+        self.admit()
+        for job, own in rows.items():
+            self._check_rows(job, own, found)
+        parts = [
+            Rows(own, self._slot(job), job.config.batches.seed, job.count + self._gathered.get(job, 0))
+            for job, own in rows.items()
+        ]
+        if not any(part.rows for part in parts):
+            raise ConfigError("there are no rows; give each job a list of rows, and each row a list of documents")
+        batch = self._collate(parts, found)
+        params = tuple(slots.params for slots in self._state)
+        self._sums = self._programs.accumulate(self._base, params, self._sums, batch, self._dropout(), loss=found)
+        for job in rows:
+            self._gathered[job] = self._gathered.get(job, 0) + 1
+        self._tokens += sum(len(document) for part in parts for row in part.rows for document in row)
+        self._padded_tokens += batch.tokens_BS.size
+
+    def optim_step(
+        self, jobs: Sequence[Job] | None = None, numbers: Mapping[Job, Numbers] | None = None
+    ) -> StepResult | None:
+        """Start an update by what jobs have gathered; return the results of the update before, if there was one.
+
+        Args:
+            jobs: that step; None: all that have gathered something. What others have gathered stays.
+            numbers: of the optimizer, by job, in place of those of its own configuration and schedule.
+
+        Raises:
+            ConfigError: if a job has gathered nothing.
+        """
+        jobs = list(dict.fromkeys(self._gathered if jobs is None else jobs))
+        idle = [job.name for job in jobs if job not in self._gathered]
+        if idle:
+            raise ConfigError(f"{idle[0]!r} has gathered no gradients; call forward_backward with rows of it first")
+        if not jobs:
+            return self.finish()
+        numbers = {job: job.numbers() for job in jobs} | dict(numbers or {})
+        updated, report = self._programs.update(tuple(self._state), self._take_sums(jobs), self._stacked(numbers))
+        self._state = list(updated)
+        entries = []
+        for job in jobs:
+            entries.append((job, self._slot(job), job.step, float(numbers[job].learning_rate)))
+            job.step += 1
+        before = self.finish()
+        self._pending = _Pending(report, entries, self._tokens, self._padded_tokens)
+        self._tokens = self._padded_tokens = 0
+        return before
+
     def step(self) -> StepResult | None:
-        """Start the next update of all running jobs; return the results of the one before, if there was one."""
+        """Start the next update of all running jobs; return the results of the one before, if there was one.
+
+        Raises:
+            ConfigError: if a job has no examples of its own.
+        """
         self.admit()
         jobs = [job for job in self._places if not job.done]
         if not jobs:
             return self.finish()
         plans = {job: job.micro_batches() for job in jobs}
-        sums, tokens, padded = None, 0, 0
         for number in range(max(map(len, plans.values()))):
-            parts = []
-            for job in jobs:
-                if number < len(plans[job]):
-                    rows = job.rows(plans[job][number])
-                    tokens += sum(len(example) for row in rows for example in row)
-                    parts.append(Rows(rows, self._slot(job), job.config.batches.seed, job.count + number))
-            batch = self._collate(parts)
-            padded += batch.tokens_BS.size
-            params = tuple(slots.params for slots in self._state)
-            sums = self._programs.accumulate(self._base, params, sums, batch, self._dropout())
-        assert sums is not None
-        updated, report = self._programs.update(tuple(self._state), sums, self._numbers())
-        self._state = list(updated)
-        entries = []
-        for job in jobs:
-            entries.append((job, self._slot(job), job.step, float(job.numbers().learning_rate)))
-            job.step += 1
-        before = self.finish()
-        self._pending = _Pending(report, entries, tokens, padded)
-        return before
+            self.forward_backward({job: job.rows(plan[number]) for job, plan in plans.items() if number < len(plan)})
+        return self.optim_step(jobs)
 
     def release(self, job: Job) -> Slots:
-        """Free a running job's slot and return its state."""
+        """Free a running job's slot and return its state; what it has gathered is dropped."""
         state = self.state_of(job)
+        self._drop_sums(job)
         del self._places[job]
         return state
 
@@ -230,6 +306,7 @@ class Trainer:
             Result(
                 job, step + 1, float(report.loss_J[slot]), float(report.grad_norm_J[slot]), rate,
                 bool(report.finite_J[slot]),
+                {name: float(mean_J[slot]) for name, mean_J in report.metrics.items() if not np.isnan(mean_J[slot])},
             )
             for job, slot, step, rate in pending.jobs
         ]  # fmt: skip
@@ -247,9 +324,79 @@ class Trainer:
             "lower learning_rate, raise warmup_steps, or look at the data of this step"
         )
         result.job.step = result.step - 1
+        self._drop_sums(result.job)
 
-    def _collate(self, parts: Sequence[Rows]) -> Any:
+    def _check_rows(self, job: Job, rows: Sequence[DocumentRow], loss: Loss) -> None:
+        if job not in self._places:
+            raise ConfigError(
+                f"{job.name!r} has no slot: it was not added, was released, or waits because max_jobs is "
+                f"{self.options.max_jobs}; running: {', '.join(one.name for one in self._places) or 'none'}"
+            )
+        if job.failed is not None:
+            raise ConfigError(f"{job.name!r} was given up: {job.failed}")
+        longest = max((sum(map(len, row)) for row in rows), default=0)
+        if longest > job.config.batches.max_length:
+            raise ConfigError(
+                f"a row of {job.name!r} has {longest} tokens and max_length is {job.config.batches.max_length}; raise "
+                "max_length, or cut the row"
+            )
+        vocab_size = self.model.config.vocab_size
+        for document in (document for row in rows for document in row):
+            if not 0 <= document.token_ids.min() <= document.token_ids.max() < vocab_size:
+                raise ConfigError(
+                    f"a document of {job.name!r} has token ids outside 0 to {vocab_size - 1}, the model's vocabulary"
+                )
+            for name in loss.needs:
+                if getattr(document, name) is None:
+                    raise ConfigError(
+                        f"the loss {loss.name!r} needs {name}, and a document of {job.name!r} has none; give them, or "
+                        "take another loss"
+                    )
+
+    # What is gathered
+
+    def _own_sums(self, job: Job) -> _Own:
+        assert self._sums is not None
+        place, slot, sums = self._places[job], self._slot(job), self._sums
+        grads = jax.tree.map(lambda leaf: leaf[place.slot], sums.grads[place.group])
+        return _Own(grads, *jax.tree.map(lambda leaf_J: leaf_J[slot], tuple(sums[1:])))
+
+    def _joined(self, own: Mapping[Job, _Own]) -> Sums:
+        """Return the sums of the slots as they are now, from those of each job; zeros elsewhere."""
+        num_slots = sum(group.size for group in self._groups)
+        grads = [jax.tree.map(jnp.zeros_like, slots.params) for slots in self._state]
+        rest = jax.tree.map(lambda leaf: jnp.zeros(num_slots, leaf.dtype), next(iter(own.values()))[1:])
+        for job, some in own.items():
+            place, slot = self._places[job], self._slot(job)
+            grads[place.group] = jax.tree.map(
+                lambda stack, leaf, at=place.slot: stack.at[at].set(leaf), grads[place.group], some.grads
+            )
+            rest = jax.tree.map(lambda leaf_J, leaf, at=slot: leaf_J.at[at].set(leaf), rest, some[1:])
+        return Sums(tuple(grads), *rest)
+
+    def _take_sums(self, jobs: Sequence[Job]) -> Sums:
+        """Return the sums for an update of these jobs, and keep those of the others."""
+        assert self._sums is not None
+        sums = self._sums
+        others = {job: self._own_sums(job) for job in self._gathered if job not in jobs}
+        if others:
+            # A slot whose count is zero keeps what it has.
+            stays_J = np.isin(np.arange(len(sums.count_J)), [self._slot(job) for job in others])
+            sums = sums._replace(count_J=jnp.where(stays_J, 0.0, sums.count_J))
+        self._sums = self._placement.put_replicated(self._joined(others)) if others else None
+        self._gathered = {job: count for job, count in self._gathered.items() if job in others}
+        return sums
+
+    def _drop_sums(self, job: Job) -> None:
+        if job in self._gathered:
+            self._take_sums([job])
+
+    # Arrays
+
+    def _collate(self, parts: Sequence[Rows], loss: Loss) -> Any:
         need = sum(job.config.batches.batch_size for job in self._places)
+        given = sum(len(part.rows) for part in parts)
+        need = need if given <= need else bucket(given)
         need = -(-need // self._placement.num_shards) * self._placement.num_shards
         self._most_rows = max(self._most_rows, need)
         # Few sizes, so that a job that ends does not make a new program each time.
@@ -258,7 +405,9 @@ class Trainer:
             parts,
             num_rows=num_rows,
             max_length=max(job.config.batches.max_length for job in self._places),
-            packed=any(job.config.batches.packing for job in self._places),
+            packed=any(job.config.batches.packing for job in self._places)
+            or any(len(row) > 1 for part in parts for row in part.rows),
+            fields=loss.needs,
         )
         return self._placement.put_rows(batch)
 
@@ -271,11 +420,11 @@ class Trainer:
             dropout[self._slot(job)] = rate
         return dropout
 
-    def _numbers(self) -> tuple[Numbers, ...]:
-        """Return each group's numbers, ``[n]``; a free slot's do not matter."""
+    def _stacked(self, numbers: Mapping[Job, Numbers]) -> tuple[Numbers, ...]:
+        """Return each group's numbers, ``[n]``; those of slots that do not step do not matter."""
         stacked = [[Numbers(*[np.float32(1)] * len(Numbers._fields))] * group.size for group in self._groups]
-        for job, place in self._places.items():
-            stacked[place.group][place.slot] = job.numbers()
+        for job, own in numbers.items():
+            stacked[self._places[job].group][self._places[job].slot] = own
         return tuple(Numbers(*map(np.stack, zip(*some, strict=True))) for some in stacked)
 
     # Evaluation

@@ -77,7 +77,7 @@ class AdapterFiles:
         """Return the rank pages of an adapter that was read before.
 
         Raises:
-            AdapterError: if they are not kept, and the directory does not hold that adapter any more.
+            AdapterError: if they are not kept, and the directory does not hold that adapter any more, or there is none.
         """
         damage: AdapterError | None = None
         if self._kept is not None and self._file(digest).exists():
@@ -85,6 +85,10 @@ class AdapterFiles:
                 return self._unpack(self._file(digest))
             except AdapterError as error:
                 damage = error
+        if not path:
+            raise AdapterError(
+                "the adapter was published from memory and its rank pages are no longer kept; publish it again"
+            ) from damage
         read = self.read(path)
         if read.digest != digest:
             raise AdapterError(
@@ -95,16 +99,19 @@ class AdapterFiles:
             self.keep(digest, read.known)
         return read.known
 
-    def keep(self, digest: str, known: Known) -> None:
-        """Keep rank pages for later loads, if there is a directory for them."""
-        if self._kept is None or self._file(digest).exists():
-            return
+    def keep(self, digest: str, known: Known) -> bool:
+        """Keep rank pages for later loads, if there is a directory for them; return whether there is."""
+        if self._kept is None:
+            return False
+        if self._file(digest).exists():
+            return True
         tensors = {
             f"{site}.{n}.{known.sites[LINEAR_SITES[0] if site == ALL_LINEARS else site].groups[n]}": array
             for site, slabs in known.slabs.items()
             for n, array in enumerate(slabs)
         }
         write_file(self._file(digest), serialize_safetensors(tensors), error=AdapterError)
+        return True
 
     def drop(self, digest: str) -> None:
         """Delete the rank pages kept of an adapter."""

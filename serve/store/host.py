@@ -17,6 +17,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError, ConfigError
 from serve.store.files import Read, told
@@ -42,12 +43,16 @@ class Files(Protocol):
         """Read and check an adapter."""
         ...
 
+    def take(self, adapter: Adapter) -> Read:
+        """Check an adapter that is in memory."""
+        ...
+
     def load(self, path: str, digest: str) -> Known:
         """Return the rank pages of an adapter that was read before."""
         ...
 
-    def keep(self, digest: str, known: Known) -> None:
-        """Keep rank pages for later loads."""
+    def keep(self, digest: str, known: Known) -> bool:
+        """Keep rank pages for later loads, if there is a place for them; return whether there is."""
         ...
 
     def drop(self, digest: str) -> None:
@@ -150,15 +155,48 @@ class AdapterStore:
             AdapterError: if the adapter is bad or larger than host memory may hold, or the name is taken and
                 ``replace`` is false. The name then stands for what it did before.
         """
-        if not isinstance(name, str) or not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
-            raise AdapterError(f"the name {name!r} is not allowed; give 1 to {_LONGEST_NAME} printable characters")
-        if not replace:
-            self._check_free(name)
+        self._check_name(name, replace)
         created = time.time()
         read = self._files.read(str(path))
+        return self._enter(name, str(path), read, created, owner=owner, pinned=pinned, replace=replace)
+
+    def publish(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        owner: str | Unchanged | None = UNCHANGED,
+        pinned: bool | Unchanged = UNCHANGED,
+        replace: bool = True,
+    ) -> Registered:
+        """Let a name stand for an adapter that is in memory, as a trainer has it; it is folded once, here.
+
+        ``register``, without a file. Its rank pages are kept where the ``Files`` keep them, and come and go as others
+        do. Where these keep nothing, they stay in host memory as a pinned adapter's do, for as long as it has a name.
+
+        Raises:
+            AdapterError: as ``register``; or if rank pages that must stay find no room, as requests use all of it.
+        """
+        self._check_name(name, replace)
+        created = time.time()
+        read = self._files.take(adapter)
+        return self._enter(name, "", read, created, owner=owner, pinned=pinned, replace=replace)
+
+    def _enter(
+        self,
+        name: str,
+        path: str,
+        read: Read,
+        created: float,
+        *,
+        owner: str | Unchanged | None,
+        pinned: bool | Unchanged,
+        replace: bool,
+    ) -> Registered:
+        """Let a name stand for what was read; no path: it has no file."""
         self.check(read.config)
         adapter = Registered(
-            name=name, path=str(path), digest=read.digest, config=read.config, num_bytes=read.known.num_bytes,
+            name=name, path=path, digest=read.digest, config=read.config, num_bytes=read.known.num_bytes,
             created=created,
         )  # fmt: skip
         with self._changed:
@@ -166,16 +204,18 @@ class AdapterStore:
             self._names[adapter.digest] += 1  # Until it has its name, so that what is kept of it stays.
             room = self._used + adapter.num_bytes <= self.host_bytes
         try:
-            self._files.keep(read.digest, read.known)
-            known = self._pin(read.known) if room else None
+            stays = not self._files.keep(read.digest, read.known) and not path
+            known = self._pin(read.known) if room or not path else None
             with self._changed:
                 if not replace:
                     self._check_free(name)
                 adapter = self._with_rights(adapter, owner, pinned)
-                self._check_size(adapter)
+                self._check_size(adapter, stays=stays)
+                if stays:
+                    self._check_room(adapter)
                 self._put(adapter)
                 self._offer(adapter, known)
-                self._repin(adapter)
+                self._repin(adapter, stays=stays)
         finally:
             with self._changed:
                 self._unname(adapter.digest)
@@ -266,6 +306,12 @@ class AdapterStore:
             pinned=old.pinned if isinstance(pinned, Unchanged) else pinned,
         )
 
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not isinstance(name, str) or not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
+            raise AdapterError(f"the name {name!r} is not allowed; give 1 to {_LONGEST_NAME} printable characters")
+        if not replace:
+            self._check_free(name)
+
     def _check_free(self, name: str) -> None:
         if self._registry.get(name) is not None:
             raise AdapterError(f"the name {name!r} is taken; unload that adapter first, or choose another name")
@@ -276,7 +322,15 @@ class AdapterStore:
             raise AdapterError(f"no adapter is registered as {name!r}; see the list of models")
         return adapter
 
-    def _check_size(self, adapter: Registered) -> None:
+    def _check_room(self, adapter: Registered) -> None:
+        copy = self._copies.get(adapter.digest)
+        if (copy is None or not copy.reserved) and not self._make_room(adapter.num_bytes):
+            raise AdapterError(
+                f"the adapter takes {adapter.num_bytes} bytes of host memory and must stay there, and requests use all "
+                f"{self.host_bytes}; publish it later, raise the budget, or give AdapterFiles a directory for them"
+            )
+
+    def _check_size(self, adapter: Registered, *, stays: bool = False) -> None:
         half = self.host_bytes // 2  # One half is for pinned adapters, so that the other is always there.
         if adapter.num_bytes > half:
             raise AdapterError(
@@ -285,9 +339,10 @@ class AdapterStore:
             )
         pinned = {lease._copy for name, lease in self._pins.items() if name != adapter.name}
         total = sum(copy.num_bytes for copy in pinned)
-        if adapter.pinned and total + adapter.num_bytes > half:
+        if (adapter.pinned or stays) and total + adapter.num_bytes > half:
+            others = " (those published from memory that no directory keeps among them)" if stays else ""
             raise AdapterError(
-                f"pinned adapters would take {total + adapter.num_bytes} bytes; they may take half of the "
+                f"pinned adapters{others} would take {total + adapter.num_bytes} bytes; they may take half of the "
                 f"{self.host_bytes} that host memory has for adapters; unpin others, or raise the budget"
             )
 
@@ -303,9 +358,9 @@ class AdapterStore:
             del self._names[digest]
             self._drop_if_unused(digest)
 
-    def _repin(self, adapter: Registered) -> None:
+    def _repin(self, adapter: Registered, *, stays: bool = False) -> None:
         old = self._pins.pop(adapter.name, None)
-        if adapter.pinned:
+        if adapter.pinned or stays:
             self._pins[adapter.name] = self._lease(adapter)
         if old is not None:
             self._give_back(old)
@@ -377,12 +432,28 @@ class AdapterStore:
             self._pool.submit(self._load, copy)
 
     def _offer(self, adapter: Registered, known: Known | None) -> None:
-        """Take a copy that is there anyway, if there is room for it."""
-        room = self._used + adapter.num_bytes <= self.host_bytes
-        if known is not None and room and adapter.digest not in self._copies:
-            copy = _Copy(adapter.digest, adapter.path, adapter.num_bytes, known=known, reserved=True)
-            self._copies[adapter.digest] = copy
+        """Take a copy that is there anyway, if there is room for it; one without a file may evict others."""
+        copy = self._copies.get(adapter.digest)
+        if known is None or (copy is not None and (copy.known is not None or adapter.path)):
+            return
+        is_loading = copy is not None and copy.reserved
+        room = is_loading or self._used + adapter.num_bytes <= self.host_bytes
+        if not room and (adapter.path or not self._make_room(adapter.num_bytes)):
+            return
+        if copy is None:
+            copy = self._copies[adapter.digest] = _Copy(adapter.digest, adapter.path, adapter.num_bytes)
+        if not copy.reserved:
+            copy.reserved = True
             self._used += copy.num_bytes
+        copy.known = known
+        if copy in self._wanted:
+            self._wanted.remove(copy)
+        self._tell(copy, None)
+        self._pin_again(copy)
+
+    def _tell(self, copy: _Copy, error: str | None) -> None:
+        self._done += [(lease, error) for lease in copy.leases]
+        self._changed.notify_all()
 
     # In a loader's thread
 
@@ -394,15 +465,14 @@ class AdapterStore:
             known, error = None, told(cause)
         with self._changed:
             self._load_seconds += time.perf_counter() - start
-            copy.known = known
-            self._done += [(lease, error) for lease in copy.leases]
-            if known is None:
-                self._counts["failed_loads"] += 1
-                self._forget(copy)
-            else:
-                self._counts["loads"] += 1
-                self._counts["loaded_bytes"] += copy.num_bytes
-                self._pin_again(copy)
-                self._drop_if_unused(copy.digest)
+            self._counts["failed_loads" if known is None else "loads"] += 1
+            self._counts["loaded_bytes"] += 0 if known is None else copy.num_bytes
+            if copy.known is None:  # It was not published meanwhile.
+                copy.known = known
+                self._tell(copy, error)
+                if known is None:
+                    self._forget(copy)
+                else:
+                    self._pin_again(copy)
+                    self._drop_if_unused(copy.digest)
             self._start_loads()
-            self._changed.notify_all()

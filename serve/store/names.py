@@ -30,7 +30,7 @@ class Registered:
 
     Attributes:
         name: by which requests ask for it.
-        path: the directory that it was read from.
+        path: the directory that it was read from; empty if it was published from memory.
         digest: of what it computes; another one means another adapter.
         config: its configuration.
         num_bytes: of its rank pages.

@@ -1,73 +1,77 @@
+"""Losses by name: their formulae, their slopes, and what a loss of one's own is given."""
+
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from preft_jax.models.linear import Transposed
-from train import losses as loss
-
-D, V = 12, 40
-
-
-def heads(rng):
-    """Return the output head in every layout: tied, plain, transposed."""
-    embed = rng.standard_normal((V, D)).astype(np.float32)
-    own = rng.standard_normal((D, V)).astype(np.float32)
-    return {
-        "tied": ({"embed": embed}, embed.T),
-        "plain": ({"embed": embed, "lm_head": own}, own),
-        "transposed": ({"embed": embed, "lm_head": Transposed(own.T)}, own),
-    }
+from preft_jax.errors import ConfigError
+from train import losses
+from train.losses import LossInputs, find_loss, register_loss
 
 
-def plain_losses(head_DV, h_TD, targets_T, weights_T):
-    return -jax.nn.log_softmax(h_TD @ head_DV)[jnp.arange(len(targets_T)), targets_T] * weights_T
+@pytest.fixture
+def known(monkeypatch):
+    """Forget afterwards what a test registers."""
+    monkeypatch.setattr(losses, "_LOSSES", dict(losses._LOSSES))
 
 
-@pytest.mark.parametrize("layout", ["tied", "plain", "transposed"])
-@pytest.mark.parametrize("tokens", [1, 24, 64])
-def test_losses_and_their_gradients_are_the_plain_ones(layout, tokens, rng, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 4 * V * 8)
-    params, head_DV = heads(rng)[layout]
-    h_TD = rng.standard_normal((tokens, D)).astype(np.float32)
-    targets_T = rng.integers(0, V, tokens).astype(np.int32)
-    weights_T = (rng.random(tokens) < 0.6).astype(np.float32) * rng.random(tokens).astype(np.float32)
-    cotangent_T = rng.standard_normal(tokens).astype(np.float32)
-
-    found, back = jax.vjp(lambda h: loss.token_losses(params, h, targets_T, weights_T), h_TD)
-    expected, plain_back = jax.vjp(lambda h: plain_losses(head_DV, h, targets_T, weights_T), h_TD)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(back(cotangent_T)[0], plain_back(cotangent_T)[0], atol=1e-5)
-    np.testing.assert_allclose(loss.token_losses(params, h_TD, targets_T, weights_T), expected, atol=1e-5)
+@pytest.fixture
+def tokens(rng):
+    """Return log-probabilities and inputs of tokens whose ratios lie on both sides of what PPO clips."""
+    new, old = np.log(rng.uniform(0.1, 0.9, (2, 60))).astype(np.float32)
+    return new, LossInputs(np.ones(60, np.float32), old, rng.standard_normal(60).astype(np.float32))
 
 
-def test_the_logits_of_all_tokens_never_exist(rng, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 4 * V * 8)
-    params = {"embed": rng.standard_normal((V, D)).astype(np.float32)}
-    tokens = 256
-
-    def total(h_TD):
-        return loss.token_losses(params, h_TD, jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)).sum()
-
-    text = str(jax.make_jaxpr(jax.value_and_grad(total))(jnp.zeros((tokens, D))))
-    assert f"[8,{V}]" in text
-    assert f"[{tokens},{V}]" not in text
+def slopes(function, logprob_T, inputs):
+    return np.asarray(jax.grad(lambda logprob_T: function(logprob_T, inputs)[0].sum())(logprob_T))
 
 
-def test_what_is_not_learned_does_not_spoil_what_is(rng):
-    """A token without weight may have any logits, also in the chunk of one with weight."""
-    params = {"embed": rng.standard_normal((V, D)).astype(np.float32)}
-    h_TD = rng.standard_normal((2, D)).astype(np.float32)
-    targets_T, weights_T = np.zeros(2, np.int32), np.array([1.0, 0.0], np.float32)
-    expected, back = jax.vjp(lambda h: loss.token_losses(params, h, targets_T, weights_T), h_TD)
-    h_TD[1] = np.inf
-    found, spoilt = jax.vjp(lambda h: loss.token_losses(params, h, targets_T, weights_T), h_TD)
-    assert found.tolist() == [expected[0], 0.0]
-    np.testing.assert_array_equal(spoilt(np.ones(2, np.float32))[0], back(np.ones(2, np.float32))[0])
+def test_cross_entropy_is_the_negative_logprob(tokens):
+    logprob_T, inputs = tokens
+    loss_T, metrics = find_loss("cross_entropy").function(logprob_T, LossInputs(inputs.weights_T))
+    np.testing.assert_array_equal(loss_T, -logprob_T)
+    assert metrics == {}
 
 
-@pytest.mark.parametrize(("tokens", "vocab"), [(8192, 128256), (512, 49152), (96, 512), (7, 32)])
-def test_chunks_divide_the_tokens_and_stay_small(tokens, vocab):
-    size = loss.chunk_size(tokens, vocab)
-    assert tokens % size == 0
-    assert size == 1 or size * vocab * 4 <= 1 << 28
+def test_importance_sampling_is_the_policy_gradient_of_tokens_that_another_policy_drew(tokens):
+    logprob_T, inputs = tokens
+    ratio_T = np.exp(logprob_T.astype(np.float64) - inputs.old_logprobs_T)
+    loss_T, metrics = losses.importance_sampling(logprob_T, inputs)
+    np.testing.assert_allclose(loss_T, -ratio_T * inputs.advantages_T, rtol=1e-5)
+    np.testing.assert_allclose(
+        slopes(losses.importance_sampling, logprob_T, inputs), -ratio_T * inputs.advantages_T, rtol=1e-5
+    )
+    np.testing.assert_allclose(metrics["ratio"], ratio_T, rtol=1e-5)
+    np.testing.assert_allclose(metrics["approx_kl"], ratio_T - 1 - np.log(ratio_T), atol=1e-5)
+    on_policy = inputs._replace(old_logprobs_T=logprob_T)
+    np.testing.assert_array_equal(slopes(losses.importance_sampling, logprob_T, on_policy), -inputs.advantages_T)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_low": 0.1, "clip_high": 0.3}])
+def test_ppo_gains_nothing_beyond_its_clip(clip, tokens):
+    logprob_T, inputs = tokens
+    low, high = 1 - clip.get("clip_low", 0.2), 1 + clip.get("clip_high", 0.2)
+    ratio_T = np.exp(logprob_T.astype(np.float64) - inputs.old_logprobs_T)
+    better = inputs.advantages_T > 0
+    is_clipped = np.where(better, ratio_T > high, ratio_T < low)
+    assert 0 < is_clipped[better].sum() < better.sum()
+    assert 0 < is_clipped[~better].sum() < (~better).sum()
+    function = functools.partial(losses.ppo, **clip)
+    loss_T, metrics = function(logprob_T, inputs)
+    gain_T = np.where(is_clipped, np.where(better, high, low), ratio_T) * inputs.advantages_T
+    np.testing.assert_allclose(loss_T, -gain_T, rtol=1e-5)
+    np.testing.assert_array_equal(metrics["clip_fraction"], is_clipped)
+    np.testing.assert_allclose(slopes(function, logprob_T, inputs), np.where(is_clipped, 0.0, -gain_T), rtol=1e-5)
+
+
+def test_names_that_are_wrong_are_refused(known):
+    with pytest.raises(ConfigError, match=r"loss is 'pop' \(did you mean 'ppo'\?\); allowed: cross_entropy"):
+        find_loss("pop")
+    with pytest.raises(ConfigError, match="there is a loss 'ppo' already"):
+        register_loss("ppo", losses.ppo)
+    with pytest.raises(ConfigError, match=r"'mine' needs 'advantage' \(did you mean 'advantages'\?\)"):
+        register_loss("mine", losses.ppo, needs=("advantage",))
+    register_loss("ppo", losses.importance_sampling, replace=True)
+    assert find_loss("ppo").function is losses.importance_sampling

@@ -14,6 +14,10 @@ from preft_jax import AdapterConfig
 from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.text.chat import EncodedPrompt
 from serve.engine.engine import Engine
+from serve.store.files import AdapterFiles
+from serve.store.host import AdapterStore
+from serve.store.names import Registry
+from train.data.documents import sampled_document
 from train.data.rows import DataOptions, Example, make_examples
 from train.trainer import Trainer
 
@@ -21,7 +25,7 @@ KINDS = tuple(name for name in ADAPTER_CONFIGS if name != "lora_skip")  # As lor
 
 
 def test_every_kind_is_served_as_it_was_trained(lively, adapters, tmp_path, rng):
-    """Trained, exported, loaded, served: then the engine's answers are scored by the trainer."""
+    """Trained and published, or exported and loaded; served: then the trainer scores the engine's answers."""
     jobs = [
         cases.job(lively, ADAPTER_CONFIGS[name], cases.examples(ADAPTER_CONFIGS[name], rng, 4), name=name,
                   initial=adapters[name], max_steps=4)
@@ -30,13 +34,17 @@ def test_every_kind_is_served_as_it_was_trained(lively, adapters, tmp_path, rng)
     trainer = Trainer(lively, jobs)
     for _ in range(3):
         trainer.step()
-    requests = []
-    for job in jobs:
+    store, requests = AdapterStore(AdapterFiles(lively), Registry(), host_bytes=10**8), []
+    for i, job in enumerate(jobs):
         preft_jax.save_adapter(tmp_path / job.name, trainer.adapter_of(job))
         adapter = preft_jax.load_adapter(tmp_path / job.name, lively)
-        requests.append(request(rng.integers(0, 250, 11), adapter, max_tokens=8))
-    samples = serve(Engine(lively, ROOMY), [*requests, dataclasses.replace(requests[0], adapter=None)])
-    moved = 0
+        published = store.publish(job.name, trainer.adapter_of(job))
+        assert published.digest == adapter.digest
+        requests.append(request(rng.integers(0, 250, 11), published if i % 2 else adapter, max_tokens=8))
+    engine = Engine(lively, ROOMY, store=store)
+    samples = serve(engine, [*requests, dataclasses.replace(requests[0], adapter=None)])
+    store.close()
+    moved, drawn = 0, {}
     for job, one, (sample,) in zip(jobs, requests, samples[:-1], strict=True):
         prompt = one.prompt.token_ids
         mask = extend_edit_mask(
@@ -51,7 +59,16 @@ def test_every_kind_is_served_as_it_was_trained(lively, adapters, tmp_path, rng)
         assert loss == pytest.approx(-np.mean(sample.logprobs), abs=ATOL)
         unedited = dataclasses.replace(scored, edit_mask=np.zeros_like(mask))
         moved += abs(trainer.evaluate(job, [unedited])[0] - loss) > 10 * ATOL
+        drawn[job] = sampled_document(
+            one.prompt, sample.token_ids, one.adapter.config, logprobs=sample.logprobs, advantage=2.0
+        )
     assert moved == len(jobs), "every adapter does something"
+    trainer.finish()
+    trainer.forward_backward({job: [[document]] for job, document in drawn.items()}, "importance_sampling")
+    trainer.optim_step()
+    for result in trainer.finish().results:
+        assert result.loss == pytest.approx(-2, abs=2 * ATOL), "what is learned is what was drawn"
+        assert result.metrics["ratio"] == pytest.approx(1, abs=ATOL)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from kernels.types import Array
 from preft_jax.errors import ConfigError
 from preft_jax.models.batch import bucket
 from preft_jax.shapes import NUM_GROUPS
+from train.data.documents import Document
 from train.data.rows import Example
 
 _WINDOW = 32
@@ -33,7 +34,8 @@ class Batch(NamedTuple):
 
     int32 ``tokens_BS``, ``targets_BS`` (the next token of the same document), ``positions_BS`` (from 0 in each
     document), ``slot_B`` (the row's adapter), ``draw_BU`` (what the row's random numbers depend on: seed, micro-batch,
-    row); float32 ``weights_BS``, 1 where the target is learned; bool ``edit_mask_BSG``.
+    row); float32 ``weights_BS`` of the targets, 0 where they are not learned; bool ``edit_mask_BSG``. What some losses
+    need of the targets is float32 ``[B, S]`` too, and None for the others.
     """
 
     tokens_BS: Array
@@ -44,6 +46,8 @@ class Batch(NamedTuple):
     segments_BS: Array | None
     slot_B: Array
     draw_BU: Array
+    old_logprobs_BS: Array | None = None
+    advantages_BS: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,19 +115,21 @@ class Rows:
     """Rows of one adapter for one micro-batch.
 
     Attributes:
-        rows: each a list of examples, one after the other.
+        rows: each a list of documents, one after the other.
         slot: of the adapter.
         seed: of its random numbers.
         count: micro-batches that it has had before.
     """
 
-    rows: Sequence[Sequence[Example]]
+    rows: Sequence[Sequence[Example | Document]]
     slot: int
     seed: int
     count: int
 
 
-def collate(parts: Sequence[Rows], *, num_rows: int, max_length: int, packed: bool) -> Batch:
+def collate(
+    parts: Sequence[Rows], *, num_rows: int, max_length: int, packed: bool, fields: Sequence[str] = ()
+) -> Batch:
     """Return the rows of one or several adapters as one batch of ``num_rows``, padded to a bucketed length.
 
     Args:
@@ -131,6 +137,7 @@ def collate(parts: Sequence[Rows], *, num_rows: int, max_length: int, packed: bo
         num_rows: rows of the batch; those that nobody needs are padding.
         max_length: no row is padded beyond it, rounded up to a multiple of ``SHORTEST``.
         packed: whether rows may hold several documents.
+        fields: those of ``OPTIONAL_FIELDS`` that the batch has; all documents must have them.
     """
     longest = max((sum(map(len, row)) for part in parts for row in part.rows), default=1)
     most = -(-max(max_length, 1) // SHORTEST) * SHORTEST
@@ -145,26 +152,29 @@ def collate(parts: Sequence[Rows], *, num_rows: int, max_length: int, packed: bo
         segments_BS=np.zeros(shape, np.int32) if packed else None,
         slot_B=np.zeros(num_rows, np.int32),
         draw_BU=np.zeros((num_rows, 3), np.uint32),
+        **{f"{name}_BS": np.zeros(shape, np.float32) for name in fields},
     )
     b = 0
     for part in parts:
         for number, row in enumerate(part.rows):
             batch.slot_B[b] = part.slot
             batch.draw_BU[b] = part.seed, part.count, number
-            _fill(batch, b, row)
+            _fill(batch, b, row, fields)
             b += 1
     return batch
 
 
-def _fill(batch: Batch, b: int, row: Sequence[Example]) -> None:
+def _fill(batch: Batch, b: int, row: Sequence[Example | Document], fields: Sequence[str]) -> None:
     at = 0
-    for segment, example in enumerate(row, 1):
-        n = len(example)
+    for segment, document in enumerate(row, 1):
+        n = len(document)
         here, targets = slice(at, at + n), slice(at, at + n - 1)
-        batch.tokens_BS[b, here] = example.token_ids
-        batch.targets_BS[b, targets] = example.token_ids[1:]
-        batch.weights_BS[b, targets] = example.loss_mask[1:]
-        batch.edit_mask_BSG[b, here] = example.edit_mask
+        batch.tokens_BS[b, here] = document.token_ids
+        batch.targets_BS[b, targets] = document.token_ids[1:]
+        batch.weights_BS[b, targets] = document.weights[1:]
+        for name in fields:
+            getattr(batch, f"{name}_BS")[b, targets] = getattr(document, name)[1:]
+        batch.edit_mask_BSG[b, here] = document.edit_mask
         batch.positions_BS[b, here] = np.arange(n)
         if batch.segments_BS is not None:
             batch.segments_BS[b, here] = segment

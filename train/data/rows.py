@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class _UnknownSpansError(RequestError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One row to train on.
+    """One row to train on: a document (``train.data.documents``) whose weights are 0 or 1, and where it came from.
 
     Attributes:
         token_ids: int32 ``[S]``.
@@ -75,9 +75,16 @@ class Example:
     prompt: EncodedPrompt
     answer: list[int]
     line: int
+    old_logprobs: ClassVar[None] = None
+    advantages: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Bool ``[S]``: ``loss_mask``."""
+        return self.loss_mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

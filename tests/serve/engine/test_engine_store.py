@@ -6,11 +6,15 @@ import shutil
 import threading
 
 import jax
+import numpy as np
 import pytest
 from engine_outputs import TIGHT, Whole, alone, assert_as_alone, drain, request, run_all, some
 
 from preft_jax import random_adapter, save_adapter
+from preft_jax.adapters import pages
+from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.fold import fold_on_host
 from preft_jax.errors import AdapterError, RequestError
 from preft_jax.io.adapter_files import load_adapter
 from serve.engine.engine import Engine
@@ -75,6 +79,37 @@ def test_room_for_three_on_the_host_and_fewer_on_the_device_serves_twelve(lively
     assert store.tiers()["host_bytes"] <= store.host_bytes
     assert store.tiers()["evictions"] > 6
     store.close()
+
+
+def test_what_is_published_from_memory_is_what_its_file_holds(lively, saved, adapters, tmp_path, rng, monkeypatch):
+    """Every kind is folded once, and served also after it left host memory."""
+    folds = []
+    monkeypatch.setattr(pages, "fold_on_host", lambda *args: folds.append(args) or fold_on_host(*args))
+    store = make_store(lively, kept=tmp_path / "kept", host_bytes=600_000)
+    named = [store.publish(name, Adapter(one.config, one.params)) for name, one in adapters.items()]
+    requests = [request(some(rng, 6 + i), one, max_tokens=5) for i, one in enumerate(named)]
+    served = run_all(Engine(lively, TIGHT, store=store), requests)
+    assert len(folds) == len(adapters)
+    for one, samples in zip(requests, served, strict=True):
+        assert one.adapter.digest == load_adapter(saved / one.adapter.name, lively).digest
+        assert_as_alone(lively, direct(lively, one, saved / one.adapter.name), samples)
+    assert min(store.tiers()["evictions"], store.tiers()["loads"]) > 0
+    store.close()
+
+
+def test_adapters_of_another_model_are_not_published(lively, adapters, store):
+    Engine(lively, dataclasses.replace(TIGHT, all_token=False), store=store)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), adapters["lora"].params)
+    other = dataclasses.replace(adapters["lora"].config, base_model_digest="1" * 64)
+    for adapter, message in (
+        (adapters["lora_all"], "edits every token"),
+        (Adapter(adapters["lora"].config, broken), "NaN or infinite"),
+        (Adapter(other, adapters["lora"].params), "base model"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            store.publish("bad", adapter)
+    assert store.get("bad") is None
+    assert store.tiers()["host_bytes"] == 0
 
 
 class Slow(AdapterFiles):
@@ -177,14 +212,18 @@ def test_an_adapter_that_cannot_be_loaded_any_more_fails_its_own_requests(lively
     store.close()
 
 
-def test_a_reload_under_load_never_mixes_digests(lively, adapters, tmp_path, rng):
+@pytest.mark.parametrize("source", ["files", "memory"])
+def test_a_reload_under_load_never_mixes_digests(source, lively, adapters, tmp_path, rng):
     """The name stands for other adapters while its requests run: each request is served by the one it asked for."""
-    store = make_store(lively, kept=tmp_path / "kept", host_bytes=10**6)
+    store = make_store(lively, kept=tmp_path / "kept" if source == "files" else None, host_bytes=10**6)
     engine = Engine(lively, TIGHT, store=store)
     wholes, asked = {}, {}
     for turn, kind in enumerate(["lora", "direft", "loreft", "lora"] * 3):
-        save_adapter(tmp_path / "changing", adapters[kind])
-        named = store.register("changing", tmp_path / "changing", replace=True)
+        if source == "files":
+            save_adapter(tmp_path / "changing", adapters[kind])
+            named = store.register("changing", tmp_path / "changing", replace=True)
+        else:
+            named = store.publish("changing", adapters[kind])
         for _ in range(2):
             one = request(some(rng, 5 + turn), named, max_tokens=7)
             asked[engine.add(one)] = dataclasses.replace(one, adapter=adapters[kind])
@@ -196,7 +235,8 @@ def test_a_reload_under_load_never_mixes_digests(lively, adapters, tmp_path, rng
     for number, one in asked.items():
         assert_as_alone(lively, one, [whole(wholes[number])])
     store.unregister("changing")
-    assert list((tmp_path / "kept").iterdir()) == []
+    assert list((tmp_path / "kept").glob("*")) == []
+    assert store.tiers()["host_bytes"] == 0
     store.close()
 
 
@@ -213,6 +253,22 @@ def test_kept_rank_pages_serve_without_the_directory(lively, saved, tmp_path, rn
     assert_as_alone(lively, direct(lively, one, saved / "loreft_f3l2"), [sample])
     assert store.tiers()["loads"] == 1
     store.close()
+
+
+def test_a_published_adapter_outlives_the_process_where_a_directory_keeps_it(lively, adapters, tmp_path):
+    path = tmp_path / "adapters.sqlite"
+    store = make_store(lively, Registry(path), tmp_path / "kept")
+    store.publish("a", adapters["lora"])
+    store.close()
+    for kept, error in ((tmp_path / "kept", None), (None, "publish it again")):
+        store = make_store(lively, Registry(path), kept)
+        lease = store.lease(store.get("a"))
+        store.wait(60)
+        ((told, reason),) = store.poll()
+        assert told is lease
+        assert (lease.known is None) == (error is not None)
+        assert reason is None or error in reason
+        store.close()
 
 
 def test_adapters_that_the_engine_can_never_serve_are_refused_at_registration(lively, saved, store):

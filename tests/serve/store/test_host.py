@@ -25,9 +25,13 @@ def known_of(digest: str, size: int) -> Known:
 
 
 class FakeFiles:
-    """Adapters on a make-believe disk: path -> (digest, size). ``broken`` paths cannot be read."""
+    """Adapters on a make-believe disk: path -> (digest, size). ``broken`` paths cannot be read.
 
-    def __init__(self):
+    An adapter in memory is such a pair, too. ``keeps``: whether there is a place for rank pages.
+    """
+
+    def __init__(self, keeps: bool = True):
+        self.keeps = keeps
         self.disk: dict[str, tuple[str, int]] = {}
         self.kept: dict[str, int] = {}
         self.broken: set[str] = set()
@@ -37,8 +41,10 @@ class FakeFiles:
     def read(self, path: str) -> Read:
         if path in self.broken or path not in self.disk:
             raise AdapterError(f"{path} cannot be read")
-        digest, size = self.disk[path]
-        return Read(CONFIG, digest, known_of(digest, size))
+        return self.take(self.disk[path])
+
+    def take(self, adapter: Any) -> Read:
+        return Read(CONFIG, adapter[0], known_of(*adapter))
 
     def load(self, path: str, digest: str) -> Known:
         self.loads += 1
@@ -51,8 +57,10 @@ class FakeFiles:
             raise AdapterError("another adapter")
         return read.known
 
-    def keep(self, digest: str, known: Known) -> None:
-        self.kept[digest] = known.num_bytes
+    def keep(self, digest: str, known: Known) -> bool:
+        if self.keeps:
+            self.kept[digest] = known.num_bytes
+        return self.keeps
 
     def drop(self, digest: str) -> None:
         self.kept.pop(digest, None)
@@ -75,8 +83,8 @@ class Later(Executor):
         self.waiting.clear()
 
 
-def make(host_bytes=100, registry=None):
-    files, later = FakeFiles(), Later()
+def make(host_bytes=100, registry=None, keeps=True):
+    files, later = FakeFiles(keeps), Later()
     store = AdapterStore(files, registry or Registry(), host_bytes=host_bytes, loaders=later)
     return store, files, later
 
@@ -278,13 +286,108 @@ def test_after_a_restart_names_and_pins_are_there_and_other_files_are_not_needed
     assert again.lease(again.list()[1]).known is not None
 
 
-OPERATIONS = 100_000
+def touch(store, later, adapters):
+    """Let requests use adapters, one after the other."""
+    for one in adapters:
+        lease = store.lease(one)
+        while later.waiting:
+            later.run()
+        assert lease.known is not None
+        store.release(lease)
 
 
-def test_a_hundred_thousand_random_operations():
+def test_a_published_adapter_is_in_host_memory_and_needs_no_file():
+    store, files, later = make()
+    others = fill(store, files, later)
+    new = store.publish("new", ("new-", 10), owner="ann")
+    assert (new.path, new.digest, new.owner) == ("", "new-", "ann")
+    assert store.get("new") == new
+    lease = store.lease(new)
+    assert bytes(lease.known.slabs["q"][0]).startswith(b"new-")
+    assert (files.loads, store.tiers()["evictions"], store.tiers()["host_bytes"]) == (0, 1, 100)
+    store.release(lease)
+    touch(store, later, others)
+    lease = store.lease(new)
+    assert lease.known is None, "it was evicted"
+    later.run()
+    assert bytes(lease.known.slabs["q"][0]).startswith(b"new-"), "it was kept"
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_requests_keep_what_a_name_stood_for_before_it_was_published_anew(keeps):
+    store, _files, _later = make(keeps=keeps)
+    lease = store.lease(store.publish("a", ("old-", 10)))
+    store.publish("a", ("new-", 10))
+    assert store.lease(store.get("a")).digest == "new-"
+    assert bytes(lease.known.slabs["q"][0]).startswith(b"old-")
+    store.release(lease)
+    assert "old-" not in store._copies
+    with pytest.raises(AdapterError, match="the name 'a' is taken"):
+        store.publish("a", ("other-", 10), replace=False)
+    with pytest.raises(AdapterError, match="the name '' is not allowed"):
+        store.publish("", ("other-", 10))
+
+
+def test_a_published_adapter_that_nothing_keeps_stays_in_host_memory_while_it_has_a_name():
+    store, files, later = make(keeps=False)
+    published = [store.publish(f"p{i}", (f"p{i}-", 10)) for i in range(5)]
+    with pytest.raises(AdapterError, match=r"pinned adapters \(those published from memory .* would take 60 bytes"):
+        store.publish("p5", ("p5-", 10))
+    touch(store, later, [registered(store, files, f"a{i}") for i in range(12)])
+    assert all(store.lease(one).known is not None for one in published)
+    assert not any(one.pinned for one in store.list())
+    registered(store, files, "p0", replace=True)
+    store.unregister("p1")
+    store.publish("p5", ("p5-", 20))
+
+
+def test_an_adapter_that_must_stay_and_finds_no_room_is_refused():
+    store, files, later = make(keeps=False)
+    leases = [store.lease(one) for one in fill(store, files, later)]
+    with pytest.raises(AdapterError, match="takes 10 bytes of host memory and must stay there"):
+        store.publish("new", ("new-", 10))
+    assert store.get("new") is None
+    store.release(leases.pop())
+    assert store.lease(store.publish("new", ("new-", 10))).known is not None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_requests_that_wait_for_a_load_are_served_by_what_is_published(fails):
+    """Of the same content; however the load ends, nothing changes any more."""
+    store, files, later = make(keeps=False)
+    fill(store, files, later)
+    cold = registered(store, files, "cold")
+    lease = store.lease(cold)
+    store.publish("same", ("cold-", 10))
+    assert store.poll() == [(lease, None)]
+    assert lease.known is not None
+    files.broken |= {"/cold"} if fails else set()
+    later.run()
+    assert store.poll() == []
+    assert lease.known is not None
+    assert store.tiers()["host_bytes"] == 100
+
+
+def test_a_published_adapter_that_the_engine_can_never_serve_is_refused():
+    store, files, _ = make()
+
+    def check(config):
+        raise AdapterError("too wide")
+
+    store.check = check
+    with pytest.raises(AdapterError, match="too wide"):
+        store.publish("a", ("a-", 10))
+    assert (store.get("a"), files.kept) == (None, {})
+
+
+OPERATIONS = 50_000
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_hundred_thousand_random_operations(keeps):
     """Nothing leaks, the budget is never exceeded, and a leased adapter is the one that was leased, to the end."""
     rng = random.Random(0)
-    store, files, later = make(host_bytes=100)
+    store, files, later = make(host_bytes=100, keeps=keeps)
     names: dict[str, Registered] = {}
     open_leases: dict[Any, Registered] = {}
     ended = collections.Counter()
@@ -297,10 +400,12 @@ def test_a_hundred_thousand_random_operations():
             # One content has one size.
             digest, _ = files.disk[f"/{name}"]
             files.disk[f"/{name}"] = (digest, 5 + 9 * (sum(digest.encode()) % 7))
+            in_memory = rng.random() < 0.3
+            enter, content = (store.publish, files.disk[f"/{name}"]) if in_memory else (store.register, f"/{name}")
             try:
-                names[name] = store.register(
+                names[name] = enter(
                     name,
-                    f"/{name}",
+                    content,
                     replace=rng.random() < 0.8,
                     pinned=rng.random() < 0.1,
                     owner=rng.choice([None, "x"]),
@@ -330,7 +435,7 @@ def test_a_hundred_thousand_random_operations():
             store.release(lease)
         elif what < 0.95 and later.waiting:
             which = rng.randrange(len(later.waiting))
-            broken = rng.random() < 0.1
+            broken = rng.random() < 0.3
             files.broken = {f"/n{i}" for i in range(25)} if broken else set()
             later.run(which)
             files.broken = set()
@@ -346,7 +451,11 @@ def test_a_hundred_thousand_random_operations():
         loading = [args[0].digest for _, args in later.waiting]
         assert len(loading) == len(set(loading))
         if rng.random() < 0.02:
-            assert {one.digest for one in names.values()} <= files.kept.keys()
+            if keeps:
+                assert {one.digest for one in names.values()} <= files.kept.keys()
+            else:
+                published = [store._copies[one.digest] for one in names.values() if not one.path]
+                assert all(copy.known is not None and copy.leases for copy in published)
             for lease, one in open_leases.items():
                 assert lease.digest == one.digest
                 if lease.known is not None:
