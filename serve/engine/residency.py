@@ -225,6 +225,11 @@ class Residency:
         assert entry.pins, "it is released more often than acquired"
         entry.pins -= 1
 
+    def is_near(self, digest: str) -> bool:
+        """Whether an adapter is on the device, or on its way there."""
+        entry = self._entries[digest]
+        return entry.written or entry.on_device is not None or entry.pins > 0
+
     def place(self, digest: str) -> AdapterPages:
         """Return an acquired adapter's pages."""
         place = self._entries[digest].place
