@@ -25,7 +25,8 @@ from rich.table import Table
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.output import emit
 from kernels import dispatch
-from preft_jax.adapters.bank import Bank, Pools, SitePages, init_bank
+from preft_jax.adapters.allocator import SitePages
+from preft_jax.adapters.bank import Bank, Pools, init_bank
 from preft_jax.adapters.pages import num_rank_pages
 from preft_jax.cli import hyphenated
 from preft_jax.config import PRESETS, ModelConfig

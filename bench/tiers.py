@@ -30,7 +30,7 @@ from rich.table import Table
 from bench.engine_contenders import Adapters
 from bench.output import emit
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.adapters.bank import BankAllocator
+from preft_jax.adapters.allocator import BankAllocator
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
 from preft_jax.adapters.pages import num_rank_pages

@@ -78,7 +78,7 @@ def assert_released(engine):
     """No request is left, nor anything that one held."""
     assert not engine.has_work
     assert engine.pages.num_used == 0
-    assert not any(engine.adapters._pins.values()), "an adapter is pinned"
+    assert not engine.adapters.pinned, "an adapter is pinned"
     assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
 
 

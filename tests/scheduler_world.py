@@ -38,6 +38,9 @@ class Bank:
         self.held[digest] += 1
         return True
 
+    def is_near(self, digest):
+        return True
+
     def release(self, digest):
         assert self.held[digest] > 0, f"{digest} is released more often than acquired"
         self.held[digest] -= 1
@@ -412,12 +415,12 @@ def shape(step):
     return ("mixed", chunks, rows) if rows else ("prefill", chunks)
 
 
-def decoding(*lengths, prompt=4, steps=0, **world):
+def decoding(*lengths, prompt=4, steps=0, make=World, **world):
     """Return a world in which sequences of so many tokens to generate have their first, and them.
 
     ``steps``: calls of decode steps after that, so that prefill goes first again.
     """
-    world = World(goes_ahead=True, **world)
+    world = make(goes_ahead=True, **world)
     group = [world.add(prompt, max_tokens=length) for length in lengths]
     while any(s.generated == 0 for s in group):
         world.step()

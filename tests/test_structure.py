@@ -17,6 +17,7 @@ EXCEPTIONS = {("preft_jax", "serve.generate")}
 """Pairs of modules, the importing one first. ``preft_jax.generate`` runs on the engine: the name is forwarded."""
 
 WITHOUT_JAX = (
+    "preft_jax.adapters.allocator",
     "preft_jax.adapters.edit_mask",
     "preft_jax.errors",
     "preft_jax.shapes",
@@ -31,8 +32,10 @@ WITHOUT_JAX = (
     "serve.engine.plan",
     "serve.engine.prefix",
     "serve.engine.recovery",
+    "serve.engine.residency",
     "serve.engine.scheduler",
     "serve.engine.sequence",
+    "serve.engine.staging",
 )
 """Plans and plain data: used and tested without a device."""
 

@@ -7,17 +7,18 @@ pools of a site are one array for all layers, so that an adapter is written by o
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.types import Array, PagePool, Site, TilePages
+from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.adapters.pages import PackedSite
 from preft_jax.config import ModelConfig
-from preft_jax.errors import AdapterError, ConfigError
+from preft_jax.errors import ConfigError
 from preft_jax.models.params import AXES
 from preft_jax.shapes import RANK_PAGE, SITES
 
@@ -52,17 +53,6 @@ class Bank(NamedTuple):
         """Return where a batch's page lists act at one site of a layer."""
         pool, page_NE = self.at(layer, site, tiles.page_NE)
         return Site(pool, tiles._replace(page_NE=page_NE))
-
-
-class SitePages(NamedTuple):
-    """An adapter's pages at one site, and for each page the column of the edit mask that switches it."""
-
-    pages: tuple[int, ...]
-    groups: tuple[int, ...]
-
-
-AdapterPages = dict[str, SitePages]
-"""Where an adapter lies in the bank: its pages by site; sites that it does not edit are absent."""
 
 
 def init_bank(config: ModelConfig, num_pages: int, dtype: Any, sites: Sequence[str] = SITES) -> Bank:
@@ -103,51 +93,3 @@ def write_adapter(bank: Bank, packed: dict[str, PackedSite], where: AdapterPages
         for n, page in enumerate(place.pages):
             sites[site] = write(sites[site], np.int32(page), (a[:, n], c[:, n], b[:, n]))
     return Bank(sites)
-
-
-class HasGroups(Protocol):
-    """What the allocator needs to know of an adapter at one site: a ``PackedSite``, for one."""
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """The mask column of each rank page."""
-        ...
-
-
-class BankAllocator:
-    """Host-side book of which rank pages are free, a list for each site. Knows nothing of the device."""
-
-    def __init__(self, num_pages: int, sites: Sequence[str] = SITES):
-        self.num_pages = num_pages
-        self._free = {site: list(range(num_pages - 1, 0, -1)) for site in sites}
-
-    def free_pages(self, site: str) -> int:
-        """Return how many pages of a site are free."""
-        return len(self._free[site])
-
-    def allocate(self, packed: Mapping[str, HasGroups]) -> AdapterPages:
-        """Take the pages that an adapter needs, one for each of a site's ``groups``.
-
-        Raises:
-            AdapterError: if the bank lacks one of its sites or enough free pages; nothing is taken then.
-        """
-        for site, edit in packed.items():
-            if site not in self._free:
-                raise AdapterError(
-                    f"the adapter edits {site!r}, which this bank does not hold; it holds {', '.join(self._free)}"
-                )
-            need, free = len(edit.groups), len(self._free[site])
-            if need > free:
-                raise AdapterError(
-                    f"the adapter needs {need} rank pages at {site!r} and {free} of {self.num_pages - 1} are free; "
-                    "give the bank more pages or serve fewer adapters at once"
-                )
-        return {
-            site: SitePages(tuple(self._free[site].pop() for _ in edit.groups), edit.groups)
-            for site, edit in packed.items()
-        }
-
-    def release(self, where: AdapterPages) -> None:
-        """Give an adapter's pages back."""
-        for site, place in where.items():
-            self._free[site].extend(place.pages)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.types import Array, TilePages
-from preft_jax.adapters.bank import AdapterPages, SitePages
+from preft_jax.adapters.allocator import AdapterPages, SitePages
 from preft_jax.errors import RequestError
 from preft_jax.models.cache import NO_SLOT
 from preft_jax.shapes import NUM_GROUPS, SITES

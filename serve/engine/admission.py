@@ -1,11 +1,14 @@
 """From requests to sequences: what is checked, what is edited, and which seeds are drawn from, once and for all."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.fold import FOLD_VERSION
+from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
 from preft_jax.loading import Model, check_base
 from preft_jax.text.streams import TextStream
@@ -14,7 +17,6 @@ from serve.engine.outputs import Sample
 from serve.engine.pages import PageManager
 from serve.engine.prefix import PageKeys, cache_salt
 from serve.engine.request import Request
-from serve.engine.residency import AdapterBank
 from serve.engine.sequence import Sequence, Status
 from serve.store.names import Registered
 
@@ -26,18 +28,24 @@ class Admission:
         model: that is served.
         config: sizes.
         pages: of the KV cache.
-        adapters: books of the bank.
+        knows: whether an adapter, by its digest, is on the host: it was checked then.
         kv_dtype: of the cache.
         seed: of the seeds that requests without one get, in the order of their arrival.
     """
 
     def __init__(
-        self, model: Model, config: EngineConfig, pages: PageManager, adapters: AdapterBank, kv_dtype: str, seed: int
+        self,
+        model: Model,
+        config: EngineConfig,
+        pages: PageManager,
+        knows: Callable[[str], bool],
+        kv_dtype: str,
+        seed: int,
     ):
         self._model = model
         self._config = config
         self._pages = pages
-        self._adapters = adapters
+        self._knows = knows
         self._kv_dtype = kv_dtype
         self._seeds = np.random.default_rng(seed)
 
@@ -122,7 +130,7 @@ class Admission:
         if isinstance(adapter, Adapter):
             # The digest needs every leaf: it is not asked for before they were checked.
             has_digest = "digest" in vars(adapter)
-            if not has_digest or not self._adapters.knows(adapter.digest):
+            if not has_digest or not self._knows(adapter.digest):
                 check_base(adapter, self._model)
         return self.check_config(adapter.config)
 
@@ -134,4 +142,25 @@ class Admission:
                 "and this engine serves prompt-only adapters; make it with EngineConfig(all_token=True), a server "
                 "with --all-token"
             )
-        return self._adapters.check(config)
+        return self._check_pages(config)
+
+    def _check_pages(self, config: AdapterConfig) -> int:
+        engine = self._config
+        counts = adapter_page_counts(config, self._model.config)
+        if missing := [site for site in counts if site not in engine.bank_sites]:
+            raise AdapterError(
+                f"the adapter edits {', '.join(missing)} and the engine serves edits of "
+                f"{', '.join(engine.bank_sites)}; name them in bank_sites (a server's --bank-sites)"
+            )
+        most, most_served = max(counts.values(), default=0), engine.tile_entries or 1
+        if most > most_served:
+            raise AdapterError(
+                f"the adapter takes {most} rank pages of 16 and the engine serves up to {most_served}; raise "
+                "max_rank (a server's --max-lora-rank), or use an adapter of lower rank"
+            )
+        if most > engine.bank_pages - 1:
+            raise AdapterError(
+                f"the adapter takes {most} rank pages and the bank has {engine.bank_pages - 1}; raise bank_pages (a "
+                "server's --bank-pages)"
+            )
+        return most

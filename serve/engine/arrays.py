@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from preft_jax.adapters.bank import AdapterPages
+from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.models.batch import PrefillBatch, Span, pack_prefill, pack_rows, rows_of
 from preft_jax.sampling.arrays import SamplingArrays, sampling_arrays
 from preft_jax.sampling.parameters import is_penalised, is_plain

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from preft_jax.adapters.bank import AdapterPages
+from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.models.batch import round_up
 from preft_jax.sampling.rows import Drawn
 from serve.engine.arrays import draw_plainly, picked
 from serve.engine.observer import Observer
 from serve.engine.outputs import fetch
 from serve.engine.plan import Step
-from serve.engine.residency import AdapterBank
+from serve.engine.residency import Residency
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence
@@ -66,9 +66,7 @@ def _nothing() -> None:
 class Starter:
     """Starts calls."""
 
-    def __init__(
-        self, runner: Runner, scheduler: Scheduler, adapters: AdapterBank, staging: Staging, observer: Observer
-    ):
+    def __init__(self, runner: Runner, scheduler: Scheduler, adapters: Residency, staging: Staging, observer: Observer):
         self._runner = runner
         self._arrays = runner.arrays
         self._scheduler = scheduler

@@ -24,7 +24,6 @@ from preft_jax.sampling.rows import Drawn
 from serve.engine.admission import Admission
 from serve.engine.background import Background, Unit, UnitCall, Work
 from serve.engine.calls import Call, Prepared, Starter
-from serve.engine.claims import Claims
 from serve.engine.config import EngineConfig
 from serve.engine.lookahead import ahead, full_prefill
 from serve.engine.observer import Observer
@@ -33,7 +32,7 @@ from serve.engine.pages import PageManager
 from serve.engine.plan import Step
 from serve.engine.recovery import STRIKES, Recovery, format_error
 from serve.engine.request import Output, Request
-from serve.engine.residency import AdapterBank
+from serve.engine.residency import Residency
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence, Status
@@ -86,9 +85,7 @@ class Engine:
         self.config = config = config.resolve(jax.default_backend())
         self.runner = Runner(model, config)
         self.pages = PageManager(self.runner.num_kv_pages, config.page_size or 1)
-        self.adapters = AdapterBank(
-            model.config, config.bank_pages, config.tile_entries or 1, self._pack, config.bank_sites
-        )
+        self.adapters = Residency(config.bank_pages, self._pack, config.bank_sites, store)
         self._observer = observer or Observer()
         self._staging = Staging(self.adapters, self.runner, self.runner.staged_pages, self._observer)
         self.scheduler = Scheduler(
@@ -106,8 +103,7 @@ class Engine:
             mixed_sizes=self.runner.mixed_counts,
         )
         self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging, self._observer)
-        self._admission = Admission(model, config, self.pages, self.adapters, str(self.runner.kv_dtype), seed)
-        self._claims = Claims(self.adapters, store)
+        self._admission = Admission(model, config, self.pages, self.adapters.knows, str(self.runner.kv_dtype), seed)
         if store is not None:
             store.check = self._admission.check_config
         self._background = Background(background, background_share, clock)
@@ -202,7 +198,7 @@ class Engine:
         """Fold adapters now and keep them on the host, so that requests need not wait for it."""
         for adapter in adapters:
             self._admission.check_adapter(adapter)
-            self.adapters.hold(adapter)
+            self.adapters.keep(adapter)
 
     def add(self, request: Request) -> int:
         """Take a request; its outputs come from ``step``.
@@ -212,7 +208,7 @@ class Engine:
         """
         request_id = self._next_id
         sequences = self._admission.sequences(request, request_id)
-        is_here = self._claims.claim(request_id, request.adapter)
+        is_here = request.adapter is None or self.adapters.claim(request_id, request.adapter)
         self._samples |= {sequence: self._admission.sample(request) for sequence in sequences}
         self._next_id += 1
         self._live[request_id] = sequences
@@ -224,7 +220,7 @@ class Engine:
 
     def _take_loaded(self) -> None:
         """Queue the requests whose adapters came, and end those whose adapters cannot be loaded."""
-        for request_id, error in self._claims.poll():
+        for request_id, error in self.adapters.poll():
             for sequence in self._live[request_id] if error is not None else ():
                 if sequence.status is not Status.FINISHED:
                     self._end(Delta(sequence=sequence, finish="error", error=error))
@@ -320,8 +316,8 @@ class Engine:
     def _run_idle(self) -> None:
         """Without requests: give the device to other work, or wait for adapters that are being loaded."""
         if self._live:
-            if self._claims.loading and not self._early:
-                self._claims.wait(_LOADING_SECONDS)
+            if self.adapters.loading and not self._early:
+                self.adapters.wait(_LOADING_SECONDS)
         elif not self._early:
             last = self._calls[-1] if self._calls else None
             if len(self._calls) < 2:
@@ -434,7 +430,6 @@ class Engine:
         self._calls = collections.deque(call for call in self._calls if isinstance(call, UnitCall))
         self._prepared = None
         self.adapters.reset()
-        self._staging.reset()
         self.scheduler.reset()
 
     def _recover(self, steps: Many[Step], error: Exception) -> None:
@@ -450,7 +445,7 @@ class Engine:
     def _recover_from_write(self, error: WriteError) -> None:
         """After adapters could not be written: try each alone, then give the requests of one that fails again up."""
         self._reset_device()
-        digest = self._staging.blame(error.digests)
+        digest = self.adapters.blame(error.digests)
         for sequence in [s for group in self._live.values() for s in group if digest and s.adapter == digest]:
             if sequence.status is not Status.FINISHED:
                 self._end(Delta(sequence=sequence, finish="error", error=format_error(error.__cause__)))
@@ -485,4 +480,5 @@ class Engine:
         del self._samples[sequence]
         if not rest:
             del self._live[sequence.request_id]
-            self._claims.give_back(sequence.request_id)
+            if sequence.adapter is not None:
+                self.adapters.give_back(sequence.request_id, sequence.adapter)

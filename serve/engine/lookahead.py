@@ -15,10 +15,11 @@ def ahead(scheduler: Scheduler, under_way: Step) -> Step | None:
     """Return a step to start behind the one under way; None: wait for it.
 
     After a prefill: one decode step for the running rows, if prompt tokens still wait. After a decode: prefill or, if
-    no prompt waits, more steps of the same rows.
+    no prompt waits, more steps of the same rows. A prompt whose adapter must be copied yet is left to the step after
+    this one, beside which that is done, if rows or other prompts have something to do meanwhile.
     """
     if scheduler.mixes:
-        return scheduler.plan_mixed() or _unmixed(scheduler, under_way)
+        return scheduler.plan_mixed(defers=True) or _unmixed(scheduler, under_way)
     if under_way.chunks:
         step = None
         if scheduler.prefilling or scheduler.may_admit():
@@ -26,7 +27,9 @@ def ahead(scheduler: Scheduler, under_way: Step) -> Step | None:
             ends |= {fork.sequence for fork in under_way.forks}
             step = scheduler.plan_rows([sequence for sequence in scheduler.running if sequence not in ends], 1)
     else:
-        step = scheduler.plan_prefill() or _further(scheduler, under_way)
+        step = scheduler.plan_prefill(defers=True)
+        if step is None:
+            step = _meanwhile(scheduler, under_way) if scheduler.has_deferred else _further(scheduler, under_way)
     if step is not None:
         scheduler.take_turns(step)
     return step
@@ -70,6 +73,12 @@ def _further(scheduler: Scheduler, under_way: Step) -> Step | None:
     if not going or (len(going) < len(rows) if scheduler.num_waiting else 2 * len(going) < len(rows)):
         return None
     return scheduler.plan_rows(going, scheduler.repeats_for(sequence.undrawn for sequence in going))
+
+
+def _meanwhile(scheduler: Scheduler, under_way: Step) -> Step | None:
+    """Return one decode step, beside which adapters are copied, if half of the rows under way go on at least."""
+    going = [sequence for sequence in scheduler.running if sequence.undrawn > 0]
+    return None if 2 * len(going) < len(under_way.rows) else scheduler.plan_rows(going, 1)
 
 
 def _is_filled(scheduler: Scheduler) -> bool:

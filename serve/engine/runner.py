@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from preft_jax.adapters.bank import AdapterPages, Bank, init_bank
+from preft_jax.adapters.allocator import AdapterPages
+from preft_jax.adapters.bank import Bank, init_bank
 from preft_jax.device.memory import Budget, devices_of
 from preft_jax.device.programs import Programs
 from preft_jax.errors import ConfigError

@@ -33,6 +33,10 @@ class AdapterSlots(Protocol):
         """Give up one ``acquire``."""
         ...
 
+    def is_near(self, digest: str) -> bool:
+        """Whether an adapter is on the device, or on its way there."""
+        ...
+
 
 class Scheduler:
     """Owns the queues and every sequence's KV pages and claim on its adapter."""
@@ -79,6 +83,8 @@ class Scheduler:
         self._suspects = False
         # Whether those that wait found no room, of pages or in the bank, when they were last looked at.
         self._refused = False
+        # Whether the last plan of chunks left prompts to a later call, beside which their adapters are copied.
+        self.has_deferred = False
         self.preemptions = 0
         self.prefix_hit_tokens = 0
 
@@ -239,23 +245,30 @@ class Scheduler:
         """Give prompts and decode steps calls of their own from now on."""
         self._mixed_sizes = ()
 
-    def plan_mixed(self) -> Step | None:
-        """Return a step of chunks in which all take part who decode; None if nobody does, or no prompt finds room."""
+    def plan_mixed(self, *, defers: bool = False) -> Step | None:
+        """Return a step of chunks in which all take part who decode; None if nobody does, or no prompt finds room.
+
+        ``defers``: see ``plan_prefill``.
+        """
         rows = [sequence for sequence in self._running if sequence.undrawn > 0]
         waits = self._prefilling or (self._waiting and self.num_running < self._max_num_seqs)
         if not rows or not waits or sum(self._missing_pages(rows, 1).values()) > self.pages.num_available:
             return None
         beside = round_up(len(rows), self._tile)
-        step = self.plan_prefill([size - beside for size in self._mixed_sizes if size > beside], rows[0])
+        sizes = [size - beside for size in self._mixed_sizes if size > beside]
+        step = self.plan_prefill(sizes, rows[0], defers=defers)
         decoding = self.plan_rows(rows, 1) if step is not None else None
         return step if step is None or decoding is None else dataclasses.replace(step, rows=decoding.rows)
 
-    def plan_prefill(self, sizes: Many[int] = (), beside: Sequence | None = None) -> Step | None:
+    def plan_prefill(
+        self, sizes: Many[int] = (), beside: Sequence | None = None, *, defers: bool = False
+    ) -> Step | None:
         """Return a step of chunks, or None if no prompt waits that finds room.
 
         Args:
             sizes: tokens of the programs that may run it, ascending; by default those that only prefill.
             beside: a sequence that decodes in the same step.
+            defers: whether a prompt is left to the next step, once, if its adapter is not even on its way.
         """
         chunks: list[Chunk] = []
         packing = Packing(sizes[-1] if sizes else self._prefill_tokens, self._tile, self._tile_entries)
@@ -268,7 +281,12 @@ class Scheduler:
         admitted: list[Sequence] = []
         refusals = Refusals()
         looked = False
+        deferred: list[Sequence] = []
         for sequence in self._waiting if room else ():
+            if defers and self._is_to_come(sequence):
+                sequence.deferred = True
+                deferred.append(sequence)
+                continue
             looked = True
             if not together(sequence) or refusals.passes_over(sequence):
                 continue
@@ -276,7 +294,7 @@ class Scheduler:
             if wants and (refusals.reserves(self._holders) or not self._take_adapter(sequence)):
                 refusals.add(sequence)
                 continue
-            if not self._admit(sequence):
+            if not self._admit(sequence, deferred):
                 self._release_adapter(sequence)
                 break
             admitted.append(sequence)
@@ -285,7 +303,8 @@ class Scheduler:
         for sequence in admitted:
             self._waiting.remove(sequence)
         refusals.settle(admitted)
-        self._refused = looked and not chunks
+        self.has_deferred = bool(deferred)
+        self._refused = looked and not chunks and not deferred
         chunks = self._trimmed(chunks, sizes or self._prefill_sizes) if chunks else []
         return Step(chunks, forks=self._end_prompts(chunks)) if chunks else None
 
@@ -335,15 +354,25 @@ class Scheduler:
             sequence.started = end
         return count == wanted and len(chunks) < self._prefill_seqs
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Allot KV pages for all of a sequence's tokens, cached ones where there are any."""
-        if self.num_running >= self._max_num_seqs:
+    def _is_to_come(self, sequence: Sequence) -> bool:
+        """Whether a prompt that may find room has an adapter that is not even on its way, and was not deferred yet."""
+        if sequence.adapter is None or sequence.deferred or self.num_running >= self._max_num_seqs:
+            return False
+        return not self._adapters.is_near(sequence.adapter)
+
+    def _admit(self, sequence: Sequence, before: Many[Sequence] = ()) -> bool:
+        """Allot KV pages for all of a sequence's tokens, cached ones where there are any.
+
+        Room is left for those that are admitted later though they come ``before`` it.
+        """
+        if self.num_running + len(before) >= self._max_num_seqs:
             return False
         # At least the last token is computed: its logits are needed, and its edit.
         found = [] if sequence.score else self.pages.match(sequence.page_keys(len(sequence.tokens) - 1))
         self.pages.acquire(found)
         missing = -(-len(sequence.tokens) // self.pages.page_size) - len(found)
         spare = min(self.num_running, self.pages.num_pages // 16)
+        spare += sum(-(-len(other.tokens) // self.pages.page_size) for other in before)
         if missing + spare > self.pages.num_available:
             self.pages.release(found)
             return False

@@ -51,6 +51,7 @@ class Sequence:
         slot: its place among the sequences that run, on the device.
         registered: pages that others can find.
         ticket: its place in the queue among sequences of one rank.
+        deferred: whether a step was planned without it, beside which its adapter is copied.
         overtaken: calls that took others with adapters before it, since its own found no room.
         holds_adapter: whether it keeps its adapter on the device.
         cohort: sequences whose device call failed together are run apart from others until a call succeeds.
@@ -83,6 +84,7 @@ class Sequence:
     slot: int = -1
     registered: int = 0
     ticket: int = 0
+    deferred: bool = False
     overtaken: int = 0
     holds_adapter: bool = False
     cohort: tuple[str, int] | None = None

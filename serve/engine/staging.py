@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
 from serve.engine.observer import Observer
-from serve.engine.recovery import STRIKES
-from serve.engine.residency import AdapterBank, Load
+from serve.engine.residency import Entry, Load, Residency
 
 
 class Writer(Protocol):
@@ -39,7 +38,7 @@ class Staging:
     """Copies what the next prompts need, and writes it once the bank has given it a place.
 
     Args:
-        bank: the books.
+        adapters: where each one is; what is done is noted there.
         writer: the device.
         room: rank pages that may lie beside the bank, copied ahead.
         observer: told of copies and writes.
@@ -48,19 +47,12 @@ class Staging:
         waits: adapters whose copies began only when a call needed them.
     """
 
-    def __init__(self, bank: AdapterBank, writer: Writer, room: int, observer: Observer | None = None):
-        self._bank = bank
+    def __init__(self, adapters: Residency, writer: Writer, room: int, observer: Observer | None = None):
+        self._adapters = adapters
         self._writer = writer
         self._room = room
         self._observer = observer or Observer()
-        self._placed: dict[str, Load] = {}
-        self._copied: dict[str, Load] = {}
-        self._strikes: dict[str, int] = {}
         self.waits = 0
-
-    def reset(self) -> None:
-        """Forget what was on its way: the device's state is made anew."""
-        self._placed, self._copied = {}, {}
 
     def bring(self, digests: Collection[str]) -> None:
         """Have these adapters, for which the bank has places, written before the next call.
@@ -68,17 +60,17 @@ class Staging:
         Raises:
             WriteError: if that is impossible.
         """
-        self._take_placed()
-        self._write([digest for digest in self._placed if digest in digests and digest in self._copied])
-        late = [load for digest, load in self._placed.items() if digest in digests]
+        needed = [entry for entry in self._adapters.unwritten if entry.digest in digests]
+        self._write([entry for entry in needed if entry.on_device is not None])
+        late = [entry for entry in needed if not entry.written]
         self.waits += len(late)
         if len(self._that_fit(late)) < len(late):
-            self._copied = {}  # Later prompts' copies make room.
+            self._adapters.drop_copies()  # Later prompts' copies make room.
         while late:
             some = self._that_fit(late) or late[:1]
             del late[: len(some)]
             self._copy(some)
-            self._write([load.digest for load in some])
+            self._write(some)
 
     def copies(self, digests: Iterable[str]) -> Callable[[], None] | None:
         """Return what begins copies of adapters that are not in the bank, or None if there is nothing to copy.
@@ -88,12 +80,11 @@ class Staging:
         Args:
             digests: those of the next prompts, in their order.
         """
-        self._take_placed()
-        missing = [self._bank.load(digest) for digest in dict.fromkeys(digests) if not self._bank.holds(digest)]
-        # One that has a place may be on the host no more: whoever wanted it was cancelled.
-        wanted = [*self._placed.values(), *missing]
-        some = self._that_fit([load for load in wanted if load.digest not in self._copied])
-        return (lambda: self._copy(some)) if some else None
+        ahead = [self._adapters.entry(digest) for digest in dict.fromkeys(digests)]
+        wanted = [*self._adapters.unwritten, *(entry for entry in ahead if entry.place is None)]
+        some = self._that_fit([entry for entry in wanted if entry.on_device is None])
+        # Until they begin, an unwritten place may go to another, and with it the copy that nobody else holds.
+        return (lambda: self._copy([entry for entry in some if entry.copy is not None])) if some else None
 
     def settle(self, digests: Collection[str]) -> None:
         """Behind a call that runs: give places to later prompts' adapters that are copied, and write them.
@@ -105,68 +96,46 @@ class Staging:
             WriteError: if something cannot be written.
         """
         taken = []
-        for digest in digests:
-            if self._bank.holds(digest) or digest in self._copied:
-                if not self._bank.acquire(digest):
+        for entry in map(self._adapters.entry, digests):
+            if entry.place is not None or entry.on_device is not None:
+                if not self._adapters.acquire(entry.digest):
                     break
-                taken.append(digest)
+                taken.append(entry.digest)
         for digest in taken:
-            self._bank.release(digest)
-        self._take_placed()
-        self._write([digest for digest in self._placed if digest in self._copied])
-        self._copied = {digest: load for digest, load in self._copied.items() if digest in digests}
+            self._adapters.release(digest)
+        self._write([entry for entry in self._adapters.unwritten if entry.on_device is not None])
+        self._adapters.drop_copies(but=digests)
 
-    def blame(self, digests: list[str]) -> str | None:
-        """Note that adapters could not be written together; return the one that is to be given up, if it is known.
-
-        Several are tried one by one from now on; one that fails alone twice is given up.
-        """
-        if len(digests) > 1:
-            self._strikes |= dict.fromkeys(digests, 0)
-            return None
-        (digest,) = digests
-        self._strikes[digest] = self._strikes.get(digest, 0) + 1
-        if self._strikes[digest] < STRIKES:
-            return None
-        del self._strikes[digest]
-        return digest
-
-    def _take_placed(self) -> None:
-        """Take new places, and drop those that had to go again."""
-        self._placed |= {load.digest: load for load in self._bank.take_pending()}
-        self._placed = {name: load for name, load in self._placed.items() if self._bank.is_at(name, load.place)}
-
-    def _that_fit(self, loads: list[Load]) -> list[Load]:
+    def _that_fit(self, entries: list[Entry]) -> list[Entry]:
         """Return the first ones for whose copies there is room."""
-        room = self._room - sum(load.num_pages for load in self._copied.values())
-        pages = itertools.accumulate(load.num_pages for load in loads)
-        return loads[: sum(up_to <= room for up_to in pages)]
+        room = self._room - self._adapters.copied_pages
+        pages = itertools.accumulate(entry.load.num_pages for entry in entries)
+        return entries[: sum(up_to <= room for up_to in pages)]
 
-    def _copy(self, loads: list[Load]) -> None:
-        for some in self._groups(loads):
+    def _copy(self, entries: list[Entry]) -> None:
+        for some in _groups(entries):
             with _blaming(some):
-                self._observer.copying([load.digest for load in some])
-                self._copied |= {load.digest: load for load in self._writer.copy_adapters(some)}
+                self._observer.copying([entry.digest for entry in some])
+                self._adapters.copied(self._writer.copy_adapters([entry.load for entry in some]))
 
-    def _write(self, digests: list[str]) -> None:
-        loads = [self._copied.pop(digest)._replace(place=self._placed.pop(digest).place) for digest in digests]
-        for some in self._groups(loads):
+    def _write(self, entries: list[Entry]) -> None:
+        for some in _groups(entries):
             with _blaming(some):
-                self._observer.writing([load.digest for load in some])
-                self._writer.write_adapters(some)
-            for load in some:
-                self._strikes.pop(load.digest, None)
+                self._observer.writing([entry.digest for entry in some])
+                self._writer.write_adapters([entry.load for entry in some])
+            self._adapters.written([entry.digest for entry in some])
 
-    def _groups(self, loads: list[Load]) -> list[list[Load]]:
-        """Return what is brought together: all, but each alone that was among some that failed."""
-        together = [load for load in loads if load.digest not in self._strikes]
-        apart = [[load] for load in loads if load.digest in self._strikes]
-        return [together, *apart] if together else apart
+
+def _groups(entries: list[Entry]) -> list[list[Entry]]:
+    """Return what is brought together: all, but each alone that was among some that failed."""
+    together = [entry for entry in entries if entry.strikes is None]
+    apart = [[entry] for entry in entries if entry.strikes is not None]
+    return [together, *apart] if together else apart
 
 
 @contextlib.contextmanager
-def _blaming(loads: list[Load]) -> Iterator[None]:
+def _blaming(entries: list[Entry]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise WriteError([load.digest for load in loads]) from error
+        raise WriteError([entry.digest for entry in entries]) from error

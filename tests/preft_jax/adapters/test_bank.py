@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preft_jax import AdapterConfig, AdapterError, ConfigError, ModelConfig, fold, random_adapter
-from preft_jax.adapters.bank import BankAllocator, SitePages, init_bank, write_adapter
+from preft_jax.adapters.allocator import BankAllocator, SitePages
+from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.pages import PackedSite, num_rank_pages, pack_adapter
 from preft_jax.shapes import RANK_PAGE, SITES
 

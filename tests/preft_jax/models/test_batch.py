@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from preft_jax import RequestError
-from preft_jax.adapters.bank import SitePages
+from preft_jax.adapters.allocator import SitePages
 from preft_jax.models.batch import Span, bucket, pack_prefill, pack_rows, slots_of
 from preft_jax.models.cache import NO_SLOT
 from preft_jax.shapes import SITES

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_jax import Adapter, AdapterConfig, random_adapter
-from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
+from preft_jax.adapters.allocator import BankAllocator
+from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.config import RopeScaling

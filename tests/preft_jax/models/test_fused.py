@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
+from preft_jax.adapters.allocator import BankAllocator
+from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.edit_mask import make_edit_mask
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.models import forward, fused

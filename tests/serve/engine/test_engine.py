@@ -114,7 +114,7 @@ def test_adapters_that_cannot_be_served_are_refused(lively, adapters, engine):
     with pytest.raises(RequestError, match="span"):
         engine.add(skip)
     assert_released(engine)
-    assert not engine.adapters._known
+    assert engine.adapters.on_host == set()
 
 
 def test_a_model_with_fewer_positions_is_refused(lively):

@@ -93,23 +93,22 @@ def test_the_hosts_copy_is_dropped_with_its_last_request(lively, many, rng):
     first = engine.add(request(some(rng, 9), many[0], max_tokens=12, n=2))
     engine.add(request(some(rng, 9), many[0], max_tokens=3))
     engine.add(request(some(rng, 9), many[1], max_tokens=3))
-    assert set(engine.adapters._known) == {many[0].digest, many[1].digest}
+    assert engine.adapters.on_host == {many[0].digest, many[1].digest}
     for _ in range(60):
         outputs = engine.step()
         if any(output.request_id == 2 and output.finish_reason for output in outputs):
             break
-    assert set(engine.adapters._known) == {many[0].digest}
+    assert engine.adapters.on_host == {many[0].digest}
     engine.cancel(first)
     drain(engine)
-    assert not engine.adapters._known
-    assert not engine.adapters._users
+    assert engine.adapters.on_host == set()
 
 
 def test_adapters_that_were_loaded_by_the_user_stay_on_the_host(lively, many, rng):
     engine = Engine(lively, TIGHT)
     engine.load_adapters(many[:2])
     run_one(engine, request(some(rng, 9), many[0]))
-    assert set(engine.adapters._known) == {many[0].digest, many[1].digest}
+    assert engine.adapters.on_host == {many[0].digest, many[1].digest}
 
 
 def test_a_preempted_request_keeps_its_adapter_on_the_host(lively, many, rng):
@@ -133,7 +132,7 @@ def test_an_adapter_that_is_not_finite_is_refused_and_spoils_nothing(positions, 
     number = engine.add(beside)
     with pytest.raises(AdapterError, match=r"'down'.*NaN or infinite"):
         engine.add(request(some(rng, 7), bad))
-    assert set(engine.adapters._known) == {adapters["lora"].digest}
+    assert engine.adapters.on_host == {adapters["lora"].digest}
     assert_as_alone(lively, beside, [drain(engine)[number, 0]])
     for adapter in (None, adapters["lora_all"]):
         after = request(some(rng, 7), adapter)
@@ -267,7 +266,7 @@ def test_an_adapter_whose_request_is_cancelled_before_it_came_to_the_device_is_n
     wholes = advance(engine, {}, 8)
     late = engine.add(request(some(rng, 4), many[0]))
     advance(engine, wholes, 4)
-    assert engine.adapters.holds(many[0].digest)
+    assert engine.adapters.entry(many[0].digest).place is not None
     engine.cancel(late)
     advance(engine, wholes)
     assert not engine.adapters.knows(many[0].digest)

@@ -416,7 +416,7 @@ def test_an_adapter_that_cannot_be_written_while_a_call_is_under_way(watched, li
     kept = (0, 1, 3)
     assert_as_alone(lively, [requests[i] for i in kept], [samples[i] for i in kept])
     assert samples[2][0].finish_reason == "error"
-    assert beside[0] == 1
+    assert beside[0] == 2, "behind the step beside which it was copied"
 
 
 # What a broken engine would do.

@@ -8,7 +8,8 @@ import pytest
 from engine_outputs import TIGHT, Whole, advance, alone, assert_as_alone, drain, lettered, request, some
 
 from preft_jax import Adapter, SamplingParams, load_model, random_adapter
-from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
+from preft_jax.adapters.allocator import BankAllocator
+from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.sampling.device import INVALID
@@ -349,11 +350,11 @@ def test_a_load_of_an_adapter_that_had_to_go_again_is_not_carried_out(lively, ti
     """Its page belongs to another by then, and a call must not write a page twice."""
     engine = Engine(lively, dataclasses.replace(TIGHT, bank_pages=2))
     adapters = [random_adapter(AdapterConfig(rank=8), tiny.config, jax.random.key(i)) for i in range(2)]
-    first, second = map(engine.adapters.hold, adapters)
+    first, second = map(engine.adapters.keep, adapters)
     assert engine.adapters.acquire(first)
     engine.adapters.release(first)
     assert engine.adapters.acquire(second)
-    assert [load.digest for load in engine.adapters.take_pending()] == [second]
+    assert [entry.digest for entry in engine.adapters.unwritten] == [second]
 
 
 @pytest.mark.parametrize("writes", [1, 8])

@@ -10,7 +10,8 @@ from engine_runs import GREEDY, ROOMY, TIGHT, assert_is_reference, assert_same, 
 from engine_runs import alone as alone_unmixed
 
 from preft_jax import ConfigError, SamplingParams
-from preft_jax.adapters.bank import BankAllocator, init_bank, write_adapter
+from preft_jax.adapters.allocator import BankAllocator
+from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.models import forward
 from preft_jax.models.batch import DecodeBatch, Span, pack_prefill

@@ -186,7 +186,7 @@ def test_a_request_cancelled_while_its_adapter_loads_leaves_nothing(when, lively
     wholes = drain(engine)
     assert wholes[number, 0].finish_reason == "abort"
     assert store.tiers()["leased"] == 0
-    assert engine.adapters._users == {}
+    assert engine.adapters.on_host == set()
     one = request(some(rng, 8), named)
     ((sample,),) = run_all(engine, [one])
     assert_as_alone(lively, direct(lively, one, saved / "lora"), [sample])

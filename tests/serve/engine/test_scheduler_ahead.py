@@ -456,8 +456,8 @@ def test_what_a_step_may_draw_is_counted_until_it_is_over(trap):
 def test_a_slot_is_one_sequence_s(trap):
     real = Scheduler.plan_prefill
 
-    def first_slot(self, *sizes):
-        step = real(self, *sizes)
+    def first_slot(self, *sizes, **how):
+        step = real(self, *sizes, **how)
         for chunk in step.chunks if step else ():
             chunk.sequence.slot = 0
         return step

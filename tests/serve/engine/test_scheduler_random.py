@@ -75,7 +75,8 @@ def run_at_random(draw, total, goes_ahead, mixed):
         goes_ahead=goes_ahead,
         mixed_sizes=draw.choice(((16, 24, 32), (32,))) if mixed else (),
     )
-    arriving = draw.choice((0.1, 0.3))
+    arriving, near = draw.choice((0.1, 0.3)), draw.choice((0.2, 1.0))
+    world.bank.is_near = lambda digest: draw.random() < near
     for _ in range(draw.randint(30, 90)):
         action = draw.random()
         if action < arriving:

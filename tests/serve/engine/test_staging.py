@@ -1,11 +1,12 @@
 """When adapters are copied to the device and when they are written: real books, a device that keeps a diary."""
 
+import types
+
 import pytest
 
-from preft_jax.config import PRESETS
 from serve.engine.observer import Observer
 from serve.engine.recovery import STRIKES
-from serve.engine.residency import AdapterBank
+from serve.engine.residency import Residency
 from serve.engine.staging import Staging, WriteError
 from serve.store.host_copy import Columns, Known
 
@@ -41,14 +42,14 @@ class Diary:
         return lines
 
 
-def unused(adapter):
-    raise AssertionError(adapter)
+def known(name, pages=1):
+    return Known({"q": Columns((0,) * pages)}, {"q": [f"{name}{n}" for n in range(pages)]})
 
 
 def make(names="abcdef", *, bank_pages=5, room=2, pages=1, observer=None):
-    bank = AdapterBank(PRESETS["tiny"], bank_pages, 4, unused)
+    bank = Residency(bank_pages, lambda adapter: known(adapter.digest))
     for name in names:
-        bank.put(name, Known({"q": Columns((0,) * pages)}, {"q": [f"{name}{n}" for n in range(pages)]}))
+        bank.put(name, known(name, pages))
     diary = Diary()
     return bank, diary, Staging(bank, diary, room, observer)
 
@@ -143,6 +144,18 @@ def test_a_place_can_be_lost_before_it_is_written():
     assert diary.holds == {("q", bank.place("a")["q"].pages[0]): "device a0"}
 
 
+def test_a_place_lost_to_another_before_its_copy_begins_is_not_copied_for_a_request_that_ended():
+    bank, diary, staging = make("b", bank_pages=2)
+    bank.claim(1, types.SimpleNamespace(digest="a"))
+    assert bank.acquire("a")
+    bank.release("a")
+    bank.give_back(1, "a")
+    begin = staging.copies("b")
+    assert bank.acquire("b")
+    begin()
+    assert diary.take() == ["copy b"]
+
+
 def test_a_place_taken_lost_and_taken_again_is_written_where_it_is_now():
     bank, diary, staging = make(bank_pages=3, pages=1)
     assert bank.acquire("a")
@@ -172,7 +185,6 @@ def test_after_a_reset_nothing_is_on_its_way():
     bank.acquire("a")
     copy_beside(staging, ["a", "b"])
     bank.reset()
-    staging.reset()
     copy_beside(staging, [])
     staging.settle(["a", "b"])
     assert diary.take() == ["copy a b"]
@@ -187,9 +199,8 @@ def test_of_several_that_cannot_be_written_the_one_that_fails_alone_twice_is_giv
             bank.acquire(name)
         with pytest.raises(WriteError) as error:
             staging.bring(set("abc"))
-        given_up.append(staging.blame(error.value.digests))
+        given_up.append(bank.blame(error.value.digests))
         bank.reset()
-        staging.reset()
     assert [name for name in given_up if name] == ["b"]
     diary.take()
     assert bank.acquire("a")
@@ -206,9 +217,8 @@ def test_of_copies_that_fail_each_is_tried_alone():
             copy_beside(staging, ["a", "b"])
         assert error.value.digests == failed
         assert isinstance(error.value.__cause__, OSError)
-        given_up.append(staging.blame(error.value.digests))
+        given_up.append(bank.blame(error.value.digests))
         bank.reset()
-        staging.reset()
     assert given_up == [None, None, "b"]
     assert diary.take() == ["copy a b", "copy a", "copy b", "copy a", "copy b"]
 

@@ -222,11 +222,11 @@ def test_base_requests_go_on_beside_an_adapter_that_cannot_load(lively, lora, rn
 
     real = Scheduler.plan_prefill
 
-    def in_order(self):
+    def in_order(self, *sizes, **how):
         first = next(iter(self._waiting), None)
         if first is not None and first.adapter is not None and not self._take_adapter(first):
             return None
-        return real(self)
+        return real(self, *sizes, **how)
 
     trap(Scheduler, "plan_prefill", in_order, check)
 

@@ -74,8 +74,7 @@ def test_every_request_is_accounted_for_while_adapters_come_go_and_change(adapte
     assert ended["error"] == 0
     assert ended["abort"] > requests // 20
     assert_released(engine)
-    assert (len(engine._claims), engine._claims.loading, engine._live) == (0, False, {})
-    assert not engine.adapters._known
+    assert (engine.adapters.on_host, engine.adapters.loading, engine._live) == (set(), False, {})
     assert engine.stats.recompiles == 0
     tiers = store.tiers()
     assert tiers["host_bytes"] <= store.host_bytes
