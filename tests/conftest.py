@@ -7,6 +7,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import filelock
 import hypothesis
 import jax
 import numpy as np
@@ -48,19 +49,29 @@ def pytest_cmdline_main(config):
         option.dist = "loadfile"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _programs_of_this_run(request, tmp_path_factory):
-    """With ``-n``, keep what takes long to compile on disk while this run lasts: its processes compile a program once.
+def drop_cut_programs(folder):
+    """Delete what a killed process wrote in part: JAX writes a program, and then when it was used last."""
+    with filelock.FileLock(folder / ".lockfile"):
+        for path in folder.glob("*-cache"):
+            if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():
+                path.unlink()
 
-    The key is the program itself, so that one that was changed is compiled anew. A cache of bounded size has a lock.
+
+@pytest.fixture(autouse=True, scope="session")
+def _kept_programs(request):
+    """Keep what takes long to compile in ``.cache/programs``, for the run's other processes and for later runs.
+
+    The key is the program itself, so that one that was changed is compiled anew. The least recently used go first.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or not hasattr(request.config, "workerinput"):
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         yield  # The caller's own cache; and a test that runs tests has this one.
         return
-    root = tmp_path_factory.getbasetemp().parent
+    folder = request.config.rootpath / ".cache" / "programs"
+    folder.mkdir(parents=True, exist_ok=True)
+    drop_cut_programs(folder)
     options = {
-        "jax_compilation_cache_dir": str(root / "programs"),
-        "jax_compilation_cache_max_size": 4 * 2**30,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 2 * 2**30,
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     with pytest.MonkeyPatch.context() as patch:
