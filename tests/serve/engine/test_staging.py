@@ -9,6 +9,8 @@ from serve.engine.residency import AdapterBank
 from serve.engine.staging import Staging, WriteError
 from serve.store.host_copy import Columns, Known
 
+pytestmark = pytest.mark.host
+
 
 class Diary:
     """A device that notes what it is told."""
