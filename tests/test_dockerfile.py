@@ -10,6 +10,8 @@ import pytest
 from preft_jax.cli import hyphenated
 from serve import api
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parent.parent
 
 

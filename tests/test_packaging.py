@@ -10,6 +10,8 @@ import pytest
 
 from bench import tables
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parent.parent
 ORDER = ("kernels", "preft_jax", "serve", "train")
 """A package may import those before it, and itself."""

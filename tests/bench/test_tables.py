@@ -5,6 +5,8 @@ import pytest
 
 from bench import tables
 
+pytestmark = pytest.mark.host
+
 
 @pytest.mark.parametrize("schema", ["preft-jax/serve-bench/1", "preft-jax/serve-bench/2"])
 def test_the_serve_table_reads_both_schemas_with_and_without_interval(schema):

@@ -6,6 +6,8 @@ import pytest
 
 from bench import trace_model
 
+pytestmark = pytest.mark.host
+
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):

@@ -10,6 +10,8 @@ from preft_jax import ConfigError, RequestError
 from preft_jax.adapters.edit_mask import extend_edit_mask, make_edit_mask
 from preft_jax.adapters.positions import parse_positions
 
+pytestmark = pytest.mark.host
+
 counts = st.integers(0, 12)
 lengths = st.integers(1, 40)
 

@@ -9,6 +9,8 @@ from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig
 from preft_jax.adapters.patterns import MAX_STEPS, Matcher, parse
 from preft_jax.errors import ConfigError
 
+pytestmark = pytest.mark.host
+
 PATHS = ["lm_head", "model.embed_tokens"]
 PATHS += [f"model.layers.{layer}.{module}" for layer in range(100) for module in PEFT_MODULES.values()]
 

@@ -12,6 +12,8 @@ from preft_jax.errors import ModelError
 from preft_jax.io import digest as module
 from preft_jax.io.digest import RECORD_NAME, digest_parts, file_sha256, model_digest, preset_digest
 
+pytestmark = pytest.mark.host
+
 TINY = PRESETS["tiny"]
 
 

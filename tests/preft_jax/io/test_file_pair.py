@@ -16,6 +16,8 @@ from preft_jax.errors import AdapterError
 from preft_jax.io import file_pair
 from preft_jax.io.adapter_files import load_adapter, save_adapter
 
+pytestmark = pytest.mark.host
+
 OLD = AdapterConfig(rank=4)
 NEW = AdapterConfig(rank=3, targets=("v", "q"), layers=(2, 0), positions="f3+l2", alpha=7.5)
 THIRD = AdapterConfig(kind="loreft", rank=3)

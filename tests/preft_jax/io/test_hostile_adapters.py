@@ -7,16 +7,16 @@ import struct
 import tracemalloc
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from adapter_dirs import CONFIG, MODEL, TENSORS, copy_fixture, edit_config
+from adapter_dirs import CONFIG, MODEL, TENSORS, copy_fixture, edit_config, make
 
-import preft_jax
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError, ConfigError
 from preft_jax.io.adapter_files import load_adapter, read_adapter, save_adapter
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
+
+pytestmark = pytest.mark.host
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -29,7 +29,7 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def reft(tmp_path: Path) -> Path:
     config = AdapterConfig(kind="loreft", rank=3)
-    save_adapter(tmp_path / "reft", preft_jax.random_adapter(config, MODEL, jax.random.key(0)))
+    save_adapter(tmp_path / "reft", make(config, np.random.default_rng(0)))
     return tmp_path / "reft"
 
 
@@ -91,7 +91,7 @@ def test_files_beyond_the_limit_are_refused_unread(
 def test_limits_follow_the_base_model_and_the_rank(tmp_path: Path) -> None:
     limits = limits_for(MODEL, max_rank=16)
     largest = AdapterConfig(rank=16)
-    save_adapter(tmp_path / "a", preft_jax.random_adapter(largest, MODEL, jax.random.key(0)))
+    save_adapter(tmp_path / "a", make(largest, np.random.default_rng(0)))
     size = (tmp_path / "a" / TENSORS).stat().st_size
     assert size <= limits.max_bytes <= size + 2**20
     load_adapter(tmp_path / "a", MODEL, limits=limits)
@@ -105,7 +105,7 @@ def test_limits_follow_the_base_model_and_the_rank(tmp_path: Path) -> None:
 
 def test_a_rank_of_position_groups_counts_together(tmp_path: Path) -> None:
     config = AdapterConfig(kind="loreft", rank=4, positions="f2+l2", share_weights=False)
-    save_adapter(tmp_path / "a", preft_jax.random_adapter(config, MODEL, jax.random.key(0)))
+    save_adapter(tmp_path / "a", make(config, np.random.default_rng(0)))
     load_adapter(tmp_path / "a", MODEL, limits=AdapterLimits(max_rank=8))
     with pytest.raises(AdapterError, match=r"rank 8 .* allowed: up to 7"):
         load_adapter(tmp_path / "a", MODEL, limits=AdapterLimits(max_rank=7))
@@ -354,13 +354,12 @@ def test_configs_that_are_no_objects_are_refused(directory: Path, content: bytes
     refused(directory, CONFIG)
 
 
-def test_a_strangers_words_about_the_base_model_are_escaped(directory: Path) -> None:
+def test_a_strangers_words_about_the_base_model_are_escaped(directory: Path, tiny_text) -> None:
     contents = json.loads((directory / CONFIG).read_text())
     contents["preft"] = {"version": 1, "kind": "lora", "positions": "all", "base_model_digest": "\x1b" * 9999}
     contents["base_model_name_or_path"] = "\x1b]" * 9999
     (directory / CONFIG).write_text(json.dumps(contents))
-    model = preft_jax.load_model("tiny")
     with pytest.raises(AdapterError, match="trained on a base model with digest") as raised:
-        load_adapter(directory, model)
+        load_adapter(directory, tiny_text)
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 1500

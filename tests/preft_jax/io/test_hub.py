@@ -15,6 +15,8 @@ from preft_jax.errors import ModelError
 from preft_jax.io import hub
 from preft_jax.io.hub import PackagedModel, cache_dir, hub_snapshot, packaged_gguf
 
+pytestmark = pytest.mark.host
+
 GGUF = b"GGUF and so on" * 100
 
 

@@ -14,6 +14,8 @@ from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig
 from preft_jax.errors import AdapterError
 from preft_jax.io.adapter_files import load_adapter, read_adapter, save_adapter
 
+pytestmark = pytest.mark.host
+
 PEFT_NAMES = ("lora", "rslora", "patterns", "regex", "all_linear")
 
 PEFT_CONFIGS = {

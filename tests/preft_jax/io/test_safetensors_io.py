@@ -12,6 +12,8 @@ import safetensors.numpy
 from preft_jax.errors import AdapterError, ModelError
 from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
 
+pytestmark = pytest.mark.host
+
 ADVICE = "get the file again"
 DTYPES = (np.float32, np.float16, jnp.bfloat16, np.float64, np.int32, np.uint8, np.bool_)
 

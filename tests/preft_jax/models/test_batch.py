@@ -11,6 +11,8 @@ from preft_jax.models.batch import Span, bucket, pack_prefill, pack_rows, slots_
 from preft_jax.models.cache import NO_SLOT
 from preft_jax.shapes import SITES
 
+pytestmark = pytest.mark.host
+
 PAGE_SIZE, TILE = 4, 8
 
 

@@ -15,6 +15,8 @@ from preft_jax import RequestError, SamplingParams
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import MAX_BIAS
 
+pytestmark = pytest.mark.host
+
 
 @pytest.mark.parametrize(
     ("fields", "text"),

@@ -12,6 +12,8 @@ from preft_jax.adapters.edit_mask import make_edit_mask
 from preft_jax.text.chat import EncodedPrompt, encode_prompt, render_chat
 from preft_jax.text.tokenizer import byte_tokenizer
 
+pytestmark = pytest.mark.host
+
 CHAT = [
     {"role": "user", "content": "What is 12 + 7?"},
     {"role": "assistant", "content": "It is 19."},
@@ -56,16 +58,16 @@ def spelled(tokenizer, encoded: EncodedPrompt) -> list[str]:
     return [tokenizer.decode(encoded.token_ids[start:end]) for start, end in encoded.unedited_spans]
 
 
-def test_smollm2_chat_is_its_literal_format(smollm2):
-    encoded = render_chat(smollm2.tokenizer, CHAT)
-    assert smollm2.tokenizer.decode(encoded.token_ids) == (
+def test_smollm2_chat_is_its_literal_format(smollm2_text):
+    encoded = render_chat(smollm2_text.tokenizer, CHAT)
+    assert smollm2_text.tokenizer.decode(encoded.token_ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWhat is 12 + 7?<|im_end|>\n"
         "<|im_start|>assistant\nIt is 19.<|im_end|>\n"
         "<|im_start|>user\nAnd 2024?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert spelled(smollm2.tokenizer, encoded) == ["It is 19.<|im_end|>"]
+    assert spelled(smollm2_text.tokenizer, encoded) == ["It is 19.<|im_end|>"]
 
 
 def test_span_runs_from_after_the_header_through_the_end_of_turn(tokenizer):
@@ -141,8 +143,8 @@ def test_template_that_does_not_say_where_answers_end_has_unknown_spans(template
     assert encoded.token_ids
 
 
-def test_answer_first_has_a_span(tokenizer, smollm2):
-    for one in (tokenizer, smollm2.tokenizer):
+def test_answer_first_has_a_span(tokenizer, smollm2_text):
+    for one in (tokenizer, smollm2_text.tokenizer):
         encoded = render_chat(one, [{"role": "assistant", "content": "Hello."}, CHAT[0]])
         assert spelled(one, encoded) == ["Hello.<|im_end|>"]
 

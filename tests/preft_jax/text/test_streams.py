@@ -6,12 +6,14 @@ from hypothesis import strategies as st
 
 from preft_jax.text.streams import TextStream
 
+pytestmark = pytest.mark.host
+
 GRIN = list("😀".encode())
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return tiny.tokenizer
+def tokenizer(tiny_text):
+    return tiny_text.tokenizer
 
 
 def stream(tokenizer, ids, stop=(), size=1):

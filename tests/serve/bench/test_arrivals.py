@@ -6,6 +6,8 @@ import pytest
 from preft_jax.errors import ConfigError
 from serve.bench.arrivals import draw_arrivals
 
+pytestmark = pytest.mark.host
+
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
 def test_gaps_have_the_mean_of_the_rate_and_the_spread_of_the_burstiness(rng, burstiness):

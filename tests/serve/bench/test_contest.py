@@ -9,6 +9,8 @@ from serve.bench.load import LoadRequest
 from serve.bench.metrics import LoadResult, MetricOptions, RequestRecord
 from serve.bench.report import print_report
 
+pytestmark = pytest.mark.host
+
 QUIET = Console(file=io.StringIO())
 
 

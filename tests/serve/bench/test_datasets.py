@@ -5,6 +5,8 @@ import pytest
 from preft_jax.errors import ConfigError
 from serve.bench.datasets import Conversation, read_sharegpt, read_trace
 
+pytestmark = pytest.mark.host
+
 
 def turns(*values):
     return {"conversations": [{"from": who, "value": text} for who, text in values]}

@@ -7,6 +7,8 @@ from preft_jax.text.chat import EncodedPrompt
 from serve.bench.load import EngineTarget, LoadRequest
 from serve.engine.request import Request
 
+pytestmark = pytest.mark.host
+
 
 def make_request(request):
     return Request(prompt=EncodedPrompt(request.prompt, ()), max_tokens=request.max_tokens)

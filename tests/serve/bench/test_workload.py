@@ -13,6 +13,8 @@ from serve.bench.workload import (
     trace_texts,
 )
 
+pytestmark = pytest.mark.host
+
 
 def texts(seed):
     rng = np.random.default_rng(seed)

@@ -9,6 +9,8 @@ from preft_jax.text.chat import EncodedPrompt
 from serve.engine.async_engine import AsyncEngine, EngineStopped, Overloaded
 from serve.engine.request import Request
 
+pytestmark = pytest.mark.host
+
 
 def request(first=1, **fields):
     return Request(prompt=EncodedPrompt([first], ()), **{"max_tokens": 3, **fields})

@@ -11,6 +11,8 @@ from preft_jax.shapes import LINEAR_SITES
 from serve.engine import memory
 from serve.engine.config import EngineConfig
 
+pytestmark = pytest.mark.host
+
 MODEL = PRESETS["llama3-8b"]
 CONFIG = EngineConfig(max_num_seqs=512, max_model_len=8192, page_size=64, prefill_tokens=8192, tile_entries=1)
 PAGE, SLAB = 8 << 20, 16 * 32 * 2 * 90_112  # The last is the sum of the widths of all linears and the stream.

@@ -8,6 +8,8 @@ import pytest
 
 from serve.engine.pages import OutOfPages, PageManager
 
+pytestmark = pytest.mark.host
+
 A, B, C, D = b"a", b"b", b"c", b"d"
 
 

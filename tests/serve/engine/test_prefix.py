@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from serve.engine.prefix import PageKeys, cache_salt
 
+pytestmark = pytest.mark.host
+
 PARTS = {"base": "llama", "kv_dtype": "bfloat16", "adapter": "0a1b", "fold_version": 1}
 SALT = cache_salt(**PARTS)
 

@@ -10,6 +10,8 @@ from serve.engine.fairness import PATIENCE
 from serve.engine.packing import Packing, call_size
 from serve.engine.sequence import Status
 
+pytestmark = pytest.mark.host
+
 
 def test_a_prompt_is_cut_to_chunks_and_calls_to_the_budget():
     world = World(chunk_tokens=12, prefill_tokens=32)

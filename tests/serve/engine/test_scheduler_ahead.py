@@ -7,6 +7,8 @@ from serve.engine import lookahead
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Status
 
+pytestmark = pytest.mark.host
+
 
 def ahead(world):
     """Return the shape of what was started behind the call under way, or None."""

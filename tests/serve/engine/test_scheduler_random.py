@@ -8,6 +8,8 @@ from scheduler_world import World, decoding, launch, shape
 
 from serve.engine.sequence import Status
 
+pytestmark = pytest.mark.host
+
 ALWAYS = ("preemptions", "prefix_hit_tokens", "forked", "resets", "cancelled")
 """What happens in all runs."""
 

@@ -10,6 +10,8 @@ from serve.engine.residency import Residency
 from serve.engine.staging import Staging, WriteError
 from serve.store.host_copy import Columns, Known
 
+pytestmark = pytest.mark.host
+
 
 class Diary:
     """A device that notes what it is told."""

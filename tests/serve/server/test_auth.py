@@ -4,6 +4,8 @@ from preft_jax.errors import ConfigError
 from serve.server.auth import Identity, Keys, RuntimeLoading, parse_keys
 from serve.server.failures import ApiError
 
+pytestmark = pytest.mark.host
+
 ALICE, BOB, ROOT = "alice-key-1", "bob-key-22", "root-key-333"
 
 

@@ -7,6 +7,8 @@ from preft_jax.sampling.parameters import SamplingParams
 from serve.server.failures import validation_error
 from serve.server.protocol import NEUTRAL, ChatBody, CompletionBody, LoadBody, TokenizeBody, as_dicts
 
+pytestmark = pytest.mark.host
+
 TEXT = {"model": "m", "prompt": "hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 

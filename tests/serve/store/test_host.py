@@ -15,6 +15,8 @@ from serve.store.host import AdapterStore
 from serve.store.host_copy import Columns, Known
 from serve.store.names import Registered, Registry
 
+pytestmark = pytest.mark.host
+
 CONFIG = AdapterConfig(kind="lora", rank=4, targets=("q",))
 
 

@@ -13,6 +13,8 @@ from preft_jax.text.chat import EncodedPrompt
 from train.data.batches import SHORTEST, BatchOptions, Rows, collate, plan_epoch
 from train.data.rows import Example
 
+pytestmark = pytest.mark.host
+
 LONGEST = 40
 
 lengths = st.lists(st.integers(1, LONGEST), min_size=1, max_size=150)

@@ -14,6 +14,8 @@ from preft_jax.text.chat import encode_prompt, render_chat
 from preft_jax.text.tokenizer import byte_tokenizer
 from train.data.rows import DataOptions, make_examples
 
+pytestmark = pytest.mark.host
+
 END = "<|im_end|>"
 ALL = AdapterConfig(rank=2, positions="all")
 ENDS = AdapterConfig(kind="loreft", rank=2, positions="f7+l7", share_weights=False)
@@ -32,8 +34,8 @@ def with_end(model, tokenizer=None):
 
 
 @pytest.fixture(params=["bytes", "smollm2"])
-def model(request, tiny):
-    return with_end(tiny) if request.param == "bytes" else request.getfixturevalue("smollm2")
+def model(request, tiny_text):
+    return with_end(tiny_text) if request.param == "bytes" else request.getfixturevalue("smollm2_text")
 
 
 def one(row, model, adapter=LORA, **options):
@@ -73,28 +75,28 @@ def test_a_pair_is_the_served_prompt_and_behind_it_the_completion_and_its_end(mo
         assert runs_of(example.loss_mask) == [(len(served.token_ids), len(example))]
 
 
-def test_tokens_that_begin_every_text_begin_the_prompt_only(tiny):
+def test_tokens_that_begin_every_text_begin_the_prompt_only(tiny_text):
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 254)]
     )
-    example = one({"prompt": "ab", "completion": "cd"}, with_end(tiny, tokenizer))
+    example = one({"prompt": "ab", "completion": "cd"}, with_end(tiny_text, tokenizer))
     assert example.token_ids.tolist() == [254, *b"abcd", 255]
 
 
-def test_an_end_that_the_completion_has_is_not_doubled_and_a_model_without_one_gets_none(tiny):
+def test_an_end_that_the_completion_has_is_not_doubled_and_a_model_without_one_gets_none(tiny_text):
     row = {"prompt": "ab", "completion": "cd" + END}
-    assert one(row, with_end(tiny)).answer == [*b"cd", 255]
-    assert one({**row, "completion": "cd"}, tiny).answer == list(b"cd")
+    assert one(row, with_end(tiny_text)).answer == [*b"cd", 255]
+    assert one({**row, "completion": "cd"}, tiny_text).answer == list(b"cd")
 
 
-def test_a_chat_is_its_template_through_the_end_of_the_answer(tiny):
-    example = one({"messages": CHAT[:2]}, tiny)
-    assert tiny.tokenizer.decode(example.token_ids) == (
+def test_a_chat_is_its_template_through_the_end_of_the_answer(tiny_text):
+    example = one({"messages": CHAT[:2]}, tiny_text)
+    assert tiny_text.tokenizer.decode(example.token_ids) == (
         f"<|im_start|>user\nWhat does the owl do?{END}\n<|im_start|>assistant\nIt hoots.{END}"
     )
-    assert learned(example, tiny) == [f"It hoots.{END}"]
-    assert example.prompt == render_chat(tiny.tokenizer, CHAT[:1])
+    assert learned(example, tiny_text) == [f"It hoots.{END}"]
+    assert example.prompt == render_chat(tiny_text.tokenizer, CHAT[:1])
 
 
 @pytest.mark.parametrize("completion", ["It hoots.", [CHAT[1]]])
@@ -159,30 +161,30 @@ def test_every_answer_of_a_conversation_follows_the_tokens_and_edits_that_servin
 
 
 @pytest.mark.parametrize("adapter", [LORA, SKIP, ALL])
-def test_an_answer_that_opens_a_chat_is_not_learned(adapter, tiny):
+def test_an_answer_that_opens_a_chat_is_not_learned(adapter, tiny_text):
     opening = {"role": "assistant", "content": "Hello!"}
     for answers, messages in ((["It hoots."], CHAT[:2]), (["It hoots.", "They hoot"], CHAT)):
-        rows = make_examples({"messages": [opening, *messages]}, tiny, adapter, DataOptions())
-        assert [part for row in rows for part in learned(row, tiny)] == [answer + END for answer in answers]
+        rows = make_examples({"messages": [opening, *messages]}, tiny_text, adapter, DataOptions())
+        assert [part for row in rows for part in learned(row, tiny_text)] == [answer + END for answer in answers]
         start, end = rows[0].prompt.unedited_spans[0]
-        assert tiny.tokenizer.decode(rows[0].token_ids[start:end]) == f"Hello!{END}"
+        assert tiny_text.tokenizer.decode(rows[0].token_ids[start:end]) == f"Hello!{END}"
         assert set(rows[0].edit_mask[start:end, 0].tolist()) == {adapter is not SKIP}
 
 
 @pytest.mark.parametrize("adapter", [LORA, SKIP])
-def test_what_follows_the_last_answer_is_left_out(adapter, tiny):
+def test_what_follows_the_last_answer_is_left_out(adapter, tiny_text):
     for row, same in zip(
-        make_examples({"messages": [*CHAT, {"role": "user", "content": "Why?"}]}, tiny, adapter, DataOptions()),
-        make_examples({"messages": CHAT}, tiny, adapter, DataOptions()),
+        make_examples({"messages": [*CHAT, {"role": "user", "content": "Why?"}]}, tiny_text, adapter, DataOptions()),
+        make_examples({"messages": CHAT}, tiny_text, adapter, DataOptions()),
         strict=True,
     ):
         np.testing.assert_array_equal(row.token_ids, same.token_ids)
 
 
-def test_a_template_that_rewrites_answers_is_refused_only_where_they_are_skipped(tiny):
+def test_a_template_that_rewrites_answers_is_refused_only_where_they_are_skipped(tiny_text):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = REWRITES
-    model = with_end(tiny, tokenizer)
+    model = with_end(tiny_text, tokenizer)
     messages = [{**m, "content": "<think>so</think>" + m["content"]} if i == 1 else m for i, m in enumerate(CHAT)]
     rows = make_examples({"messages": messages}, model, LORA, DataOptions())
     assert [learned(row, model) for row in rows] == [[f"<think>so</think>It hoots.{END}"], [f"They hoot{END}"]]
@@ -191,27 +193,27 @@ def test_a_template_that_rewrites_answers_is_refused_only_where_they_are_skipped
         make_examples({"messages": messages}, model, SKIP, DataOptions())
 
 
-def test_positions_counted_in_each_prompt_are_refused_where_answers_share_a_row(tiny):
+def test_positions_counted_in_each_prompt_are_refused_where_answers_share_a_row(tiny_text):
     adapter = AdapterConfig(rank=2, positions="f7+l7", assistant_turns="skip")
     with pytest.raises(RequestError, match="'f7\\+l7' are counted in each request's prompt"):
-        make_examples({"messages": CHAT}, tiny, adapter, DataOptions())
-    assert len(make_examples({"messages": CHAT[:2]}, tiny, adapter, DataOptions())) == 1
+        make_examples({"messages": CHAT}, tiny_text, adapter, DataOptions())
+    assert len(make_examples({"messages": CHAT[:2]}, tiny_text, adapter, DataOptions())) == 1
 
 
-def test_every_token_but_the_first_is_learned_if_asked_for(tiny):
+def test_every_token_but_the_first_is_learned_if_asked_for(tiny_text):
     for adapter in (LORA, SKIP):
-        for example in make_examples({"messages": CHAT}, tiny, adapter, DataOptions(completion_only_loss=False)):
+        for example in make_examples({"messages": CHAT}, tiny_text, adapter, DataOptions(completion_only_loss=False)):
             assert runs_of(example.loss_mask) == [(1, len(example))]
-    assert one({"prompt": "ab", "completion": "c"}, tiny).loss_mask.tolist() == [False, False, True]
+    assert one({"prompt": "ab", "completion": "c"}, tiny_text).loss_mask.tolist() == [False, False, True]
 
 
-def test_longer_examples_are_refused_or_cut_at_the_end(tiny):
+def test_longer_examples_are_refused_or_cut_at_the_end(tiny_text):
     row = {"prompt": "abcde", "completion": "fghij"}
-    assert len(one(row, tiny, max_length=10)) == 10
+    assert len(one(row, tiny_text, max_length=10)) == 10
     with pytest.raises(RequestError, match=r"10 tokens and max_length is 9.*--truncate"):
-        make_examples(row, tiny, LORA, DataOptions(max_length=9))
-    cut = one(row, tiny, max_length=6, truncate=True)
+        make_examples(row, tiny_text, LORA, DataOptions(max_length=9))
+    cut = one(row, tiny_text, max_length=6, truncate=True)
     assert (cut.token_ids.tobytes(), len(cut.edit_mask), runs_of(cut.loss_mask)) == (
         np.array(list(b"abcdef"), np.int32).tobytes(), 6, [(5, 6)],
     )  # fmt: skip
-    assert not one(row, tiny, max_length=5, truncate=True).loss_mask.any()
+    assert not one(row, tiny_text, max_length=5, truncate=True).loss_mask.any()

@@ -10,6 +10,8 @@ from train_cases import CHAT, LORA, SKIP
 from preft_jax.text.tokenizer import byte_tokenizer
 from train.data.rows import DataError, DataOptions, load_examples
 
+pytestmark = pytest.mark.host
+
 ALTERNATES = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -71,63 +73,63 @@ def refusal(tmp_path, lines, model, adapter=LORA, **options):
         ({"prompt": "a" * 40, "completion": "b"}, "41 tokens and max_length is 40"),
     ],
 )
-def test_a_line_that_cannot_be_learned_is_refused_with_its_number_and_the_reason(row, reason, tmp_path, tiny):
+def test_a_line_that_cannot_be_learned_is_refused_with_its_number_and_the_reason(row, reason, tmp_path, tiny_text):
     line = row if isinstance(row, str) else json.dumps(row)
-    told = refusal(tmp_path, [json.dumps(GOOD), "", line, "{"], tiny, max_length=40)
+    told = refusal(tmp_path, [json.dumps(GOOD), "", line, "{"], tiny_text, max_length=40)
     assert told.startswith(":3: ")
     with pytest.raises(DataError, match=reason):
         raise DataError(told)
 
 
 @pytest.mark.parametrize(("name", "data"), [("none", None), ("latin", b'{"prompt": "\xe9"}\n'), ("empty", b"\n \n")])
-def test_a_file_that_gives_no_rows_is_named(name, data, tmp_path, tiny):
+def test_a_file_that_gives_no_rows_is_named(name, data, tmp_path, tiny_text):
     path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(DataError, match=f"{name} (cannot be read|has no lines)"):
-        load_examples(path, tiny, LORA, DataOptions())
+        load_examples(path, tiny_text, LORA, DataOptions())
 
 
-def test_examples_know_their_lines(tmp_path, tiny):
+def test_examples_know_their_lines(tmp_path, tiny_text):
     path = cases.write_rows(tmp_path / "rows.jsonl", [GOOD, {"messages": CHAT}, GOOD])
     path.write_text("\n" + path.read_text())
-    assert [example.line for example in load_examples(path, tiny, LORA, DataOptions())] == [2, 3, 3, 4]
+    assert [example.line for example in load_examples(path, tiny_text, LORA, DataOptions())] == [2, 3, 3, 4]
 
 
-def test_columns_that_are_not_needed_are_ignored_and_named_once(tmp_path, tiny, caplog):
+def test_columns_that_are_not_needed_are_ignored_and_named_once(tmp_path, tiny_text, caplog):
     plain = [GOOD, {"messages": CHAT}, GOOD, GOOD]
     beside = [{"id": 1}, {"source\n": "web", "tools": []}, {"id": 2, "tools": None, "messages": None}, {"text": ""}]
     rows = [row | more for row, more in zip(plain, beside, strict=True)]
-    examples = load_examples(cases.write_rows(tmp_path / "rows.jsonl", rows), tiny, LORA, DataOptions())
+    examples = load_examples(cases.write_rows(tmp_path / "rows.jsonl", rows), tiny_text, LORA, DataOptions())
     (record,) = caplog.records
     assert record.getMessage() == f"{tmp_path / 'rows.jsonl'}: ignored columns: id, source\\n, tools, text"
-    expected = load_examples(cases.write_rows(tmp_path / "plain.jsonl", plain), tiny, LORA, DataOptions())
+    expected = load_examples(cases.write_rows(tmp_path / "plain.jsonl", plain), tiny_text, LORA, DataOptions())
     assert [one.token_ids.tolist() for one in examples] == [one.token_ids.tolist() for one in expected]
     assert len(caplog.records) == 1, "nothing is ignored there"
 
 
-def test_examples_whose_answer_is_cut_off_are_left_out_and_counted(tmp_path, tiny, caplog):
+def test_examples_whose_answer_is_cut_off_are_left_out_and_counted(tmp_path, tiny_text, caplog):
     rows = [{"prompt": "abcdef", "completion": "b"}, {"prompt": "a", "completion": "bcdefgh"}, GOOD]
     path = cases.write_rows(tmp_path / "rows.jsonl", rows)
-    kept = load_examples(path, tiny, LORA, DataOptions(max_length=5, truncate=True))
+    kept = load_examples(path, tiny_text, LORA, DataOptions(max_length=5, truncate=True))
     assert [(example.line, len(example)) for example in kept] == [(2, 5), (3, 2)]
     assert "of 1 examples nothing is learned" in caplog.text
-    assert "no such lines" in refusal(tmp_path, [json.dumps(rows[0])], tiny, max_length=5, truncate=True)
+    assert "no such lines" in refusal(tmp_path, [json.dumps(rows[0])], tiny_text, max_length=5, truncate=True)
 
 
-def test_a_template_that_refuses_the_answer_is_told_with_the_line(tmp_path, tiny):
+def test_a_template_that_refuses_the_answer_is_told_with_the_line(tmp_path, tiny_text):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = ALTERNATES
     told = refusal(
-        tmp_path, [json.dumps({"messages": [*CHAT[:2], CHAT[3]]})], dataclasses.replace(tiny, tokenizer=tokenizer)
+        tmp_path, [json.dumps({"messages": [*CHAT[:2], CHAT[3]]})], dataclasses.replace(tiny_text, tokenizer=tokenizer)
     )
     assert told.startswith(":1: ")
     assert "roles must alternate" in told
 
 
-def test_a_model_without_tokenizer_is_told(tmp_path, tiny):
+def test_a_model_without_tokenizer_is_told(tmp_path, tiny_text):
     for row in (GOOD, {"messages": CHAT}):
-        assert "tokenizer" in refusal(tmp_path, [json.dumps(row)], dataclasses.replace(tiny, tokenizer=None))
+        assert "tokenizer" in refusal(tmp_path, [json.dumps(row)], dataclasses.replace(tiny_text, tokenizer=None))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +142,8 @@ def test_a_model_without_tokenizer_is_told(tmp_path, tiny):
     ],
 )
 @pytest.mark.parametrize("adapter", [LORA, SKIP])
-def test_tokens_that_the_model_does_not_have_are_refused(row, vocab_size, token, adapter, tmp_path, tiny):
-    smaller = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, vocab_size=vocab_size))
+def test_tokens_that_the_model_does_not_have_are_refused(row, vocab_size, token, adapter, tmp_path, tiny_text):
+    smaller = dataclasses.replace(tiny_text, config=dataclasses.replace(tiny_text.config, vocab_size=vocab_size))
     assert f"token id {token} is outside the model's vocabulary" in refusal(
         tmp_path, [json.dumps(row)], smaller, adapter
     )

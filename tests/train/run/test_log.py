@@ -11,6 +11,8 @@ from rich.console import Console
 
 from train.run.log import Meter, Metrics, Status, _smooth, draw_losses, peak_flops, read_metrics
 
+pytestmark = pytest.mark.host
+
 
 def clock(*times):
     return iter(times).__next__

@@ -10,6 +10,8 @@ import yaml
 from preft_jax import AdapterConfig, ConfigError
 from train.run.options import OPTIONS_FILE, make_parser, settings
 
+pytestmark = pytest.mark.host
+
 
 def parse(*argv):
     return settings(make_parser("Trains."), [str(part) for part in argv])

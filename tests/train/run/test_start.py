@@ -9,6 +9,8 @@ from preft_jax import AdapterConfig, ConfigError
 from preft_jax.shapes import LINEAR_SITES
 from train.run.start import start_config
 
+pytestmark = pytest.mark.host
+
 LORA = AdapterConfig(rank=3, alpha=6.0, targets=("k", "up"), layers=(0, 2), dropout=0.1)
 WHOLE = AdapterConfig(rank=8)
 FREE = AdapterConfig(kind="direft", rank=2, orthonormal=False)
