@@ -26,7 +26,7 @@ from preft_jax.cli import hyphenated
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
-from preft_jax.shapes import RANK_PAGE, SITES
+from preft_jax.shapes import DTYPES, RANK_PAGE, SITES
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="name or path (default: %(default)s)")
     add("--served-model-name", nargs="+", default=None, metavar="NAME", help="its names here (default: --model's)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add("--kv-cache-dtype", choices=DTYPES, default=None, help="of keys and values (default: that of the weights)")
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help=f"prompt plus output tokens (default: at most {_MODEL_LEN})")
     add("--memory-utilization", type=float, default=0.9, help="part of an accelerator's memory (default: %(default)s)")
@@ -147,6 +148,7 @@ def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         bank_sites=tuple(site.strip() for site in args.bank_sites.split(",")),
         all_token=args.all_token,
         mixed_tokens=mixed,
+        kv_dtype=args.kv_cache_dtype,
         prefix_caching=args.enable_prefix_caching,
     )
 

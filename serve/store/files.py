@@ -44,12 +44,15 @@ class AdapterFiles:
         model: the base model.
         kept: the directory for rank pages, or None.
         limits: how much is read of an adapter; None: what one of the largest rank takes.
+        dtype: of rank pages: the engine's ``bank_dtype``; None: that of the weights.
     """
 
-    def __init__(self, model: Model, kept: Path | None = None, *, limits: AdapterLimits | None = None):
+    def __init__(
+        self, model: Model, kept: Path | None = None, *, limits: AdapterLimits | None = None, dtype: Any = None
+    ):
         self._model = model
         self._limits = limits
-        self._dtype = np.dtype(model.params["embed"].dtype)
+        self._dtype = np.dtype(dtype or model.params["embed"].dtype)
         self._kept = kept
         if kept is not None:
             kept.mkdir(parents=True, exist_ok=True)

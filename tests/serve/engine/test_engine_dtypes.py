@@ -10,6 +10,7 @@ from engine_runs import ROOMY, request, serve
 from preft_jax.errors import ConfigError
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.store.files import AdapterFiles
 
 PLAIN = dataclasses.replace(ROOMY, all_token=False)
 
@@ -39,3 +40,11 @@ def test_one_of_them_narrower_loses_its_own_rounding_only(field, lively, adapter
 def test_another_dtype_is_refused_with_those_there_are(field):
     with pytest.raises(ConfigError, match=f"{field} is 'int4'; allowed: float32, bfloat16, float16, or None"):
         EngineConfig(**{field: "int4"})
+
+
+def test_adapters_of_a_store_have_the_dtype_that_it_is_told(lively, adapters):
+    (usual,), (narrow,) = (
+        {slab.dtype for slabs in files.take(adapters["direft"]).known.slabs.values() for slab in slabs}
+        for files in (AdapterFiles(lively), AdapterFiles(lively, dtype="bfloat16"))
+    )
+    assert (usual, narrow) == (np.float32, jnp.bfloat16)
