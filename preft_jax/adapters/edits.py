@@ -82,18 +82,24 @@ class Dropout(NamedTuple):
     """LoRA's dropout: of each row of a batch, with its own key and rate, on what an edit reads.
 
     ``key_B`` and ``rate_B`` (float32); the edits of one row draw the same whatever rows lie beside it and however far
-    it is padded.
+    it is padded. Of a part of the layers and of each row: the number of the first layer, where the part begins in a
+    row, and how long the whole row is (None: the part is the row).
     """
 
     key_B: jax.Array
     rate_B: jax.Array
+    first_layer: jax.Array | int = 0
+    start: jax.Array | int = 0
+    length: int | None = None
 
     def drop(self, layer: int, site: str, x_BSD: jax.Array) -> jax.Array:
         """Return ``x`` with some channels of some tokens zero, and the others scaled up (inverted dropout)."""
-        number = layer * len(SITES) + SITES.index(site)
+        number = (self.first_layer + layer) * len(SITES) + SITES.index(site)
 
         def one(key: jax.Array, rate: jax.Array, x_SD: jax.Array) -> jax.Array:
-            keep = jax.random.uniform(jax.random.fold_in(key, number), x_SD.shape) >= rate
+            size = x_SD.shape[0]
+            drawn = jax.random.uniform(jax.random.fold_in(key, number), (self.length or size, x_SD.shape[1]))
+            keep = (drawn if self.length is None else jax.lax.dynamic_slice_in_dim(drawn, self.start, size)) >= rate
             return jnp.where(keep, x_SD.astype(jnp.float32) / (1 - rate), 0.0).astype(x_SD.dtype)
 
         return jax.vmap(one)(self.key_B, self.rate_B, x_BSD)
