@@ -88,9 +88,10 @@ class DenseAttention(NamedTuple):
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attend ``q [B, S, H, C]`` to ``k, v [B, S, K, C]``."""
         mask = None if self.mask_BSS is None else self.mask_BSS[:, None]
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=mask is None, implementation=self.implementation
-        )
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=mask is None, implementation=self.implementation
+            )
 
 
 def dense_attention(segments_BS: jax.Array | None, implementation: DenseKernel = "xla") -> DenseAttention:
