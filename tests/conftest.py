@@ -31,6 +31,9 @@ import reference
 hypothesis.settings.register_profile("preft", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("preft")
 
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+"""A cast that nobody wrote is an error, as in a product of bfloat16 and float32."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="draw other random inputs; each test has a stream of its own")

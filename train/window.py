@@ -103,7 +103,8 @@ class _PastAttention:
         if self._segments is not None:
             mask = mask & (self._segments[1][:, :, None] == self._segments[0][:, None, :])
         mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
-        return jax.nn.dot_product_attention(q, self.k[layer], self.v[layer], mask=mask)
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
+            return jax.nn.dot_product_attention(q, self.k[layer], self.v[layer], mask=mask)
 
 
 class Windowed:
