@@ -118,7 +118,16 @@ jnp.float32 = jnp.float64  # What the code does in float32 it does in float64.
 import test_window as w
 import preft_jax
 from train.step import Programs
+
+def attention(q, k, v, mask=None, is_causal=False, **_):
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bqhc,bshc->bhqs", q, k) * q.shape[3] ** -0.5
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool)) if mask is None else mask
+    return jnp.einsum("bhqs,bshc->bqhc", jax.nn.softmax(jnp.where(seen, scores, -1e30)), v)
+
+jax.nn.dot_product_attention = attention  # JAX's own has its softmax in float32.
 from train.window import Windowed, WindowOptions
+jax.config.update("jax_numpy_dtype_promotion", "standard")  # Rotations are float32 in any case.
 model = preft_jax.load_model("tiny", dtype="float32")
 def wide(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
