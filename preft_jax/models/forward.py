@@ -30,17 +30,12 @@ from preft_jax.sampling.device import top_logprobs
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Return the rotary frequencies, float32 ``[C / 2]`` (Su et al., arXiv 2104.09864).
 
-    Llama 3.1's scaling, if set, divides wavelengths beyond the original context by ``factor`` and blends in between.
+    The config's scaling, if set, is applied (see ``preft_jax/rope.py``).
     """
     c = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (np.arange(0, c, 2, dtype=np.float32) / c)
-    scaling = config.rope_scaling
-    if scaling is not None:
-        wavelength = 2 * math.pi / inv_freq
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        smooth = (scaling.original_max_position_embeddings / wavelength - low) / (high - low)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        inv_freq = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+    if config.rope_scaling is not None:
+        inv_freq = config.rope_scaling.scaled(inv_freq)
     return inv_freq.astype(np.float32)
 
 
