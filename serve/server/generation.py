@@ -5,9 +5,9 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,7 @@ from preft_jax.errors import PreftError
 from serve.engine.async_engine import OutputStream
 from serve.engine.request import Request
 from serve.server.answers import ChatShape, CompletionShape, Sample, Shape, TokenTexts, usage
+from serve.server.bodies import Bodies
 from serve.server.failures import ApiError, retry_after, to_api_error
 from serve.server.middleware import unless_gone
 from serve.server.protocol import ChatBody, CompletionBody, as_dicts
@@ -32,17 +33,21 @@ _LONG_TEXT = 20_000
 _STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
-def add_generation(app: FastAPI, serving: Serving, errors: dict[int | str, Any]) -> None:
+def add_generation(app: FastAPI, serving: Serving, bodies: Bodies, errors: dict[int | str, Any]) -> None:
     """Add both routes to an app."""
     texts = TokenTexts(serving.model.tokenizer)
 
     @app.post("/v1/completions", responses={**_STREAMED, **errors}, response_class=Response)
-    async def completions(request: HttpRequest, body: CompletionBody) -> Response:
+    async def completions(
+        request: HttpRequest, body: Annotated[CompletionBody, Depends(bodies.of(CompletionBody))]
+    ) -> Response:
         """Complete texts or token ids."""
         return await _answer(serving, texts, request, body, body.prompt)
 
     @app.post("/v1/chat/completions", responses={**_STREAMED, **errors}, response_class=Response)
-    async def chat_completions(request: HttpRequest, body: ChatBody) -> Response:
+    async def chat_completions(
+        request: HttpRequest, body: Annotated[ChatBody, Depends(bodies.of(ChatBody))]
+    ) -> Response:
         """Answer a chat."""
         return await _answer(serving, texts, request, body, [as_dicts(body.messages)])
 

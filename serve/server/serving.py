@@ -141,6 +141,8 @@ class Serving:
             ApiError: 400, if it has more tokens than the model takes.
         """
         self._check_length([prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if type(m) is dict])
+        if not isinstance(prompt, str) and len(prompt) >= self.max_model_len and type(prompt[0]) is int:
+            raise self.too_long(f"the prompt has {len(prompt)} tokens")
         encoded = encode_prompt(
             self.model.tokenizer,
             prompt,
