@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 import preft_jax
 from preft_jax.errors import AdapterError, RequestError
+from serve.server.auth import require_figures
 from serve.server.bodies import Bodies, add_schemas
 from serve.server.exposition import bank_figures, engine_figures
 from serve.server.failures import ApiError, add_handlers, retry_after
@@ -132,9 +133,10 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
         """Tell the version."""
         return {"version": preft_jax.__version__}
 
-    @app.get("/metrics", responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}}, response_class=Response)
-    async def metrics() -> Response:
-        """Tell everything that is counted, for Prometheus."""
+    @app.get("/metrics", responses={**ERRORS, 200: {"content": {CONTENT_TYPE_LATEST: {}}}}, response_class=Response)
+    async def metrics(request: Request) -> Response:
+        """Tell everything that is counted, for Prometheus; where there are keys, to the admin."""
+        require_figures(serving.keys, request.state.identity)
         return Response(serving.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -147,8 +149,9 @@ def _add_page(app: FastAPI, serving: Serving) -> None:
         return HTMLResponse(content, headers=headers)
 
     @app.get("/stats", responses=ERRORS)
-    async def stats() -> dict[str, Any]:
-        """Tell the figures that the page shows."""
+    async def stats(request: Request) -> dict[str, Any]:
+        """Tell the figures that the page shows; where there are keys, to the admin."""
+        require_figures(serving.keys, request.state.identity)
         tiers = {**serving.adapters.tiers(), **bank_figures(serving.engine)}
         now = {"time": serving.wall_clock(), "model": serving.names[0]}
         return {**now, **engine_figures(serving.engine), "adapters": tiers}

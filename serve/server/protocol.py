@@ -196,6 +196,7 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     priority: int = Field(0, ge=0, lt=_INT32)
     user: str | None = Field(None, max_length=512)
+    cache_salt: str | None = Field(None, min_length=1, max_length=512)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Generation":

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,7 @@ class Serving:
         max_model_len: prompt plus generated tokens.
         max_body_bytes: most bytes of a request's body.
         body_seconds: how long one may take to arrive.
+        share_prefix_cache: whether a request may find KV that another key's request left in the prefix cache.
         directory: kept in step with the store, looked at every ``scan_seconds``.
         clock: seconds.
         wall_clock: seconds since 1970.
@@ -79,6 +81,7 @@ class Serving:
     max_model_len: int
     max_body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
+    share_prefix_cache: bool = False
     directory: AdapterDirectory | None = None
     scan_seconds: float = 5.0
     clock: Callable[[], float] = time.monotonic
@@ -132,6 +135,11 @@ class Serving:
             code="model_not_found",
             param="model",
         )
+
+    def cache_salt(self, identity: Identity, given: str | None) -> str | None:
+        """Return what keeps a request's KV apart from others' in the prefix cache: its tenant and its own salt."""
+        tenant = None if self.share_prefix_cache else identity.tenant
+        return None if tenant is None and given is None else json.dumps([tenant, given])
 
     def encode(self, prompt: Any, *, add_generation_prompt: bool = True) -> EncodedPrompt:
         """Turn a prompt of any kind into tokens.
