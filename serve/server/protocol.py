@@ -110,6 +110,8 @@ def _biases(value: Any) -> Any:
     """Turn JSON's keys, which are texts, into token ids."""
     if not isinstance(value, dict):
         raise ValueError("give an object from token ids to biases")
+    if len(value) > MAX_BIAS:
+        raise ValueError(f"it names {len(value)} tokens; give at most {MAX_BIAS}")
     wrong = next((key for key in value if not re.fullmatch(r"\d{1,10}", str(key), re.ASCII)), None)
     if wrong is not None:
         raise ValueError(f"{ascii(wrong)[:80]} is no token id; give whole numbers as keys")
@@ -147,8 +149,8 @@ def _prompts(value: Any) -> Any:
 
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]],
+    Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(_texts, json_schema_input_type=str | list[str]),
-    Field(max_length=MAX_STOPS),
 ]
 Biases = Annotated[
     dict[Annotated[int, Field(ge=0, lt=_INT32)], Annotated[float, Field(ge=-100, le=100)]],
@@ -157,8 +159,8 @@ Biases = Annotated[
 ]
 Prompts = Annotated[
     list[str | list[int]],
+    Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
     BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    Field(min_length=1, max_length=MAX_PROMPTS),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=_INT32)]
 Count = Annotated[int, Field(ge=1, lt=_INT32)]
@@ -188,12 +190,13 @@ class Generation(Body):
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     stop: Stops = Field(default_factory=list)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128, fail_fast=True)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = Field(0, ge=0, lt=_INT32)
     user: str | None = Field(None, max_length=512)
+    cache_salt: str | None = Field(None, min_length=1, max_length=512)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Generation":
@@ -270,7 +273,7 @@ def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
 class ChatBody(Generation):
     """The body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
@@ -299,7 +302,7 @@ class TokenizeBody(Body):
     neutral = {"continue_final_message": (False,)}
     model: ModelName | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -315,7 +318,7 @@ class DetokenizeBody(Body):
     """The body of ``/detokenize``."""
 
     model: ModelName | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 class LoadBody(Body):

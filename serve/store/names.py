@@ -21,7 +21,14 @@ CREATE TABLE IF NOT EXISTS adapters (
 ) STRICT
 """
 
+_OWNERS = "CREATE TABLE IF NOT EXISTS owners (name TEXT PRIMARY KEY, owner TEXT NOT NULL) STRICT"
+"""Whose names are that stand for nothing now."""
+
 _VERSION = 1
+
+
+class RegistryError(AdapterError):
+    """A change that could not be written; what the names stand for is as before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,14 +59,18 @@ class Registered:
 class Registry:
     """Adapters by name, in memory and, if a file is given, on disk. Thread-safe.
 
+    Names are read without waiting for a write: a disk that hangs delays only those who change something. Dictionaries
+    are replaced, never changed.
+
     Raises:
         ConfigError: if the file is not a registry of this version, or cannot be used.
     """
 
     def __init__(self, path: Path | None = None):
         self._path = path
-        self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._adapters: dict[str, Registered] = {}
+        self._owners: dict[str, str] = {}
         try:
             self._file = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
             with self._file:
@@ -70,9 +81,11 @@ class Registry:
                     raise ConfigError(f"{path} is a registry of version {version}; this program knows {_VERSION}")
                 self._file.execute(f"PRAGMA user_version = {_VERSION}")
                 self._file.execute(_TABLE)
+                self._file.execute(_OWNERS)
             for row in self._file.execute("SELECT * FROM adapters"):
                 adapter = _from_row(row)
                 self._adapters[adapter.name] = adapter
+            self._owners = dict(self._file.execute("SELECT name, owner FROM owners"))
         except (sqlite3.Error, ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -84,37 +97,74 @@ class Registry:
 
     def list(self) -> list[Registered]:
         """Return all adapters by name."""
-        with self._lock:
-            return [self._adapters[name] for name in sorted(self._adapters)]
+        return [adapter for _, adapter in sorted(self._adapters.items())]
+
+    def owner(self, name: str) -> str | None:
+        """Return whose a name is, or was when it was last removed with ``keep_owner``; None: nobody's."""
+        adapter = self._adapters.get(name)
+        return self._owners.get(name) if adapter is None else adapter.owner
 
     def put(self, adapter: Registered) -> Registered | None:
-        """Let a name stand for an adapter; return what it stood for."""
+        """Let a name stand for an adapter; return what it stood for.
+
+        Raises:
+            RegistryError: if it cannot be written; the name stands for what it did before.
+        """
         row = dataclasses.asdict(adapter) | {"config": json.dumps(dataclasses.asdict(adapter.config))}
-        with self._lock:
-            self._write("INSERT OR REPLACE INTO adapters VALUES (:name, :path, :digest, :config, :num_bytes, :owner, "
-                        ":pinned, :created)", row)  # fmt: skip
-            old, self._adapters[adapter.name] = self._adapters.get(adapter.name), adapter
+        with self._writing:
+            old = self._adapters.get(adapter.name)
+            self._write(
+                "it is not registered" if old is None else "its name stands for what it did before",
+                ("INSERT OR REPLACE INTO adapters VALUES (:name, :path, :digest, :config, :num_bytes, :owner, :pinned, "
+                 ":created)", row),
+                ("DELETE FROM owners WHERE name = :name", row),
+            )  # fmt: skip
+            self._owners = _without(self._owners, adapter.name)
+            self._adapters = {**self._adapters, adapter.name: adapter}
         return old
 
-    def remove(self, name: str) -> Registered | None:
-        """Forget a name; return what it stood for."""
-        with self._lock:
-            if name not in self._adapters:
+    def remove(self, name: str, *, keep_owner: bool = False) -> Registered | None:
+        """Forget a name; return what it stood for.
+
+        Args:
+            name: to be forgotten.
+            keep_owner: whether what is registered under the name later is its owner's, unless it names another.
+
+        Raises:
+            RegistryError: if it cannot be written; the name stands for what it did before.
+        """
+        with self._writing:
+            old = self._adapters.get(name)
+            if old is None:
                 return None
-            self._write("DELETE FROM adapters WHERE name = :name", {"name": name})
-            return self._adapters.pop(name)
+            kept = {name: old.owner} if keep_owner and old.owner is not None else {}
+            self._write(
+                "it is still registered",
+                ("DELETE FROM adapters WHERE name = :name", {"name": name}),
+                *(("INSERT OR REPLACE INTO owners VALUES (:name, :owner)", {"name": name, "owner": owner})
+                  for name, owner in kept.items()),
+            )  # fmt: skip
+            self._owners = {**self._owners, **kept}
+            self._adapters = _without(self._adapters, name)
+        return old
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
+        with self._writing:
             self._file.close()
 
-    def _write(self, statement: str, row: Mapping[str, object]) -> None:
+    def _write(self, otherwise: str, *changes: tuple[str, Mapping[str, object]]) -> None:
+        """Make changes, all of them or none; ``otherwise``: what is true of the adapter if that fails."""
         try:
             with self._file:
-                self._file.execute(statement, row)
+                for statement, row in changes:
+                    self._file.execute(statement, row)
         except sqlite3.Error as error:
-            raise AdapterError(f"{self._path} cannot be written: {error}; nothing was changed") from error
+            raise RegistryError(f"{self._path} cannot be written: {error}; nothing was changed: {otherwise}") from error
+
+
+def _without[T](names: Mapping[str, T], name: str) -> dict[str, T]:
+    return {key: value for key, value in names.items() if key != name}
 
 
 def _from_row(row: tuple) -> Registered:
