@@ -121,7 +121,8 @@ class Admission:
 
     def sample(self, request: Request) -> Sample:
         """Return what is kept of one of a request's samples for its outputs."""
-        return Sample(text=TextStream(self._model.tokenizer, request.stop), prompt_logprobs=request.prompt_logprobs)
+        text = TextStream(self._model.tokenizer, request.stop, continues=True)
+        return Sample(text=text, prompt_logprobs=request.prompt_logprobs)
 
     def check_adapter(self, adapter: Adapter | Registered) -> int:
         """Return how many rank pages an adapter puts on a tile's list.
