@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from preft_jax.errors import did_you_mean
 from preft_jax.sampling.parameters import MAX_BIAS, MAX_LOGPROBS, SamplingParams
+from preft_jax.text.messages import MESSAGE_NEUTRAL, ROLE_ALIASES, join_text_parts
 from serve.engine.request import MAX_SAMPLES
 
 MAX_PROMPTS = 128
@@ -56,17 +57,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields that OpenAI's or vLLM's API has and this server has not, and values of them that ask for nothing."""
-
-_MESSAGE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "reasoning_content": ("",),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -118,20 +108,6 @@ def _biases(value: Any) -> Any:
     if len({int(key) for key in value}) < len(value):
         raise ValueError("it names a token more than once; give each token one bias")
     return {int(key): bias for key, bias in value.items()}
-
-
-def _content(value: Any) -> Any:
-    """Join the text parts of a message, which is what plain text would have been."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
-            raise ValueError(f"part {index} is no text; only parts {{'type': 'text', 'text': ...}} are supported")
-        if not isinstance(part["text"], str):
-            raise ValueError(f"part {index} has a text of type {type(part['text']).__name__}; give a string")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _are_ids(value: Any) -> bool:
@@ -257,17 +233,14 @@ class CompletionBody(Generation):
 class Message(Body):
     """A message of a chat."""
 
-    neutral = _MESSAGE_NEUTRAL
+    neutral = MESSAGE_NEUTRAL
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
+    content: Annotated[str, BeforeValidator(join_text_parts, json_schema_input_type=str | list[dict[str, str]])]
 
 
 def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
-    """Return messages as the chat renderer takes them; ``developer`` is OpenAI's newer word for ``system``."""
-    return [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-        for message in messages
-    ]
+    """Return messages as the chat renderer takes them."""
+    return [{"role": ROLE_ALIASES.get(message.role, message.role), "content": message.content} for message in messages]
 
 
 class ChatBody(Generation):
