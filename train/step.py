@@ -26,7 +26,7 @@ from preft_jax.adapters.pages import adapter_page_counts, cut_edit
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 from preft_jax.models.attention import DenseKernel
-from preft_jax.models.forward import train_hidden
+from preft_jax.models.forward import hidden_states
 from preft_jax.models.layer import Remat
 from preft_jax.models.params import Params
 from preft_jax.shapes import RANK_PAGE, SITES
@@ -236,7 +236,7 @@ def batch_losses(
     remat: Remat,
 ) -> tuple[jax.Array, jax.Array, dict[str, Means]]:
     """Return the losses of a batch as ``stream_losses`` does."""
-    h_BSD = train_hidden(
+    h_BSD = hidden_states(
         config, base, batch.tokens_BS, edits, segments_BS=batch.segments_BS, positions_BS=batch.positions_BS,
         attention=attention, remat=remat,
     )  # fmt: skip

@@ -96,8 +96,8 @@ def test_an_answer_reaches_a_prompt_only_adapter_through_keys_and_values(kind, l
     check(lively, adapter, rows, rng)
     whole = DenseAttention.attend
 
-    def cut(self, layer, q, k, v):
-        return whole(self, layer, q, jax.lax.stop_gradient(k), jax.lax.stop_gradient(v))
+    def cut(self, layer, q, k, v, window):
+        return whole(self, layer, q, jax.lax.stop_gradient(k), jax.lax.stop_gradient(v), window)
 
     monkeypatch.setattr(DenseAttention, "attend", cut)
     _, grads = cases.gradients(lively, adapter, rows)

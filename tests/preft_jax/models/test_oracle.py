@@ -31,7 +31,7 @@ PEFT_ADAPTERS = ("lora", "rslora", "patterns", "regex", "all_linear")
 
 @functools.cache
 def train_logits(config):
-    return jax.jit(functools.partial(forward.train_forward, config))
+    return jax.jit(functools.partial(forward.forward, config))
 
 
 def error(ours, theirs):
