@@ -120,18 +120,19 @@ class Windowed:
         self.config = config
         self.groups = groups
         self.options = options
-        static = {"static_argnames": ("past", "edited")}
         self._embed = jax.jit(lambda embed, tokens_BW: embed[tokens_BW])
         self._edits = jax.jit(self._make_edits)
-        self._forward = jax.jit(self._forward_unit, donate_argnames=("kv",), **static)
-        self._backward = jax.jit(self._backward_unit, donate_argnames=("d_kv", "d_edits", "dh_BWD"), **static)
+        self._forward = jax.jit(self._forward_unit, donate_argnames=("kv",), static_argnames=("past", "edited"))
+        self._backward = jax.jit(
+            self._backward_unit, donate_argnames=("d_kv", "d_edits", "dh_BWD"), static_argnames=("past", "edited")
+        )
         self._loss = jax.jit(self._loss_unit, static_argnames=("loss",))
         self._fold = jax.jit(self._fold_unit)
 
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        jitted = (self._embed, self._edits, self._forward, self._backward, self._loss, self._fold)
+        jitted: tuple[Any, ...] = (self._embed, self._edits, self._forward, self._backward, self._loss, self._fold)
         return sum(program._cache_size() for program in jitted)
 
     def kept_bytes(self, tokens: int, dtype: Any) -> int:
@@ -166,8 +167,8 @@ class Windowed:
         edits = self._edits(params, base["embed"])
         yield edits
         run = _Run(self, base, batch, size, edits, dropout_J)
-        nothing = jnp.zeros(sum(group.size for group in self.groups))
-        found: Any = None
+        nothing_J = jnp.zeros(sum(group.size for group in self.groups))
+        found: tuple[jax.Array, jax.Array, dict[str, Means]] | None = None
         cotangents: dict[int, jax.Array] = {}
         for at in starts:
             yield from run.forward(at)
@@ -182,7 +183,8 @@ class Windowed:
         yield from run.backward(backward, cotangents, edited)
         grads = self._fold(params, base["embed"], run.d_edits)
         yield grads
-        return add_sums(sums, Sums(grads, *(found or (nothing, nothing, {}))))
+        loss_J, count_J, metrics = found or (nothing_J, nothing_J, {})
+        return add_sums(sums, Sums(grads, loss_J, count_J, metrics))
 
     # Programs
 
