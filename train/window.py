@@ -6,9 +6,9 @@ unit takes the cotangents of a window's stream, keys and values, right to left, 
 before it: where several windows look at a token, its keys and values have several parts. So any unit can wait for as
 long as it must, and the sum is that of ``step.accumulate``.
 
-    units = windowed.units(base, params, batch)
-    for arrays in units:  # Each starts one unit on the device and gives its arrays.
-        ...
+    units = windowed.units(params, batch)
+    while units.name is not None:
+        arrays = units.start(base)  # Starts the unit of that name on the device, and does not wait.
     sums = units.sums
 
 Windows behind the last learned token are left out, and so are backward units of windows before the first edited one; a
@@ -16,7 +16,7 @@ window without an edited token has no gradient of the edits, and only hands cota
 """
 
 import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -144,45 +144,49 @@ class Windowed:
 
     def units(
         self,
-        base: Params,
         params: tuple[Any, ...],
         batch: Batch,
         dropout_J: Any = None,
         loss: Loss = CROSS_ENTROPY,
         sums: Sums | None = None,
     ) -> "Units":
-        """Return the units of a micro-batch; arguments as of ``step.accumulate``."""
-        return Units(self._run(base, params, batch, dropout_J, loss, sums))
+        """Return the units of a micro-batch; arguments as of ``step.accumulate``, of which the base comes later."""
+        return Units(lambda units: self._plan(units, params, batch, dropout_J, loss, sums))
 
     # The plan, on the host
 
-    def _run(
-        self, base: Params, params: tuple[Any, ...], batch: Batch, dropout_J: Any, loss: Loss, sums: Sums | None
-    ) -> Generator[Any, None, Sums]:
+    def _plan(
+        self, units: "Units", params: tuple[Any, ...], batch: Batch, dropout_J: Any, loss: Loss, sums: Sums | None
+    ) -> Generator[str, None, Sums]:
+        """Yield the name of each unit, and start it when asked for the next one."""
         batch, size = _padded(jax.tree.map(np.asarray, batch), self.options.tokens)
         starts = range(0, batch.tokens_BS.shape[1], size)
         learned = [at for at in starts if (batch.weights_BS[:, at : at + size] != 0).any()]
         edited = {at for at in starts if batch.edit_mask_BSG[:, at : at + size].any()}
         starts = [at for at in starts if learned and at <= learned[-1]]
-        edits = self._edits(params, base["embed"])
-        yield edits
-        run = _Run(self, base, batch, size, edits, dropout_J)
+        yield "edits"
+        embed = units.base["embed"]
+        edits = units.arrays = self._edits(params, embed)
+        run = _Run(self, units, batch, size, edits, dropout_J)
         nothing_J = jnp.zeros(sum(group.size for group in self.groups))
         found: tuple[jax.Array, jax.Array, dict[str, Means]] | None = None
         cotangents: dict[int, jax.Array] = {}
         for at in starts:
             yield from run.forward(at)
             if at in learned:
-                d_BWD, found = self._loss(base, run.outputs.pop(at), run.window(at).batch, found, loss=loss)
-                cotangents[at] = d_BWD
-                yield d_BWD
+                yield "loss"
+                cotangents[at], found = self._loss(
+                    units.base, run.outputs.pop(at), run.window(at).batch, found, loss=loss
+                )
+                units.arrays = cotangents[at]
             else:
                 run.outputs.pop(at)
         first = min(edited, default=None)
-        backward = [at for at in reversed(starts) if first is not None and at >= first]
-        yield from run.backward(backward, cotangents, edited)
-        grads = self._fold(params, base["embed"], run.d_edits)
-        yield grads
+        yield from run.backward(
+            [at for at in reversed(starts) if first is not None and at >= first], cotangents, edited
+        )
+        yield "fold"
+        grads = units.arrays = self._fold(params, embed, run.d_edits)
         loss_J, count_J, metrics = found or (nothing_J, nothing_J, {})
         return add_sums(sums, Sums(grads, loss_J, count_J, metrics))
 
@@ -273,24 +277,41 @@ class Windowed:
         return d_BWD, own if found is None else jax.tree.map(jnp.add, found, own)
 
 
-class Units(Iterator[Any]):
-    """Starts a micro-batch's units one by one; ``sums`` is there when all have been started."""
+class Units:
+    """A micro-batch's units, started one by one.
 
-    def __init__(self, run: Generator[Any, None, Sums]):
-        self._run = run
+    Attributes:
+        name: of the unit that comes next, its program's; None: all have been started.
+        sums: what they add up to, when all have been started.
+        base: of the base model, as the unit that is being started has it.
+        arrays: of the unit that was started last.
+    """
+
+    def __init__(self, plan: Callable[["Units"], Generator[str, None, Sums]]):
+        self.base: Params = {}
+        self.arrays: Any = None
         self.sums: Sums | None = None
+        self._plan = plan(self)
+        self.name: str | None = next(self._plan)
 
-    def __next__(self) -> Any:
+    def start(self, base: Params) -> Any:
+        """Start the next unit on the device and return its arrays.
+
+        Args:
+            base: the base model's weights in any layout, the same ones for all units.
+        """
+        assert self.name is not None, "all units have been started"
+        self.base = base
         try:
-            return next(self._run)
+            self.name = next(self._plan)
         except StopIteration as end:
-            self.sums = end.value
-            raise StopIteration from None
+            self.name, self.sums = None, end.value
+        return self.arrays
 
-    def finish(self) -> Sums:
+    def finish(self, base: Params) -> Sums:
         """Start all that are left and return the sums."""
-        for _ in self:
-            pass
+        while self.name is not None:
+            self.start(base)
         assert self.sums is not None
         return self.sums
 
@@ -298,19 +319,18 @@ class Units(Iterator[Any]):
 class _Run:
     """What a micro-batch holds on the device while its units run."""
 
-    def __init__(self, owner: Windowed, base: Params, batch: Batch, size: int, edits: list[Any], dropout_J: Any):
+    def __init__(self, owner: Windowed, units: Units, batch: Batch, size: int, edits: list[Any], dropout_J: Any):
         self._owner = owner
-        self._base = base
+        self._units = units
         self._batch = batch
         self._size = size
         self._edits = edits
         self._dropout_J = dropout_J
         config, step = owner.config, owner.options.layers
-        self._runs = [
-            range(at, min(at + step, config.num_hidden_layers)) for at in range(0, config.num_hidden_layers, step)
-        ]
+        count = config.num_hidden_layers
+        self._runs = [range(at, min(at + step, count)) for at in range(0, count, step)]
         self._shape = (*batch.tokens_BS.shape, config.num_key_value_heads, config.head_dim)
-        self._kv = [self._zeros(run, base["embed"].dtype) for run in self._runs]
+        self._kv = [self._zeros(run, units.base["embed"].dtype) for run in self._runs]
         self._inputs: dict[tuple[int, int], jax.Array] = {}
         self.outputs: dict[int, jax.Array] = {}
         # Cotangents gather in float32 whatever the stream's dtype: many windows add to them.
@@ -339,51 +359,54 @@ class _Run:
         """Return how many tokens a window's program looks at: few sizes, so that there are few programs."""
         return min(bucket(at + self._size, self._size), self._shape[1])
 
-    def _arguments(self, n: int, at: int) -> tuple[Any, ...]:
+    def _arguments(self, n: int) -> tuple[Any, ...]:
         run = self._runs[n]
-        ws = tuple(self._base["layers"][i] for i in run)
+        ws = tuple(self._units.base["layers"][i] for i in run)
         return ws, tuple(self._edits[i] for i in run), np.int32(run.start)
 
-    def forward(self, at: int) -> Iterator[Any]:
-        """Start a window's forward units."""
-        window = self.window(at)
-        h_BWD = self._owner._embed(self._base["embed"], window.batch.tokens_BS)
+    def forward(self, at: int) -> Iterator[str]:
+        """Yield the names of a window's forward units, each of which is started when the next is asked for."""
+        window, past = self.window(at), self._past(at)
+        edited = bool(window.batch.edit_mask_BSG.any())
+        h_BWD: Any = None
         for n in range(len(self._runs)):
+            yield f"forward-{past}"
+            if h_BWD is None:
+                h_BWD = self._owner._embed(self._units.base["embed"], window.batch.tokens_BS)
             self._inputs[n, at] = h_BWD
             h_BWD, self._kv[n] = self._owner._forward(
-                *self._arguments(n, at), h_BWD, self._kv[n], window, self._dropout_J, past=self._past(at),
-                edited=bool(window.batch.edit_mask_BSG.any()),
-            )  # fmt: skip
-            yield h_BWD
+                *self._arguments(n), h_BWD, self._kv[n], window, self._dropout_J, past=past, edited=edited
+            )
+            self._units.arrays = h_BWD
+        assert h_BWD is not None
         self.outputs[at] = h_BWD
 
-    def backward(self, starts: list[int], cotangents: dict[int, jax.Array], edited: set[int]) -> Iterator[Any]:
-        """Start the backward units of windows, the last of which comes first."""
+    def backward(self, starts: list[int], cotangents: dict[int, jax.Array], edited: set[int]) -> Iterator[str]:
+        """Yield the names of the backward units of windows, the last of which comes first."""
         by_layers = self._owner.options.order == "layers"
         whole = None if by_layers else [self._zeros(run, jnp.float32) for run in self._runs]
         runs = range(len(self._runs) - 1, -1, -1)
         plan = [(n, at) for n in runs for at in starts] if by_layers else [(n, at) for at in starts for n in runs]
-        d_kv: KV | None = None
+        d_kv = KV((), ())
         for n, at in plan:
-            if by_layers and at == starts[0]:
-                d_kv = self._zeros(self._runs[n], jnp.float32)
-            elif whole is not None:
+            yield f"backward-{self._past(at)}" + ("" if at in edited else "-plain")
+            if whole is not None:
                 d_kv = whole[n]
-            window = self.window(at)
-            h_BWD = self._inputs.pop((n, at))
-            dh_BWD = cotangents.pop(at, None)
+            elif at == starts[0]:
+                d_kv = self._zeros(self._runs[n], jnp.float32)
+            h_BWD, dh_BWD = self._inputs.pop((n, at)), cotangents.pop(at, None)
+            if dh_BWD is None:  # Nothing is learned from the window itself.
+                dh_BWD = jnp.zeros_like(h_BWD)
             run = self._runs[n]
-            d_edits = tuple(self.d_edits[i] for i in run)
             cotangents[at], d_kv, d_edits = self._owner._backward(
-                *self._arguments(n, at), h_BWD, self._kv[n], window, self._dropout_J,
-                jnp.zeros_like(h_BWD) if dh_BWD is None else dh_BWD, d_kv, d_edits,
-                past=self._past(at), edited=at in edited,
+                *self._arguments(n), h_BWD, self._kv[n], self.window(at), self._dropout_J, dh_BWD, d_kv,
+                tuple(self.d_edits[i] for i in run), past=self._past(at), edited=at in edited,
             )  # fmt: skip
             for i, own in zip(run, d_edits, strict=True):
                 self.d_edits[i] = own
-            if whole is not None and d_kv is not None:
+            if whole is not None:
                 whole[n] = d_kv
-            yield cotangents[at]
+            self._units.arrays = cotangents[at]
 
 
 def _floats(edits: Any) -> tuple[jax.Array, ...]:

@@ -43,8 +43,8 @@ def check(model, groups, params, batch, options, dropout=None):
     whole = Programs(model.config, groups, attention="xla", remat="none").accumulate(
         model.params, params, None, batch, dropout
     )
-    units = Windowed(model.config, groups, options).units(model.params, params, batch, dropout)
-    sums = units.finish()
+    units = Windowed(model.config, groups, options).units(params, batch, dropout)
+    sums = units.finish(model.params)
     np.testing.assert_allclose(sums.loss_J, whole.loss_J, rtol=1e-5)
     np.testing.assert_array_equal(sums.count_J, whole.count_J)
     for ours, expected in zip(*map(jax.tree.leaves, (sums.grads, whole.grads)), strict=True):
@@ -84,18 +84,23 @@ def test_what_needs_no_unit_has_none(lively, rng):
     batch = collate([Rows(rows, 0, 0, 0)], num_rows=1, max_length=96, packed=False)
     options = WindowOptions(tokens=16, layers=3)
     windowed = Windowed(lively.config, groups, options)
-    units = windowed.units(lively.params, params, batch)
-    # Four windows forward, three of which are learned from; two backward; the fold and its pull.
-    assert sum(1 for _ in units) == 1 + 4 + 3 + 2 + 1
+    units = windowed.units(params, batch)
+    names = []
+    while units.name is not None:
+        names.append(units.name)
+        units.start(lively.params)
+    # Four windows forward, three of which are learned from; two backward, one of which has no edits.
+    forward = ["forward-16", "forward-32", "loss", "forward-64", "loss", "forward-64", "loss"]
+    assert names == ["edits", *forward, "backward-64-plain", "backward-64", "fold"]
     check(lively, groups, params, batch, options)
 
 
 def test_sums_go_on_and_programs_are_few(lively, rng):
     groups, params, batch = setting(lively, ["lora"], rng)
     windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=3))
-    once = windowed.units(lively.params, params, batch).finish()
+    once = windowed.units(params, batch).finish(lively.params)
     programs = windowed.num_programs
-    twice = windowed.units(lively.params, params, batch, sums=once).finish()
+    twice = windowed.units(params, batch, sums=once).finish(lively.params)
     assert windowed.num_programs == programs
     np.testing.assert_allclose(twice.count_J, 2 * once.count_J)
     for ours, half in zip(*map(jax.tree.leaves, (twice.grads, once.grads)), strict=True):
@@ -136,7 +141,7 @@ base, params, batch = wide(model.params), wide(params), jax.tree.map(np.asarray,
 whole = Programs(model.config, groups, attention="xla", remat="none").accumulate(base, params, None, batch, None)
 for order in ("layers", "windows"):
     options = WindowOptions(tokens=16, layers=2, order=order)
-    sums = Windowed(model.config, groups, options).units(base, params, batch).finish()
+    sums = Windowed(model.config, groups, options).units(params, batch).finish(base)
     for ours, expected in zip(*map(jax.tree.leaves, (sums.grads, whole.grads)), strict=True):
         assert ours.dtype == np.float64
         print(float(np.abs(ours - expected).max() / np.abs(expected).max()))
