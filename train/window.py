@@ -124,7 +124,7 @@ class Windowed:
         self._edits = jax.jit(self._make_edits)
         self._forward = jax.jit(self._forward_unit, donate_argnames=("kv",), static_argnames=("past", "edited"))
         self._backward = jax.jit(
-            self._backward_unit, donate_argnames=("d_kv", "d_edits", "dh_BWD"), static_argnames=("past", "edited")
+            self._backward_unit, donate_argnames=("d_kv", "d_edits"), static_argnames=("past", "edited")
         )
         self._loss = jax.jit(self._loss_unit, static_argnames=("loss",))
         self._fold = jax.jit(self._fold_unit)
