@@ -26,6 +26,9 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 _OTHERS = (".zip", ".zst", ".tar", ".xlsx", ".xls", ".pkl", ".pickle", ".pt", ".bin", ".db", ".txt", ".yaml", ".yml")
 
+_FILES = (*_OPENERS, *_DELIMITERS, *_OTHERS, ".jsonl", ".json", ".ndjson")[1:]
+"""Suffixes of what is a file and no name of the Hub, also where it is not there."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
 
 _JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "functions")
@@ -70,7 +73,8 @@ def open_rows(
             that cannot be.
     """
     path = Path(dataset)
-    if path.is_dir() or path.suffix in TABLES or (not path.exists() and _HUB_ID.fullmatch(str(dataset))):
+    on_hub = not path.exists() and path.suffix not in _FILES and _HUB_ID.fullmatch(str(dataset))
+    if path.is_dir() or path.suffix in TABLES or on_hub:
         name, rows = open_table(str(dataset), split=split, default=default, config=config)
         return Rows(name, rows, by_line=False)
     if split not in (None, "train"):

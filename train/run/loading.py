@@ -48,9 +48,7 @@ def _load(config: JobConfig, model: Model, num_devices: int, where: str) -> Job:
     examples = read(config.dataset, split=config.dataset_train_split)
     held_out = []
     if config.eval_dataset is not None:
-        # Of the dataset that is trained on, another part is to be evaluated on: so there must be one.
-        same = "test" if config.eval_dataset == config.dataset else None
-        held_out = read(config.eval_dataset, split=config.dataset_test_split or same, default="test")
+        held_out = read(config.eval_dataset, split=config.dataset_test_split, default="test")
     return Job(config, model, examples, held_out, initial)
 
 

@@ -329,8 +329,12 @@ def _job(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
         raise ConfigError("eval_dataset is given without dataset; give both, or neither for the built-in task")
     if v["max_length"] < 2:
         raise ConfigError(f"max_length is {v['max_length']}; give at least 2")
-    if v["eval_strategy"] is not None:
-        eval_dataset = None if v["eval_strategy"] == "no" else eval_dataset or v["dataset"]
+    test_split = v["dataset_test_split"]
+    if v["eval_strategy"] == "no":
+        eval_dataset = None
+    elif v["eval_strategy"] == "steps" and eval_dataset is None:
+        # Of the dataset that is trained on, another part is evaluated on: so there must be one.
+        eval_dataset, test_split = v["dataset"], test_split or "test"
     fields = _adapter_fields(v)
     if v["init_from"] is None:
         adapter, asked = AdapterConfig(**fields), {}
@@ -342,7 +346,7 @@ def _job(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
     return JobConfig(
         name=v["name"], adapter=adapter, init_from=v["init_from"], asked=asked,
         dataset=v["dataset"], eval_dataset=eval_dataset,
-        **{name: v[name] for name in ("dataset_config", "dataset_train_split", "dataset_test_split")},
+        dataset_config=v["dataset_config"], dataset_train_split=v["dataset_train_split"], dataset_test_split=test_split,
         optimizer=OptimizerConfig(**{f.name: v[f.name] for f in dataclasses.fields(OptimizerConfig)}),
         data=DataOptions(
             max_length=v["max_length"], completion_only_loss=v["completion_only_loss"], truncate=v["truncate"]

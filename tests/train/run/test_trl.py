@@ -100,6 +100,8 @@ def test_a_file_of_trl_is_its_command(tmp_path):
         ("--eval_strategy no --dataset a --eval_dataset b", lambda s: s.jobs[0].eval_dataset, None),
         ("--eval_strategy steps --dataset a --eval_dataset b", lambda s: s.jobs[0].eval_dataset, "b"),
         ("--evaluation_strategy steps --dataset a", lambda s: s.jobs[0].eval_dataset, "a"),
+        ("--eval_strategy steps --dataset a", lambda s: s.jobs[0].dataset_test_split, "test"),
+        ("--dataset a --eval_dataset a", lambda s: s.jobs[0].dataset_test_split, None),
         ("--save_strategy no", lambda s: s.save_steps, 0),
         ("--save_strategy steps --save_steps 7", lambda s: s.save_steps, 7),
         ("--packing 1", lambda s: s.jobs[0].batches.packing, True),
