@@ -135,8 +135,12 @@ def encode_answer(tokenizer: Any, messages: Any, *, tools: Any = None) -> tuple[
         raise RequestError("the last message must be the assistant's, and others must precede it")
     tokenizer = with_tools(_require_template(tokenizer), messages, check_tools(tools))
     prompt = _render_checked(tokenizer, messages[:-1], True)
-    render, end_of_turn = (functools.partial(function, tokenizer) for function in (_render, _end_of_turn))
-    answer = answer_text(messages, render, end_of_turn, _special_tokens(tokenizer))
+    answer = answer_text(
+        messages,
+        functools.partial(_render, tokenizer),
+        functools.partial(_end_of_turn, tokenizer),
+        _special_tokens(tokenizer),
+    )
     end = [] if answer.ended else [_end_of_sequence(tokenizer)]
     return prompt, [*encode_text(tokenizer, answer.text, add_special_tokens=False), *end]
 

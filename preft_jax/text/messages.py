@@ -96,7 +96,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise RequestError(
             f"{where}[{unsupported!r}] {_UNSUPPORTED.get(unsupported, 'is not supported; leave it out')}"
         )
-    checked = {"role": role, "content": _content(message, own, where)}
+    checked: dict[str, Any] = {"role": role, "content": _content(message, own, where)}
     if "tool_calls" in own:
         checked["tool_calls"] = check_tool_calls(own.pop("tool_calls"), where)
     for name, value in own.items():

@@ -26,6 +26,9 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 _OTHERS = (".zip", ".zst", ".tar", ".xlsx", ".xls", ".pkl", ".pickle", ".pt", ".bin", ".db", ".txt", ".yaml", ".yml")
 
+_FILES = (*_OPENERS, *_DELIMITERS, *_OTHERS, ".jsonl", ".json", ".ndjson")[1:]
+"""Suffixes of what is a file and no name of the Hub, also where it is not there."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
 
 _JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "functions")
@@ -63,21 +66,22 @@ def open_rows(
         dataset: a file, a folder, or a dataset's name on the Hub.
         split: of a dataset that has several; ``train[:100]`` and so on are allowed where HF ``datasets`` allows them.
         default: the split that is meant where ``split`` is None.
-        config: the configuration of a dataset that has several.
+        config: the configuration of a dataset that has several; files have none.
 
     Raises:
         DataError: if there is no such dataset or split, or what reads it is not installed; while rows are read, for one
             that cannot be.
     """
     path = Path(dataset)
-    if path.is_dir() or path.suffix in TABLES or (not path.exists() and _HUB_ID.fullmatch(str(dataset))):
+    on_hub = not path.exists() and path.suffix not in _FILES and _HUB_ID.fullmatch(str(dataset))
+    if path.is_dir() or path.suffix in TABLES or on_hub:
         name, rows = open_table(str(dataset), split=split, default=default, config=config)
         return Rows(name, rows, by_line=False)
-    if config is not None:
-        raise DataError(f"{path} is a file, which has no configurations; leave out dataset_config ({config!r})")
-    if (split or default) != "train":
-        wanted = f"split {split!r} is asked for" if split else f"its split {default!r} is to be evaluated on"
-        raise DataError(f"{path} is a file, which has no splits, and {wanted}; give those rows as a file, eval_dataset")
+    if split not in (None, "train"):
+        raise DataError(
+            f"{path} is a file, which has no splits, and {split!r} is asked for; give its rows as a file of their own, "
+            "as eval_dataset if they are held out"
+        )
     return Rows(str(path), _of_file(path), by_line=True)
 
 

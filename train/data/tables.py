@@ -52,9 +52,10 @@ def _library(dataset: str) -> Any:
     try:
         return importlib.import_module("datasets")
     except ImportError as error:
+        what = "is no file of JSON or CSV" if Path(dataset).exists() else "is no file or folder here"
         raise DataError(
-            f"{dataset} is no file of JSON or CSV, and others are read with HF datasets, which is not installed; "
-            "install it with `pip install 'preft-jax[datasets]'`, or give JSONL"
+            f"{dataset} {what}, and other datasets are read with HF datasets, which is not installed; install it with "
+            "`pip install 'preft-jax[datasets]'`, or give JSONL"
         ) from error
 
 

@@ -83,17 +83,12 @@ def test_what_cannot_be_read_is_named_with_its_line(name, data, told, tmp_path):
         read(path)
 
 
-def test_a_file_has_no_splits_and_no_configurations(tmp_path):
+def test_a_file_has_no_splits(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(LINES)
-    assert read(path, split="train") == ROWS
-    for where, told in (
-        ({"split": "test"}, "no splits, and split 'test' is asked for"),
-        ({"default": "test"}, "its split 'test' is to be evaluated on"),
-        ({"config": "en"}, "no configurations"),
-    ):
-        with pytest.raises(DataError, match=told):
-            open_rows(path, **where)
+    assert read(path, split="train", config="en") == read(path, default="test") == ROWS
+    with pytest.raises(DataError, match=r"no splits, and 'test' is asked for; .* eval_dataset"):
+        open_rows(path, split="test")
 
 
 class Library(types.ModuleType):
@@ -143,7 +138,7 @@ def test_a_part_of_a_split_and_a_table_without_splits(monkeypatch):
 @pytest.mark.parametrize(
     ("library", "split", "told"),
     [
-        (None, None, r"owner/rows is no file .* not installed; install it with `pip install 'preft-jax\[datasets\]'`"),
+        (None, None, r"owner/rows is no file or folder here, .* `pip install 'preft-jax\[datasets\]'`"),
         (Library(HUB), "trian", "no split 'trian' .did you mean 'train'.*; it has train, test; .*dataset_train_split"),
         (Library(ConnectionError("down\nmore")), None, "no such file .* cannot load it: ConnectionError: down$"),
         (Library({"train": (1 / 0 for _ in "a")}), None, r"owner/rows .train. cannot be read: ZeroDivisionError"),
@@ -153,6 +148,13 @@ def test_what_the_hub_does_not_give_is_said(library, split, told, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     with pytest.raises(DataError, match=told):
         read("owner/rows", split=split)
+
+
+@pytest.mark.parametrize("name", ["data/rows.jsonl", "rows.csv", "data/rows.json.gz", "/none/rows"])
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=f"{name} cannot be read: .*No such file"):
+        read(name)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import pytest
 import train_cases as cases
@@ -101,6 +102,7 @@ def test_columns_that_are_not_needed_are_ignored_and_named_once(tmp_path, tiny_t
     plain = [GOOD, {"messages": CHAT}, GOOD, GOOD]
     beside = [{"id": 1}, {"source\n": "web", "tools": []}, {"id": 2, "tools": None, "messages": None}, {"text": ""}]
     rows = [row | more for row, more in zip(plain, beside, strict=True)]
+    caplog.set_level(logging.WARNING, "preft.train")
     examples = load_examples(cases.write_rows(tmp_path / "rows.jsonl", rows), tiny_text, LORA, DataOptions())
     (record,) = caplog.records
     assert record.getMessage() == f"{tmp_path / 'rows.jsonl'}: ignored columns: id, source\\n, text"

@@ -9,7 +9,9 @@ import pytest
 from train_cases import CHAT, LORA, SKIP, write_rows
 
 from preft_jax import AdapterConfig, RequestError
+from preft_jax.text.messages import check_messages
 from preft_jax.text.tokenizer import byte_tokenizer
+from serve.server.protocol import ChatBody, as_dicts
 from train.data.rows import DataOptions, load_examples, make_examples
 from train.data.shapes import Pair, read_row
 
@@ -66,6 +68,20 @@ def test_a_shape_is_read_as_its_chat(row, messages, how):
     read, _ = read_row(row)
     assert read.messages == messages
     assert read.how.startswith(how)
+
+
+AS_SERVED = [
+    [{**ASK, "name": None, "tool_calls": None}, {**CHAT[1], "refusal": None, "tool_calls": [], "annotations": []}],
+    [{"role": "developer", "content": "Be brief."}, ASK, CHAT[1]],
+    [{"role": "user", "content": [{"type": "text", "text": "Is the "}, {"type": "text", "text": "lamp on?"}]}, CHAT[1]],
+    [ASK, {**CHAT[1], "reasoning_content": "", "audio": None, "function_call": None, "tool_call_id": None}],
+]
+
+
+@pytest.mark.parametrize("messages", AS_SERVED)
+def test_messages_are_those_that_the_server_takes(messages):
+    body = ChatBody.model_validate({"model": "m", "messages": messages})
+    assert read_row({"messages": messages})[0].messages == check_messages(as_dicts(body.messages))
 
 
 def test_a_text_and_its_continuation_stays_one():

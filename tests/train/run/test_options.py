@@ -55,8 +55,8 @@ RUN = [
 
 JOB = [
     (["--name", "ann"], lambda j: j.name, "ann"),
-    (["--dataset", "a.jsonl"], lambda j: j.dataset, Path("a.jsonl")),
-    (["--dataset", "a", "--eval-dataset", "b"], lambda j: j.eval_dataset, Path("b")),
+    (["--dataset", "a.jsonl"], lambda j: j.dataset, "a.jsonl"),
+    (["--dataset", "a", "--eval-dataset", "b"], lambda j: j.eval_dataset, "b"),
     (["--adapter-kind", "loreft"], lambda j: (j.adapter.kind, j.adapter.targets), ("loreft", ("block",))),
     (["--rank", "8"], lambda j: j.adapter.rank, 8),
     (["--lora-r", "8"], lambda j: j.adapter.rank, 8),
