@@ -144,8 +144,9 @@ class Registry:
             facts = {"adapter": ascii(row["name"]), "advice": "register it again"}
             _log.error("the row of a registered adapter is damaged", extra={"facts": facts})
         elif row["whole"] != _checksum(row, (*_ASKED, *_READ)):
-            asked = {field: row[field] for field in _ASKED}
-            self.damaged.append(Asked(**asked | {"pinned": bool(row["pinned"])}))
+            asked: dict[str, Any] = {field: row[field] for field in _ASKED}
+            asked["pinned"] = bool(asked["pinned"])
+            self.damaged.append(Asked(**asked))
         else:
             self._adapters[row["name"]] = _from_row(row)
 

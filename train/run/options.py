@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from train.data.batches import BatchOptions
 from train.data.rows import DataOptions
 from train.jobs import JobConfig
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from train.run.kept import OPTIONS_FILE, new_run, read_options
 from train.run.reporters import REPORTERS
 from train.run.start import OPTIONS as ADAPTER_OPTIONS
 from train.trainer import TrainOptions
@@ -86,8 +86,6 @@ _JOB: dict[str, dict[str, Any]] = {
 
 ALIASES = {"lora_r": "rank", "lora_target_modules": "targets", "resume_from_checkpoint": "resume"}
 
-OPTIONS_FILE = "options.json"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -96,6 +94,7 @@ class Settings:
     Attributes:
         given: every option's value as it was given or inherited, by name; ``jobs`` has those of each job.
         changes: of a resumed run, what is other than when it was begun, for people.
+        run: what its checkpoints are known by.
     """
 
     model: str
@@ -116,6 +115,7 @@ class Settings:
     jobs: tuple[JobConfig, ...]
     given: Mapping[str, Any]
     changes: tuple[str, ...]
+    run: str
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -151,15 +151,16 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
     given = (_from_file(parser, _mapping(config), str(config)) if config else {}) | line
     jobs = None if jobs_file is None else _jobs(parser, jobs_file)
     changes: tuple[str, ...] = ()
+    run = new_run()
     if given.get("resume"):
-        saved = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
+        saved, run, said = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
         old_jobs = saved.pop("jobs", None)
         old = _from_file(parser, saved, OPTIONS_FILE)
         if old_jobs is not None:
             old_jobs = [_from_file(parser, job, OPTIONS_FILE, _JOB) for job in old_jobs]
         given, jobs = old | given, old_jobs if jobs is None else jobs
-        changes = tuple(_changes(old, old_jobs, given, jobs))
-    return _settings(given, jobs, changes)
+        changes = (*said, *_changes(old, old_jobs, given, jobs))
+    return _settings(given, jobs, changes, run)
 
 
 def _changes(
@@ -191,18 +192,6 @@ def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple
         was, now = (_plain(given.get(name, how.get("default"))) for given in (old, new))
         if was != now and name not in ("resume", "overwrite_output_dir", "output_dir"):
             yield name, f"{name}: {now} instead of {was}"
-
-
-def read_options(directory: Path) -> dict[str, Any]:
-    """Return the options that a run was begun with.
-
-    Raises:
-        ConfigError: if there has been none.
-    """
-    try:
-        return json.loads((directory / OPTIONS_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"there is no run in {directory} to resume ({error}); leave out --resume") from error
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -256,7 +245,9 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _settings(given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, changes: tuple[str, ...]) -> Settings:
+def _settings(
+    given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, changes: tuple[str, ...], run: str
+) -> Settings:
     v: dict[str, Any] = {name: how.get("default") for name, how in (_RUN | _JOB).items()} | dict(given)
     for name, least in (("logging_steps", 1), ("eval_steps", 0), ("eval_generations", 0), ("save_steps", 0),
                         ("save_total_limit", 1), ("max_jobs", 0)):  # fmt: skip
@@ -273,7 +264,7 @@ def _settings(given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, chang
     shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in _RUN}
     shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip() not in ("", "none"))
     return Settings(
-        **shared, jobs=tuple(own), given=kept, changes=changes,
+        **shared, jobs=tuple(own), given=kept, changes=changes, run=run,
         train=TrainOptions(gradient_checkpointing=v["gradient_checkpointing"], max_jobs=v["max_jobs"]),
     )  # fmt: skip
 
