@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         "512 on a GPU without --all-token, else 0)",
     )
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="on by default")
+    add("--share-prefix-cache", action="store_true", help="between keys too, who may then time each other's prompts")
 
     add = parser.add_argument_group("adapters").add_argument
     add("--adapter-dir", type=Path, default=None, help="each subdirectory is an adapter, named by it; it is watched")
@@ -266,6 +267,7 @@ def make_serving(args: argparse.Namespace) -> Serving:
         max_model_len=config.max_model_len,
         max_body_bytes=int(args.max_body_mib * 2**20),
         body_seconds=args.request_timeout,
+        share_prefix_cache=args.share_prefix_cache,
         directory=directory,
     )
     serving.scan()

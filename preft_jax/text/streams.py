@@ -3,23 +3,28 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from preft_jax.text.detokenizer import Detokenizer, detokenizer_of
 
 
 class TextStream:
-    """The text of one sample as it grows.
+    """The text of one sample as it grows: what the tokenizer decodes of its tokens, special ones left out.
+
+    Special tokens are not shown, but stop texts that hold one are looked for where it would stand.
 
     Args:
         tokenizer: a transformers fast tokenizer, or None: the text stays empty.
         stop: texts that end the sample; the earliest one found cuts it.
+        continues: whether it stands behind another text, as an answer behind its prompt: then a space that begins it
+            stays, which the tokenizer drops at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._stop = tuple(stop)
-        self._hold = max((len(text) - 1 for text in self._stop), default=0)
-        self._text = ""
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, continues: bool = False):
+        self._tokens: Detokenizer | None = None if tokenizer is None else detokenizer_of(tokenizer)
+        self._growing = None if self._tokens is None else self._tokens.begin(continues=continues)
+        special = set() if self._tokens is None else set(self._tokens.special.values())
+        self._shown = _Searched([text for text in stop if not any(one in text for one in special)])
+        self._full = _Searched([text for text in stop if any(one in text for one in special)])
+        self._unseen: list[tuple[int, int]] = []  # Where special tokens stand in the full text.
         self._sent = 0
         self.stopped: str | None = None
 
@@ -28,36 +33,75 @@ class TextStream:
 
         Fewer count than were given if a stop text is complete before the last one: ``stopped`` then names it.
         """
-        if self._tokenizer is None:
+        if self._growing is None:
             return "", len(token_ids)
         for at, token in enumerate(token_ids):
-            piece = self._stream.step(self._tokenizer.backend_tokenizer, token)
-            if piece:
-                searched = max(0, len(self._text) - self._hold)
-                self._text += piece
-                if self._cut(searched):
-                    return self._send(len(self._text)), at + 1
-        return self._send(len(self._text) - self._hold), len(token_ids)
+            if self._add(self._growing.push(token)) or self._add_special(token):
+                return self._send(len(self._shown.text)), at + 1
+        return self._send(self._certain()), len(token_ids)
 
-    def finish(self, token_ids: Sequence[int]) -> str:
-        """Return the rest of the text, now that ``token_ids`` (all but an end token) are all there is."""
-        if self._tokenizer is None:
-            return ""
-        if self.stopped is None:
-            whole = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-            if whole.startswith(self._text[: self._sent]):
-                self._text = whole
-                self._cut(0)
-        return self._send(len(self._text))
+    def finish(self, end: int | None = None) -> str:
+        """Return the rest of the text, now that no token follows but an end token, which is not shown."""
+        if self._growing is not None and self.stopped is None and not self._add(self._growing.finish()):
+            self._add_special(end)
+        return self._send(len(self._shown.text))
 
-    def _cut(self, start: int) -> bool:
-        found = [(at, text) for text in self._stop if (at := self._text.find(text, start)) >= 0]
+    def _add(self, text: str) -> bool:
+        """Add text; return whether it completes a stop text, which is cut off then."""
+        if not text:
+            return False
+        self._shown.add(text)
+        if self._full.stops:
+            self._full.add(text)
+        return self._cut()
+
+    def _add_special(self, token: int | None) -> bool:
+        if not self._full.stops or self._tokens is None or token not in self._tokens.special:
+            return False
+        start = len(self._full.text)
+        self._full.add(self._tokens.special[token])
+        self._unseen.append((start, len(self._full.text)))
+        return self._cut()
+
+    def _cut(self) -> bool:
+        found = self._shown.found() + [(self._place(at), text) for at, text in self._full.found()]
         if found:
             at, self.stopped = min(found)
-            self._text = self._text[:at]
+            self._shown.text = self._shown.text[:at]
         return bool(found)
 
+    def _place(self, at: int) -> int:
+        """Return the place in the shown text of one in the full text."""
+        return at - sum(min(end, at) - start for start, end in self._unseen if start < at)
+
+    def _certain(self) -> int:
+        """Return the end of the text that no stop text can take back."""
+        end = len(self._shown.text) - self._shown.hold
+        return min(end, self._place(max(0, len(self._full.text) - self._full.hold))) if self._full.stops else end
+
     def _send(self, end: int) -> str:
-        new = self._text[self._sent : end] if end > self._sent else ""
+        new = self._shown.text[self._sent : end] if end > self._sent else ""
         self._sent += len(new)
         return new
+
+
+class _Searched:
+    """A growing text and the stop texts that are looked for in it.
+
+    Attributes:
+        hold: characters at its end that may yet become a part of one.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = tuple(stops)
+        self.hold = max((len(text) - 1 for text in self.stops), default=0)
+        self.text = ""
+        self._new = 0
+
+    def add(self, text: str) -> None:
+        self._new = max(0, len(self.text) - self.hold)
+        self.text += text
+
+    def found(self) -> list[tuple[int, str]]:
+        """Return the stop texts that what was added last completes, with where each begins."""
+        return [(at, text) for text in self.stops if (at := self.text.find(text, self._new)) >= 0]

@@ -117,9 +117,8 @@ def to_output(new: Delta, sample: Sample) -> Output:
     first = sample.shown == 0
     sample.shown += len(new.token_ids)
     if new.finish is not None:
-        ids = sequence.tokens[sequence.prompt_len : sequence.prompt_len + sample.shown]
-        text += sample.text.finish(ids[:-1] if at_end_token and sample.text.stopped is None else ids)
-        if new.finish == "length" and sample.text.stopped is not None:
+        text += sample.text.finish(new.token_ids[-1] if at_end_token and new.token_ids else None)
+        if new.finish in ("length", "stop") and sample.text.stopped is not None:
             new.finish, new.reason = "stop", sample.text.stopped
     return Output(
         request_id=sequence.request_id,

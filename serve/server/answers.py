@@ -1,46 +1,56 @@
 """From the engine's outputs to the answers of OpenAI's API: choices, chunks, log-probabilities, usage."""
 
+import codecs
 import dataclasses
-import functools
 import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from preft_jax.text.detokenizer import Detokenizer, detokenizer_of
 from serve.engine.request import Output, TokenLogprobs
 
 _LEAST = -9999.0
 """Stands for minus infinity and for no number, which JSON has not."""
 
 
-def _byte_letters() -> dict[str, int]:
-    """Return the byte that each letter stands for in the vocabulary of a byte-level tokenizer (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 class TokenTexts:
-    """The text and the bytes of single tokens."""
+    """The text and the bytes of single tokens, as they stand in the middle of a text.
+
+    Args:
+        tokenizer: of the model; without one a token is told by its id, and has no bytes.
+    """
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._letters = _byte_letters()
-        self.text = functools.lru_cache(maxsize=100_000)(self._text)
+        self._tokens: Detokenizer | None = None if tokenizer is None else detokenizer_of(tokenizer)
 
-    def _text(self, token: int) -> str:
+    def text(self, token: int) -> str:
         """Return a token's text; of a part of a character it is a replacement character."""
-        if self._tokenizer is None:
-            return str(token)
-        return self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(token) if self._tokens is None else self._tokens.text(token)
 
     def bytes(self, token: int) -> list[int]:
-        """Return a token's bytes, of a part of a character, too."""
-        text = self.text(token)
-        if "\ufffd" in text and self._tokenizer is not None:
-            letters = self._tokenizer.convert_ids_to_tokens(token) or ""
-            if letters and all(letter in self._letters for letter in letters):
-                return [self._letters[letter] for letter in letters]
-        return list(text.encode())
+        """Return a token's bytes, of a part of a character, too; those of tokens that are shown join to the text."""
+        return list(str(token).encode() if self._tokens is None else self._tokens.bytes(token))
+
+    def shown_bytes(self, token: int) -> bytes:
+        """Return what a token adds to the text: nothing, if it is a special token."""
+        if self._tokens is None or not self._tokens.visible(token):
+            return b""
+        return self._tokens.bytes(token)
+
+
+class _Offsets:
+    """Where each token of a text begins in it, in characters; a part of a character begins where the character does."""
+
+    def __init__(self, texts: TokenTexts):
+        self._texts = texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at = 0
+
+    def add(self, token: int) -> int:
+        """Return where the next token begins."""
+        at = self._at
+        self._at += len(self._decoder.decode(self._texts.shown_bytes(token)))
+        return at
 
 
 def _number(logprob: float) -> float:
@@ -119,7 +129,7 @@ class CompletionShape(_Shape):
     """``/v1/completions``."""
 
     prefix: str = "cmpl"
-    _offsets: dict[int, int] = dataclasses.field(default_factory=dict)
+    _offsets: dict[int, _Offsets] = dataclasses.field(default_factory=dict)
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         """See ``Shape``."""
@@ -143,17 +153,12 @@ class CompletionShape(_Shape):
         }
 
     def _logprobs(self, index: int, tops: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        tokens = [self.texts.text(top.token_id) for top in tops]
-        offsets, at = [], self._offsets.get(index, 0)
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
-        self._offsets[index] = at
+        offsets = self._offsets.setdefault(index, _Offsets(self.texts))
         return {
-            "tokens": tokens,
+            "tokens": [self.texts.text(top.token_id) for top in tops],
             "token_logprobs": [_number(top.logprob) for top in tops],
             "top_logprobs": [self._top(top) for top in tops],
-            "text_offset": offsets,
+            "text_offset": [offsets.add(top.token_id) for top in tops],
         }
 
     def _top(self, top: TokenLogprobs) -> dict[str, float]:

@@ -185,6 +185,24 @@ def test_the_text_of_an_end_token_is_the_same_with_and_without_stop_texts(stop, 
     assert ended.text == whole.text[: len(ended.token_ids) - 1]
 
 
+def test_a_stop_text_may_be_or_hold_a_special_token_and_end_with_the_end_token(engine, lively, rng):
+    sampling = lettered(4, frozenset({*b"abc", 255}), ignore_eos=True)
+    one = request(some(rng, 9), sampling=sampling, max_tokens=24)
+    ids = alone(lively, one).token_ids
+    at = next(i for i, token in enumerate(ids) if token == 255 and i > 0 and ids[i - 1] != 255)
+    before, last = bytes(token for token in ids[:at] if token != 255).decode(), chr(ids[at - 1])
+    ending = dataclasses.replace(sampling, stop_token_ids=(255,))
+    for own in (sampling, ending):
+        for stop, text in (("<|im_end|>", ""), (f"{last}<|im_end|>", before[:-1])):
+            (whole,) = run_all(engine, [dataclasses.replace(one, sampling=own, stop=(stop, "zz"))])[0]
+            assert (whole.finish_reason, whole.stop_reason) == ("stop", stop)
+            if len(stop) > 10:
+                assert (whole.text, whole.token_ids) == (text, ids[: at + 1])
+            else:
+                first = ids.index(255)
+                assert (whole.text, whole.token_ids) == (bytes(ids[:first]).decode(), ids[: first + 1])
+
+
 def test_the_models_end_token_ends_a_sample_unless_it_is_ignored(engine, lively, rng):
     one = request(some(rng, 9), sampling=lettered(5), max_tokens=16)
     whole = alone(lively, one)

@@ -312,8 +312,8 @@ def test_a_text_that_cannot_be_made_ends_its_own_sample_only(lively, rng, monkey
     engine = Engine(lively, TIGHT)
     texts, push, make = [], TextStream.push, TextStream.__init__
 
-    def made(self, *args):
-        make(self, *args)
+    def made(self, *args, **options):
+        make(self, *args, **options)
         texts.append(self)
 
     monkeypatch.setattr(TextStream, "__init__", made)

@@ -160,6 +160,8 @@ def registered(model, sources, path, **options):
     store = AdapterStore(AdapterFiles(model), Registry(path), host_bytes=10**8)
     for source in sorted(sources.iterdir()):
         store.register(source.name, source, owner=f"owner-of-{source.name}", pinned=source.name == "direft0", **options)
+    store.register("gone", sources / "some1", owner="owner-of-gone")
+    store.unregister("gone", keep_owner=True)
     rows = store.list()
     store.close()
     return {row.name: row for row in rows}
@@ -187,11 +189,26 @@ def test_a_row_that_changed_is_read_again_or_stands_for_nothing(column, model, s
         assert store.get("some0").owner == "owner-of-some0"
     else:
         assert "the row of a registered adapter is damaged" in texts
+        # A watched directory that brings it again must not make it everybody's, nor another's.
+        assert store.register("other" if column == "name" else "some0", sources / "some0").owner == "\0"
     before.pop("some0")
     assert found == before
+    assert Registry(path).owner("gone") == "owner-of-gone"
     store.close()
-    caplog.clear()
     assert set(before) <= {row.name for row in Registry(path).list()}
+
+
+@pytest.mark.parametrize("change", ["owner = 'somebody'", "whole = 'x'", "name = 'other'"])
+def test_a_name_whose_owner_is_not_known_any_more_is_the_admins(change, model, sources, tmp_path, caplog):
+    registered(model, sources, tmp_path / "r.sqlite")
+    file = sqlite3.connect(tmp_path / "r.sqlite")
+    file.execute(f"UPDATE owners SET {change}")
+    file.commit()
+    file.close()
+    registry = Registry(tmp_path / "r.sqlite")
+    assert registry.owner("other" if "name" in change else "gone") == "\0"
+    assert "the owner of a name is not known any more" in caplog.text
+    registry.close()
 
 
 def test_a_row_that_is_gone_or_came_from_elsewhere_is_noticed(model, sources, tmp_path, caplog):
@@ -206,8 +223,9 @@ def test_a_row_that_is_gone_or_came_from_elsewhere_is_noticed(model, sources, tm
         f"ATTACH '{tmp_path}/old.sqlite' AS old",
         "INSERT OR REPLACE INTO adapters SELECT * FROM old.adapters WHERE name = 'some0'",
         "DELETE FROM checksums",
+        "DELETE FROM owners",
     )
-    for change in (changes[:1], changes[1:3], changes[3:]):
+    for change in (changes[:1], changes[1:3], changes[3:4], changes[4:]):
         copy = shutil.copy(path, tmp_path / "copy.sqlite")
         file = sqlite3.connect(copy)
         for statement in change:
@@ -243,6 +261,7 @@ def test_a_damaged_registry_never_says_something_else_in_silence(model, sources,
             continue
         for row in registry.list():
             assert row in before
+        assert registry.owner("gone") in ("owner-of-gone", "\0") or caplog.records
         if registry.list() != before:
             assert caplog.records or registry.damaged
             said += 1
