@@ -75,10 +75,15 @@ class TensorEntry(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file whose header was read and checked; replacing the file changes nothing here."""
+    """An open safetensors file whose header was read and checked; replacing the file changes nothing here.
 
-    def __init__(self, path: Path, file: BinaryIO, start: int, entries: dict[str, TensorEntry], fail: "_Fail"):
-        self.entries = entries
+    Attributes:
+        entries: what the header says of each tensor.
+        metadata: texts that the header has besides.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, start: int, header: "_Header", fail: "_Fail"):
+        self.entries, self.metadata = header
         self._path = path
         self._file = file
         self._start = start
@@ -99,6 +104,11 @@ class TensorFile:
         if len(data) < entry.end - entry.begin:
             raise self._fail.error(f"{self._path} became shorter while it was read; {self._fail.advice}")
         return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+
+
+class _Header(NamedTuple):
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
 
 
 class _Fail(NamedTuple):
@@ -143,12 +153,12 @@ def open_safetensors(
                 raise error(f"{path} has a header of {length} bytes; allowed: up to {max_header_bytes}; {advice}")
             raw = file.read(length)
         try:
-            entries = _parse_header(raw, size - 8 - length)
+            header = _parse_header(raw, size - 8 - length)
         except (ValueError, RecursionError) as cause:
             raise error(f"{path} is not a whole safetensors file: {cause}; {advice}") from None
-        if max_tensors is not None and len(entries) > max_tensors:
-            raise error(f"{path} has {len(entries)} tensors; allowed: up to {max_tensors}; {advice}")
-        yield TensorFile(path, file, 8 + length, entries, _Fail(error, advice))
+        if max_tensors is not None and len(header.entries) > max_tensors:
+            raise error(f"{path} has {len(header.entries)} tensors; allowed: up to {max_tensors}; {advice}")
+        yield TensorFile(path, file, 8 + length, header, _Fail(error, advice))
 
 
 def read_safetensors(path: Path, *, error: type[PreftError], advice: str) -> dict[str, np.ndarray]:
@@ -192,8 +202,8 @@ def _check_size(path: Path, file: BinaryIO, max_bytes: int | None, error: type[P
     return size
 
 
-def _parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
-    """Return what a header says of each tensor; ``ValueError`` if it is not what the format asks for."""
+def _parse_header(raw: bytes, data_bytes: int) -> _Header:
+    """Return what a header says; ``ValueError`` if it is not what the format asks for."""
     if not raw.startswith(b"{"):
         raise ValueError("its header does not begin with an object")
     header = json.loads(raw.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_constant)
@@ -208,7 +218,7 @@ def _parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
         end = entry.end
     if end != data_bytes:
         raise ValueError(f"its tensors end at {end} of its data, which has {data_bytes} bytes")
-    return entries
+    return _Header(entries, metadata)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

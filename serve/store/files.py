@@ -2,12 +2,15 @@
 
 Reading an adapter's directory means checking it, folding it and cutting it to rank pages. With a state directory the
 pages are kept in a file named by the adapter's digest; a later load is then one read, and finds the same adapter even
-if its directory has changed since.
+if its directory has changed since. A checksum over name and contents is kept with them and checked by every load; what
+is damaged is made again from the directory, and the log says so.
 """
 
 import contextlib
+import logging
 import os
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +23,18 @@ from preft_jax.adapters.pages import fold_and_cut
 from preft_jax.errors import AdapterError, PreftError
 from preft_jax.io.adapter_files import load_adapter
 from preft_jax.io.adapter_limits import AdapterLimits
-from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
+from preft_jax.io.safetensors_io import open_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model, check_base
-from preft_jax.shapes import LINEAR_SITES
+from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS, RANK_PAGE, SITES
 from serve.store.host_copy import ALL_LINEARS, Columns, Known, pack
+from serve.store.slabs import slab_width
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Version of what a file of rank pages holds."""
+
+_CHECKSUM = "crc32"
+
+_log = logging.getLogger("preft.store")
 
 
 class Read(NamedTuple):
@@ -88,6 +96,8 @@ class AdapterFiles:
                 return self._unpack(self._file(digest))
             except AdapterError as error:
                 damage = error
+                _log.warning("kept rank pages are damaged", extra={"facts": {"reason": str(error), "source": path}})
+                self.drop(digest)  # So that they are kept again, whoever brings them.
         if not path:
             raise AdapterError(
                 "the adapter was published from memory and its rank pages are no longer kept; publish it again"
@@ -98,7 +108,6 @@ class AdapterFiles:
                 f"{path} holds another adapter than the one that was registered; register it again"
             ) from damage
         if damage is not None:
-            self.drop(digest)
             self.keep(digest, read.known)
         return read.known
 
@@ -113,7 +122,8 @@ class AdapterFiles:
             for site, slabs in known.slabs.items()
             for n, array in enumerate(slabs)
         }
-        write_file(self._file(digest), serialize_safetensors(tensors), error=AdapterError)
+        checksum = {_CHECKSUM: _checksum(self._file(digest).name, tensors)}
+        write_file(self._file(digest), serialize_safetensors(tensors, checksum), error=AdapterError)
         return True
 
     def drop(self, digest: str) -> None:
@@ -135,7 +145,10 @@ class AdapterFiles:
         return self._kept / f"{digest}.{self._dtype.name}.{FOLD_VERSION}.{_LAYOUT}.pages"
 
     def _unpack(self, file: Path) -> Known:
-        tensors = read_safetensors(file, error=AdapterError, advice="delete it, and register the adapter again")
+        with open_safetensors(file, error=AdapterError, advice="it is made again") as opened:
+            tensors = opened.read()
+            if opened.metadata != {_CHECKSUM: _checksum(file.name, tensors)}:
+                raise AdapterError(f"{file} does not hold what was written to it; it is made again")
         slabs: dict[str, list[Any]] = {}
         groups: dict[str, list[int]] = {}
         try:
@@ -143,11 +156,37 @@ class AdapterFiles:
                 site, _, group = name.split(".")
                 slabs.setdefault(site, []).append(tensors[name])
                 groups.setdefault(site, []).append(int(group))
-        except ValueError as error:
-            raise AdapterError(f"{file} is damaged; delete it, and register the adapter again") from error
+        except (ValueError, IndexError) as error:
+            raise AdapterError(f"{file} holds no rank pages; it is made again") from error
+        self._check(file, slabs, groups)
         for site in LINEAR_SITES if ALL_LINEARS in groups else ():
             groups[site] = groups[ALL_LINEARS]
         return Known({site: Columns(tuple(columns)) for site, columns in groups.items() if site != ALL_LINEARS}, slabs)
+
+    def _check(self, file: Path, slabs: Mapping[str, list[Any]], groups: Mapping[str, list[int]]) -> None:
+        """Raise ``AdapterError`` unless these are slabs that the engine can copy to the bank."""
+        model = self._model.config
+        wide = {site: slab_width(*model.site_shape(site), RANK_PAGE, self._dtype) for site in SITES}
+        wide[ALL_LINEARS] = sum(wide[site] for site in LINEAR_SITES)
+        for site, some in slabs.items():
+            whole = all(
+                site in wide and array.dtype == self._dtype and array.shape == (model.num_hidden_layers, wide[site])
+                for array in some
+            )
+            if not whole or not set(groups[site]) <= set(range(NUM_GROUPS)):
+                raise AdapterError(f"{file} holds no rank pages of this base model at {site!r}; it is made again")
+        if not slabs or (ALL_LINEARS in slabs and len(slabs) > 1):
+            raise AdapterError(f"{file} holds the rank pages of {', '.join(slabs) or 'no site'}; it is made again")
+
+
+def _checksum(name: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Return CRC-32 (hex) over a file's name and its tensors; it keeps up with a disk, which SHA-256 does not."""
+    total = zlib.crc32(name.encode())
+    for key in sorted(tensors):
+        array = tensors[key]
+        total = zlib.crc32(f"{key} {array.dtype} {array.shape} ".encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), total)
+    return f"{total:08x}"
 
 
 def told(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from preft_jax.errors import AdapterError, ConfigError
 from serve.store.files import Read, told
 from serve.store.host_copy import Known
 from serve.store.names import Registered, Registry
+from serve.store.repair import read_again
 
 _LONGEST_NAME = 256
 
@@ -139,6 +140,7 @@ class AdapterStore:
                 with contextlib.suppress(AdapterError):  # The budget may have become smaller.
                     self._check_size(adapter)
                     self._repin(adapter)
+        read_again(registry.damaged, self.register)
 
     # Names
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from train.data.batches import BatchOptions
 from train.data.rows import DataOptions
 from train.jobs import JobConfig
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from train.run.kept import OPTIONS_FILE, new_run, read_options
 from train.run.reporters import REPORTERS
 from train.run.start import OPTIONS as ADAPTER_OPTIONS
 from train.run.trl import ALIASES, Translation, defaults_note, grouped, knows, takes_flag, translate
@@ -91,8 +91,6 @@ _JOB: dict[str, dict[str, Any]] = {
     "lora_plus_ratio": {"type": float, "default": 1.0, "help": "LoRA+: learning rate of B over that of A"},
 }  # fmt: skip
 
-OPTIONS_FILE = "options.json"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -102,6 +100,7 @@ class Settings:
         given: every option's value as it was given or inherited, by name; ``jobs`` has those of each job.
         changes: of a resumed run, what is other than when it was begun, for people.
         notes: what of a command of TRL is other here, for people.
+        run: what its checkpoints are known by.
     """
 
     model: str
@@ -123,6 +122,7 @@ class Settings:
     given: Mapping[str, Any]
     changes: tuple[str, ...]
     notes: tuple[str, ...]
+    run: str
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -162,15 +162,16 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
     given = (_from_file(parser, _mapping(config), str(config), told=translated) if config else {}) | line
     jobs = None if jobs_file is None else _jobs(parser, jobs_file)
     changes: tuple[str, ...] = ()
+    run = new_run()
     if given.get("resume"):
-        saved = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
+        saved, run, said = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
         old_jobs = saved.pop("jobs", None)
         old = _from_file(parser, saved, OPTIONS_FILE)
         if old_jobs is not None:
             old_jobs = [_from_file(parser, job, OPTIONS_FILE, _JOB) for job in old_jobs]
         given, jobs = old | given, old_jobs if jobs is None else jobs
-        changes = tuple(_changes(old, old_jobs, given, jobs))
-    return _settings(given, jobs, changes, tuple(_notes(translated, given)))
+        changes = (*said, *_changes(old, old_jobs, given, jobs))
+    return _settings(given, jobs, changes, tuple(_notes(translated, given)), run)
 
 
 def _notes(translated: Sequence[Translation], given: Collection[str]) -> Iterator[str]:
@@ -212,18 +213,6 @@ def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple
         was, now = (_plain(given.get(name, how.get("default"))) for given in (old, new))
         if was != now and name not in ("resume", "overwrite_output_dir", "output_dir"):
             yield name, f"{name}: {now} instead of {was}"
-
-
-def read_options(directory: Path) -> dict[str, Any]:
-    """Return the options that a run was begun with.
-
-    Raises:
-        ConfigError: if there has been none.
-    """
-    try:
-        return json.loads((directory / OPTIONS_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"there is no run in {directory} to resume ({error}); leave out --resume") from error
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -286,7 +275,11 @@ def _plain(value: Any) -> Any:
 
 
 def _settings(
-    given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, changes: tuple[str, ...], notes: tuple[str, ...]
+    given: Mapping[str, Any],
+    jobs: list[dict[str, Any]] | None,
+    changes: tuple[str, ...],
+    notes: tuple[str, ...],
+    run: str,
 ) -> Settings:
     v: dict[str, Any] = {name: how.get("default") for name, how in (_RUN | _JOB).items()} | dict(given)
     for name, least in (("logging_steps", 1), ("eval_steps", 0), ("eval_generations", 0), ("save_steps", 0),
@@ -304,7 +297,7 @@ def _settings(
     shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in _RUN}
     shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip() not in ("", "none"))
     return Settings(
-        **shared, jobs=tuple(own), given=kept, changes=changes, notes=notes,
+        **shared, jobs=tuple(own), given=kept, changes=changes, notes=notes, run=run,
         train=TrainOptions(gradient_checkpointing=v["gradient_checkpointing"], max_jobs=v["max_jobs"]),
     )  # fmt: skip
 
