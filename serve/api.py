@@ -159,7 +159,9 @@ def _make_store(args: argparse.Namespace, model: Model) -> AdapterStore:
     state = args.state_dir
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
-    files = AdapterFiles(model, None if state is None else state / "pages", limits=_adapter_limits(args, model))
+    roots = [[] if args.adapter_dir is None else [args.adapter_dir], args.adapter_root]
+    kept = None if state is None else state / "pages"
+    files = AdapterFiles(model, kept, limits=_adapter_limits(args, model), roots=roots)
     registry = Registry(None if state is None else state / "adapters.sqlite")
     files.drop_others({adapter.digest for adapter in registry.list()})
     return AdapterStore(files, registry, host_bytes=int(args.adapter_memory_gib * 2**30), pin=pin)
