@@ -35,7 +35,7 @@ class Bounds:
         names: of objects' fields.
     """
 
-    values: int = 2**19
+    values: int = 2**18
     containers: int = 2**16
     names: int = 2**17
 
