@@ -12,14 +12,14 @@ def hostile_bodies(size):
     names = b",".join(b'"%06x":0' % i for i in range(size // 12))
     return {
         "negative tokens": ("/detokenize", _filled(size, b'{"tokens":[', b"-1,", b"]}")),
-        "texts for tokens": ("/detokenize", _filled(size, b'{"tokens":[', b'"aaaaaaaaaaaa",', b"]}")),
+        "texts for tokens": ("/detokenize", _filled(size, b'{"tokens":[', b'"aaaaaaaaaaaaaa",', b"]}")),
         "numbers for messages": (chats, _filled(size, chat, b"0,", b"]}")),
         "empty messages": (chats, _filled(size, chat, b"{},", b"]}")),
         "long empty messages": (chats, _filled(size, chat, b"{" + b" " * 80 + b"},", b"]}")),
         "messages of nothing": (chats, _filled(size, chat, b'{"role":[]},', b"]}")),
         "parts of nothing": (chats, _filled(size, chat + b'{"role":"user","content":[', b"[],", b"]}]}")),
-        "numbers for stops": (completions, _filled(size, text + b'"stop":[', b"0       ,", b"]}")),
-        "negative stop ids": (completions, _filled(size, text + b'"stop_token_ids":[', b"-100000,", b"]}")),
+        "numbers for stops": (completions, _filled(size, text + b'"stop":[', b"0              ,", b"]}")),
+        "negative stop ids": (completions, _filled(size, text + b'"stop_token_ids":[', b"-100000,        ", b"]}")),
         "biases": (completions, text + b'"logit_bias":{' + names + b"}}"),
         "unknown fields": (completions, text + names + b"}"),
         "mixed prompts": (completions, _filled(size, b'{"model":"tiny","prompt":[', b'"a",1234567,', b"]}")),

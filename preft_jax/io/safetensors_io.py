@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from preft_jax.errors import PreftError, plain, shown
+from preft_jax.io.confined import open_below
 
 _DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -45,7 +46,9 @@ _LARGEST = 2**63 - 1
 _ENTRY = ("data_offsets", "dtype", "shape")
 
 
-def read_bytes(path: Path, *, error: type[PreftError], advice: str, max_bytes: int | None = None) -> bytes:
+def read_bytes(
+    path: Path, *, error: type[PreftError], advice: str, max_bytes: int | None = None, roots: Sequence[str] = ()
+) -> bytes:
     """Return the contents of a file.
 
     Args:
@@ -53,11 +56,12 @@ def read_bytes(path: Path, *, error: type[PreftError], advice: str, max_bytes: i
         error: the kind of error to raise.
         advice: what to do about a bad file, in the imperative; ends every message.
         max_bytes: a larger file is refused unread; None: any size.
+        roots: directories below one of which it must lie, links followed (``open_below``); empty: anywhere.
 
     Raises:
         error: naming the file, why it cannot be read, and what to do.
     """
-    with _open(path, error, advice) as file, _told(path, error, advice):
+    with _open(path, error, advice, roots) as file, _told(path, error, advice):
         size = _check_size(path, file, max_bytes, error)
         data = file.read(-1 if max_bytes is None else size + 1)
         if max_bytes is not None and len(data) > size:
@@ -125,6 +129,7 @@ def open_safetensors(
     max_bytes: int | None = None,
     max_header_bytes: int = MAX_HEADER,
     max_tensors: int | None = None,
+    roots: Sequence[str] = (),
 ) -> Iterator[TensorFile]:
     """Open a safetensors file and read its header, so that its tensors can be judged before they are read.
 
@@ -135,12 +140,13 @@ def open_safetensors(
         max_bytes: a larger file is refused unread; None: any size.
         max_header_bytes: the same for its header.
         max_tensors: most tensors; None: any number.
+        roots: see ``read_bytes``.
 
     Raises:
         error: if the file is missing, truncated, too large, or not a safetensors file whose tensors fill it without
             gaps and overlaps, or holds a dtype that NumPy has no name for.
     """
-    with _open(path, error, advice) as file:
+    with _open(path, error, advice, roots) as file:
         with _told(path, error, advice):
             size = _check_size(path, file, max_bytes, error)
             length = int.from_bytes(file.read(8), "little")
@@ -168,13 +174,14 @@ def read_safetensors(path: Path, *, error: type[PreftError], advice: str) -> dic
 
 
 @contextlib.contextmanager
-def _open(path: Path, error: type[PreftError], advice: str) -> Iterator[BinaryIO]:
+def _open(path: Path, error: type[PreftError], advice: str, roots: Sequence[str] = ()) -> Iterator[BinaryIO]:
     """Open a file that is one: not a directory, a pipe or a device, which could block or never end."""
     with _told(path, error, advice):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise error(f"{path} is not a regular file; {advice}")
         # Not blocking, should it become a pipe in this moment.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        if not roots and not stat.S_ISREG(os.stat(path).st_mode):
+            raise error(f"{path} is not a regular file; {advice}")
+        descriptor = open_below(path, roots, flags) if roots else os.open(path, flags)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise error(f"{path} is not a regular file; {advice}")

@@ -35,7 +35,7 @@ class Bounds:
         names: of objects' fields.
     """
 
-    values: int = 2**19
+    values: int = 2**18
     containers: int = 2**16
     names: int = 2**17
 
@@ -122,7 +122,7 @@ def add_schemas(schema: dict[str, Any], routes: list[BaseRoute]) -> None:
             for dependency in route.dependant.dependencies:
                 kind = getattr(dependency.call, "body_kind", None)
                 if kind is not None:
-                    kinds |= {(route.path_format, method.lower()): kind for method in route.methods}
+                    kinds |= {(route.path_format, method.lower()): kind for method in route.methods or ()}
     made, definitions = models_json_schema(
         [(kind, "validation") for kind in dict.fromkeys(kinds.values())], ref_template="#/components/schemas/{model}"
     )

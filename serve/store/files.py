@@ -7,10 +7,11 @@ is damaged is made again from the directory, and the log says so.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import fold_and_cut
 from preft_jax.errors import AdapterError, PreftError
 from preft_jax.io.adapter_files import load_adapter
-from preft_jax.io.adapter_limits import AdapterLimits
+from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.io.safetensors_io import open_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model, check_base
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS, RANK_PAGE, SITES
@@ -53,13 +54,22 @@ class AdapterFiles:
         kept: the directory for rank pages, or None.
         limits: how much is read of an adapter; None: what one of the largest rank takes.
         dtype: of rank pages: the engine's ``bank_dtype``; None: that of the weights.
+        roots: groups of directories; the files of an adapter below one of a group must lie below one of that group,
+            links followed. The first group that holds a path counts.
     """
 
     def __init__(
-        self, model: Model, kept: Path | None = None, *, limits: AdapterLimits | None = None, dtype: Any = None
+        self,
+        model: Model,
+        kept: Path | None = None,
+        *,
+        limits: AdapterLimits | None = None,
+        dtype: Any = None,
+        roots: Sequence[Sequence[Path]] = (),
     ):
         self._model = model
-        self._limits = limits
+        self._limits = limits_for(model.config) if limits is None else limits
+        self._roots = [tuple(os.path.realpath(root) for root in group) for group in roots]
         self._dtype = np.dtype(dtype or model.params["embed"].dtype)
         self._kept = kept
         if kept is not None:
@@ -71,8 +81,9 @@ class AdapterFiles:
         Raises:
             AdapterError: if it cannot be read, is larger than the limits allow, or is not for this base model.
         """
-        adapter = load_adapter(path, self._model, limits=self._limits)
-        return self.take(adapter)
+        inside = next((group for group in self._roots if any(Path(path).is_relative_to(one) for one in group)), ())
+        limits = dataclasses.replace(self._limits, roots=inside)
+        return self.take(load_adapter(path, self._model, limits=limits))
 
     def take(self, adapter: Adapter) -> Read:
         """Check and fold an adapter that is in memory, once for digest and rank pages.

@@ -110,12 +110,13 @@ def test_a_body_of_many_samples_leaves_the_next_free_place_to_others():
 
 
 def test_samples_do_not_take_the_place_that_another_waits_for():
-    world = World(max_num_seqs=4, num_pages=200)
+    world = World(max_num_seqs=4, num_pages=200, prefill_seqs=1)
     world.add(8, max_tokens=9, n=16, tenant="a")
     other = world.add(8, max_tokens=2, tenant="b")
-    world.step()
-    world.step()
+    for _ in range(3):  # A prefill, a decode step, the other's prefill.
+        world.step()
     assert other.status is not Status.WAITING
+    assert not any(s.status is Status.FINISHED for s in world.live), "nobody had to end for it"
     world.run()
 
 
