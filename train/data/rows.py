@@ -20,7 +20,9 @@ from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.errors import PreftError, RequestError, did_you_mean, plain
 from preft_jax.loading import Model
-from preft_jax.text.chat import EncodedPrompt, check_messages, encode_answer, encode_prompt, encode_text, render_chat
+from preft_jax.text.chat import EncodedPrompt, check_messages, encode_answer, encode_prompt, render_chat
+from preft_jax.text.encoding import encode_after
+from preft_jax.text.ends import through_end
 
 _log = logging.getLogger("preft.train")
 
@@ -198,7 +200,7 @@ def _of_pair(prompt: Any, completion: Any, model: Model, adapter: AdapterConfig,
     if not completion:
         raise RequestError("the completion is empty, so there is nothing to learn; give the text that is to follow")
     encoded = encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size)
-    answer = encode_text(model.tokenizer, completion, add_special_tokens=False)
+    answer = encode_after(model.tokenizer, prompt, completion)
     return _example(encoded, _with_end(answer, model), adapter, line)
 
 
@@ -212,7 +214,9 @@ def _answer_messages(completion: Any) -> list[dict[str, str]]:
 
 
 def _with_end(answer: list[int], model: Model) -> list[int]:
+    """Return an answer through its end: the first that it has, behind which serving says nothing, or one put there."""
     ends = model.config.eos_token_ids
+    answer = answer[: through_end(answer, ends)]
     return answer if not ends or (answer and answer[-1] in ends) else [*answer, ends[0]]
 
 
@@ -233,7 +237,7 @@ def _of_chat(messages: list[dict[str, str]], model: Model, adapter: AdapterConfi
 
 def _of_turn(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> Example:
     prompt, answer = encode_answer(model.tokenizer, messages)
-    return _example(prompt, answer, adapter, line)
+    return _example(prompt, answer[: through_end(answer, model.config.eos_token_ids)], adapter, line)
 
 
 def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> Example:
@@ -257,7 +261,7 @@ def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: Adap
     mask = prompt_edit_mask(EncodedPrompt(token_ids, encoded.unedited_spans), adapter)
     loss_mask = np.zeros(cut, bool)
     for start, end in spans:
-        loss_mask[start:end] = True
+        loss_mask[start : start + through_end(token_ids[start:end], model.config.eos_token_ids)] = True
     start = spans[-1][0]
     return Example(
         np.asarray(token_ids, np.int32), mask, loss_mask,

@@ -157,6 +157,7 @@ DAMAGED_FILES = {
     "config of another size": ("qwen2", lambda d: edit_json(d / "config.json", vocab_size=99), "shape of model.embed"),
     "another family": ("qwen2", lambda d: edit_json(d / "config.json", model_type="gpt2"), "'gpt2' is not supported"),
     "bad end token": ("qwen2", lambda d: edit_json(d / "generation_config.json", eos_token_id="x"), "eos_token_id 'x'"),
+    "bad end tokens": ("qwen2", lambda d: edit_json(d / "config.json", eos_token_id=[1, "x"]), "eos_token_id has 'x'"),
     "no weights": ("qwen2", lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "pickle only": (
         "qwen2",
