@@ -17,7 +17,7 @@ import numpy as np
 from preft_jax.errors import RequestError, did_you_mean, reject_unknown
 from preft_jax.text.detokenizer import detokenizer_of
 from preft_jax.text.encoding import encode_after, encode_parts, encode_text, with_begin_tokens
-from preft_jax.text.ends import added_tokens, turn_end
+from preft_jax.text.ends import turn_end
 
 ROLES = ("system", "user", "assistant")
 
@@ -223,12 +223,7 @@ def _header_end(tokenizer: Any, messages: list[dict[str, str]], through: str) ->
 def _end_of_turn(tokenizer: Any, text: str, start: int) -> int | None:
     """Return where the answer that ends ``text`` and begins at ``start`` is over, its end-of-turn token included."""
     known = turn_end(tokenizer)
-    if known is not None:
-        return known.end_in(text, start)
-    # The template takes no chat but those like this one: the last token must be the end, and only space may follow.
-    ends = [text.rfind(token, start) + len(token) for token in added_tokens(tokenizer) if token in text[start:]]
-    end = max(ends, default=None)
-    return end if end is not None and not text[end:].strip() else None
+    return None if known is None else known.end_in(text, start)
 
 
 def _encode_parts(tokenizer: Any, text: str, answers: list[Span]) -> EncodedPrompt:
