@@ -54,6 +54,9 @@ class ModelConfig:
             raise ConfigError(
                 f"sliding_window is {self.sliding_window!r}; give an integer of at least 1, or null to see all keys"
             )
+        wrong = [one for one in self.eos_token_ids if isinstance(one, bool) or not isinstance(one, int)]
+        if wrong:
+            raise ConfigError(f"eos_token_id has {wrong[0]!r}; give an integer or a list of integers, token ids")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
 

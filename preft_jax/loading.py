@@ -21,6 +21,7 @@ from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import init_params
 from preft_jax.models.params import Params
 from preft_jax.shapes import DTYPES
+from preft_jax.text.ends import end_token_ids
 from preft_jax.text.tokenizer import byte_tokenizer
 
 _BUILT_IN = "smollm2-135m"
@@ -32,7 +33,7 @@ class Model:
     """A base model.
 
     Attributes:
-        config: its shape.
+        config: its shape, and the tokens that end an answer (``text.ends`` says which).
         params: the parameter tree (see ``preft_jax.models.modules``), on the default device.
         tokenizer: a transformers ``PreTrainedTokenizerFast``, or ``None`` if the model came without one.
         digest: SHA-256 (hex) of config and weights, the same for every dtype it is loaded in.
@@ -113,12 +114,20 @@ def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int) -> Model:
 
 def _load_directory(directory: Path, dtype: jnp.dtype) -> Model:
     config, params, tokenizer = load_hf_model(directory, dtype)
+    config = _with_ends(config, tokenizer, directory)
     return Model(config, params, tokenizer, model_digest(config, weight_files(directory), cache_dir()))
 
 
 def _load_gguf(path: Path, dtype: jnp.dtype) -> Model:
     config, params, tokenizer = load_gguf(path, dtype)
+    config = _with_ends(config, tokenizer, path)
     return Model(config, params, tokenizer, model_digest(config, [path], cache_dir()))
+
+
+def _with_ends(config: ModelConfig, tokenizer: Any, where: Path) -> ModelConfig:
+    """Return a config with all tokens that end an answer: serving stops at them and training teaches them."""
+    ends = end_token_ids(config.eos_token_ids, tokenizer, config.vocab_size, str(where))
+    return dataclasses.replace(config, eos_token_ids=ends)
 
 
 def _make_preset(name: str, dtype: jnp.dtype, seed: int) -> Model:

@@ -89,7 +89,8 @@ def byte_level(*, split=True, **fields):
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<｜end▁of▁sentence｜>"])
     backend.add_tokens(["<tool>", "<té>", "日本"])
-    return wrap(backend, eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=single.chat_template, **fields)
+    fields = {"eos_token": "<|im_end|>", "chat_template": single.chat_template} | fields
+    return wrap(backend, bos_token="<|im_start|>", **fields)
 
 
 def llama3(**fields):

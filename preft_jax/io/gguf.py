@@ -148,7 +148,9 @@ def _is_set(value: Any) -> bool:
 
 def _token_id(meta: _Metadata, key: str) -> int | None:
     value = meta.values.get(f"tokenizer.ggml.{key}")
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ModelError(f"{meta.path} has tokenizer.ggml.{key} = {value!r}; a token id is expected")
+    return value
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
@@ -169,7 +171,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     layers = meta.number("block_count", int)
     if layers > len(file.tensors):
         raise ModelError(f"{file.path} claims {layers} layers and has {len(file.tensors)} tensors; get the file again")
-    eos = (_token_id(meta, "eos_token_id"), _token_id(meta, "eot_token_id"))
+    eos = tuple(_token_id(meta, f"{name}_token_id") for name in ("eos", "eot", "eom"))
     try:
         config = ModelConfig(
             vocab_size=embedding.shape[0],

@@ -1,21 +1,24 @@
 """From what a user sends (text, token ids or chat messages) to prompt tokens and the spans that earlier answers occupy.
 
 An answer's span runs from after its generation header (``<|im_start|>assistant\\n``) through its end-of-turn token.
-Chats are tokenised piece by piece, so that every span begins and ends at a token boundary: the tokens of an earlier
-answer are then the ones that were generated, wherever the text alone would have been split otherwise. Training and
-serving share this.
+Chats are tokenised part by part (``text.encoding``), so that every span begins and ends at a token boundary: the tokens
+of an earlier answer are then the ones that were generated, wherever the text alone would have been split otherwise.
+Training and serving share this.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from preft_jax.errors import RequestError
 from preft_jax.text.answers import answer_text
+from preft_jax.text.detokenizer import detokenizer_of
+from preft_jax.text.encoding import encode_after, encode_parts, encode_text, with_begin_tokens
+from preft_jax.text.ends import turn_end
 from preft_jax.text.messages import check_messages, check_tools
 from preft_jax.text.tool_chat import with_tools
 
@@ -42,25 +45,31 @@ def encode_prompt(
     *,
     vocab_size: int,
     add_generation_prompt: bool = True,
+    add_special_tokens: bool | None = None,
 ) -> EncodedPrompt:
     """Turn a prompt of any kind into tokens.
 
     Args:
         tokenizer: the model's tokenizer, or ``None`` if it has none (token ids only).
-        prompt: text, which gets the tokens that the tokenizer adds to every text (BOS); token ids, taken as they are;
-            or chat messages, see ``render_chat``.
+        prompt: text; token ids, taken as they are; or chat messages, see ``render_chat``.
         vocab_size: of the model; token ids are below it.
         add_generation_prompt: for chats, end with the header of the next answer.
+        add_special_tokens: put the tokens before it that the tokenizer puts before every text (BOS), unless it begins
+            with them. By default text gets them and a chat does not, whose template writes them. What a tokenizer puts
+            behind every text (EOS) is never added: a prompt is to go on.
 
     Raises:
         RequestError: for an empty prompt, one of another kind, or a token id outside the vocabulary.
     """
     if isinstance(prompt, str):
-        encoded = EncodedPrompt(encode_text(_require(tokenizer), prompt, add_special_tokens=True), ())
+        encoded = _begin(
+            tokenizer, EncodedPrompt(encode_text(_require(tokenizer), prompt), ()), add_special_tokens is not False
+        )
     elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
         raise RequestError(f"a prompt of type {type(prompt).__name__} is not allowed; give text, token ids or messages")
     elif len(prompt) and all(isinstance(item, Mapping) for item in prompt):
-        encoded = render_chat(_require(tokenizer), prompt, add_generation_prompt=add_generation_prompt)
+        rendered = render_chat(_require(tokenizer), prompt, add_generation_prompt=add_generation_prompt)
+        encoded = _begin(tokenizer, rendered, bool(add_special_tokens))
     else:
         encoded = EncodedPrompt([_token_id(item) for item in prompt], ())
     if not encoded.token_ids:
@@ -69,6 +78,16 @@ def encode_prompt(
     if outside is not None:
         raise RequestError(f"token id {outside} is outside the model's vocabulary; allowed: 0 to {vocab_size - 1}")
     return encoded
+
+
+def _begin(tokenizer: Any, prompt: EncodedPrompt, add_special_tokens: bool) -> EncodedPrompt:
+    """Put the tokens before a prompt that begin every text."""
+    if not add_special_tokens:
+        return prompt
+    token_ids = with_begin_tokens(tokenizer, prompt.token_ids)
+    more, spans = len(token_ids) - len(prompt.token_ids), prompt.unedited_spans
+    moved = None if spans is None else tuple((start + more, end + more) for start, end in spans)
+    return EncodedPrompt(token_ids, moved)
 
 
 def _require(tokenizer: Any) -> Any:
@@ -83,18 +102,6 @@ def _token_id(item: Any) -> int:
             f"the prompt holds {item!r}; a sequence of token ids holds integers only, and one of messages dicts only"
         )
     return int(item)
-
-
-def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Return a text's tokens, with or without those that the tokenizer adds to every text.
-
-    Raises:
-        RequestError: if the text is no valid Unicode.
-    """
-    try:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except (TypeError, UnicodeError) as error:
-        raise RequestError(f"the prompt is not valid Unicode text: {error}") from error
 
 
 def render_chat(
@@ -139,10 +146,11 @@ def encode_answer(tokenizer: Any, messages: Any, *, tools: Any = None) -> tuple[
         messages,
         functools.partial(_render, tokenizer),
         functools.partial(_end_of_turn, tokenizer),
-        _special_tokens(tokenizer),
+        [token.content for token in tokenizer.added_tokens_decoder.values() if token.special],
     )
     end = [] if answer.ended else [_end_of_sequence(tokenizer)]
-    return prompt, [*encode_text(tokenizer, answer.text, add_special_tokens=False), *end]
+    header = _render(tokenizer, messages[:-1], True)
+    return prompt, [*encode_after(tokenizer, header, answer.text), *end]
 
 
 def _require_template(tokenizer: Any) -> Any:
@@ -166,14 +174,19 @@ def _render_checked(tokenizer: Any, messages: list[dict[str, Any]], add_generati
     text = _render(tokenizer, messages, add_generation_prompt)
     answers = _answer_extents(tokenizer, messages, text)
     if answers is None:
-        return EncodedPrompt(encode_text(tokenizer, text, add_special_tokens=False), None)
-    return _encode_pieces(tokenizer, text, answers)
+        return EncodedPrompt(encode_text(tokenizer, text), None)
+    return _encode_parts(tokenizer, text, answers)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    """Return a chat as text.
+
+    Raises:
+        RequestError: if the template refuses the messages, or fails in whatever way: it is a program.
+    """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         raise RequestError(f"the model's chat template refuses these messages: {error}") from error
 
 
@@ -189,7 +202,7 @@ def _answer_extents(tokenizer: Any, messages: list[dict[str, Any]], text: str) -
         except RequestError:
             return None
         end = _end_of_turn(tokenizer, through, start) if start is not None else None
-        if start is None or end is None or not text.startswith(through):
+        if start is None or end is None or not text.startswith(through[:end]):
             return None
         extents.append((start, end))
     return extents
@@ -207,34 +220,19 @@ def _header_end(tokenizer: Any, messages: list[dict[str, Any]], through: str) ->
 
 
 def _end_of_turn(tokenizer: Any, text: str, start: int) -> int | None:
-    """Return where the last special token of ``text[start:]`` ends; only space may follow it."""
-    ends = [text.rfind(token, start) + len(token) for token in _special_tokens(tokenizer) if token in text[start:]]
-    end = max(ends, default=None)
-    return end if end is not None and not text[end:].strip() else None
+    """Return where the answer that ends ``text`` and begins at ``start`` is over, its end-of-turn token included."""
+    known = turn_end(tokenizer)
+    return None if known is None else known.end_in(text, start)
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def _encode_pieces(tokenizer: Any, text: str, answers: list[Span]) -> EncodedPrompt:
+def _encode_parts(tokenizer: Any, text: str, answers: list[Span]) -> EncodedPrompt:
     """Tokenise the text between answers and the answers one by one, and return the answers' token spans."""
-    token_ids: list[int] = []
-    spans: list[Span] = []
-    done = 0
-    for start, end in answers:
-        token_ids += encode_text(tokenizer, text[done:start], add_special_tokens=False)
-        first = len(token_ids)
-        token_ids += encode_text(tokenizer, text[start:end], add_special_tokens=False)
-        spans.append((first, len(token_ids)))
-        done = end
-    token_ids += encode_text(tokenizer, text[done:], add_special_tokens=False)
-    whole = encode_text(tokenizer, text, add_special_tokens=False)
-    if token_ids != whole and _decode(tokenizer, token_ids) != _decode(tokenizer, whole):
-        # A tokenizer that marks the beginning of a text (SentencePiece's space) would mark the beginning of each piece.
-        return EncodedPrompt(whole, None)
-    return EncodedPrompt(token_ids, tuple(spans))
-
-
-def _decode(tokenizer: Any, token_ids: list[int]) -> str:
-    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    cuts = [0, *(place for answer in answers for place in answer), len(text)]
+    parts = encode_parts(tokenizer, [text[start:end] for start, end in itertools.pairwise(cuts)])
+    token_ids = [token for part in parts for token in part]
+    whole = encode_text(tokenizer, text)
+    decode = functools.partial(detokenizer_of(tokenizer).decode, special=True)
+    if token_ids != whole and decode(token_ids) != decode(whole):
+        return EncodedPrompt(whole, None)  # A tokenizer whose texts cannot be cut without changing them.
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    return EncodedPrompt(token_ids, tuple(zip(ends[::2], ends[1::2], strict=False)))

@@ -201,6 +201,55 @@ class _OtherText:
         return new
 
 
+class Places:
+    """Where each token of a text begins in it, in characters; a part of a character begins where the character does.
+
+    While it is open whether a run of bytes is valid, its tokens are told the places that they have if it is.
+
+    Args:
+        tokens: of the tokenizer.
+    """
+
+    def __init__(self, tokens: Detokenizer):
+        self._tokens = tokens
+        self._growing = tokens.begin(continues=True)
+        self._end = 0
+        self._open = b""
+
+    def add(self, token: int) -> int:
+        """Return where the next token begins."""
+        place = self._end + len(self._open.decode(errors="ignore"))
+        if not self._tokens.visible(token):
+            return place
+        text, data = self._growing.push(token), self._tokens.bytes(token)
+        if not text:
+            self._open += data
+            return place
+        self._end += len(text)
+        if self._tokens.kind == "bytes":
+            place += 0 if _continues(self._open, data) else len(self._open.decode(errors="replace"))
+            self._open = _incomplete(self._open + data)
+        elif self._tokens.kind == "pieces":
+            place, self._open = self._end - len(self._tokens.piece(token) or ""), b""
+        return place
+
+
+def _continues(start: bytes, data: bytes) -> bool:
+    """Return whether the first of some bytes may follow those that begin a character."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start + data[:1])
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _incomplete(data: bytes) -> bytes:
+    """Return the end of some bytes that may become a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(data)
+    return decoder.getstate()[0]
+
+
 _made: weakref.WeakKeyDictionary[Any, Detokenizer] = weakref.WeakKeyDictionary()
 
 

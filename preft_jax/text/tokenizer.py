@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from preft_jax.errors import ModelError, did_you_mean
+from preft_jax.text.detokenizer import detokenizer_of
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -90,13 +91,23 @@ def load_tokenizer(directory: Path) -> Any:
     with _without_torch_notice():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
     loader = PreTrainedTokenizerFast if present[0] == "tokenizer.json" else AutoTokenizer
+    advice = "remove its files to use the model with token ids only"
     try:
-        return loader.from_pretrained(directory, local_files_only=True, fix_mistral_regex=False)
+        tokenizer = loader.from_pretrained(directory, local_files_only=True, fix_mistral_regex=False)
+        fast = isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer)
+        if fast:
+            detokenizer_of(tokenizer)
     except Exception as error:
         raise ModelError(
             f"cannot read the tokenizer in {directory} ({', '.join(present)}): {type(error).__name__}: {error}; "
-            "restore its files, or remove them to use the model with token ids only"
+            f"restore its files, or {advice}"
         ) from error
+    if not fast:
+        raise ModelError(
+            f"the tokenizer in {directory} is a {type(tokenizer).__name__}, which has no fast form; save it as "
+            f"tokenizer.json, or {advice}"
+        )
+    return tokenizer
 
 
 def _split_digits() -> Any:

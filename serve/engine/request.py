@@ -25,7 +25,8 @@ class Request:
         sampling: how tokens are drawn.
         max_tokens: generate at most this many tokens for each sample.
         n: samples of the prompt, which is prefilled once; sample i draws with seed + i.
-        stop: texts that end a sample; they are not part of its text.
+        stop: texts that end a sample; they are not part of its text. They may hold special tokens, which have no place
+            in the text either.
         logprobs: also return this many most likely tokens at each step (0: the drawn token's alone).
         prompt_logprobs: the same for each prompt token but the first, or None.
         priority: lower numbers are served first.
@@ -102,7 +103,8 @@ class Output:
         request_id: what ``Engine.add`` returned.
         index: of the sample, from 0 to n - 1.
         token_ids: new tokens, the end token included.
-        text: new text; the end of a text that may yet become a stop text is held back.
+        text: new text, as it stands behind the prompt; what may yet become another character, or a stop text, is held
+            back.
         logprobs: raw log-probability of each new token, temperature 1.
         sampling_logprobs: log-probability of each under the distribution that it was drawn from.
         top_logprobs: for each new token, if the request asked for them.

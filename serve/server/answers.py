@@ -1,12 +1,11 @@
 """From the engine's outputs to the answers of OpenAI's API: choices, chunks, log-probabilities, usage."""
 
-import codecs
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from preft_jax.text.detokenizer import Detokenizer, detokenizer_of
+from preft_jax.text.detokenizer import Detokenizer, Places, detokenizer_of
 from serve.engine.request import Output, TokenLogprobs
 
 _LEAST = -9999.0
@@ -31,26 +30,9 @@ class TokenTexts:
         """Return a token's bytes, of a part of a character, too; those of tokens that are shown join to the text."""
         return list(str(token).encode() if self._tokens is None else self._tokens.bytes(token))
 
-    def shown_bytes(self, token: int) -> bytes:
-        """Return what a token adds to the text: nothing, if it is a special token."""
-        if self._tokens is None or not self._tokens.visible(token):
-            return b""
-        return self._tokens.bytes(token)
-
-
-class _Offsets:
-    """Where each token of a text begins in it, in characters; a part of a character begins where the character does."""
-
-    def __init__(self, texts: TokenTexts):
-        self._texts = texts
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at = 0
-
-    def add(self, token: int) -> int:
-        """Return where the next token begins."""
-        at = self._at
-        self._at += len(self._decoder.decode(self._texts.shown_bytes(token)))
-        return at
+    def places(self) -> Callable[[int], int]:
+        """Return what tells of one token after the other where it begins in the text that they make."""
+        return (lambda token: 0) if self._tokens is None else Places(self._tokens).add
 
 
 def _number(logprob: float) -> float:
@@ -129,7 +111,7 @@ class CompletionShape(_Shape):
     """``/v1/completions``."""
 
     prefix: str = "cmpl"
-    _offsets: dict[int, _Offsets] = dataclasses.field(default_factory=dict)
+    _places: dict[int, Callable[[int], int]] = dataclasses.field(default_factory=dict)
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         """See ``Shape``."""
@@ -153,12 +135,12 @@ class CompletionShape(_Shape):
         }
 
     def _logprobs(self, index: int, tops: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        offsets = self._offsets.setdefault(index, _Offsets(self.texts))
+        place = self._places.setdefault(index, self.texts.places())
         return {
             "tokens": [self.texts.text(top.token_id) for top in tops],
             "token_logprobs": [_number(top.logprob) for top in tops],
             "top_logprobs": [self._top(top) for top in tops],
-            "text_offset": [offsets.add(top.token_id) for top in tops],
+            "text_offset": [place(top.token_id) for top in tops],
         }
 
     def _top(self, top: TokenLogprobs) -> dict[str, float]:

@@ -223,9 +223,13 @@ def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
     def tokenized(body: TokenizeBody) -> dict[str, Any]:
         tokenizer = serving.require_tokenizer()
         if body.messages is not None:
-            ids = serving.encode(as_dicts(body.messages), add_generation_prompt=body.add_generation_prompt).token_ids
+            ids = serving.encode(
+                as_dicts(body.messages),
+                add_generation_prompt=body.add_generation_prompt,
+                add_special_tokens=body.add_special_tokens,
+            ).token_ids
         else:
-            ids = serving.encode_text(body.prompt or "", add_special_tokens=body.add_special_tokens)
+            ids = serving.encode_text(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
         strings = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": serving.max_model_len, "tokens": ids, "token_strs": strings}
 

@@ -96,7 +96,7 @@ def _make_requests(
         )
     requests = []
     for prompt in prompts:
-        encoded = serving.encode(prompt)
+        encoded = serving.encode(prompt, add_special_tokens=body.add_special_tokens)
         length = len(encoded.token_ids)
         limit = body.limit or serving.max_model_len - length
         if length + limit > serving.max_model_len:

@@ -22,7 +22,6 @@ _INT32, _INT64 = 2**31, 2**63
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "add_special_tokens": (True,),
     "audio": (),
     "best_of": (1,),
     "continue_final_message": (False,),
@@ -218,6 +217,7 @@ class CompletionBody(Generation):
     prompt: Prompts
     max_tokens: Count = 16
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True
 
     @property
     def num_logprobs(self) -> int | None:
@@ -251,6 +251,7 @@ class ChatBody(Generation):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = False
 
     @model_validator(mode="after")
     def _logprobs_agree(self) -> "ChatBody":
@@ -270,13 +271,13 @@ class ChatBody(Generation):
 
 
 class TokenizeBody(Body):
-    """The body of ``/tokenize``: a text or a chat."""
+    """The body of ``/tokenize``: a text or a chat, which become the tokens that they are as a prompt."""
 
     neutral = {"continue_final_message": (False,)}
     model: ModelName | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 

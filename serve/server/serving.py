@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from preft_jax.errors import RequestError, did_you_mean
 from preft_jax.loading import Model
-from preft_jax.text.chat import EncodedPrompt, encode_prompt, encode_text
+from preft_jax.text.chat import EncodedPrompt, encode_prompt
+from preft_jax.text.encoding import encode_text, with_begin_tokens
 from serve.engine.async_engine import AsyncEngine
 from serve.server.auth import Identity, Keys, RuntimeLoading
 from serve.server.exposition import ServerMetrics
@@ -141,8 +142,10 @@ class Serving:
         tenant = None if self.share_prefix_cache else identity.tenant
         return None if tenant is None and given is None else json.dumps([tenant, given])
 
-    def encode(self, prompt: Any, *, add_generation_prompt: bool = True) -> EncodedPrompt:
-        """Turn a prompt of any kind into tokens.
+    def encode(
+        self, prompt: Any, *, add_generation_prompt: bool = True, add_special_tokens: bool | None = None
+    ) -> EncodedPrompt:
+        """Turn a prompt of any kind into tokens, see ``encode_prompt``.
 
         Raises:
             RequestError: as ``encode_prompt`` does.
@@ -156,15 +159,18 @@ class Serving:
             prompt,
             vocab_size=self.model.config.vocab_size,
             add_generation_prompt=add_generation_prompt,
+            add_special_tokens=add_special_tokens,
         )
         if len(encoded.token_ids) >= self.max_model_len:
             raise self.too_long(f"the prompt has {len(encoded.token_ids)} tokens")
         return encoded
 
     def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Turn a text into tokens, with or without those that the tokenizer adds to every text; it may be empty."""
+        """Turn a text into tokens, with those that begin every text or without; it may be empty."""
         self._check_length([text])
-        return encode_text(self.require_tokenizer(), text, add_special_tokens=add_special_tokens)
+        tokenizer = self.require_tokenizer()
+        token_ids = encode_text(tokenizer, text)
+        return with_begin_tokens(tokenizer, token_ids) if add_special_tokens else token_ids
 
     def _check_length(self, texts: Sequence[str]) -> None:
         """Refuse texts that cannot fit before they are tokenised, which would take long."""

@@ -1,6 +1,7 @@
 """``load_model``: how names resolve, dtypes, presets, digests and the check for finite weights."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from text_tokenizers import byte_level
 
 from preft_jax import ConfigError, Model, ModelError, load_model, loading
 from preft_jax.config import PRESETS
@@ -42,6 +44,24 @@ def test_directory_and_digest_in_every_dtype(directory):
         assert {leaf.dtype.name for leaf in leaves(model)} == {dtype}
     assert load_model(str(directory)).digest == models["float32"].digest
     assert load_model(MODELS / "qwen2").digest != models["float32"].digest
+
+
+CHATML = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_chat_fine_tune_with_a_base_models_config_ends_its_turns(directory):
+    base = load_model(directory)
+    assert base.config.eos_token_ids == (1,)
+    tokenizer = byte_level(chat_template=CHATML, eos_token="<tool>")
+    end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<tool>"])
+    size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    tokenizer.save_pretrained(directory)
+    model = load_model(directory)
+    assert model.config.eos_token_ids == tuple(token for token in (1, eos, end) if token < size)
+    assert model.digest == base.digest
+    (directory / "chat_template.jinja").write_text("{% if")
+    with pytest.raises(ModelError, match=f"{directory} has a chat template that cannot be read"):
+        load_model(directory)
 
 
 def test_digest_changes_with_one_weight(directory):

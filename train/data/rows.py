@@ -20,7 +20,9 @@ from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.errors import PreftError, RequestError, plain
 from preft_jax.loading import Model
-from preft_jax.text.chat import EncodedPrompt, encode_answer, encode_prompt, encode_text, render_chat
+from preft_jax.text.chat import EncodedPrompt, encode_answer, encode_prompt, render_chat
+from preft_jax.text.encoding import encode_after
+from preft_jax.text.ends import through_end
 from train.data.errors import DataError
 from train.data.files import open_rows
 from train.data.shapes import Chat, Pair, listed, read_row
@@ -176,12 +178,14 @@ def _make(read: Chat | Pair, model: Model, adapter: AdapterConfig, options: Data
 
 def _of_pair(pair: Pair, model: Model, adapter: AdapterConfig, line: int) -> Example:
     encoded = encode_prompt(model.tokenizer, pair.prompt, vocab_size=model.config.vocab_size)
-    answer = encode_text(model.tokenizer, pair.completion, add_special_tokens=False)
+    answer = encode_after(model.tokenizer, pair.prompt, pair.completion)
     return _example(encoded, _with_end(answer, model), adapter, line)
 
 
 def _with_end(answer: list[int], model: Model) -> list[int]:
+    """Return an answer through its end: the first that it has, behind which serving says nothing, or one put there."""
     ends = model.config.eos_token_ids
+    answer = answer[: through_end(answer, ends)]
     return answer if not ends or (answer and answer[-1] in ends) else [*answer, ends[0]]
 
 
@@ -205,7 +209,7 @@ def _of_chat(chat: Chat, model: Model, adapter: AdapterConfig, line: int) -> lis
 
 def _of_turn(chat: Chat, turn: int, model: Model, adapter: AdapterConfig, line: int) -> Example:
     prompt, answer = encode_answer(model.tokenizer, chat.messages[: turn + 1], tools=chat.tools)
-    return _example(prompt, answer, adapter, line)
+    return _example(prompt, answer[: through_end(answer, model.config.eos_token_ids)], adapter, line)
 
 
 def _of_conversation(chat: Chat, turns: Sequence[int], model: Model, adapter: AdapterConfig, line: int) -> Example:
@@ -230,7 +234,7 @@ def _of_conversation(chat: Chat, turns: Sequence[int], model: Model, adapter: Ad
     mask = prompt_edit_mask(EncodedPrompt(token_ids, encoded.unedited_spans), adapter)
     loss_mask = np.zeros(cut, bool)
     for start, end in spans:
-        loss_mask[start:end] = True
+        loss_mask[start : start + through_end(token_ids[start:end], model.config.eos_token_ids)] = True
     start = spans[-1][0]
     return Example(
         np.asarray(token_ids, np.int32), mask, loss_mask,

@@ -16,6 +16,7 @@ from preft_jax.io.gguf import load_gguf, read_config
 from preft_jax.io.gguf_file import open_gguf
 from preft_jax.io.hf import load_hf_model
 from preft_jax.io.weights import tensor_slots, tensors_of
+from preft_jax.loading import load_model
 from preft_jax.models.family import GGUF_NAMES
 from preft_jax.models.registry import GGUF_FAMILIES
 from preft_jax.rope import LinearRope
@@ -229,6 +230,10 @@ def test_unsupported_tensor_type_is_named(tmp_path):
         ({"metadata": {"add_float32": ("llama.logit_scale", 0.25)}}, "logit_scale = 0.25"),
         ({"metadata": {"add_bool": ("llama.attention.causal", False)}}, "causal = False"),
         ({"metadata": {"add_array": ("llama.rope.dimension_sections", [8, 4, 4, 0])}}, "dimension_sections"),
+        (
+            {"metadata": {"add_string": ("tokenizer.ggml.eot_token_id", "2")}},
+            "eot_token_id = '2'; a token id is expected",
+        ),
         ({"tokenizer": byte_level("deepseek-llm")}, "tokenizer.ggml.pre 'deepseek-llm'.*allowed: smollm"),
         ({"tokenizer": lambda writer: writer.add_tokenizer_model("llama")}, "type 'llama'.*allowed: 'gpt2'"),
         ({"tokenizer": byte_level("smollm", merges=["a b", "ab ÿÿ"])}, "merges do not fit"),
@@ -372,6 +377,25 @@ def test_special_tokens_merges_and_template(tmp_path):
     assert tokenizer.decode([202, 200, 201], skip_special_tokens=True) == "ab<tool>"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     assert tokenizer.eos_token_id == config.eos_token_ids[0]
+
+
+def test_answers_end_where_the_file_or_its_template_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFT_CACHE", str(tmp_path / "cache"))
+    config, params, _ = load_hf_model(MODELS / "smollm2", jnp.float32)
+    template = "{% for m in messages %}{{ m.content }}<|end|>\n{% endfor %}"
+
+    def ends(template, *named):
+        metadata = {"add_uint32": named} if named else {}
+        tokenizer = byte_level("smollm", template=template)
+        path = write_gguf(tmp_path / "one.gguf", config, params, tokenizer=tokenizer, metadata=metadata)
+        return load_model(path, "float32").config.eos_token_ids
+
+    assert ends(None) == (1,)
+    assert ends(template) == (1, 200)
+    assert ends(template, "tokenizer.ggml.eot_token_id", 7) == (1, 7, 200)
+    assert ends(None, "tokenizer.ggml.eom_token_id", 8) == (1, 8)
+    with pytest.raises(ModelError, match=r"one.gguf has a chat template that cannot be read"):
+        ends("{% endfor %}")
 
 
 def test_smollm2_config(smollm2):

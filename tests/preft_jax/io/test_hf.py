@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from preft_jax.config import PRESETS
@@ -202,6 +203,7 @@ DAMAGED_FILES = {
     "config of another size": ("qwen2", lambda d: edit_json(d / "config.json", vocab_size=99), "shape of model.embed"),
     "another family": ("qwen2", lambda d: edit_json(d / "config.json", model_type="gpt2"), "'gpt2' is not supported"),
     "bad end token": ("qwen2", lambda d: edit_json(d / "generation_config.json", eos_token_id="x"), "eos_token_id 'x'"),
+    "bad end tokens": ("qwen2", lambda d: edit_json(d / "config.json", eos_token_id=[1, "x"]), "eos_token_id has 'x'"),
     "no weights": ("qwen2", lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "pickle only": (
         "qwen2",
@@ -255,6 +257,13 @@ def test_truncated_safetensors_is_always_an_error(tmp_path, rng):
         path.write_bytes(whole[:cut])
         with pytest.raises(ModelError, match="not a whole safetensors file"):
             load_hf_model(directory, "float32")
+
+
+def test_a_tokenizer_without_a_fast_form_is_refused_at_load(tmp_path, monkeypatch):
+    (tmp_path / "vocab.json").write_text("{}")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: transformers.ByT5Tokenizer())
+    with pytest.raises(ModelError, match="is a ByT5Tokenizer, which has no fast form"):
+        load_tokenizer(tmp_path)
 
 
 def test_tokenizer_json_is_taken_as_it_stands(tmp_path):

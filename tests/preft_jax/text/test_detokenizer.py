@@ -3,7 +3,7 @@
 import pytest
 import text_tokenizers as kinds
 
-from preft_jax.text.detokenizer import detokenizer_of
+from preft_jax.text.detokenizer import Places, detokenizer_of
 from preft_jax.text.streams import TextStream
 
 pytestmark = pytest.mark.host
@@ -47,6 +47,21 @@ def whole(tokenizer, ids):
     return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def check_places(tokens, ids, text):
+    """A token begins where the text of those before it ends, once it is known whether they end a character."""
+    places = Places(tokens)
+    found = [places.add(token) for token in ids]
+    assert found == sorted(found)
+    for at, token in enumerate(ids):
+        if not tokens.visible(token) or (tokens.kind == "pieces" and tokens.piece(token) is None):
+            continue  # A byte of a run has no text of its own.
+        piece = tokens.text(token)
+        if piece and "\ufffd" not in piece:
+            before = tokens.decode_after(ids[:at])
+            assert text.startswith(before + piece), (ids, at)
+            assert found[at] == len(before), (ids, at)
+
+
 def check(rng, tokenizer, count):
     tokens = detokenizer_of(tokenizer)
     first = tokenizer.encode("ab", add_special_tokens=False)
@@ -56,6 +71,8 @@ def check(rng, tokenizer, count):
         behind = whole(tokenizer, [*first, *ids])[len(whole(tokenizer, first)) :]
         text = streamed(tokenizer, ids, size, continues=True)
         assert text == behind, ids
+        if tokens.kind != "other":
+            check_places(tokens, ids, text)
         joined = b"".join(tokens.bytes(token) for token in ids if tokens.visible(token))
         if tokens.kind == "bytes":
             assert joined.decode(errors="replace") == text, ids
