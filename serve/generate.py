@@ -1,6 +1,5 @@
 """``generate``: text for library users, each prompt with an adapter of its own or none, over the engine."""
 
-import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,32 +13,12 @@ from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import RANK_PAGE
-from preft_jax.text.chat import EncodedPrompt, encode_prompt
+from preft_jax.text.chat import EncodedPrompt
+from serve.engine.admission import encoded
+from serve.engine.completion import Completion as Completion
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.request import Request
-
-
-@dataclasses.dataclass(kw_only=True)
-class Completion:
-    """What was generated for one prompt.
-
-    Attributes:
-        text: decoded tokens, special tokens and the end token left out; empty without a tokenizer.
-        token_ids: generated tokens, the end token included.
-        logprobs: raw log-probability of each, temperature 1.
-        sampling_logprobs: log-probability of each under the distribution that it was drawn from.
-        finish_reason: ``"stop"`` (an end token), ``"length"``, or ``"error"``: the model's logits were not numbers (its
-            weights or the adapter overflow); other prompts are not affected.
-        error: why it is ``"error"``.
-    """
-
-    text: str = ""
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
-    finish_reason: str = ""
-    error: str | None = None
 
 
 def generate(
@@ -76,12 +55,11 @@ def generate(
     prompts = _as_list(prompts)
     if not prompts:
         return []
-    encoded = [encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size) for prompt in prompts]
     requests = [
         Request(prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=(seed + i) % 2**32)
         for i, (one, adapter, own) in enumerate(
             zip(
-                encoded,
+                prompts,
                 _per_prompt(adapters, len(prompts), "adapters"),
                 _per_prompt(sampling, len(prompts), "sampling"),
                 strict=True,
@@ -92,27 +70,13 @@ def generate(
 
 
 def run(model: Model, requests: Sequence[Request], *, max_num_seqs: int = 16) -> list[Completion]:
-    """Serve requests of one sample each on an engine made for them; return their completions in order.
+    """Serve requests on an engine made for them; return their completions in order, as ``Engine.generate`` does.
 
     Raises:
         RequestError, AdapterError: for the first that can never be served; nothing has run then.
     """
-    engine = Engine(model, config_for(model, requests, max_num_seqs=max_num_seqs))
-    return run_on(engine, requests)
-
-
-def run_on(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-    """``run`` on an engine that is there already."""
-    done = {engine.add(request): Completion() for request in requests}
-    while engine.has_work:
-        for output in engine.step():
-            one = done[output.request_id]
-            one.text += output.text
-            one.token_ids += output.token_ids
-            one.logprobs += output.logprobs
-            one.sampling_logprobs += output.sampling_logprobs
-            one.finish_reason, one.error = output.finish_reason or "", output.error
-    return list(done.values())
+    requests = [encoded(model, request) for request in requests]
+    return Engine(model, config_for(model, requests, max_num_seqs=max_num_seqs)).generate(requests)
 
 
 def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) -> EngineConfig:
@@ -127,7 +91,7 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
     """
     if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs is {max_num_seqs!r}; give an integer of at least 1")
-    longest = max(len(request.prompt.token_ids) + request.max_tokens for request in requests)
+    longest = max(len(request.token_ids) + request.max_tokens for request in requests)
     most = model.config.max_position_embeddings
     if longest > most:
         raise RequestError(

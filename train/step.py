@@ -53,9 +53,6 @@ class Group:
     optim: str
     size: int
 
-    def __hash__(self) -> int:
-        return hash((repr(self.config), self.optim, self.size))
-
 
 def fold_config(config: AdapterConfig) -> AdapterConfig:
     """Return what the fold depends on: two adapters with the same one are trained in one group."""

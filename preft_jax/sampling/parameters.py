@@ -70,6 +70,7 @@ class SamplingParams:
             isinstance(self.stop_token_ids, Sequence) and all(_within(i, 0, 2**31 - 1) for i in self.stop_token_ids),
             "a sequence of token ids",
         )
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
     @functools.cached_property
     def _bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:

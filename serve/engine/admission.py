@@ -1,5 +1,6 @@
 """From requests to sequences: what is checked, what is edited, and which seeds are drawn from, once and for all."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
 from preft_jax.loading import Model, check_base
+from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
 from serve.engine.outputs import Sample
@@ -19,6 +21,18 @@ from serve.engine.prefix import PageKeys, cache_salt
 from serve.engine.request import Request
 from serve.engine.sequence import Sequence, Status
 from serve.store.names import Registered
+
+
+def encoded(model: Model, request: Request) -> Request:
+    """Return a request whose prompt is encoded.
+
+    Raises:
+        RequestError: if it is no prompt.
+    """
+    if isinstance(request.prompt, EncodedPrompt):
+        return request
+    prompt = encode_prompt(model.tokenizer, request.prompt, vocab_size=model.config.vocab_size)
+    return dataclasses.replace(request, prompt=prompt)
 
 
 class Admission:
@@ -55,7 +69,7 @@ class Admission:
         Raises:
             RequestError, AdapterError: if it can never be served.
         """
-        prompt, sampling, model = request.prompt.token_ids, request.sampling, self._model.config
+        prompt, sampling, model = request.token_ids, request.sampling, self._model.config
         longest = len(prompt) + request.max_tokens
         if longest > self._config.max_model_len:
             raise RequestError(
@@ -76,6 +90,7 @@ class Admission:
         if request.stop and self._model.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
         entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
+        assert isinstance(request.prompt, EncodedPrompt)
         prompt_mask = prompt_edit_mask(request.prompt, None if request.adapter is None else request.adapter.config)
         positions = "prompt" if request.adapter is None else request.adapter.config.positions
         mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)

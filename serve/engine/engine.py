@@ -21,9 +21,10 @@ from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
 from preft_jax.sampling.rows import Drawn
-from serve.engine.admission import Admission
+from serve.engine.admission import Admission, encoded
 from serve.engine.background import Background, Unit, UnitCall, Work
 from serve.engine.calls import Call, Prepared, Starter
+from serve.engine.completion import Completion, complete
 from serve.engine.config import EngineConfig
 from serve.engine.lookahead import ahead, full_prefill
 from serve.engine.observer import Observer
@@ -206,6 +207,7 @@ class Engine:
         Raises:
             RequestError, AdapterError: if it can never be served; nothing else is affected.
         """
+        request = encoded(self.model, request)
         request_id = self._next_id
         sequences = self._admission.sequences(request, request_id)
         is_here = request.adapter is None or self.adapters.claim(request_id, request.adapter)
@@ -217,6 +219,15 @@ class Engine:
         if is_here:
             self.scheduler.add(sequences[0])
         return request_id
+
+    def generate(self, requests: Many[Request]) -> list[Completion]:
+        """Serve requests to their end; return the completion of each sample: request by request, then by index.
+
+        Raises:
+            RequestError, AdapterError: if one of them can never be served, or others are unfinished; none is then left.
+        """
+        self._check_idle()
+        return complete(self, requests)
 
     def _take_loaded(self) -> None:
         """Queue the requests whose adapters came, and end those whose adapters cannot be loaded."""

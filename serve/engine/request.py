@@ -2,10 +2,11 @@
 
 import dataclasses
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.errors import RequestError
+from preft_jax.errors import RequestError, shown
 from preft_jax.sampling.parameters import MAX_LOGPROBS, SamplingParams
 from preft_jax.text.chat import EncodedPrompt
 from serve.store.names import Registered
@@ -19,7 +20,8 @@ class Request:
     """One prompt and what to generate for it; names are those of OpenAI's and vLLM's APIs.
 
     Attributes:
-        prompt: encoded by ``preft_jax.text.chat.encode_prompt``.
+        prompt: text, token ids or chat messages, which the engine encodes, or what
+            ``preft_jax.text.chat.encode_prompt`` made of them.
         adapter: edits the prompt (or every token, if its config says so), given itself or by what an
             ``AdapterStore`` has registered; None for the base model.
         sampling: how tokens are drawn.
@@ -33,7 +35,7 @@ class Request:
         seed: used where ``sampling.seed`` is None; if both are, the engine draws one.
     """
 
-    prompt: EncodedPrompt
+    prompt: EncodedPrompt | str | Sequence[int] | Sequence[Mapping[str, Any]]
     adapter: Adapter | Registered | None = None
     sampling: SamplingParams = SamplingParams()
     max_tokens: int = 64
@@ -51,11 +53,8 @@ class Request:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
                 raise RequestError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
 
-        if not isinstance(self.prompt, EncodedPrompt) or not self.prompt.token_ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        strange = [t for t in self.prompt.token_ids if isinstance(t, bool) or not isinstance(t, numbers.Integral)]
-        if strange:
-            raise RequestError(f"the prompt holds {strange[0]!r}; token ids are integers")
+        if isinstance(self.prompt, EncodedPrompt):
+            _check_token_ids(self.prompt.token_ids)
         if self.adapter is not None and not isinstance(self.adapter, Adapter | Registered):
             raise RequestError(
                 f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), what an AdapterStore has "
@@ -77,6 +76,21 @@ class Request:
         late = self.deadline
         if late is not None and (isinstance(late, bool) or not isinstance(late, numbers.Real) or not float(late) > 0):
             raise RequestError(f"deadline is {late!r}; give seconds above 0, or None")
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The encoded prompt's tokens."""
+        if not isinstance(self.prompt, EncodedPrompt):
+            raise RequestError("the prompt is not encoded yet; encode_prompt does it, and so does Engine.add")
+        return self.prompt.token_ids
+
+
+def _check_token_ids(token_ids: Sequence[Any]) -> None:
+    if not token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    strange = [t for t in token_ids if isinstance(t, bool) or not isinstance(t, numbers.Integral)]
+    if strange:
+        raise RequestError(f"the prompt holds {shown(strange[0])}; token ids are integers")
 
 
 class TokenLogprobs(NamedTuple):

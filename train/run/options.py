@@ -49,7 +49,7 @@ _JOB: dict[str, dict[str, Any]] = {
     "name": {"default": "adapter", "help": "of the adapter"},
     "dataset": {"type": Path, "help": "JSONL of messages, or of prompt and completion (default: a small task)"},
     "eval_dataset": {"type": Path, "help": "JSONL, held out"},
-    "adapter_kind": {"choices": KINDS, "default": "lora", "help": "lora, direft or loreft"},
+    "adapter_kind": {"choices": KINDS, "default": "lora", "help": "lora, direft, loreft or edits"},
     "rank": {"type": int, "default": 16, "help": "of every edit"},
     "lora_alpha": {"type": float, "help": "LoRA's scale numerator (default: the rank)"},
     "lora_dropout": {"type": float, "default": 0.0, "help": "on LoRA's input"},
