@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from preft_jax.adapters.init import init_adapter as init_adapter
     from preft_jax.adapters.init import random_adapter as random_adapter
     from preft_jax.adapters.kinds import register_kind as register_kind
+    from preft_jax.adapters.own import adapter_of_edits as adapter_of_edits
+    from preft_jax.adapters.own import steering_adapter as steering_adapter
+    from preft_jax.adapters.positions import register_positions as register_positions
     from preft_jax.config import PRESETS as PRESETS
     from preft_jax.config import ModelConfig as ModelConfig
     from preft_jax.device.mesh import Placement as Placement
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from preft_jax.io.adapter_limits import AdapterLimits as AdapterLimits
     from preft_jax.loading import Model as Model
     from preft_jax.loading import load_model as load_model
+    from preft_jax.models.activations import activations as activations
     from preft_jax.models.forward import forward as forward
     from preft_jax.models.forward import hidden_states as hidden_states
     from preft_jax.models.layout import fused_layout as fused_layout
@@ -69,6 +73,8 @@ __all__ = [
     "Rows",
     "SamplingParams",
     "ShapeError",
+    "activations",
+    "adapter_of_edits",
     "collate",
     "encode_answer",
     "encode_prompt",
@@ -86,7 +92,9 @@ __all__ = [
     "prompt_edit_mask",
     "random_adapter",
     "register_kind",
+    "register_positions",
     "save_adapter",
+    "steering_adapter",
 ]
 
 _forward = forwarded(
@@ -111,6 +119,8 @@ _forward = forwarded(
             "random_adapter",
         ),
         "preft_jax.adapters.kinds": ("register_kind",),
+        "preft_jax.adapters.own": ("adapter_of_edits", "steering_adapter"),
+        "preft_jax.adapters.positions": ("register_positions",),
         "preft_jax.config": (
             "PRESETS",
             "ModelConfig",
@@ -133,6 +143,7 @@ _forward = forwarded(
             "Model",
             "load_model",
         ),
+        "preft_jax.models.activations": ("activations",),
         "preft_jax.models.forward": (
             "forward",
             "hidden_states",

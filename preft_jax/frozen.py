@@ -24,4 +24,5 @@ class FrozenDict(dict[str, Any]):
     def _refuse(self, *args: object, **_: object) -> NoReturn:
         raise TypeError("this mapping is part of a configuration and cannot be changed; make another configuration")
 
-    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
+    __setitem__ = __delitem__ = clear = pop = popitem = __ior__ = _refuse
+    setdefault = update = _refuse  # pyright: ignore[reportAssignmentType]

@@ -30,6 +30,7 @@ def generate(
     *,
     max_num_seqs: int = 16,
     seed: int = 0,
+    edit_masks: Any = None,
 ) -> list[Completion]:
     """Generate for one prompt or many, each with its own adapter or none.
 
@@ -44,6 +45,7 @@ def generate(
         max_tokens: generate at most this many tokens for each.
         max_num_seqs: prompts that run together; more wait.
         seed: where a request's own seed is None, it gets ``seed`` plus its index.
+        edit_masks: a list with one mask for each prompt (or None: what its adapter's rule says): bool ``[P]``.
 
     Returns:
         One ``Completion`` for each prompt, in order.
@@ -56,12 +58,15 @@ def generate(
     if not prompts:
         return []
     requests = [
-        Request(prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=(seed + i) % 2**32)
-        for i, (one, adapter, own) in enumerate(
+        Request(
+            prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=(seed + i) % 2**32, edit_mask=mask
+        )
+        for i, (one, adapter, own, mask) in enumerate(
             zip(
                 prompts,
                 _per_prompt(adapters, len(prompts), "adapters"),
                 _per_prompt(sampling, len(prompts), "sampling"),
+                _per_prompt(edit_masks, len(prompts), "edit_masks"),
                 strict=True,
             )
         )

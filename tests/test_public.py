@@ -26,6 +26,12 @@ PACKAGES = preft_jax, serve, train
 TINY = PRESETS["tiny"]
 
 SIGNATURES = {
+    "preft_jax.activations": (
+        "config, params, tokens_BS, names, *, folded=None, edit_mask_BSG=None, segments_BS=None, positions_BS=None"
+    ),
+    "preft_jax.adapter_of_edits": "edits, model, config",
+    "preft_jax.register_positions": "name, function, *, replace=False",
+    "preft_jax.steering_adapter": "vectors, model, *, strength=1.0, positions='prompt'",
     "preft_jax.collate": "examples, *, length=None",
     "preft_jax.encode_prompt": "tokenizer, prompt, *, vocab_size, add_generation_prompt=True",
     "preft_jax.extend_edit_mask": "mask_TG, num_generated, positions",
@@ -36,7 +42,8 @@ SIGNATURES = {
     ),
     "preft_jax.fused_layout": "params, *, transpose, consume=False, shards=1",
     "preft_jax.generate": (
-        "model, prompts, adapters=None, sampling=SamplingParams(), max_tokens=64, *, max_num_seqs=16, seed=0"
+        "model, prompts, adapters=None, sampling=SamplingParams(), max_tokens=64, *, max_num_seqs=16, seed=0, "
+        "edit_masks=None"
     ),
     "preft_jax.hidden_states": (
         "config, params, tokens_BS, edits, *, segments_BS=None, positions_BS=None, attention='xla', remat='none'"
@@ -57,7 +64,7 @@ SIGNATURES = {
     "serve.Engine.step": "self",
     "serve.Request": (
         "*, prompt, adapter=None, sampling=SamplingParams(), max_tokens=64, n=1, stop=(), logprobs=None, "
-        "prompt_logprobs=None, priority=0, deadline=None, seed=None"
+        "prompt_logprobs=None, priority=0, deadline=None, seed=None, edit_mask=None"
     ),
     "train.Job": "config, model, examples, held_out=(), initial=None",
     "train.Trainer": "model, jobs=(), options=TrainOptions(), placement=None",

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig, adapter_shapes
@@ -56,7 +57,7 @@ def _drawn(config: AdapterConfig, model: ModelConfig, key: jax.Array, strength: 
     def draw(data: Any) -> Any:
         return _draw(config, shapes, np.asarray(data).ravel(), strength)
 
-    if not isinstance(data, jax.core.Tracer):
+    if not isinstance(data, Tracer):
         return Adapter(config, draw(data))
     leaves = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)

@@ -7,7 +7,7 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, own_mask, prompt_edit_mask
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
@@ -90,10 +90,7 @@ class Admission:
         if request.stop and self._model.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
         entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
-        assert isinstance(request.prompt, EncodedPrompt)
-        prompt_mask = prompt_edit_mask(request.prompt, None if request.adapter is None else request.adapter.config)
-        positions = "prompt" if request.adapter is None else request.adapter.config.positions
-        mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)
+        mask = self._mask(request)
         eos = () if sampling.ignore_eos else model.eos_token_ids
         salt = cache_salt(
             base=self._model.digest,
@@ -131,6 +128,17 @@ class Admission:
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
         return sequences
+
+    def _mask(self, request: Request) -> np.ndarray:
+        """Return which tokens are edited, those that may be generated included."""
+        assert isinstance(request.prompt, EncodedPrompt)
+        config = None if request.adapter is None else request.adapter.config
+        prompt_mask = prompt_edit_mask(request.prompt, config)
+        if request.edit_mask is not None:
+            if config is None:
+                raise RequestError("edit_mask is given without an adapter, and so there is nothing to edit with")
+            prompt_mask = own_mask(request.edit_mask, len(request.token_ids), "edit_mask")
+        return extend_edit_mask(prompt_mask, request.max_tokens, "prompt" if config is None else config.positions)
 
     def sample(self, request: Request) -> Sample:
         """Return what is kept of one of a request's samples for its outputs."""

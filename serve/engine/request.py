@@ -24,6 +24,8 @@ class Request:
             ``preft_jax.text.chat.encode_prompt`` made of them.
         adapter: edits the prompt (or every token, if its config says so), given itself or by what an
             ``AdapterStore`` has registered; None for the base model.
+        edit_mask: which prompt tokens are edited, in place of what the adapter's rule says: bool ``[P]``, or ``[P,
+            NUM_GROUPS]`` for weights of first and last positions of their own; needs an adapter.
         sampling: how tokens are drawn.
         max_tokens: generate at most this many tokens for each sample.
         n: samples of the prompt, which is prefilled once; sample i draws with seed + i.
@@ -46,6 +48,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     seed: int | None = None
+    edit_mask: Any = None
 
     def __post_init__(self) -> None:
         def whole(name: str, low: int, high: int) -> None:
@@ -55,6 +58,12 @@ class Request:
 
         if isinstance(self.prompt, EncodedPrompt):
             _check_token_ids(self.prompt.token_ids)
+        elif isinstance(self.prompt, bytes) or not (
+            isinstance(self.prompt, str | Sequence) or hasattr(self.prompt, "__array__")
+        ):
+            raise RequestError(
+                f"the prompt is {shown(self.prompt)}; give text, token ids, chat messages, or what encode_prompt returns"
+            )
         if self.adapter is not None and not isinstance(self.adapter, Adapter | Registered):
             raise RequestError(
                 f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), what an AdapterStore has "

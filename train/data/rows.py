@@ -239,7 +239,7 @@ def _of_turn(messages: list[dict[str, str]], model: Model, adapter: AdapterConfi
 def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> Example:
     """Return a whole conversation, all of its answers learned, as one row."""
     rule = parse_positions(adapter.positions)
-    if rule.first is not None:
+    if rule.first is not None or rule.function is not None:
         raise RequestError(
             f"positions {adapter.positions!r} are counted in each request's prompt, so a conversation of several "
             "answers is not one row; use assistant_turns 'edit'"

@@ -48,7 +48,7 @@ def engine(lively):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("prompt", EncodedPrompt([], ())), ("prompt", "text"), ("prompt", [1, 2]), ("adapter", "alice"),
+        ("prompt", EncodedPrompt([], ())), ("prompt", b"text"), ("prompt", 12), ("adapter", "alice"),
         ("sampling", {"temperature": 1}), ("max_tokens", 0), ("max_tokens", 1.0), ("max_tokens", True), ("n", 0),
         ("n", 129), ("seed", -1), ("seed", 2**32), ("priority", 2**31), ("priority", 0.5), ("logprobs", 21),
         ("logprobs", -1), ("logprobs", True), ("prompt_logprobs", 21), ("stop", "abc"), ("stop", ("",)), ("stop", (7,)),
