@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from preft_jax.rows import Rows as Rows
     from preft_jax.rows import collate as collate
     from preft_jax.sampling.parameters import SamplingParams as SamplingParams
+    from preft_jax.scoring import logprobs as logprobs
+    from preft_jax.scoring import perplexity as perplexity
     from preft_jax.text.chat import encode_answer as encode_answer
     from preft_jax.text.chat import encode_prompt as encode_prompt
     from serve.generate import Completion as Completion
@@ -88,7 +90,9 @@ __all__ = [
     "init_adapter",
     "load_adapter",
     "load_model",
+    "logprobs",
     "make_edit_mask",
+    "perplexity",
     "prompt_edit_mask",
     "random_adapter",
     "register_kind",
@@ -155,6 +159,7 @@ _forward = forwarded(
             "collate",
         ),
         "preft_jax.sampling.parameters": ("SamplingParams",),
+        "preft_jax.scoring": ("logprobs", "perplexity"),
         "preft_jax.text.chat": (
             "encode_answer",
             "encode_prompt",

@@ -1,19 +1,16 @@
 """``generate``: text for library users, each prompt with an adapter of its own or none, over the engine."""
 
-import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
+from preft_jax.prompts import as_list, per_prompt
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import RANK_PAGE
-from preft_jax.text.chat import EncodedPrompt
 from serve.engine.admission import encoded
 from serve.engine.completion import Completion as Completion
 from serve.engine.config import EngineConfig
@@ -54,7 +51,7 @@ def generate(
         RequestError: for a prompt that is empty or too long, or wrong counts; nothing has run then.
         AdapterError: for an adapter of another base model.
     """
-    prompts = _as_list(prompts)
+    prompts = as_list(prompts)
     if not prompts:
         return []
     requests = [
@@ -64,9 +61,9 @@ def generate(
         for i, (one, adapter, own, mask) in enumerate(
             zip(
                 prompts,
-                _per_prompt(adapters, len(prompts), "adapters"),
-                _per_prompt(sampling, len(prompts), "sampling"),
-                _per_prompt(edit_masks, len(prompts), "edit_masks"),
+                per_prompt(adapters, len(prompts), "adapters"),
+                per_prompt(sampling, len(prompts), "sampling"),
+                per_prompt(edit_masks, len(prompts), "edit_masks"),
                 strict=True,
             )
         )
@@ -118,23 +115,3 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
         all_token=any(not adapter.config.prefill_only for adapter in adapters.values()),
         prefix_caching=False,
     )
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """Return a list of prompts; one text, one sequence of token ids and one list of messages count as one prompt."""
-    if isinstance(prompts, str | EncodedPrompt):
-        return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray):
-        raise RequestError(
-            f"prompts is of type {type(prompts).__name__}; give text, token ids, messages, or a list of them"
-        )
-    one = len(prompts) > 0 and isinstance(prompts[0], Mapping | numbers.Integral)
-    return [prompts] if one else list(prompts)
-
-
-def _per_prompt(values: Any, count: int, what: str) -> list[Any]:
-    if not isinstance(values, list | tuple):
-        return [values] * count
-    if len(values) != count:
-        raise RequestError(f"{what} has {len(values)} entries for {count} prompts; give one for all, or one for each")
-    return list(values)

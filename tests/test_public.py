@@ -51,6 +51,8 @@ SIGNATURES = {
     "preft_jax.init_adapter": "config, model, key",
     "preft_jax.load_adapter": "path, model, *, allow_base_mismatch=False, limits=None",
     "preft_jax.load_model": "name_or_path, dtype=None, check_finite=False, seed=0",
+    "preft_jax.logprobs": "model, prompts, answers, adapters=None, *, edit_masks=None, batch_size=8",
+    "preft_jax.perplexity": "model, prompts, answers, adapters=None, options",
     "preft_jax.prompt_edit_mask": "prompt, config",
     "preft_jax.random_adapter": "config, model, key, *, strength=0.05",
     "preft_jax.register_kind": (

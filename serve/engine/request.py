@@ -62,7 +62,7 @@ class Request:
             isinstance(self.prompt, str | Sequence) or hasattr(self.prompt, "__array__")
         ):
             raise RequestError(
-                f"the prompt is {shown(self.prompt)}; give text, token ids, chat messages, or what encode_prompt returns"
+                f"the prompt is {shown(self.prompt)}; give text, token ids, chat messages, or what encode_prompt gives"
             )
         if self.adapter is not None and not isinstance(self.adapter, Adapter | Registered):
             raise RequestError(
