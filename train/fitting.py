@@ -8,7 +8,8 @@ from preft_jax.device.mesh import Placement
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from train.jobs import Job
-from train.trainer import Result, Trainer, TrainOptions
+from train.results import Result
+from train.trainer import Trainer, TrainOptions
 
 
 class Fitted(NamedTuple):

@@ -44,7 +44,7 @@ class Admission:
         pages: of the KV cache.
         knows: whether an adapter, by its digest, is on the host: it was checked then.
         kv_dtype: of the cache.
-        seed: of the seeds that requests without one get, in the order of their arrival.
+        seeds: of which requests without one get theirs, in the order of their arrival.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Admission:
         pages: PageManager,
         knows: Callable[[str], bool],
         kv_dtype: str,
-        seed: int,
+        seeds: np.random.Generator,
     ):
         self._model = model
         self._config = config
         self._pages = pages
         self._knows = knows
         self._kv_dtype = kv_dtype
-        self._seeds = np.random.default_rng(seed)
+        self._seeds = seeds
 
     def sequences(self, request: Request, request_id: int) -> list[Sequence]:
         """Check a request and return its samples.

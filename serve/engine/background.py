@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 
@@ -105,6 +105,8 @@ class Background:
         self._clock = clock
         self._earned = 0.0
         self._next: Unit | None = None
+        # A unit that is between its queue and the calls under way.
+        self.in_hand: Unit | None = None
 
     def earn(self, seconds: float) -> None:
         """Note that a call of requests took so long. Time is not saved up beyond what the next unit takes."""
@@ -145,12 +147,28 @@ class Background:
         assert self._work is not None
         self._work.failed(unit, error)
 
+    def start(self, unit: Unit, params: Any) -> UnitCall | None:
+        """Start a unit; None if it fails."""
+        started = self._clock()
+        try:
+            return UnitCall(unit=unit, arrays=unit.start(params), started=started)
+        except Exception as error:
+            self.failed(unit, error)
+            return None
+
+    def interrupted(self, calls: Iterable[UnitCall]) -> None:
+        """Note that the engine was cut off: a unit that is in none of the ``calls`` under way counts as failed."""
+        unit = self.in_hand
+        if unit is not None and self._next is not unit and all(call.unit is not unit for call in calls):
+            self.failed(unit, InterruptedError("the engine was interrupted while it started or ended this work"))
+        self.in_hand = None
+
     def _peek(self) -> Unit | None:
         if self._next is None and self._work is not None:
             self._next = self._work.next()
         return self._next
 
     def _take(self) -> Unit | None:
-        unit = self._peek()
+        self.in_hand = unit = self._peek()
         self._next = None
         return unit
