@@ -30,7 +30,7 @@ def as_list(prompts: Any, what: str = "prompts") -> list[Any]:
         raise RequestError(
             f"{what} is of type {type(prompts).__name__}; give text, token ids, messages, or a list of them"
         )
-    return [prompts] if is_one(prompts) else list(prompts)
+    return [prompts] if isinstance(prompts, EncodedPrompt) or is_one(prompts) else list(prompts)
 
 
 def per_prompt(values: Any, count: int, what: str) -> list[Any]:

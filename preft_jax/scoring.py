@@ -22,7 +22,7 @@ from preft_jax.models.forward import edits_of, hidden_states
 from preft_jax.models.logprobs import token_logprobs
 from preft_jax.models.params import Params
 from preft_jax.prompts import as_list, is_one, per_prompt
-from preft_jax.rows import Rows, collate
+from preft_jax.rows import collate
 from preft_jax.text.chat import EncodedPrompt, encode_answer, encode_prompt, encode_text
 
 Example = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -131,17 +131,21 @@ def _example(model: Model, prompt: Any, answer: Any, adapter: Adapter | None, ma
 
 def _encode(model: Model, prompt: Any, answer: Any) -> tuple[EncodedPrompt, list[int]]:
     vocab_size, is_text = model.config.vocab_size, isinstance(answer, str)
-    is_chat = not isinstance(prompt, str | EncodedPrompt) and len(prompt) and isinstance(prompt[0], Mapping)
-    if is_chat and is_text:
+    if is_text and _is_chat(prompt):
         return encode_answer(model.tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    encoded = prompt
-    if not isinstance(prompt, EncodedPrompt):
+    if isinstance(prompt, EncodedPrompt):
+        encoded = prompt
+    else:
         encoded = encode_prompt(model.tokenizer, prompt, vocab_size=vocab_size)
     if not is_text:
         return encoded, encode_prompt(None, answer, vocab_size=vocab_size).token_ids
     if model.tokenizer is None:
         raise RequestError("this model has no tokenizer; give the answer as token ids")
     return encoded, encode_text(model.tokenizer, answer, add_special_tokens=False)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _batch(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -> list[np.ndarray]:
@@ -155,7 +159,7 @@ def _batch(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(config: ModelConfig, params: Params, folded: Any, rows: Rows) -> jax.Array:
+def _score(config: ModelConfig, params: Params, folded: Any, rows: Any) -> jax.Array:
     """Return the log-probability of each token's successor, ``[B, S]``; 0 where it is not an answer's."""
     edits = edits_of(config, folded, None if folded is None else rows.edit_mask_BSG)
     h_BSD = hidden_states(config, params, rows.tokens_BS, edits)

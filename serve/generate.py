@@ -5,11 +5,11 @@ from typing import Any
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import adapter_page_counts
-from preft_jax.errors import ConfigError, RequestError
+from preft_jax.errors import ConfigError, ModelError, RequestError, shown
 from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
 from preft_jax.prompts import as_list, per_prompt
-from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.sampling.parameters import SamplingParams, derived_seed
 from preft_jax.shapes import RANK_PAGE
 from serve.engine.admission import encoded
 from serve.engine.completion import Completion as Completion
@@ -41,7 +41,7 @@ def generate(
         sampling: one ``SamplingParams`` for all, or one for each.
         max_tokens: generate at most this many tokens for each.
         max_num_seqs: prompts that run together; more wait.
-        seed: where a request's own seed is None, it gets ``seed`` plus its index.
+        seed: a request whose own seed is None gets one derived from ``seed`` and its index; the first has ``seed``.
         edit_masks: a list with one mask for each prompt (or None: what its adapter's rule says): bool ``[P]``.
 
     Returns:
@@ -50,13 +50,18 @@ def generate(
     Raises:
         RequestError: for a prompt that is empty or too long, or wrong counts; nothing has run then.
         AdapterError: for an adapter of another base model.
+        ModelError: if ``model`` is no ``Model``.
     """
+    if not isinstance(model, Model):
+        raise ModelError(f"model is of type {type(model).__name__}; give what load_model returns")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise RequestError(f"seed is {shown(seed)}; give an integer from 0 to 2**32 - 1")
     prompts = as_list(prompts)
     if not prompts:
         return []
     requests = [
         Request(
-            prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=(seed + i) % 2**32, edit_mask=mask
+            prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=derived_seed(seed, i), edit_mask=mask
         )
         for i, (one, adapter, own, mask) in enumerate(
             zip(

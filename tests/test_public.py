@@ -19,6 +19,9 @@ import train
 from preft_jax import AdapterConfig, ConfigError
 from preft_jax.config import PRESETS
 from preft_jax.frozen import FrozenDict
+from preft_jax.sampling.parameters import derived_seed
+from preft_jax.text import chat
+from train.run import options
 
 pytestmark = pytest.mark.host
 
@@ -228,3 +231,64 @@ def test_rows_of_other_shapes_are_named(example, message):
 def test_no_public_name_is_a_module_too(package):
     """Importing the module would put it where the name was."""
     assert not {module.name for module in pkgutil.iter_modules(package.__path__)} & set(package.__all__)
+
+
+def test_one_line_says_what_a_thing_is(tiny_text):
+    adapter = preft_jax.init_adapter(AdapterConfig(rank=2, layers=(0,)), TINY, np.zeros(2, np.uint32))
+    for thing in (tiny_text, adapter, TINY, AdapterConfig(), serve.EngineConfig()):
+        assert len(repr(thing)) < 700
+        assert "\n" not in repr(thing)
+    assert repr(tiny_text) == "Model('tiny', 0.1M parameters, no weights, digest 000000000000)"
+    assert repr(adapter) == "Adapter('lora', rank 2, q,k,v,o,gate,up,down of 1 layers, 'prompt')"
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda: serve.Request(prompt="a", adapter=LONG),
+        lambda: serve.Request(prompt="a", sampling=LONG),
+        lambda: serve.Request(prompt="a", stop=(7, LONG)),
+        lambda: serve.Request(prompt=object(), adapter=LONG),
+        lambda: preft_jax.encode_prompt(None, [LONG], vocab_size=9),
+        lambda: chat.check_messages(LONG),
+        lambda: chat.check_messages([LONG]),
+        lambda: chat.check_messages([{"role": LONG, "content": ""}]),
+        lambda: chat.check_messages([{"role": "user", "content": [LONG] * 99}]),
+        lambda: AdapterConfig(kind=LONG),
+        lambda: AdapterConfig(positions=LONG),
+        lambda: AdapterConfig(targets=(LONG,)),
+        lambda: AdapterConfig(targets=LONG),
+        lambda: AdapterConfig(rank=LONG),
+        lambda: preft_jax.SamplingParams(temperature=LONG),
+        lambda: preft_jax.SamplingParams(stop_token_ids=LONG),
+        lambda: serve.EngineConfig(max_num_seqs=LONG),
+        lambda: train.BatchOptions(seed=LONG),
+    ],
+)
+def test_errors_show_a_line_at_most(refused):
+    with pytest.raises((preft_jax.PreftError, TypeError)) as caught:
+        refused()
+    assert len(str(caught.value)) < 600
+
+
+def test_neighbours_draw_from_other_seeds():
+    seeds = [derived_seed(seed, index) for seed in range(200) for index in range(20)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert derived_seed(7, 0) == 7
+
+
+def test_defaults_of_python_are_those_of_the_command_line():
+    """An option has the name of a field, or of the part of it that is behind ``lora_`` or ``per_device_train_``."""
+    parts = [train.JobConfig(), train.OptimizerConfig(), train.BatchOptions(), train.DataOptions(), AdapterConfig()]
+    compared = set()
+    for name, option in options._JOB.items():
+        field = name.removeprefix("per_device_train_").removeprefix("lora_").replace("adapter_kind", "kind")
+        for part in parts:
+            if hasattr(part, field) and "default" in option and field not in ("targets", "layers"):
+                assert getattr(part, field) == option["default"], name
+                compared.add(name)
+    assert compared >= {"learning_rate", "warmup_ratio", "num_train_epochs", "rank", "max_length", "seed", "optim"}

@@ -52,7 +52,7 @@ class JobConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataOptions = DataOptions()
     batches: BatchOptions = BatchOptions()
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = 3.0
     max_steps: int = -1
     gradient_accumulation_steps: int = 1
 

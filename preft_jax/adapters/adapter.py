@@ -49,6 +49,12 @@ class Adapter:
     config: AdapterConfig
     params: Any
 
+    def __repr__(self) -> str:
+        config = self.config
+        where = "all layers" if config.layers is None else f"{len(config.layers)} layers"
+        at = f"{','.join(config.targets)} of {where}"
+        return f"Adapter({config.kind!r}, rank {config.rank}, {at}, {config.positions!r})"
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of what the adapter computes: folded tensors, kind, positions and turn rule."""

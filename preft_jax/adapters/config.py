@@ -73,7 +73,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         kind = find_kind(self.kind)
         if isinstance(self.targets, str):
-            raise ConfigError(f"targets is {self.targets!r}; give a tuple of sites, such as ({self.targets[:1]!r},)")
+            raise ConfigError(f"targets is {shown(self.targets)}; give a tuple of sites: ({self.targets[:1]!r},)")
         object.__setattr__(self, "targets", tuple(self.targets) or kind.targets)
         self._check_targets(kind)
         self._check_patterns()

@@ -113,20 +113,22 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
             one, a role that is not in ``ROLES``, or content that is not text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestError(f"messages is {messages!r}; give a list of at least one {{'role': ..., 'content': ...}}")
+        raise RequestError(
+            f"messages is {shown(messages)}; give a list of at least one {{'role': ..., 'content': ...}}"
+        )
     checked = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise RequestError(f"{where} is {message!r}; give a dict with 'role' and 'content'")
+            raise RequestError(f"{where} is {shown(message)}; give a dict with 'role' and 'content'")
         reject_unknown(map(str, message), ("role", "content"), what=f"field of {where}", error=RequestError)
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
-                raise RequestError(f"{where}[{field!r}] is {message.get(field)!r}; give a string")
+                raise RequestError(f"{where}[{field!r}] is {shown(message.get(field))}; give a string")
         role = message["role"]
         if role not in ROLES:
             raise RequestError(
-                f"{where} has the unknown role {role!r}{did_you_mean(role, ROLES)}; allowed: {', '.join(ROLES)}"
+                f"{where} has the unknown role {shown(role)}{did_you_mean(role, ROLES)}; allowed: {', '.join(ROLES)}"
             )
         checked.append({"role": role, "content": message["content"]})
     return checked

@@ -12,6 +12,7 @@ from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
 from preft_jax.loading import Model, check_base
+from preft_jax.sampling.parameters import derived_seed
 from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
@@ -116,7 +117,7 @@ class Admission:
                 max_tokens=request.max_tokens,
                 stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
                 sampling=sampling,
-                seed=(first_seed + index) % 2**32,
+                seed=derived_seed(first_seed, index),
                 logprobs=request.logprobs,
                 adapter=None if request.adapter is None else request.adapter.digest,
                 entries=entries,

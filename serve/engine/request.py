@@ -28,7 +28,7 @@ class Request:
             NUM_GROUPS]`` for weights of first and last positions of their own; needs an adapter.
         sampling: how tokens are drawn.
         max_tokens: generate at most this many tokens for each sample.
-        n: samples of the prompt, which is prefilled once; sample i draws with seed + i.
+        n: samples of the prompt, which is prefilled once; each sample draws from a seed of its own.
         stop: texts that end a sample; they are not part of its text.
         logprobs: also return this many most likely tokens at each step (0: the drawn token's alone).
         prompt_logprobs: the same for each prompt token but the first, or None.
@@ -54,7 +54,7 @@ class Request:
         def whole(name: str, low: int, high: int) -> None:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-                raise RequestError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+                raise RequestError(f"{name} is {shown(value)}; allowed: an integer from {low} to {high}")
 
         if isinstance(self.prompt, EncodedPrompt):
             _check_token_ids(self.prompt.token_ids)
@@ -66,11 +66,11 @@ class Request:
             )
         if self.adapter is not None and not isinstance(self.adapter, Adapter | Registered):
             raise RequestError(
-                f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), what an AdapterStore has "
+                f"adapter is {shown(self.adapter)}; give an Adapter (load_adapter makes one), what an AdapterStore has "
                 "registered, or None"
             )
         if not isinstance(self.sampling, SamplingParams):
-            raise RequestError(f"sampling is {self.sampling!r}; give SamplingParams(...)")
+            raise RequestError(f"sampling is {shown(self.sampling)}; give SamplingParams(...)")
         whole("max_tokens", 1, 2**31 - 1)
         whole("n", 1, MAX_SAMPLES)
         if self.seed is not None:
@@ -81,10 +81,10 @@ class Request:
                 whole(name, 0, MAX_LOGPROBS)
         stops = self.stop
         if not isinstance(stops, tuple | list) or not all(isinstance(text, str) and text for text in stops):
-            raise RequestError(f"stop is {stops!r}; give a sequence of texts, none of them empty")
+            raise RequestError(f"stop is {shown(stops)}; give a sequence of texts, none of them empty")
         late = self.deadline
         if late is not None and (isinstance(late, bool) or not isinstance(late, numbers.Real) or not float(late) > 0):
-            raise RequestError(f"deadline is {late!r}; give seconds above 0, or None")
+            raise RequestError(f"deadline is {shown(late)}; give seconds above 0, or None")
 
     @property
     def token_ids(self) -> list[int]:
