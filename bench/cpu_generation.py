@@ -36,7 +36,7 @@ from preft_jax.text.chat import EncodedPrompt
 from serve.bench.environment import environment
 from serve.engine.engine import Engine
 from serve.engine.request import Request
-from serve.generate import config_for, run_on
+from serve.generate import config_for
 
 SCHEMA = "preft-jax/cpu-generation/1"
 
@@ -112,7 +112,7 @@ def make_ours(model: Model, case: Case, adapter: Adapter | None, prompts: list[l
 
     def once() -> dict[str, Any]:
         start = time.perf_counter()
-        done = run_on(engine, requests)
+        done = engine.generate(requests)
         return {"seconds": time.perf_counter() - start, "tokens": [one.token_ids for one in done]}
 
     return once

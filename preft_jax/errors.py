@@ -9,6 +9,10 @@ _LONGEST_NAME = 256
 """Characters from which on nothing is compared with the names that are allowed, which would take long."""
 
 
+_LONGEST_SHOWN = 240
+"""Characters of a value that a message repeats."""
+
+
 class PreftError(Exception):
     """Base of every error that preft-jax raises on purpose; catch this one to catch them all."""
 
@@ -55,8 +59,11 @@ _short.maxstring = _short.maxlong = _short.maxother = 160
 
 
 def shown(value: Any) -> str:
-    """Return a value that a stranger chose as a message repeats it: ``repr``, cut where it is long or deep."""
-    return _short.repr(value)
+    """Return a value that a stranger chose as a message repeats it: ``repr`` in a line, cut where it is long."""
+    text = _short.repr(value)
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
 
 
 def plain(text: str) -> str:

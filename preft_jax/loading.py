@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class Model:
     tokenizer: Any
     digest: str
     name: str = ""
+
+    def __repr__(self) -> str:
+        dtype = getattr(self.params["embed"], "dtype", "?") if isinstance(self.params, Mapping) else "no weights"
+        millions, name = self.config.num_params() / 1e6, self.name or self.config.model_type
+        return f"Model({name!r}, {millions:,.1f}M parameters, {dtype}, digest {str(self.digest)[:12]})"
 
 
 def resolve_dtype(dtype: Any = None) -> jnp.dtype:
@@ -186,6 +192,8 @@ def _transposed(max_num_seqs: int) -> bool:
 
 def check_base(adapter: Adapter, model: Model) -> None:
     """Raise ``AdapterError`` if an adapter was made for another base model or does not fit this one."""
+    if not isinstance(model, Model):
+        raise ModelError(f"model is of type {type(model).__name__}; give what load_model returns")
     expected, given = model.digest, adapter.config.base_model_digest
     if expected is not None and given is not None and expected != given:
         raise AdapterError(

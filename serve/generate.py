@@ -1,45 +1,21 @@
 """``generate``: text for library users, each prompt with an adapter of its own or none, over the engine."""
 
-import dataclasses
-import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import adapter_page_counts
-from preft_jax.errors import ConfigError, RequestError
+from preft_jax.errors import ConfigError, ModelError, RequestError, shown
 from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
-from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.prompts import as_list, per_prompt
+from preft_jax.sampling.parameters import SamplingParams, derived_seed
 from preft_jax.shapes import RANK_PAGE
-from preft_jax.text.chat import EncodedPrompt, encode_prompt
+from serve.engine.admission import encoded
+from serve.engine.completion import Completion as Completion
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.request import Request
-
-
-@dataclasses.dataclass(kw_only=True)
-class Completion:
-    """What was generated for one prompt.
-
-    Attributes:
-        text: decoded tokens, special tokens and the end token left out; empty without a tokenizer.
-        token_ids: generated tokens, the end token included.
-        logprobs: raw log-probability of each, temperature 1.
-        sampling_logprobs: log-probability of each under the distribution that it was drawn from.
-        finish_reason: ``"stop"`` (an end token), ``"length"``, or ``"error"``: the model's logits were not numbers (its
-            weights or the adapter overflow); other prompts are not affected.
-        error: why it is ``"error"``.
-    """
-
-    text: str = ""
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
-    finish_reason: str = ""
-    error: str | None = None
 
 
 def generate(
@@ -51,6 +27,7 @@ def generate(
     *,
     max_num_seqs: int = 16,
     seed: int = 0,
+    edit_masks: Any = None,
 ) -> list[Completion]:
     """Generate for one prompt or many, each with its own adapter or none.
 
@@ -64,7 +41,8 @@ def generate(
         sampling: one ``SamplingParams`` for all, or one for each.
         max_tokens: generate at most this many tokens for each.
         max_num_seqs: prompts that run together; more wait.
-        seed: where a request's own seed is None, it gets ``seed`` plus its index.
+        seed: a request whose own seed is None gets one derived from ``seed`` and its index; the first has ``seed``.
+        edit_masks: a list with one mask for each prompt (or None: what its adapter's rule says): bool ``[P]``.
 
     Returns:
         One ``Completion`` for each prompt, in order.
@@ -72,18 +50,25 @@ def generate(
     Raises:
         RequestError: for a prompt that is empty or too long, or wrong counts; nothing has run then.
         AdapterError: for an adapter of another base model.
+        ModelError: if ``model`` is no ``Model``.
     """
-    prompts = _as_list(prompts)
+    if not isinstance(model, Model):
+        raise ModelError(f"model is of type {type(model).__name__}; give what load_model returns")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise RequestError(f"seed is {shown(seed)}; give an integer from 0 to 2**32 - 1")
+    prompts = as_list(prompts)
     if not prompts:
         return []
-    encoded = [encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size) for prompt in prompts]
     requests = [
-        Request(prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=(seed + i) % 2**32)
-        for i, (one, adapter, own) in enumerate(
+        Request(
+            prompt=one, adapter=adapter, sampling=own, max_tokens=max_tokens, seed=derived_seed(seed, i), edit_mask=mask
+        )
+        for i, (one, adapter, own, mask) in enumerate(
             zip(
-                encoded,
-                _per_prompt(adapters, len(prompts), "adapters"),
-                _per_prompt(sampling, len(prompts), "sampling"),
+                prompts,
+                per_prompt(adapters, len(prompts), "adapters"),
+                per_prompt(sampling, len(prompts), "sampling"),
+                per_prompt(edit_masks, len(prompts), "edit_masks"),
                 strict=True,
             )
         )
@@ -92,27 +77,13 @@ def generate(
 
 
 def run(model: Model, requests: Sequence[Request], *, max_num_seqs: int = 16) -> list[Completion]:
-    """Serve requests of one sample each on an engine made for them; return their completions in order.
+    """Serve requests on an engine made for them; return their completions in order, as ``Engine.generate`` does.
 
     Raises:
         RequestError, AdapterError: for the first that can never be served; nothing has run then.
     """
-    engine = Engine(model, config_for(model, requests, max_num_seqs=max_num_seqs))
-    return run_on(engine, requests)
-
-
-def run_on(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-    """``run`` on an engine that is there already."""
-    done = {engine.add(request): Completion() for request in requests}
-    while engine.has_work:
-        for output in engine.step():
-            one = done[output.request_id]
-            one.text += output.text
-            one.token_ids += output.token_ids
-            one.logprobs += output.logprobs
-            one.sampling_logprobs += output.sampling_logprobs
-            one.finish_reason, one.error = output.finish_reason or "", output.error
-    return list(done.values())
+    requests = [encoded(model, request) for request in requests]
+    return Engine(model, config_for(model, requests, max_num_seqs=max_num_seqs)).generate(requests)
 
 
 def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) -> EngineConfig:
@@ -127,7 +98,7 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
     """
     if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs is {max_num_seqs!r}; give an integer of at least 1")
-    longest = max(len(request.prompt.token_ids) + request.max_tokens for request in requests)
+    longest = max(len(request.token_ids) + request.max_tokens for request in requests)
     most = model.config.max_position_embeddings
     if longest > most:
         raise RequestError(
@@ -149,23 +120,3 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
         all_token=any(not adapter.config.prefill_only for adapter in adapters.values()),
         prefix_caching=False,
     )
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """Return a list of prompts; one text, one sequence of token ids and one list of messages count as one prompt."""
-    if isinstance(prompts, str | EncodedPrompt):
-        return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray):
-        raise RequestError(
-            f"prompts is of type {type(prompts).__name__}; give text, token ids, messages, or a list of them"
-        )
-    one = len(prompts) > 0 and isinstance(prompts[0], Mapping | numbers.Integral)
-    return [prompts] if one else list(prompts)
-
-
-def _per_prompt(values: Any, count: int, what: str) -> list[Any]:
-    if not isinstance(values, list | tuple):
-        return [values] * count
-    if len(values) != count:
-        raise RequestError(f"{what} has {len(values)} entries for {count} prompts; give one for all, or one for each")
-    return list(values)

@@ -7,6 +7,7 @@ import numpy as np
 from engine_runs import STEPS, TIGHT, request
 
 from preft_jax import SamplingParams
+from preft_jax.sampling.parameters import derived_seed
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 
@@ -96,7 +97,7 @@ def run_one(engine, one):
 
 def by_itself(one, index):
     """Return the request of one sample of a request."""
-    seed = index + (one.seed if one.sampling.seed is None else one.sampling.seed)
+    seed = derived_seed(one.seed if one.sampling.seed is None else one.sampling.seed, index)
     sampling = dataclasses.replace(one.sampling, seed=seed)
     return dataclasses.replace(one, n=1, sampling=sampling, deadline=None, priority=0)
 

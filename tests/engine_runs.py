@@ -12,6 +12,7 @@ import pytest
 import reference
 
 from preft_jax import SamplingParams
+from preft_jax.sampling.parameters import derived_seed
 from preft_jax.text.chat import EncodedPrompt
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
@@ -103,7 +104,7 @@ def assert_idle(engine):
 
 
 def seed_of(one, index):
-    return index + (one.seed if one.sampling.seed is None else one.sampling.seed)
+    return derived_seed(one.seed if one.sampling.seed is None else one.sampling.seed, index)
 
 
 def alone(model, one, index=0, config=ROOMY):

@@ -17,7 +17,8 @@ from preft_jax.adapters.adapter import Adapter
 from preft_jax.models.params import Params
 from serve.engine.background import Unit
 from train.jobs import Job
-from train.trainer import Result, StepResult, Trainer, micro_batches
+from train.micro import micro_batches
+from train.trainer import Result, StepResult, Trainer
 from train.window import Windowed, WindowOptions
 
 _log = logging.getLogger("preft.train")

@@ -15,6 +15,7 @@ from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import init_adapter
 from preft_jax.errors import ConfigError
+from preft_jax.frozen import FrozenDict
 from preft_jax.loading import Model
 from train.data.batches import BatchOptions, Row, plan_epoch
 from train.data.rows import DataOptions, Example
@@ -53,15 +54,16 @@ class JobConfig:
     dataset_test_split: str | None = None
     adapter: AdapterConfig = AdapterConfig()
     init_from: Path | None = None
-    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    asked: Mapping[str, Any] = FrozenDict()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataOptions = DataOptions()
     batches: BatchOptions = BatchOptions()
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = 3.0
     max_steps: int = -1
     gradient_accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "asked", FrozenDict(self.asked))
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"the name {self.name!r} is not one of a directory; give letters, digits and hyphens")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):

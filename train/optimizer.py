@@ -35,9 +35,9 @@ class OptimizerConfig:
     """
 
     optim: str = "adamw"
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     lr_scheduler_type: str = "linear"
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = 0.03
     warmup_steps: int = 0
     weight_decay: float = 0.0
     adam_beta1: float = 0.9

@@ -28,10 +28,10 @@ from preft_jax.errors import ConfigError
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.forward import hidden_states
 from preft_jax.models.layer import Remat
+from preft_jax.models.logprobs import token_logprobs
 from preft_jax.models.params import Params
 from preft_jax.shapes import RANK_PAGE, SITES
 from train.data.batches import Batch
-from train.logprobs import token_logprobs
 from train.losses import CROSS_ENTROPY, Loss, LossInputs
 from train.optimizer import Numbers, init_state, transformation
 
@@ -52,9 +52,6 @@ class Group:
     config: AdapterConfig
     optim: str
     size: int
-
-    def __hash__(self) -> int:
-        return hash((repr(self.config), self.optim, self.size))
 
 
 def fold_config(config: AdapterConfig) -> AdapterConfig:

@@ -5,9 +5,10 @@ Training has two halves: ``Trainer.forward_backward`` adds up gradients, ``Train
 """
 
 import collections
+import copy
 import dataclasses
-import types
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,22 +17,20 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.device.mesh import Placement
-from preft_jax.errors import ConfigError
+from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.batch import bucket
 from preft_jax.models.layer import Remat
 from preft_jax.models.layout import fused_layout
 from train.data.batches import Batch, Rows, collate
-from train.data.documents import Document
 from train.data.rows import Example
 from train.jobs import Job
 from train.losses import Loss, find_loss
+from train.micro import DocumentRow, MicroBatch, micro_batches
 from train.optimizer import Numbers
+from train.results import Entries, Pending, Result, StepResult, results_of
 from train.step import Group, Means, Programs, Report, Slots, Sums, empty_slots, fold_config
-
-DocumentRow = Sequence[Example | Document]
-"""Documents that share a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,50 +49,9 @@ class TrainOptions:
     attention: DenseKernel | None = None
 
 
-class Result(NamedTuple):
-    """What one update of one job gave; ``metrics`` are those of its losses, means as ``loss`` is one."""
-
-    job: Job
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    finite: bool
-    metrics: Mapping[str, float] = types.MappingProxyType({})
-
-
-class StepResult(NamedTuple):
-    """What an update gave: results by job, tokens of the batches before it, and tokens with padding."""
-
-    results: list[Result]
-    tokens: int
-    padded_tokens: int
-
-
 class _Place(NamedTuple):
     group: int
     slot: int
-
-
-@dataclasses.dataclass
-class _Pending:
-    report: Report
-    jobs: list[tuple[Job, int, int, float]]
-    tokens: int
-    padded_tokens: int
-
-
-class MicroBatch(NamedTuple):
-    """A micro-batch that is prepared: arguments of ``step.accumulate``, whose rows they are, and tokens of these."""
-
-    groups: tuple[Group, ...]
-    params: tuple[Any, ...]
-    batch: Batch
-    dropout_J: np.ndarray | None
-    loss: Loss
-    sums: Sums | None
-    jobs: list[Job]
-    tokens: int
 
 
 class _Own(NamedTuple):
@@ -130,9 +88,15 @@ class Trainer:
         self._waiting: collections.deque[Job] = collections.deque()
         self._places: dict[Job, _Place] = {}
         self._groups: list[Group] = []
-        self._state: list[Slots] = []
+        self._state: tuple[Slots, ...] = ()
         self._restored: dict[Job, Slots] = {}
-        self._pending: _Pending | None = None
+        # Updates whose results are still to be fetched, oldest first.
+        self._pending: tuple[Pending, ...] = ()
+        # The update that is done, of which jobs' clocks do not know yet.
+        self._updated: tuple[tuple[Slots, ...], Report] | None = None
+        self._entries: Entries | None = None
+        # What jobs had gathered when ``step`` began with their micro-batches, and their clocks then.
+        self._began: tuple[dict[Job, int], dict[Job, int]] = {}, {}
         self._sums: Sums | None = None
         self._gathered: dict[Job, int] = {}
         self._tokens = self._padded_tokens = 0
@@ -162,6 +126,19 @@ class Trainer:
 
     def admit(self) -> None:
         """Give waiting jobs a slot, as many as may be trained at a time: a free one of their group, or a new one."""
+        self._settle()
+        if not self._waiting:
+            return
+        names = "_waiting", "_places", "_groups", "_state", "_restored", "_sums", "_programs"
+        held = {name: vars(self)[name] for name in names if name in vars(self)}
+        before = {n: copy.copy(x) if isinstance(x, dict | list | collections.deque) else x for n, x in held.items()}
+        try:
+            self._admit()
+        except BaseException:
+            vars(self).update(before)  # Nobody was admitted, or all.
+            raise
+
+    def _admit(self) -> None:
         grown = False
         gathered = {job: self._own_sums(job) for job in self._gathered} if self._waiting else {}
         while self._waiting and (not self.options.max_jobs or len(self._places) < self.options.max_jobs):
@@ -173,22 +150,21 @@ class Trainer:
                 self._drop_empty_groups()  # The programs are made anew in any case.
                 group = len(self._groups)
                 self._groups.append(Group(*key, 0))
-                self._state.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None][:0], state))
+                self._state = (*self._state, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None][:0], state))
             taken = {place.slot for place in self._places.values() if place.group == group}
             slot = next(i for i in range(len(taken) + 1) if i not in taken)
             if slot == self._groups[group].size:
                 grown = True
                 self._groups[group] = dataclasses.replace(self._groups[group], size=slot + 1)
-                self._state[group] = jax.tree.map(
+                new = jax.tree.map(
                     lambda stack, own: jnp.concatenate([stack, jnp.asarray(own)[None]]), self._state[group], state
                 )
             else:
-                self._state[group] = jax.tree.map(
-                    lambda stack, own, slot=slot: stack.at[slot].set(own), self._state[group], state
-                )
+                new = jax.tree.map(lambda stack, own, slot=slot: stack.at[slot].set(own), self._state[group], state)
+            self._state = (*self._state[:group], new, *self._state[group + 1 :])
             self._places[job] = _Place(group, slot)
         if grown:
-            self._state = [self._placement.put_replicated(slots) for slots in self._state]
+            self._state = tuple(self._placement.put_replicated(slots) for slots in self._state)
             self._programs = Programs(
                 self.model.config,
                 tuple(self._groups),
@@ -199,7 +175,7 @@ class Trainer:
 
     def _drop_empty_groups(self) -> None:
         kept = sorted({place.group for place in self._places.values()})
-        self._groups, self._state = [self._groups[i] for i in kept], [self._state[i] for i in kept]
+        self._groups, self._state = [self._groups[i] for i in kept], tuple(self._state[i] for i in kept)
         self._places = {job: place._replace(group=kept.index(place.group)) for job, place in self._places.items()}
 
     def _attention(self) -> DenseKernel:
@@ -214,6 +190,7 @@ class Trainer:
 
     def state_of(self, job: Job) -> Slots:
         """Return a running or waiting job's parameters and optimizer state, in NumPy arrays."""
+        self._settle()
         if job in self._places:
             place = self._places[job]
             return jax.device_get(_unstacked(self._state[place.group], place.slot))
@@ -240,10 +217,10 @@ class Trainer:
             ConfigError: if there is no such loss, a job is not running, or a row does not fit.
         """
         micro = self.prepare(rows, loss)
-        sums = self._programs.accumulate(
-            self._base, micro.params, micro.sums, micro.batch, micro.dropout_J, loss=micro.loss
-        )
-        self.gather(micro, sums)
+        args = self._base, micro.params, micro.sums, micro.batch, micro.dropout_J
+        accumulate, after = functools.partial(self._programs.accumulate, loss=micro.loss), self._after(micro)
+        # As in ``optim_step``: the sums are donated.
+        self._sums, self._gathered, self._tokens, self._padded_tokens = accumulate(*args), *after
 
     def prepare(self, rows: Mapping[Job, Sequence[DocumentRow]], loss: str = "cross_entropy") -> MicroBatch:
         """Return what ``forward_backward`` would compute, for who computes it otherwise (``train/coserve.py``).
@@ -269,11 +246,12 @@ class Trainer:
 
     def gather(self, micro: MicroBatch, sums: Sums) -> None:
         """Take the sums of a micro-batch: those that it was prepared with, and its own."""
-        self._sums = sums
-        for job in micro.jobs:
-            self._gathered[job] = self._gathered.get(job, 0) + 1
-        self._tokens += micro.tokens
-        self._padded_tokens += micro.batch.tokens_BS.size
+        self._sums, self._gathered, self._tokens, self._padded_tokens = sums, *self._after(micro)
+
+    def _after(self, micro: MicroBatch) -> tuple[dict[Job, int], int, int]:
+        """Return what jobs have gathered with a micro-batch, and the tokens of all of it."""
+        gathered = self._gathered | {job: self._gathered.get(job, 0) + 1 for job in micro.jobs}
+        return gathered, self._tokens + micro.tokens, self._padded_tokens + micro.batch.tokens_BS.size
 
     def optim_step(
         self, jobs: Sequence[Job] | None = None, numbers: Mapping[Job, Numbers] | None = None
@@ -294,16 +272,43 @@ class Trainer:
         if not jobs:
             return self.finish()
         numbers = {job: job.numbers() for job in jobs} | dict(numbers or {})
-        updated, report = self._programs.update(tuple(self._state), self._take_sums(jobs), self._stacked(numbers))
-        self._state = list(updated)
-        entries = []
-        for job in jobs:
-            entries.append((job, self._slot(job), job.step, float(numbers[job].learning_rate)))
-            job.step += 1
-        before = self.finish()
-        self._pending = _Pending(report, entries, self._tokens, self._padded_tokens)
-        self._tokens = self._padded_tokens = 0
-        return before
+        sums, *rest = self._split_sums(jobs)
+        args = self._state, sums, self._stacked(numbers)
+        entries = [(job, self._slot(job), job.step, float(numbers[job].learning_rate)) for job in jobs]
+        after = {
+            "_sums": rest[0], "_gathered": rest[1], "_tokens": 0, "_padded_tokens": 0,
+            "_entries": Entries(entries, self._tokens, self._padded_tokens),
+        }  # fmt: skip
+        # The state is donated: the call and what follows from it are one line, so that nothing comes between them.
+        vars(self).update(after, _updated=self._programs.update(*args))
+        self._settle()
+        return self._fetched(self._pending[:-1])
+
+    def _settle(self) -> None:
+        """Let clocks and results know of the update that was made, also if the call that made it was cut off.
+
+        Raises:
+            PreftError: if the state was lost then.
+        """
+        if self._updated is not None and self._entries is not None:
+            self._state, report = self._updated
+            for job, _, step, _ in self._entries.jobs:
+                job.step = step + 1
+            if all(pending.report is not report for pending in self._pending):
+                self._pending = (*self._pending, Pending(report, self._entries))
+            self._updated = None
+        leaves = [jax.tree.leaves(slots.params)[0] for slots in self._state]
+        if any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)):
+            raise PreftError(
+                "the trainer was interrupted in the middle of an update, and its state is lost; make another one, from "
+                "the last checkpoint or adapter"
+            )
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._sums)):
+            self._sums, self._gathered = None, {}
+            raise PreftError(
+                "the trainer was interrupted in the middle of forward_backward, and what was gathered is lost; give "
+                "the rows of this update again"
+            )
 
     def step(self) -> StepResult | None:
         """Start the next update of all running jobs; return the results of the one before, if there was one.
@@ -315,14 +320,18 @@ class Trainer:
         jobs = [job for job in self._places if not job.done]
         if not jobs:
             return self.finish()
-        for rows in micro_batches(jobs):
+        clocks = {job: job.step for job in jobs}
+        if self._began[1] != clocks:  # Else the last call was cut off, and this one goes on where it was.
+            self._began = dict(self._gathered), clocks
+        done = {job: max(0, self._gathered.get(job, 0) - self._began[0].get(job, 0)) for job in jobs}
+        for rows in micro_batches(jobs, done):
             self.forward_backward(rows)
         return self.optim_step(jobs)
 
     @property
     def started(self) -> Any:
         """Arrays that are there when the last update started is over; None if its results were taken."""
-        return None if self._pending is None else self._pending.report
+        return self._pending[-1].report if self._pending else None
 
     def release(self, job: Job) -> Slots:
         """Free a running job's slot and return its state; what it has gathered is dropped."""
@@ -333,22 +342,20 @@ class Trainer:
 
     def finish(self) -> StepResult | None:
         """Return the results of the last update started."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        self._settle()
+        return self._fetched(self._pending)
+
+    def _fetched(self, pending: Sequence[Pending]) -> StepResult | None:
+        """Return the results of the oldest updates: of one, unless a call before was cut off."""
+        if not pending:
             return None
-        report = jax.device_get(pending.report)
-        results = [
-            Result(
-                job, step + 1, float(report.loss_J[slot]), float(report.grad_norm_J[slot]), rate,
-                bool(report.finite_J[slot]),
-                {name: float(mean_J[slot]) for name, mean_J in report.metrics.items() if not np.isnan(mean_J[slot])},
-            )
-            for job, slot, step, rate in pending.jobs
-        ]  # fmt: skip
+        results = [result for one in pending for result in results_of(one)]
         for result in results:
             if not result.finite and result.job.failed is None:
                 self._fail(result)
-        return StepResult(results, pending.tokens, pending.padded_tokens)
+        self._pending = self._pending[len(pending) :]
+        tokens = sum(one.entries.tokens for one in pending)
+        return StepResult(results, tokens, sum(one.entries.padded_tokens for one in pending))
 
     def _fail(self, result: Result) -> None:
         """Give a job up whose loss, gradient or update is no number; that update was not made."""
@@ -409,8 +416,8 @@ class Trainer:
             rest = jax.tree.map(lambda leaf_J, leaf, at=slot: leaf_J.at[at].set(leaf), rest, some[1:])
         return Sums(tuple(grads), *rest)
 
-    def _take_sums(self, jobs: Sequence[Job]) -> Sums:
-        """Return the sums for an update of these jobs, and keep those of the others."""
+    def _split_sums(self, jobs: Sequence[Job]) -> tuple[Sums, Sums | None, dict[Job, int]]:
+        """Return the sums for an update of these jobs, and those of the others with what these have gathered."""
         assert self._sums is not None
         sums = self._sums
         others = {job: self._own_sums(job) for job in self._gathered if job not in jobs}
@@ -418,13 +425,12 @@ class Trainer:
             # A slot whose count is zero keeps what it has.
             stays_J = np.isin(np.arange(len(sums.count_J)), [self._slot(job) for job in others])
             sums = sums._replace(count_J=jnp.where(stays_J, 0.0, sums.count_J))
-        self._sums = self._placement.put_replicated(self._joined(others)) if others else None
-        self._gathered = {job: count for job, count in self._gathered.items() if job in others}
-        return sums
+        rest = self._placement.put_replicated(self._joined(others)) if others else None
+        return sums, rest, {job: count for job, count in self._gathered.items() if job in others}
 
     def _drop_sums(self, job: Job) -> None:
         if job in self._gathered:
-            self._take_sums([job])
+            self._sums, self._gathered = self._split_sums([job])[1:]
 
     # Arrays
 
@@ -483,10 +489,3 @@ class Trainer:
 
 def _unstacked(slots: Slots, slot: int) -> Slots:
     return jax.tree.map(lambda leaf: leaf[slot], slots)
-
-
-def micro_batches(jobs: Sequence[Job]) -> Iterator[dict[Job, list[DocumentRow]]]:
-    """Yield the rows of each micro-batch of the jobs' next updates: several jobs' lie side by side."""
-    plans = {job: job.micro_batches() for job in jobs}
-    for number in range(max(map(len, plans.values()), default=0)):
-        yield {job: list(job.rows(plan[number])) for job, plan in plans.items() if number < len(plan)}

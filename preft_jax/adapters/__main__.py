@@ -21,6 +21,7 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.kinds import find_kind
 from preft_jax.adapters.merge import check_mergeable, merge_lora
 from preft_jax.cli import hyphenated
 from preft_jax.config import PRESETS
@@ -47,8 +48,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     adapter = read_adapter(path)
     config = adapter.config
     edited = [(i, site) for i, sites in enumerate(adapter.params["layers"]) for site in sites]
-    ranks = {config.rank_at(i, site) for i, site in edited} if config.kind == "lora" else {config.rank}
-    scales = {config.scale_at(i, site) for i, site in edited} if config.kind == "lora" else set()
+    ranks = {config.rank_at(i, site) for i, site in edited}
+    scales = {config.scale_at(i, site) for i, site in edited} if find_kind(config.kind).scaled else set()
     return {
         "kind": config.kind,
         "ranks": sorted(ranks),

@@ -12,6 +12,7 @@ kind       site                                       A              c     B
 ``lora``   a linear: q k v o gate up down             lora_aᵀ        0     lora_bᵀ · scale
 ``direft`` ``block``, the residual stream             wᵀ             b     r
 ``loreft`` ``block``                                  wᵀ - rᵀ        b     r
+``edits``  any                                        a              c     b
 =========  =========================================  =============  ====  =======================
 
 LoRA: Hu et al., arXiv 2106.09685, ``scale = alpha / rank``; rsLoRA: Kalajdzievski, arXiv 2312.03732, ``alpha /
@@ -24,21 +25,20 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
-from preft_jax.adapters.config import (
-    AdapterConfig,
-    adapter_shapes,
-)
+from preft_jax.adapters.config import AdapterConfig, adapter_shapes
 from preft_jax.adapters.digest import digest_of_fold
 from preft_jax.adapters.fold import fold_on_host, fold_params
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter: configuration and trainable parameters.
+    """An adapter: configuration and trainable parameters. A pytree: ``params`` are its leaves, ``config`` is static.
 
     ``params`` is ``{"layers": [{site: leaves}]}`` with one dict for each layer of the base model, empty where nothing
     is edited. Leaves are float32: ``lora_a [R, D]`` and ``lora_b [F, R]`` for LoRA (PEFT's layout); ``w [R, D]``, ``b
@@ -48,6 +48,12 @@ class Adapter:
 
     config: AdapterConfig
     params: Any
+
+    def __repr__(self) -> str:
+        config = self.config
+        where = "all layers" if config.layers is None else f"{len(config.layers)} layers"
+        at = f"{','.join(config.targets)} of {where}"
+        return f"Adapter({config.kind!r}, rank {config.rank}, {at}, {config.positions!r})"
 
     @functools.cached_property
     def digest(self) -> str:

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from preft_jax.adapters import builtin_kinds as _builtin_kinds  # noqa: F401  They register themselves.
+from preft_jax.adapters.kinds import KINDS as KINDS
+from preft_jax.adapters.kinds import Kind, find_kind
 from preft_jax.adapters.patterns import Matcher, parse
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, did_you_mean, shown
+from preft_jax.frozen import FrozenDict
 from preft_jax.models.family import HF_MODULES
-from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
-
-KINDS = ("lora", "direft", "loreft")
-
+from preft_jax.shapes import NUM_GROUPS
 
 MAX_RANK = 1024
 
@@ -30,15 +31,15 @@ MAX_PATTERNS = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter is and where it acts.
+    """What an adapter is and where it acts. Hashable, so that it can be a static argument of a jitted function.
 
     Attributes:
-        kind: ``lora``, ``direft`` or ``loreft``.
+        kind: ``lora``, ``direft``, ``loreft``, ``edits``, or one of your own (``adapters.kinds.register_kind``).
         rank: rank of every edit that ``rank_pattern`` does not name.
         alpha: LoRA's scale numerator; ``None`` means ``rank``, a scale of 1 without rsLoRA and patterns.
             Not used by ReFT.
         use_rslora: divide by the square root of the rank instead of the rank.
-        targets: sites edited in each layer; ReFT has ``("block",)``.
+        targets: sites edited in each layer; ReFT has ``("block",)``. Empty: those of the kind.
         layers: layers edited; ``None`` means all.
         rank_pattern: rank by name, as in PEFT: a key matches a module whose path ends with it
             (``"layers.3.self_attn.q_proj"``, ``"q_proj"``) or that it matches as a regular expression (see
@@ -59,8 +60,8 @@ class AdapterConfig:
     use_rslora: bool = False
     targets: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = FrozenDict()
+    alpha_pattern: Mapping[str, float] = FrozenDict()
     positions: str = "prompt"
     share_weights: bool = True
     assistant_turns: str = "edit"
@@ -70,14 +71,11 @@ class AdapterConfig:
     base_model_digest: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            near = did_you_mean(str(self.kind), KINDS)
-            raise ConfigError(f"unknown adapter kind {shown(self.kind)}{near}; allowed: {', '.join(KINDS)}")
+        kind = find_kind(self.kind)
         if isinstance(self.targets, str):
-            raise ConfigError(f"targets is {self.targets!r}; give a tuple of sites, such as ({self.targets[:1]!r},)")
-        if not self.targets:
-            object.__setattr__(self, "targets", LINEAR_SITES if self.kind == "lora" else ("block",))
-        self._check_targets()
+            raise ConfigError(f"targets is {shown(self.targets)}; give a tuple of sites: ({self.targets[:1]!r},)")
+        object.__setattr__(self, "targets", tuple(self.targets) or kind.targets)
+        self._check_targets(kind)
         self._check_patterns()
         for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
             if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
@@ -97,6 +95,8 @@ class AdapterConfig:
             )
         if self.layers is not None and not isinstance(self.layers, tuple | list):
             raise ConfigError(f"layers is {shown(self.layers)}; give a tuple of layers, or None for all")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers, default=-1) < 0):
             raise ConfigError(
                 f"layers {shown(self.layers)} is empty, or holds a negative or repeated layer; None means all"
@@ -104,7 +104,7 @@ class AdapterConfig:
         if not self.orthonormal and self.kind == "loreft":
             raise ConfigError("orthonormal false is for DiReFT; LoReFT's rows are orthonormal by its definition")
         rule = parse_positions(self.positions)
-        if not self.share_weights and (self.kind == "lora" or rule.first is None):
+        if not self.share_weights and (not kind.grouped or rule.first is None):
             raise ConfigError(
                 "share_weights false needs a ReFT kind and positions such as 'f7+l7'; "
                 f"this adapter is {self.kind!r} at {self.positions!r}"
@@ -113,26 +113,29 @@ class AdapterConfig:
     def _check_patterns(self) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, field)
+            if not isinstance(pattern, Mapping):
+                raise ConfigError(f"{field} is {shown(pattern)}; give a mapping of names")
+            object.__setattr__(self, field, FrozenDict(pattern))
             if len(pattern) > MAX_PATTERNS:
                 raise ConfigError(f"{field} has {len(pattern)} names; allowed: up to {MAX_PATTERNS}")
             for key in pattern:
                 parse(key)
 
-    def _check_targets(self) -> None:
-        allowed = LINEAR_SITES if self.kind == "lora" else ("block",)
+    def _check_targets(self, kind: Kind) -> None:
+        allowed = kind.sites
         for target in self.targets:
             if target not in allowed:
                 raise ConfigError(
-                    f"unknown target {target!r} for kind {self.kind!r}{did_you_mean(target, allowed)}; "
+                    f"unknown target {shown(target)} for kind {self.kind!r}{did_you_mean(str(target), allowed)}; "
                     f"allowed: {', '.join(allowed)}"
                 )
         if len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"targets {self.targets} names a site twice")
-        if self.kind != "lora" and (
-            self.rank_pattern or self.alpha_pattern or self.use_rslora or self.alpha is not None
-        ):
+        scales = self.alpha_pattern or self.use_rslora or self.alpha is not None
+        if (self.rank_pattern and not kind.ranked) or (scales and not kind.scaled):
             raise ConfigError(
                 f"alpha, use_rslora, rank_pattern and alpha_pattern are LoRA's; this adapter is {self.kind!r}"
+                + ("" if kind.scaled or not kind.ranked else ", which may have a rank_pattern alone")
             )
 
     @property
@@ -158,7 +161,12 @@ class AdapterConfig:
         return int(self._looked_up("rank_pattern", layer, site, self.rank))
 
     def scale_at(self, layer: int, site: str) -> float:
-        """Return LoRA's scale at one site: alpha / rank, or alpha / sqrt(rank) with rsLoRA; raises as ``rank_at``."""
+        """Return LoRA's scale at one site: alpha / rank, or alpha / sqrt(rank) with rsLoRA; raises as ``rank_at``.
+
+        It is 1 for kinds without one.
+        """
+        if not find_kind(self.kind).scaled:
+            return 1.0
         rank = self.rank_at(layer, site)
         default = self.rank if self.alpha is None else self.alpha
         alpha = self._looked_up("alpha_pattern", layer, site, default)
@@ -179,7 +187,7 @@ class AdapterConfig:
         if not pattern:
             return default
         if key not in self._found:
-            path, matcher = f"model.layers.{layer}.{PEFT_MODULES[site]}", self._matchers[field]
+            path, matcher = f"model.layers.{layer}.{PEFT_MODULES.get(site, site)}", self._matchers[field]
             matching = (value for name, value in pattern.items() if name == site or matcher.selects_end(name, path))
             self._found[key] = next(matching, default)
         return self._found[key]
@@ -192,10 +200,7 @@ PEFT_MODULES: Mapping[str, str] = HF_MODULES
 def site_leaf_shapes(config: AdapterConfig, model: ModelConfig, layer: int, site: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of each trainable leaf at one edited site."""
     d, f = model.site_shape(site)
-    rank = config.rank_at(layer, site) if config.kind == "lora" else config.rank * config.groups
-    if config.kind == "lora":
-        return {"lora_a": (rank, d), "lora_b": (f, rank)}
-    return {"w": (rank, d), "b": (rank,), "r": (rank, d)}
+    return dict(find_kind(config.kind).shapes(config, d, f, config.rank_at(layer, site) * config.groups))
 
 
 def adapter_shapes(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
@@ -207,8 +212,6 @@ def adapter_shapes(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
     count = model.num_hidden_layers
     if config.layers is not None and max(config.layers, default=0) >= count:
         raise ConfigError(f"layers names layer {max(config.layers)}; the base model has layers 0 to {count - 1}")
-    if config.kind != "lora" and config.rank > model.hidden_size:
-        raise ConfigError(f"rank {config.rank} is larger than the model's hidden size {model.hidden_size}")
     return {
         "layers": [
             {site: site_leaf_shapes(config, model, layer, site) for site in config.targets}

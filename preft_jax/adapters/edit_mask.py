@@ -13,6 +13,10 @@ Rules:
     ``l{m}`` alone are allowed.
 ``all``
     Every token, generated ones too: ordinary, all-token adapters.
+A registered name
+    What its function says of the prompt's tokens (``positions.register_positions``); no generated token.
+
+A mask of one's own, in place of a rule's, is given to a request or a training document.
 
 A mask has ``NUM_GROUPS`` columns. Adapters with shared weights edit through column 0 only; adapters with their own
 weights for first and last positions (pyreft without ``share_weights``) use column 0 for the first and column 1 for the
@@ -20,12 +24,13 @@ last.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.positions import parse_positions
-from preft_jax.errors import RequestError
+from preft_jax.adapters.positions import RuleFunction, parse_positions
+from preft_jax.errors import RequestError, ShapeError, plain
 from preft_jax.shapes import NUM_GROUPS, check_axes
 from preft_jax.text.chat import EncodedPrompt
 
@@ -34,6 +39,7 @@ def make_edit_mask(
     prompt_len: int,
     positions: str,
     *,
+    token_ids: Sequence[int] | None = None,
     groups: int = 1,
     unedited_spans: Sequence[tuple[int, int]] = (),
 ) -> np.ndarray:
@@ -42,17 +48,23 @@ def make_edit_mask(
     Args:
         prompt_len: number of prompt tokens, at least 1.
         positions: the adapter's rule, see the module's text.
+        token_ids: of the prompt; needed for registered rules.
         groups: 1 for shared weights; 2 if first and last positions have their own.
         unedited_spans: half-open token spans that stay un-edited (earlier assistant turns of a ``skip`` adapter).
 
     Returns:
         bool ``[prompt_len, NUM_GROUPS]``.
+
+    Raises:
+        RequestError: for an empty prompt, spans outside it, or a rule whose function fails.
     """
     if prompt_len < 1:
         raise RequestError("the prompt is empty; give at least one token")
     rule = parse_positions(positions)
     mask_TG = np.zeros((prompt_len, NUM_GROUPS), bool)
-    if rule.first is None or rule.last is None:
+    if rule.function is not None:
+        mask_TG[:] = _by_function(rule.function, positions, prompt_len, token_ids)
+    elif rule.first is None or rule.last is None:
         mask_TG[:, 0] = True
     else:
         half = prompt_len // 2
@@ -63,6 +75,35 @@ def make_edit_mask(
             raise RequestError(f"un-edited span ({start}, {end}) lies outside the prompt of {prompt_len} tokens")
         mask_TG[start:end] = False
     return mask_TG
+
+
+def _by_function(
+    function: RuleFunction, positions: str, prompt_len: int, token_ids: Sequence[int] | None
+) -> np.ndarray:
+    if token_ids is None:
+        raise RequestError(f"positions {positions!r} looks at the prompt's tokens; give token_ids")
+    try:
+        mask = np.asarray(function(np.asarray(token_ids, np.int32), prompt_len))
+    except Exception as error:
+        raise RequestError(f"the rule {positions!r} failed: {type(error).__name__}: {plain(str(error))}") from error
+    return own_mask(mask, prompt_len, f"the mask of the rule {positions!r}")
+
+
+def own_mask(mask: Any, prompt_len: int, name: str) -> np.ndarray:
+    """Return a mask of somebody's own as bool ``[prompt_len, NUM_GROUPS]``; one without groups is of group 0.
+
+    Raises:
+        RequestError: if it has other axes, or is not bool.
+    """
+    mask = np.asarray(mask)
+    try:
+        if mask.ndim == 1:
+            check_axes(name, mask, "bool", P=prompt_len)
+            return np.stack([mask, np.zeros_like(mask)], axis=1)
+        check_axes(name, mask, "bool", P=prompt_len, G=NUM_GROUPS)
+    except ShapeError as error:
+        raise RequestError(str(error)) from None
+    return mask.copy()
 
 
 def extend_edit_mask(mask_TG: np.ndarray, num_generated: int, positions: str) -> np.ndarray:
@@ -98,4 +139,6 @@ def prompt_edit_mask(prompt: EncodedPrompt, config: AdapterConfig | None) -> np.
                 "them differently in later turns, so their tokens cannot be told; use assistant_turns 'edit'"
             )
         spans = prompt.unedited_spans
-    return make_edit_mask(count, config.positions, groups=config.groups, unedited_spans=spans)
+    return make_edit_mask(
+        count, config.positions, token_ids=prompt.token_ids, groups=config.groups, unedited_spans=spans
+    )

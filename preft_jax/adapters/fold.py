@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.kinds import find_kind
+from preft_jax.errors import ConfigError, ShapeError
+from preft_jax.shapes import check_axes
 
 FOLD_VERSION = 1
 """Raised whenever the fold would give other numbers for the same parameters; part of every digest."""
@@ -25,36 +28,29 @@ class LowRankEdit(NamedTuple):
     group_R: jax.Array
 
 
-def orthonormal_rows(r_RD: jax.Array) -> jax.Array:
-    """Return Gram-Schmidt's orthonormal rows; rows that are orthonormal already stay as they are.
-
-    Reduced QR of the transpose with the signs fixed so that the triangular factor's diagonal is positive.
-    Differentiable.
-    """
-    q_DR, upper_RR = jnp.linalg.qr(r_RD.T)
-    sign_R = jnp.where(jnp.diagonal(upper_RR) < 0, -1.0, 1.0)
-    return (q_DR * sign_R[None, :]).T
-
-
-def _orthonormal_groups(r_RD: jax.Array, groups: int) -> jax.Array:
-    return jnp.concatenate([orthonormal_rows(part) for part in jnp.split(r_RD, groups)])
-
-
 def fold_site(config: AdapterConfig, layer: int, site: str, leaves: Mapping[str, jax.Array]) -> LowRankEdit:
-    """Fold one site's parameters into a low-rank edit (float32, pure, differentiable); see the module's table."""
-    leaves = {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}
-    if config.kind == "lora":
-        a_DR = leaves["lora_a"].T
-        b_RF = leaves["lora_b"].T * config.scale_at(layer, site)
-        c_R = jnp.zeros(a_DR.shape[1], jnp.float32)
-    else:
-        r_RD = leaves["r"]
-        if config.kind == "loreft" or config.orthonormal:
-            r_RD = _orthonormal_groups(r_RD, config.groups)
-        a_DR = (leaves["w"] - r_RD).T if config.kind == "loreft" else leaves["w"].T
-        b_RF, c_R = r_RD, leaves["b"]
-    group_R = jnp.repeat(jnp.arange(config.groups, dtype=jnp.int32), a_DR.shape[1] // config.groups)
-    return LowRankEdit(a_DR, c_R, b_RF, group_R)
+    """Fold one site's parameters into a low-rank edit (float32, pure, differentiable); see the module's table.
+
+    Raises:
+        ConfigError: if the kind's fold gives something else than an edit of the config's rank.
+    """
+    kind, rank = find_kind(config.kind), config.rank_at(layer, site) * config.groups
+    edit = kind.fold(
+        config, {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}, config.scale_at(layer, site)
+    )
+    if not isinstance(edit, tuple) or len(edit) != 3:
+        raise ConfigError(f"the fold of kind {kind.name!r} gives {type(edit).__name__}; it is to return (a, c, b)")
+    a_DR, c_R, b_RF = edit
+    c_R = jnp.zeros(rank, jnp.float32) if c_R is None else c_R
+    group_R = jnp.repeat(jnp.arange(config.groups, dtype=jnp.int32), rank // config.groups)
+    folded = LowRankEdit(a_DR, c_R, b_RF, group_R)
+    try:
+        check_axes("a", a_DR, "float", D=None, R=rank)
+        check_axes("c", c_R, "float", R=rank)
+        check_axes("b", b_RF, "float", R=rank, F=None)
+    except ShapeError as error:
+        raise ConfigError(f"the fold of kind {kind.name!r} at {site!r} of layer {layer}: {error}") from None
+    return folded
 
 
 def fold_params(config: AdapterConfig, params: Any) -> dict[str, Any]:

@@ -1,34 +1,34 @@
 """New adapters: those that change nothing yet, and random ones."""
 
+from typing import Any
+
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig, adapter_shapes
+from preft_jax.adapters.kinds import find_kind
 from preft_jax.config import ModelConfig
+from preft_jax.errors import ConfigError, shown
 
 
 def init_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array) -> Adapter:
     """Return a new adapter that changes nothing yet.
 
     LoRA as in PEFT: ``lora_a`` uniform within ±1/sqrt(D), ``lora_b`` zero. LoReFT: ``r`` with random orthonormal rows,
-    ``w = r`` and
-    ``b = 0``. DiReFT: the same ``r``, ``w`` and ``b`` zero. Drawn on the host, so no shape is ever compiled for it.
+    ``w = r`` and ``b = 0``. DiReFT: the same ``r``, ``w`` and ``b`` zero. Drawn on the host, so no shape is ever
+    compiled for it; under ``jax.jit`` with a traced key too, and the same numbers.
+
+    Args:
+        config: of the adapter.
+        model: of the base model.
+        key: from ``jax.random.key``.
+
+    Raises:
+        ConfigError: if the adapter does not fit the model, or an argument is of another type.
     """
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-
-    def leaves(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-        if config.kind == "lora":
-            bound = shapes["lora_a"][1] ** -0.5
-            lora_a = rng.uniform(-bound, bound, shapes["lora_a"]).astype(np.float32)
-            return {"lora_a": lora_a, "lora_b": np.zeros(shapes["lora_b"], np.float32)}
-        groups = np.split(rng.standard_normal(shapes["r"]), config.groups)
-        r_RD = np.concatenate([np.linalg.qr(group.T)[0].T for group in groups]).astype(np.float32)
-        w_RD = r_RD.copy() if config.kind == "loreft" else np.zeros(shapes["w"], np.float32)
-        return {"w": w_RD, "b": np.zeros(shapes["b"], np.float32), "r": r_RD}
-
-    shapes = adapter_shapes(config, model)
-    return Adapter(config, {"layers": [{site: leaves(s) for site, s in sites.items()} for sites in shapes["layers"]]})
+    return _drawn(config, model, key, None)
 
 
 def random_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array, *, strength: float = 0.05) -> Adapter:
@@ -36,12 +36,52 @@ def random_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array, *,
 
     Every leaf of ``init_adapter`` gets Gaussian noise of standard deviation ``strength / sqrt(its last axis)`` added,
     which keeps activations finite.
+
+    Raises:
+        ConfigError: as ``init_adapter``.
     """
-    adapter = init_adapter(config, model, key)
-    rng = np.random.default_rng([1, *np.asarray(jax.random.key_data(key)).ravel()])
+    return _drawn(config, model, key, strength)
+
+
+def _drawn(config: AdapterConfig, model: ModelConfig, key: jax.Array, strength: float | None) -> Adapter:
+    if not isinstance(config, AdapterConfig):
+        raise ConfigError(f"config is of type {type(config).__name__}; give an AdapterConfig")
+    if not isinstance(model, ModelConfig):
+        raise ConfigError(f"model is of type {type(model).__name__}; give the ModelConfig, which a Model has as config")
+    try:
+        data = jax.random.key_data(key)
+    except (TypeError, ValueError):
+        raise ConfigError(f"key is {shown(key)}; give what jax.random.key returns") from None
+    shapes = adapter_shapes(config, model)
+
+    def draw(data: Any) -> Any:
+        return _draw(config, shapes, np.asarray(data).ravel(), strength)
+
+    if not isinstance(data, Tracer):
+        return Adapter(config, draw(data))
+    leaves = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return Adapter(config, jax.pure_callback(draw, leaves, data, vmap_method="sequential"))
+
+
+def _draw(config: AdapterConfig, shapes: Any, seed: np.ndarray, strength: float | None) -> Any:
+    """Return parameters on the host; ``strength`` of the noise, if there is to be any."""
+    kind, rng = find_kind(config.kind), np.random.default_rng(seed)
+    noise = np.random.default_rng([1, *seed])
+
+    def leaves(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        made = {name: np.asarray(leaf, np.float32) for name, leaf in kind.init(config, shapes, rng).items()}
+        if {name: leaf.shape for name, leaf in made.items()} != shapes:
+            given = {name: leaf.shape for name, leaf in made.items()}
+            raise ConfigError(f"init of the kind {kind.name!r} gives {given}, and its shapes say {shapes}")
+        return made
+
+    params = {"layers": [{site: leaves(s) for site, s in sites.items()} for sites in shapes["layers"]]}
+    if strength is None:
+        return params
 
     def noisy(leaf: np.ndarray) -> np.ndarray:
-        noise = rng.standard_normal(leaf.shape, np.float32)
-        return leaf + np.float32(strength * leaf.shape[-1] ** -0.5) * noise
+        return leaf + np.float32(strength * leaf.shape[-1] ** -0.5) * noise.standard_normal(leaf.shape, np.float32)
 
-    return Adapter(config, jax.tree.map(noisy, adapter.params))
+    return jax.tree.map(noisy, params)

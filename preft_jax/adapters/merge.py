@@ -12,6 +12,8 @@ from preft_jax.errors import AdapterError
 
 def check_mergeable(config: AdapterConfig) -> None:
     """Raise ``AdapterError`` if an adapter cannot become part of a base model's weights, with the reason."""
+    if config.kind != "lora" and "block" not in config.targets:
+        raise AdapterError(f"a {config.kind} adapter cannot be merged: only LoRA's edits are; serve it as an adapter")
     if config.kind != "lora":
         raise AdapterError(
             f"a {config.kind} adapter cannot be merged: it edits the residual stream, which no linear's weight holds; "

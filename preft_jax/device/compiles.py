@@ -27,6 +27,12 @@ class CompileCounter:
     def __init__(self) -> None:
         self.count = 0
 
+    def successor(self) -> "CompileCounter":
+        """Return one that goes on counting, for a counter that may have been cut off while it was entered."""
+        new = CompileCounter()
+        new.count = self.count
+        return new
+
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == self._EVENT and not _expected.get()
 

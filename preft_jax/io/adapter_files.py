@@ -2,26 +2,28 @@
 
 For LoRA this is Hugging Face PEFT's layout, which PEFT reads and writes, plus a ``preft`` object in the config that
 holds what PEFT has no keys for: ``version``, ``kind``, ``positions``, ``assistant_turns``, ``base_model_digest``. A
-PEFT adapter with neither it nor its mark (``peft_mark``) edits every token. ReFT kinds use the same two files with
-tensors named ``layers.{i}.block.{w,b,r}`` and no ``peft_type``.
+PEFT adapter with neither it nor its mark (``peft_mark``) edits every token. Other kinds use the same two files with
+tensors named ``layers.{i}.{site}.{leaf}`` (``layers.0.block.w``) and no ``peft_type``.
 
 A save is atomic, see ``file_pair``. A directory may be anybody's: ``adapter_limits`` says how much of it is read, and
 its tensors are read once the file's header names exactly those of the config, in the shapes that fit.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig, adapter_shapes
+from preft_jax.adapters.kinds import KINDS, Kind, find_kind
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError, did_you_mean, plain, reject_unknown, shown
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
@@ -29,22 +31,26 @@ from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, open_pair,
 from preft_jax.io.peft_config import BASE_MODEL_KEY, config_from_peft, peft_from_config, peft_pattern
 from preft_jax.io.peft_mark import check_mark, mark_of, preft_of
 from preft_jax.io.safetensors_io import serialize_safetensors
+from preft_jax.io.tensor_checks import Shape, check_finite, check_tensors
 
 FORMAT_VERSION = 1
 """Version of the ``preft`` object."""
 
 FORMATS = ("preft", "peft")
 
-_MAX_DIFFERENCES = 8
-_FLOATS = ("float32", "float16", "bfloat16")
 
 _COMMON_KEYS = ("version", "kind", "positions", "assistant_turns", "base_model_digest", "share_weights", "orthonormal")
-_KEYS = {
-    "lora": (*_COMMON_KEYS, "alpha", "rank_pattern", "alpha_pattern"),
-    "direft": (*_COMMON_KEYS, "rank", "layers", "dropout"),
-    "loreft": (*_COMMON_KEYS, "rank", "layers", "dropout"),
-}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdapterConfig)}
+
+
+def _keys(kind: Kind) -> tuple[str, ...]:
+    """Return the keys of the ``preft`` object of a kind; PEFT's own keys hold the others of LoRA."""
+    if kind.name == "lora":
+        return (*_COMMON_KEYS, "alpha", "rank_pattern", "alpha_pattern")
+    own = ("targets",) if len(kind.sites) > 1 else ()
+    patterns = ("rank_pattern",) if kind.ranked else ()
+    scales = ("alpha", "use_rslora", "alpha_pattern") if kind.scaled else ()
+    return (*_COMMON_KEYS, "rank", "layers", "dropout", *own, *patterns, *scales)
 
 
 def load_adapter(
@@ -171,9 +177,16 @@ def _preft_object(config: AdapterConfig) -> dict[str, Any]:
         fields |= {"share_weights": config.share_weights}
         if config.dropout:
             fields["dropout"] = float(config.dropout)
+        for key in _keys(find_kind(config.kind)):
+            if key in ("targets", "rank_pattern", "alpha", "use_rslora", "alpha_pattern"):
+                fields[key] = _jsonable(getattr(config, key))
     if config.kind == "direft" or config.orthonormal != _DEFAULTS["orthonormal"]:
         fields["orthonormal"] = config.orthonormal
     return fields
+
+
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
 
 
 def tensor_name(kind: str, layer: int, site: str, leaf: str) -> str:
@@ -193,8 +206,8 @@ def _tensors(config: AdapterConfig, params: Any) -> dict[str, np.ndarray]:
         for leaf, value in leaves.items()
     }
     names = _tensor_names(config, max(len(params["layers"]), 1 + max(config.layers or (), default=0)))
-    _check_tensors("the adapter", _ranked_shapes(config, names), given)
-    _check_finite("the adapter", given)
+    check_tensors("the adapter", _ranked_shapes(config, names), given)
+    check_finite("the adapter", given)
     return given
 
 
@@ -212,9 +225,9 @@ def _read(path: Path, model: ModelConfig | None, limits: AdapterLimits) -> Adapt
         names = _tensor_names(config, depth)
         _check_ranks(config, names, limits, str(where))
         expected = _ranked_shapes(config, names) if model is None else _model_shapes(config, model, names, str(where))
-        _check_tensors(str(path / TENSORS_FILE), expected, file.entries)
+        check_tensors(str(path / TENSORS_FILE), expected, file.entries)
         tensors = file.read()
-    _check_finite(str(path / TENSORS_FILE), tensors)
+    check_finite(str(path / TENSORS_FILE), tensors)
     layers: list[dict[str, Any]] = [{} for _ in range(depth)]
     for name, (layer, site, leaf) in names.items():
         layers[layer].setdefault(site, {})[leaf] = tensors[name].astype(np.float32)
@@ -252,9 +265,8 @@ def _check_ranks(
     """Look up every rank and scale, so that no later look-up fails, and refuse ranks that are too large."""
     try:
         for layer, site, _ in names.values():
-            if config.kind == "lora":
-                config.scale_at(layer, site)
-            rank = config.rank_at(layer, site) if config.kind == "lora" else config.rank * config.groups
+            config.scale_at(layer, site)
+            rank = config.rank_at(layer, site) * config.groups
             if rank > limits.max_rank:
                 raise AdapterError(
                     f"{where}: rank {rank} at {site!r} of layer {layer} is too large; allowed: up to "
@@ -298,22 +310,21 @@ def _preft_fields(preft: Any, where: str) -> dict[str, Any]:
             f"{FORMAT_VERSION}: upgrade preft-jax, or save the adapter with this release"
         )
     kind = preft.get("kind")
-    if not isinstance(kind, str) or kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise AdapterError(
-            f"{where}: unknown kind {shown(kind)}{did_you_mean(shown(kind), _KEYS)}; allowed: {', '.join(_KEYS)}"
+            f"{where}: unknown kind {shown(kind)}{did_you_mean(shown(kind), KINDS)}; allowed: {', '.join(KINDS)}, and "
+            "what register_kind adds: import the module that does before the adapter is loaded"
         )
-    reject_unknown(preft, _KEYS[kind], what=f"key of the 'preft' object in {where}:", error=AdapterError)
+    reject_unknown(preft, _keys(KINDS[kind]), what=f"key of the 'preft' object in {where}:", error=AdapterError)
     for key in ("positions",) if kind == "lora" else ("positions", "rank"):
         if key not in preft:
             raise AdapterError(f"{where}: the 'preft' object lacks {key!r}; save the adapter again")
     for key, value in preft.items():
-        allowed, what = _VALUES[key]
+        allowed, what = _VALUES[key] if key != "alpha" or kind == "lora" else _ALPHA
         if not allowed(value):
             raise AdapterError(f"{where}: {key} of the 'preft' object is {shown(value)}; give {what}")
     fields = {key: value for key, value in preft.items() if key != "version"}
-    if isinstance(fields.get("layers"), list):
-        fields["layers"] = tuple(fields["layers"])
-    return fields
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 
 
 def _is_number(value: Any) -> bool:
@@ -342,9 +353,14 @@ _VALUES = {
     "rank": (lambda value: type(value) is int, "an integer"),
     "layers": (_is_layers, "a list of layers, or null for all"),
     "dropout": (_is_number, "a number"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "targets": (lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of sites"),
 }  # fmt: skip
 """Key of the ``preft`` object -> (is this value of the right type, what to give)."""
 
+
+_ALPHA = (lambda value: value is None or _is_number(value), "a number, or null for the rank")
+"""``alpha`` of kinds that have no ``lora_alpha`` beside the ``preft`` object."""
 
 # Tensors.
 
@@ -368,7 +384,7 @@ def _depth(contents: Mapping[str, Any], names: Iterable[str], limits: AdapterLim
 
 def _tensor_names(config: AdapterConfig, num_layers: int) -> dict[str, tuple[int, str, str]]:
     """Return ``{tensor name: (layer, site, leaf)}`` of every tensor that the config asks for."""
-    leaves = ("lora_a", "lora_b") if config.kind == "lora" else ("w", "b", "r")
+    leaves = tuple(_leaf_shapes(config, config.rank * config.groups))
     return {
         tensor_name(config.kind, layer, site, leaf): (layer, site, leaf)
         for layer in range(num_layers)
@@ -378,8 +394,14 @@ def _tensor_names(config: AdapterConfig, num_layers: int) -> dict[str, tuple[int
     }
 
 
-Shape = tuple[int | None, ...]
-"""Expected shape; ``None`` is a width that only a base model decides."""
+def _leaf_shapes(config: AdapterConfig, rank: int) -> dict[str, Shape]:
+    """Return the shape of each leaf of a site of unknown widths: None where it follows from them."""
+    shapes = find_kind(config.kind).shapes
+    one, other = shapes(config, 10007, 10009, rank), shapes(config, 10037, 10039, rank)
+    return {
+        name: tuple(n if n == m else None for n, m in zip(shape, other[name], strict=True))
+        for name, shape in one.items()
+    }
 
 
 def _model_shapes(
@@ -396,77 +418,10 @@ def _model_shapes(
 def _ranked_shapes(config: AdapterConfig, names: Mapping[str, tuple[int, str, str]]) -> dict[str, Shape]:
     """Return the shape of each tensor as far as the config alone decides it."""
 
-    def shape(layer: int, site: str, leaf: str) -> Shape:
-        rank = config.rank_at(layer, site) if config.kind == "lora" else config.rank * config.groups
-        return {"lora_b": (None, rank), "b": (rank,)}.get(leaf, (rank, None))
-
-    return {name: shape(*key) for name, key in names.items()}
-
-
-class _Described(Protocol):
-    """An array, or what a header says of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-
-def _check_tensors(where: str, expected: Mapping[str, Shape], given: Mapping[str, _Described]) -> None:
-    """Raise ``AdapterError`` with the differences between the tensors expected and given."""
-    problems = [f"missing {name} {_show(shape)}" for name, shape in expected.items() if name not in given]
-    problems += [
-        f"extra {plain(name)} {_show(x.shape)}{_why(name)}" for name, x in given.items() if name not in expected
-    ]
-    problems += [
-        f"{name} has shape {_show(given[name].shape)}, expected {_show(shape)}"
-        for name, shape in expected.items()
-        if name in given and not _same_shape(given[name].shape, shape)
-    ]
-    problems += [
-        f"{plain(name)} has dtype {x.dtype}, allowed: {', '.join(_FLOATS)}"
-        for name, x in given.items()
-        if x.dtype.name not in _FLOATS
-    ]
-    _refuse(where, problems)
-
-
-def _check_finite(where: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise ``AdapterError`` if an array of one of ``_FLOATS`` holds NaN or infinity."""
-    counts = {name: int(np.sum(~np.isfinite(x.astype(np.float32)))) for name, x in arrays.items()}
-    _refuse(where, [f"{name} has {count} values that are not finite" for name, count in counts.items() if count])
-
-
-def _refuse(where: str, problems: list[str]) -> None:
-    if problems:
-        more = f"; and {len(problems) - _MAX_DIFFERENCES} more" if len(problems) > _MAX_DIFFERENCES else ""
-        raise AdapterError(
-            f"{where} does not hold the tensors of its config: " + "; ".join(problems[:_MAX_DIFFERENCES]) + more
-        )
-
-
-def _show(shape: tuple[int | None, ...]) -> str:
-    return "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-
-
-def _same_shape(shape: tuple[int, ...], expected: Shape) -> bool:
-    return len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True))
-
-
-def _why(name: str) -> str:
-    """Explain an unexpected tensor whose name tells the feature it belongs to."""
-    for part, reason in (
-        ("lora_embedding", "embeddings cannot be edited"),
-        ("embed_tokens", "embeddings cannot be edited or replaced"),
-        ("lm_head", "lm_head cannot be edited or replaced"),
-        ("modules_to_save", "modules_to_save is not supported"),
-        ("lora_magnitude", "use_dora is not supported"),
-        ("bias", "biases cannot be edited"),
-    ):
-        if part in name:
-            return f" ({reason})"
-    return ""
+    made = functools.cache(functools.partial(_leaf_shapes, config))
+    return {
+        name: made(config.rank_at(layer, site) * config.groups)[leaf] for name, (layer, site, leaf) in names.items()
+    }
 
 
 def _check_base(path: Path, config: AdapterConfig, model: Any, allow_mismatch: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from preft_jax.adapters.bank import Bank
 from preft_jax.adapters.edits import Edits, FoldedEdits, NoEdits, PackedEdits, RowEdits
@@ -216,7 +217,7 @@ def _check_rows(config: ModelConfig, params: Params, tokens_BS: Any, segments_BS
     for name, array in (("segments_BS", segments_BS), ("positions_BS", positions_BS)):
         if array is not None:
             check_axes(name, array, "int", B=batch, S=size)
-    if tokens_BS.size and not isinstance(tokens_BS, jax.core.Tracer):
+    if tokens_BS.size and not isinstance(tokens_BS, Tracer):
         low, high = int(tokens_BS.min()), int(tokens_BS.max())
         if low < 0 or high >= config.vocab_size:
             raise ShapeError(
@@ -225,12 +226,22 @@ def _check_rows(config: ModelConfig, params: Params, tokens_BS: Any, segments_BS
             )
 
 
-def _check_folded(config: ModelConfig, folded: Any) -> None:
+def edits_of(config: ModelConfig, folded: Any, edit_mask_BSG: Any) -> NoEdits | FoldedEdits:
+    """Return how one folded adapter acts on a batch; None and no mask: not at all.
+
+    Raises:
+        ShapeError: if ``folded`` is for another number of layers, or one comes without the other.
+    """
+    if (folded is None) != (edit_mask_BSG is None):
+        raise ShapeError("folded and edit_mask_BSG go together: give both, or neither for the base model")
+    if folded is None:
+        return NoEdits()
     layers = folded.get("layers") if isinstance(folded, Mapping) else None
     if not isinstance(layers, Sequence):
         raise ShapeError(f"folded is of type {type(folded).__name__}; give what fold(adapter) or fold_params returns")
     if len(layers) != config.num_hidden_layers:
         raise ShapeError(f"folded is for {len(layers)} layers and the model has {config.num_hidden_layers}")
+    return FoldedEdits(folded, edit_mask_BSG)
 
 
 def hidden_states(
@@ -297,10 +308,6 @@ def forward(
     Raises:
         ShapeError: as ``hidden_states``; or ``folded`` is for another number of layers, or comes without a mask.
     """
-    if (folded is None) != (edit_mask_BSG is None):
-        raise ShapeError("folded and edit_mask_BSG go together: give both, or neither for the base model")
-    if folded is not None:
-        _check_folded(config, folded)
-    edits = NoEdits() if folded is None or edit_mask_BSG is None else FoldedEdits(folded, edit_mask_BSG)
+    edits = edits_of(config, folded, edit_mask_BSG)
     h_BSD = hidden_states(config, params, tokens_BS, edits, segments_BS=segments_BS, positions_BS=positions_BS)
     return lm_head(params, h_BSD)

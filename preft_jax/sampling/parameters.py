@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from preft_jax.errors import RequestError
+from preft_jax.errors import RequestError, shown
 
 MAX_BIAS = 300
 """Most entries of one request's ``logit_bias``."""
@@ -16,6 +16,14 @@ MAX_BIAS = 300
 
 MAX_LOGPROBS = 20
 """Most tokens that ``top_logprobs`` lists for a row."""
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """Return the seed of the index-th of several that draw beside each other; the first has ``seed`` itself.
+
+    They are hashed: ``seed + index`` would be the first seed of whoever was given the next number.
+    """
+    return seed if index == 0 else int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +61,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
             if not ok:
-                raise RequestError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+                raise RequestError(f"{name} is {shown(getattr(self, name))}; allowed: {allowed}")
 
         check("temperature", _finite(self.temperature) and self.temperature >= 0, "a finite number of at least 0")
         check("top_k", _within(self.top_k, -1, 2**31 - 1), "an integer of at least 1, or -1 for all")
@@ -70,6 +78,7 @@ class SamplingParams:
             isinstance(self.stop_token_ids, Sequence) and all(_within(i, 0, 2**31 - 1) for i in self.stop_token_ids),
             "a sequence of token ids",
         )
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
     @functools.cached_property
     def _bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from preft_jax.errors import RequestError
+from preft_jax.errors import RequestError, shown
 from preft_jax.text.answers import answer_text
 from preft_jax.text.detokenizer import detokenizer_of
 from preft_jax.text.encoding import encode_after, encode_parts, encode_text, with_begin_tokens
@@ -61,11 +61,13 @@ def encode_prompt(
     Raises:
         RequestError: for an empty prompt, one of another kind, or a token id outside the vocabulary.
     """
+    if hasattr(prompt, "__array__"):  # Of NumPy, JAX or torch.
+        prompt = _listed(np.asarray(prompt))
     if isinstance(prompt, str):
         encoded = _begin(
             tokenizer, EncodedPrompt(encode_text(_require(tokenizer), prompt), ()), add_special_tokens is not False
         )
-    elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+    elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise RequestError(f"a prompt of type {type(prompt).__name__} is not allowed; give text, token ids or messages")
     elif len(prompt) and all(isinstance(item, Mapping) for item in prompt):
         rendered = render_chat(_require(tokenizer), prompt, add_generation_prompt=add_generation_prompt)
@@ -90,6 +92,14 @@ def _begin(tokenizer: Any, prompt: EncodedPrompt, add_special_tokens: bool) -> E
     return EncodedPrompt(token_ids, moved)
 
 
+def _listed(array: np.ndarray) -> list[Any]:
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise RequestError(
+            f"a prompt is an array of {array.dtype} of the shape {list(array.shape)}; token ids are integers [P]"
+        )
+    return array.tolist()
+
+
 def _require(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise RequestError("this model has no tokenizer; give the prompt as token ids")
@@ -99,7 +109,7 @@ def _require(tokenizer: Any) -> Any:
 def _token_id(item: Any) -> int:
     if isinstance(item, bool) or not isinstance(item, int | np.integer):
         raise RequestError(
-            f"the prompt holds {item!r}; a sequence of token ids holds integers only, and one of messages dicts only"
+            f"the prompt holds {shown(item)}; a sequence of token ids holds integers only, one of messages dicts only"
         )
     return int(item)
 

@@ -27,7 +27,6 @@ from serve.bench.workload import adapter_configs
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.request import Request
-from serve.generate import run_on
 
 _LEAST_BANK = 64
 """Rank pages that a bank may always have, besides those that the running requests need."""
@@ -170,7 +169,7 @@ class EngineSide:
             Request(prompt=prompt, adapter=adapter, sampling=greedy, max_tokens=min(ANSWER_TOKENS, room))
             for adapter in asked.values()
         ]
-        return list(zip(asked, (one.text for one in run_on(engine, requests)), strict=True))
+        return list(zip(asked, (one.text for one in engine.generate(requests)), strict=True))
 
     def _engine(self, mode: str, longest: int) -> Any:
         """Return a mode's engine, with every program compiled."""

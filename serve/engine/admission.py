@@ -1,16 +1,19 @@
 """From requests to sequences: what is checked, what is edited, and which seeds are drawn from, once and for all."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, own_mask, prompt_edit_mask
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
 from preft_jax.loading import Model, check_base
+from preft_jax.sampling.parameters import derived_seed
+from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
 from serve.engine.outputs import Sample
@@ -19,6 +22,18 @@ from serve.engine.prefix import PageKeys, cache_salt
 from serve.engine.request import Request
 from serve.engine.sequence import Sequence, Status
 from serve.store.names import Registered
+
+
+def encoded(model: Model, request: Request) -> Request:
+    """Return a request whose prompt is encoded.
+
+    Raises:
+        RequestError: if it is no prompt.
+    """
+    if isinstance(request.prompt, EncodedPrompt):
+        return request
+    prompt = encode_prompt(model.tokenizer, request.prompt, vocab_size=model.config.vocab_size)
+    return dataclasses.replace(request, prompt=prompt)
 
 
 class Admission:
@@ -30,7 +45,7 @@ class Admission:
         pages: of the KV cache.
         knows: whether an adapter, by its digest, is on the host: it was checked then.
         kv_dtype: of the cache.
-        seed: of the seeds that requests without one get, in the order of their arrival.
+        seeds: of which requests without one get theirs, in the order of their arrival.
     """
 
     def __init__(
@@ -40,14 +55,14 @@ class Admission:
         pages: PageManager,
         knows: Callable[[str], bool],
         kv_dtype: str,
-        seed: int,
+        seeds: np.random.Generator,
     ):
         self._model = model
         self._config = config
         self._pages = pages
         self._knows = knows
         self._kv_dtype = kv_dtype
-        self._seeds = np.random.default_rng(seed)
+        self._seeds = seeds
 
     def sequences(self, request: Request, request_id: int) -> list[Sequence]:
         """Check a request and return its samples.
@@ -55,7 +70,7 @@ class Admission:
         Raises:
             RequestError, AdapterError: if it can never be served.
         """
-        prompt, sampling, model = request.prompt.token_ids, request.sampling, self._model.config
+        prompt, sampling, model = request.token_ids, request.sampling, self._model.config
         longest = len(prompt) + request.max_tokens
         if longest > self._config.max_model_len:
             raise RequestError(
@@ -76,9 +91,7 @@ class Admission:
         if request.stop and self._model.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
         entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
-        prompt_mask = prompt_edit_mask(request.prompt, None if request.adapter is None else request.adapter.config)
-        positions = "prompt" if request.adapter is None else request.adapter.config.positions
-        mask = extend_edit_mask(prompt_mask, request.max_tokens, positions)
+        mask = self._mask(request)
         eos = () if sampling.ignore_eos else model.eos_token_ids
         salt = cache_salt(
             base=self._model.digest,
@@ -106,7 +119,7 @@ class Admission:
                 max_tokens=request.max_tokens,
                 stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
                 sampling=sampling,
-                seed=(first_seed + index) % 2**32,
+                seed=derived_seed(first_seed, index),
                 logprobs=request.logprobs,
                 adapter=None if request.adapter is None else request.adapter.digest,
                 entries=entries,
@@ -118,6 +131,17 @@ class Admission:
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
         return sequences
+
+    def _mask(self, request: Request) -> np.ndarray:
+        """Return which tokens are edited, those that may be generated included."""
+        assert isinstance(request.prompt, EncodedPrompt)
+        config = None if request.adapter is None else request.adapter.config
+        prompt_mask = prompt_edit_mask(request.prompt, config)
+        if request.edit_mask is not None:
+            if config is None:
+                raise RequestError("edit_mask is given without an adapter, and so there is nothing to edit with")
+            prompt_mask = own_mask(request.edit_mask, len(request.token_ids), "edit_mask")
+        return extend_edit_mask(prompt_mask, request.max_tokens, "prompt" if config is None else config.positions)
 
     def sample(self, request: Request) -> Sample:
         """Return what is kept of one of a request's samples for its outputs."""

@@ -320,7 +320,7 @@ class AsyncEngine:
                 self._take(pause)
                 if (pause is not None or self.engine.has_work) and not self._halted:
                     self._send(self.engine.step())
-        except Exception as error:
+        except BaseException as error:  # Whatever it is, the thread ends here, and that is said.
             _log.exception("the engine failed")
             self._tell(self._fail, f"{type(error).__name__}: {error}")
 

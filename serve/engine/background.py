@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 
@@ -101,17 +101,29 @@ class Background:
     Args:
         work: where units come from; None: there is none.
         share: part of the device's time, from 0 up to, not including, 1, while requests run.
+        clock: seconds.
+        wait: waits for arrays; called by a thread that notes when a unit is over, for the engine may look much later.
     """
 
     MARGIN = 0.001
     """Seconds before the expected end of a unit at which an idle engine starts the next one behind it."""
 
-    def __init__(self, work: Work | None, share: float, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        work: Work | None,
+        share: float,
+        clock: Callable[[], float] = time.perf_counter,
+        wait: Callable[[Any], object] = lambda arrays: None,
+    ):
         self._work = work
+        self._wait = wait
+        self._watch = ThreadPoolExecutor(1, "unit-watch")
         self._rate = share / (1 - share)
         self._clock = clock
         self._earned = 0.0
         self._next: Unit | None = None
+        # A unit that is between its queue and the calls under way.
+        self.in_hand: Unit | None = None
 
     def earn(self, seconds: float) -> None:
         """Note that a call of requests took so long. Time is not saved up beyond what the next unit takes."""
@@ -152,12 +164,34 @@ class Background:
         assert self._work is not None
         self._work.failed(unit, error)
 
+    def start(self, unit: Unit, params: Any) -> UnitCall | None:
+        """Start a unit; None if it fails."""
+        started = self._clock()
+        try:
+            arrays = unit.start(params)
+            over = self._watch.submit(self._when_over, arrays)
+            return UnitCall(unit=unit, arrays=arrays, started=started, over=over)
+        except Exception as error:
+            self.failed(unit, error)
+            return None
+
+    def _when_over(self, arrays: Any) -> float:
+        self._wait(arrays)
+        return self._clock()
+
+    def interrupted(self, calls: Iterable[UnitCall]) -> None:
+        """Note that the engine was cut off: a unit that is in none of the ``calls`` under way counts as failed."""
+        unit = self.in_hand
+        if unit is not None and self._next is not unit and all(call.unit is not unit for call in calls):
+            self.failed(unit, InterruptedError("the engine was interrupted while it started or ended this work"))
+        self.in_hand = None
+
     def _peek(self) -> Unit | None:
         if self._next is None and self._work is not None:
             self._next = self._work.next()
         return self._next
 
     def _take(self) -> Unit | None:
-        unit = self._peek()
+        self.in_hand = unit = self._peek()
         self._next = None
         return unit

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from preft_jax.errors import ConfigError
+from preft_jax.errors import ConfigError, shown
 from preft_jax.shapes import DTYPES, RANK_PAGE, SITES
 
 
@@ -66,21 +66,21 @@ class EngineConfig:
             value = getattr(self, field.name)
             if field.name == "memory_utilization":
                 if not isinstance(value, int | float) or not 0 < value <= 1:
-                    raise ConfigError(f"memory_utilization is {value!r}; it must be above 0 and at most 1")
+                    raise ConfigError(f"memory_utilization is {shown(value)}; it must be above 0 and at most 1")
             elif field.name == "bank_sites":
                 if not isinstance(value, tuple | list) or not value or any(site not in SITES for site in value):
-                    raise ConfigError(f"bank_sites is {value!r}; give a tuple of some of {', '.join(SITES)}")
+                    raise ConfigError(f"bank_sites is {shown(value)}; give a tuple of some of {', '.join(SITES)}")
                 object.__setattr__(self, field.name, tuple(site for site in SITES if site in value))
             elif field.name in ("kv_dtype", "bank_dtype"):
                 if value is not None and value not in DTYPES:
-                    raise ConfigError(f"{field.name} is {value!r}; allowed: {', '.join(DTYPES)}, or None")
+                    raise ConfigError(f"{field.name} is {shown(value)}; allowed: {', '.join(DTYPES)}, or None")
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
-                    raise ConfigError(f"{field.name} is {value!r}; it must be True or False")
+                    raise ConfigError(f"{field.name} is {shown(value)}; it must be True or False")
             elif value == field.default and not value:
                 continue  # Nothing is asked for.
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field.name} is {value!r}; it must be an integer of at least 1")
+                raise ConfigError(f"{field.name} is {shown(value)}; it must be an integer of at least 1")
 
     def resolve(self, backend: str) -> "EngineConfig":
         """Return the config with everything set that depends on the backend, but the number of KV pages."""

@@ -7,14 +7,14 @@ the device computed, plans and starts the next call, and only then turns tokens 
 import collections
 import contextlib
 import dataclasses
+import functools
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
+import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import pack_adapter
@@ -23,23 +23,23 @@ from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
 from preft_jax.sampling.rows import Drawn
-from serve.engine.admission import Admission
+from serve.engine.admission import encoded
 from serve.engine.background import Background, Unit, UnitCall, Work
-from serve.engine.calls import Call, Prepared, Starter
+from serve.engine.calls import Call, Prepared
+from serve.engine.completion import Completion, complete
 from serve.engine.config import EngineConfig
 from serve.engine.lookahead import ahead, full_prefill
 from serve.engine.observer import Observer
 from serve.engine.outputs import Delta, Sample, keep_scores, read, to_output
-from serve.engine.pages import PageManager
+from serve.engine.parts import Parts, make_parts
 from serve.engine.plan import Step
 from serve.engine.recovery import STRIKES, Recovery, format_error
 from serve.engine.request import Output, Request
-from serve.engine.residency import Residency
 from serve.engine.runner import Runner
-from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence, Status
-from serve.engine.staging import Staging, WriteError
+from serve.engine.staging import WriteError
 from serve.engine.stats import Stats
+from serve.engine.whole import Ledger, whole, whole_step
 from serve.store.host import AdapterStore
 from serve.store.host_copy import Known, pack, pin
 
@@ -86,29 +86,16 @@ class Engine:
         self.model = model
         self.config = config = config.resolve(jax.default_backend())
         self.runner = Runner(model, config)
-        self.pages = PageManager(self.runner.num_kv_pages, config.page_size or 1)
-        self.adapters = Residency(config.bank_pages, self._pack, config.bank_sites, store)
         self._observer = observer or Observer()
-        self._staging = Staging(self.adapters, self.runner, self.runner.staged_pages, self._observer)
-        self.scheduler = Scheduler(
-            self.pages,
-            self.adapters,
-            max_num_seqs=config.max_num_seqs,
-            prefill_tokens=config.prefill_tokens,
-            prefill_seqs=config.prefill_seqs,
-            chunk_tokens=config.chunk_tokens or config.prefill_tokens,
-            tile=config.tile,
-            tile_entries=config.tile_entries or 1,
-            decode_steps=config.decode_steps,
-            goes_ahead=goes_ahead,
-            prefill_sizes=self.runner.filled_counts,
-            mixed_sizes=self.runner.mixed_counts,
-        )
-        self._starter = Starter(self.runner, self.scheduler, self.adapters, self._staging, self._observer)
-        self._admission = Admission(model, config, self.pages, self.adapters.knows, str(self.runner.kv_dtype), seed)
-        if store is not None:
-            store.check = self._admission.check_config
-        self._background = Background(background, background_share, clock)
+        seeds = np.random.default_rng(seed)
+        self._make_parts = functools.partial(
+            make_parts, self.runner, model, config, pack=self._pack, store=store, observer=self._observer,
+            goes_ahead=goes_ahead, seeds=seeds,
+        )  # fmt: skip
+        self._take_parts(self._make_parts())
+        self._ledger = Ledger()
+        self._aborted: list[Output] = []
+        self._background = Background(background, background_share, clock, jax.block_until_ready)
         self._clock = clock
         self._stats = Stats()
         self._compiles = CompileCounter()
@@ -122,14 +109,18 @@ class Engine:
         self._prepared: Prepared | None = None
         self._goes_ahead = goes_ahead
         self._results_at = 0.0
-        self._watch = ThreadPoolExecutor(1, "unit-watch")
         self._asleep = False
         self._recovery = Recovery()
         self._mixed_failures = 0
         self._next_id = 0
 
+    def _take_parts(self, parts: Parts) -> None:
+        self._parts = parts
+        self.pages, self.adapters, self._staging, self.scheduler, self._starter, self._admission = parts
+
     # Requests
 
+    @whole
     def warm_up(self) -> None:
         """Compile every program and time those that the engine chooses between; cached prefixes are lost.
 
@@ -144,6 +135,7 @@ class Engine:
         self._forget_device()
         self.runner.warm_up()
 
+    @whole
     def sleep(self) -> None:
         """Free the KV cache and the bank, for others who use the device, until the next step that has work.
 
@@ -170,7 +162,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether requests are unfinished or outputs are still to come."""
-        return bool(self._live or self._early)
+        return bool(self._live or self._early or self._aborted) or not (self._ledger.is_whole or self._ledger.inside)
 
     @property
     def pause(self) -> float | None:
@@ -188,27 +180,23 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """A copy of the counters."""
-        return dataclasses.replace(
-            self._stats,
-            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
-            preemptions=self.scheduler.preemptions,
-            adapter_loads=self.adapters.loads,
-            adapter_waits=self._staging.waits,
-            recompiles=self._compiles.count,
-        )
+        return dataclasses.replace(self._stats, **self._parts.counters(), recompiles=self._compiles.count)
 
+    @whole
     def load_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Fold adapters now and keep them on the host, so that requests need not wait for it."""
         for adapter in adapters:
             self._admission.check_adapter(adapter)
             self.adapters.keep(adapter)
 
+    @whole
     def add(self, request: Request) -> int:
         """Take a request; its outputs come from ``step``.
 
         Raises:
             RequestError, AdapterError: if it can never be served; nothing else is affected.
         """
+        request = encoded(self.model, request)
         request_id = self._next_id
         sequences = self._admission.sequences(request, request_id)
         is_here = request.adapter is None or self.adapters.claim(request_id, request.adapter)
@@ -219,7 +207,17 @@ class Engine:
             heapq.heappush(self._deadlines, (self._clock() + request.deadline, request_id))
         if is_here:
             self.scheduler.add(sequences[0])
+        self._ledger.opened((request_id, index) for index in range(request.n))
         return request_id
+
+    def generate(self, requests: Many[Request]) -> list[Completion]:
+        """Serve requests to their end; return the completion of each sample: request by request, then by index.
+
+        Raises:
+            RequestError, AdapterError: if one of them can never be served, or others are unfinished; none is then left.
+        """
+        self._check_idle()
+        return complete(self, requests)
 
     def _take_loaded(self) -> None:
         """Queue the requests whose adapters came, and end those whose adapters cannot be loaded."""
@@ -231,6 +229,7 @@ class Engine:
             if leader.status is not Status.FINISHED:  # It may have been cancelled a moment before.
                 self.scheduler.add(leader)
 
+    @whole
     def cancel(self, request_id: int, error: str | None = None) -> None:
         """Give a request up; its samples' last outputs say ``"abort"``. Unknown and finished ones are ignored."""
         for sequence in self._live.get(request_id, []):
@@ -242,8 +241,16 @@ class Engine:
 
     # Steps
 
+    @whole_step
     def step(self) -> list[Output]:
-        """Give the device its next calls, collect the results of the oldest, and return their outputs."""
+        """Give the device its next calls, collect the results of the oldest, and return their outputs.
+
+        What is raised here, a ``KeyboardInterrupt`` for one, ends the unfinished requests: the next step returns their
+        last outputs, which say ``"abort"``, and the engine serves new ones.
+        """
+        if self._aborted:
+            aborted, self._aborted = self._aborted, []
+            return aborted
         if self._asleep and self.has_work:
             self.runner.reset()
             self._asleep = False
@@ -297,9 +304,7 @@ class Engine:
             call = start()
             call.started = started
             self._calls.append(call)
-            self._stats.prefill_calls += step.kind == "prefill"
-            self._stats.mixed_calls += step.kind == "mixed"
-            self._stats.decode_calls += step.kind == "decode"
+            self._stats.started(step)
             self._staging.settle(self.scheduler.next_adapters(2))
         if self.under_way:
             self._start_unit(self._background.beside())
@@ -329,22 +334,15 @@ class Engine:
     def _start_unit(self, unit: Unit | None) -> None:
         if unit is None:
             return
-        started = self._clock()
-        try:
-            arrays = unit.start(self.runner.params)
-        except Exception as error:
-            self._background.failed(unit, error)
-        else:
-            over = self._watch.submit(self._when_over, arrays)
-            self._calls.append(UnitCall(unit=unit, arrays=arrays, started=started, over=over))
-
-    def _when_over(self, arrays: Any) -> float:
-        """Wait for a unit's arrays, in a thread of its own: the engine may look much later."""
-        jax.block_until_ready(arrays)
-        return self._clock()
+        call = self._background.start(unit, self.runner.params)
+        if call is not None:
+            self._calls.append(call)
+        self._background.in_hand = None
 
     def _end_unit(self, call: UnitCall) -> None:
         """Wait for a unit, the oldest call under way."""
+        self._background.in_hand = call.unit
+        self._calls.popleft()
         try:
             assert call.over is not None
             now = call.over.result()
@@ -354,8 +352,24 @@ class Engine:
             seconds, self._results_at = max(0.0, now - max(call.started, self._results_at)), now
             self._background.done(call, seconds)
             if self._calls:
-                # That is when the device began it, if it had it by then.
-                self._calls[0].started = max(self._calls[0].started, now)
+                self._calls[0].started = max(self._calls[0].started, now)  # Then the device began it.
+        self._background.in_hand = None
+
+    def _begin_anew(self) -> None:
+        """After a call of the engine that was cut off: end all requests and make the host's and device's state anew."""
+        aborted, parts = self._ledger.aborted(), self._make_parts()
+        parts.inherit(self._parts)
+        self._take_parts(parts)
+        self._live, self._samples, self._deadlines, self._early = {}, {}, [], []
+        self._recovery, self._mixed_failures, self._prepared = Recovery(), 0, None
+        units = [call for call in self._calls if isinstance(call, UnitCall)]
+        self._calls = collections.deque(units)
+        self._background.interrupted(units)
+        self._compiles = self._compiles.successor()
+        self.runner.reset()
+        self._asleep = False
+        self._aborted = aborted
+        self._ledger.is_whole = True
 
     # Results
 
@@ -364,14 +378,13 @@ class Engine:
         deltas = self._take_early()
         if not self._calls:
             return deltas
-        call = self._calls.popleft()
+        call = self._calls[0]
         if isinstance(call, UnitCall):
             # The tokens of the call before it went out.
-            if self._calls or self._background.is_over(call):
+            if len(self._calls) > 1 or self._background.is_over(call):
                 self._end_unit(call)
-            else:
-                self._calls.append(call)
             return deltas
+        self._calls.popleft()
         try:
             self._observer.collecting(call.step)
             drawn, scores = call.results()
@@ -400,14 +413,7 @@ class Engine:
         now = self._clock()
         seconds, self._results_at = now - max(call.started, self._results_at), now
         self._background.earn(seconds)
-        self._stats.prompt_tokens += sum(chunk.end - chunk.start for chunk in call.step.chunks)
-        if call.step.kind == "prefill":
-            self._stats.prefill_seconds += seconds
-        elif call.step.kind == "mixed":
-            self._stats.mixed_seconds += seconds
-        else:
-            self._stats.decode_seconds += seconds
-            self._stats.decode_steps += max(int((d.token_NB != -1).any(axis=1).sum()) for d in drawn)
+        self._stats.over(call.step, seconds, drawn)
 
     def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[Delta]:
         """Give sequences the tokens that they drew; those that end free what they hold."""

@@ -2,10 +2,11 @@
 
 import dataclasses
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.errors import RequestError
+from preft_jax.errors import RequestError, shown
 from preft_jax.sampling.parameters import MAX_LOGPROBS, SamplingParams
 from preft_jax.text.chat import EncodedPrompt
 from serve.store.names import Registered
@@ -19,12 +20,15 @@ class Request:
     """One prompt and what to generate for it; names are those of OpenAI's and vLLM's APIs.
 
     Attributes:
-        prompt: encoded by ``preft_jax.text.chat.encode_prompt``.
+        prompt: text, token ids or chat messages, which the engine encodes, or what
+            ``preft_jax.text.chat.encode_prompt`` made of them.
         adapter: edits the prompt (or every token, if its config says so), given itself or by what an
             ``AdapterStore`` has registered; None for the base model.
+        edit_mask: which prompt tokens are edited, in place of what the adapter's rule says: bool ``[P]``, or ``[P,
+            NUM_GROUPS]`` for weights of first and last positions of their own; needs an adapter.
         sampling: how tokens are drawn.
         max_tokens: generate at most this many tokens for each sample.
-        n: samples of the prompt, which is prefilled once; sample i draws with seed + i.
+        n: samples of the prompt, which is prefilled once; each sample draws from a seed of its own.
         stop: texts that end a sample; they are not part of its text. They may hold special tokens, which have no place
             in the text either.
         logprobs: also return this many most likely tokens at each step (0: the drawn token's alone).
@@ -36,7 +40,7 @@ class Request:
         seed: used where ``sampling.seed`` is None; if both are, the engine draws one.
     """
 
-    prompt: EncodedPrompt
+    prompt: EncodedPrompt | str | Sequence[int] | Sequence[Mapping[str, Any]]
     adapter: Adapter | Registered | None = None
     sampling: SamplingParams = SamplingParams()
     max_tokens: int = 64
@@ -49,28 +53,32 @@ class Request:
     seed: int | None = None
     tenant: str | None = None
     cache_salt: str | None = None
+    edit_mask: Any = None
 
     def __post_init__(self) -> None:
         def whole(name: str, low: int, high: int) -> None:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-                raise RequestError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+                raise RequestError(f"{name} is {shown(value)}; allowed: an integer from {low} to {high}")
 
-        if not isinstance(self.prompt, EncodedPrompt) or not self.prompt.token_ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        strange = [t for t in self.prompt.token_ids if isinstance(t, bool) or not isinstance(t, numbers.Integral)]
-        if strange:
-            raise RequestError(f"the prompt holds {strange[0]!r}; token ids are integers")
+        if isinstance(self.prompt, EncodedPrompt):
+            _check_token_ids(self.prompt.token_ids)
+        elif isinstance(self.prompt, bytes) or not (
+            isinstance(self.prompt, str | Sequence) or hasattr(self.prompt, "__array__")
+        ):
+            raise RequestError(
+                f"the prompt is {shown(self.prompt)}; give text, token ids, chat messages, or what encode_prompt gives"
+            )
         if self.adapter is not None and not isinstance(self.adapter, Adapter | Registered):
             raise RequestError(
-                f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), what an AdapterStore has "
+                f"adapter is {shown(self.adapter)}; give an Adapter (load_adapter makes one), what an AdapterStore has "
                 "registered, or None"
             )
         for name in ("tenant", "cache_salt"):
             if not isinstance(getattr(self, name), str | None):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give a text, or None")
         if not isinstance(self.sampling, SamplingParams):
-            raise RequestError(f"sampling is {self.sampling!r}; give SamplingParams(...)")
+            raise RequestError(f"sampling is {shown(self.sampling)}; give SamplingParams(...)")
         whole("max_tokens", 1, 2**31 - 1)
         whole("n", 1, MAX_SAMPLES)
         if self.seed is not None:
@@ -81,10 +89,25 @@ class Request:
                 whole(name, 0, MAX_LOGPROBS)
         stops = self.stop
         if not isinstance(stops, tuple | list) or not all(isinstance(text, str) and text for text in stops):
-            raise RequestError(f"stop is {stops!r}; give a sequence of texts, none of them empty")
+            raise RequestError(f"stop is {shown(stops)}; give a sequence of texts, none of them empty")
         late = self.deadline
         if late is not None and (isinstance(late, bool) or not isinstance(late, numbers.Real) or not float(late) > 0):
-            raise RequestError(f"deadline is {late!r}; give seconds above 0, or None")
+            raise RequestError(f"deadline is {shown(late)}; give seconds above 0, or None")
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The encoded prompt's tokens."""
+        if not isinstance(self.prompt, EncodedPrompt):
+            raise RequestError("the prompt is not encoded yet; encode_prompt does it, and so does Engine.add")
+        return self.prompt.token_ids
+
+
+def _check_token_ids(token_ids: Sequence[Any]) -> None:
+    if not token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    strange = [t for t in token_ids if isinstance(t, bool) or not isinstance(t, numbers.Integral)]
+    if strange:
+        raise RequestError(f"the prompt holds {shown(strange[0])}; token ids are integers")
 
 
 class TokenLogprobs(NamedTuple):

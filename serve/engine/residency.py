@@ -159,9 +159,8 @@ class Residency:
             raise RequestError(
                 "the adapter is named, and this engine has no store; make it with Engine(..., store=...)"
             )
-        lease = self._store.lease(adapter)
-        entry = self._entry(lease.digest)
-        entry.leases[request_id] = lease
+        entry = self._entry(adapter.digest)
+        lease = entry.leases[request_id] = self._store.lease(adapter)
         if lease.known is None:
             self._loading[lease] = request_id
             return False
@@ -191,6 +190,16 @@ class Residency:
             self._loading.pop(lease, None)
             self._store.release(lease)
         self._tidy(entry)
+
+    def inherit(self, old: "Residency") -> None:
+        """Keep on the host what ``old``, which is given up, was told to keep; its leases go back to the store."""
+        for entry in old._entries.values():
+            for lease in entry.leases.values():
+                if self._store is not None:
+                    self._store.release(lease)
+            if entry.is_kept and entry.copy is not None:
+                self.put(entry.digest, entry.copy)
+        self.loads = old.loads
 
     def keep(self, adapter: "Adapter") -> str:
         """Keep an adapter on the host from now on, folding it if it is new; return its digest."""

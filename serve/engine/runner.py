@@ -330,6 +330,7 @@ class Runner:
 
     def _time_decode(self) -> None:
         """Measure a step of each decode program, all rows busy, before any page holds anything."""
+        measured = {}
         for name in [name for name in self.programs if name.startswith("decode")]:
             count = int(name.rpartition("-")[2])
             size, adapted = self.draw_size(count), name.startswith("decode-adapted")
@@ -348,7 +349,8 @@ class Runner:
                 self.decode(name, rows, pages)
                 jax.device_get(self.draw(picks, sampling))
                 times.append(time.perf_counter() - start)
-            self.step_seconds[name] = min(times)
+            measured[name] = min(times)
+        self.step_seconds = measured
 
     # Calls
 

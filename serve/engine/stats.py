@@ -1,6 +1,12 @@
 """Counters of an engine."""
 
 import dataclasses
+from collections.abc import Sequence as Many
+
+import numpy as np
+
+from preft_jax.sampling.rows import Drawn
+from serve.engine.plan import Step
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,3 +30,20 @@ class Stats:
     recompiles: int = 0
     finished: int = 0
     failed: int = 0
+
+    def started(self, step: Step) -> None:
+        """Count a call."""
+        self.prefill_calls += step.kind == "prefill"
+        self.mixed_calls += step.kind == "mixed"
+        self.decode_calls += step.kind == "decode"
+
+    def over(self, step: Step, seconds: float, drawn: Many[Drawn]) -> None:
+        """Add what a call took and computed."""
+        self.prompt_tokens += sum(chunk.end - chunk.start for chunk in step.chunks)
+        if step.kind == "prefill":
+            self.prefill_seconds += seconds
+        elif step.kind == "mixed":
+            self.mixed_seconds += seconds
+        else:
+            self.decode_seconds += seconds
+            self.decode_steps += max(int((np.asarray(d.token_NB) != -1).any(axis=1).sum()) for d in drawn)

@@ -151,9 +151,9 @@ class Job:
         self._tokens = [0] * self._samples
         self._first: dict[int, float] = {}
         self._seen: set[int] = set()
-        self._prompt_tokens = sum(len(request.prompt.token_ids) for request in requests)
+        self._prompt_tokens = sum(len(request.token_ids) for request in requests)
         for request in requests:
-            serving.metrics.prompt(len(request.prompt.token_ids))
+            serving.metrics.prompt(len(request.token_ids))
 
     @property
     def usage(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -70,7 +71,8 @@ class _Copy:
     num_bytes: int
     known: Known | None = None
     reserved: bool = False
-    leases: set["Lease"] = dataclasses.field(default_factory=set)
+    # Of those who still hold them: a lease whose holder was cut off before it got it keeps nothing.
+    leases: "weakref.WeakSet[Lease]" = dataclasses.field(default_factory=weakref.WeakSet)
 
 
 class Lease:

@@ -89,16 +89,17 @@ def test_one_adapter_for_all_prompts(lively, kinds):
 
 
 def test_seeds(lively):
-    """A request's own seed decides; otherwise ``seed`` plus its index, so that equal prompts differ."""
+    """A request's own seed decides; otherwise one from ``seed`` and its index, so that equal prompts differ."""
     free, fixed = SamplingParams(temperature=2.0), SamplingParams(temperature=2.0, seed=1)
 
     def draws(sampling, **options):
         return [c.token_ids for c in one_call(lively, ["Hello"] * 2, None, sampling, **options)]
 
-    zero, one = draws(free)
-    assert zero != one
-    assert draws(free) == [zero, one]
-    assert draws(free, seed=1)[0] == one
+    zero, second = draws(free)
+    assert zero != second
+    assert draws(free) == [zero, second]
+    one, third = draws(free, seed=1)
+    assert len({tuple(ids) for ids in (zero, second, one, third)}) == 4, "seeds of neighbouring calls coincide"
     assert draws(fixed) == [one, one]
     assert draws([free, fixed], seed=7)[1] == one
 
@@ -126,7 +127,7 @@ def test_without_a_tokenizer_ids_still_work_and_text_is_refused(lively, hello):
         (([[1, 256]],), {}, RequestError, "token id 256.*0 to 255"),
         (([[1, -2]],), {}, RequestError, "token id -2"),
         (([[1, "a"]],), {}, RequestError, "'a'"),
-        (([None],), {}, RequestError, "NoneType"),
+        (([None],), {}, RequestError, "the prompt is None"),
         ((None,), {}, RequestError, "NoneType"),
         ((7,), {}, RequestError, "int"),
         ((b"Hello",), {}, RequestError, "bytes"),

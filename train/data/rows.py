@@ -215,7 +215,7 @@ def _of_turn(chat: Chat, turn: int, model: Model, adapter: AdapterConfig, line: 
 def _of_conversation(chat: Chat, turns: Sequence[int], model: Model, adapter: AdapterConfig, line: int) -> Example:
     """Return a conversation through its last learned answer, with all learned answers, as one row."""
     rule = parse_positions(adapter.positions)
-    if rule.first is not None:
+    if rule.first is not None or rule.function is not None:
         raise RequestError(
             f"positions {adapter.positions!r} are counted in each request's prompt, so a conversation of several "
             "answers is not one row; use assistant_turns 'edit'"

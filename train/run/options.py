@@ -56,7 +56,7 @@ _JOB: dict[str, dict[str, Any]] = {
     "dataset_config": {"help": "configuration of a dataset that has several"},
     "dataset_train_split": {"help": "split of a dataset that has several (default: train)"},
     "dataset_test_split": {"help": "split of what is held out (default: test)"},
-    "adapter_kind": {"choices": KINDS, "default": "lora", "help": "lora, direft or loreft"},
+    "adapter_kind": {"choices": KINDS, "default": "lora", "help": "lora, direft, loreft or edits"},
     "rank": {"type": int, "default": 16, "help": "of every edit"},
     "lora_alpha": {"type": float, "help": "LoRA's scale numerator (default: the rank)"},
     "lora_dropout": {"type": float, "default": 0.0, "help": "on LoRA's input"},

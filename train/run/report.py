@@ -10,11 +10,11 @@ from rich.console import Console
 from preft_jax.loading import Model
 from train.data import builtin as builtin_task
 from train.jobs import Job
+from train.results import StepResult
 from train.run.directory import RunDirectory
 from train.run.log import Meter, Metrics, Status, draw_losses, peak_flops, read_metrics
 from train.run.options import Settings
 from train.run.reporters import Reporter
-from train.trainer import StepResult
 
 
 class Report:

@@ -7,10 +7,11 @@ from typing import Any
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.kinds import find_kind
 from preft_jax.errors import ConfigError
 from preft_jax.io.adapter_files import load_adapter
 from preft_jax.loading import Model
-from preft_jax.shapes import LINEAR_SITES, SITES
+from preft_jax.shapes import SITES
 
 OPTIONS = {
     "kind": "adapter_kind", "rank": "rank", "alpha": "lora_alpha", "use_rslora": "use_rslora", "targets": "targets",
@@ -76,7 +77,7 @@ def _written(field: str, value: Any, found: AdapterConfig, num_layers: int) -> s
     if field == "alpha" and (value is not None or lora):
         return str(float(found.rank if value is None else value))
     if field == "targets":
-        sites = set(value or (LINEAR_SITES if lora else ("block",)))
+        sites = set(value or find_kind(found.kind).targets)
         return ",".join([site for site in SITES if site in sites] + sorted(sites - set(SITES)))
     if field == "layers":
         layers = set(range(num_layers) if value is None else value)

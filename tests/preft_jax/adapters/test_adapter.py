@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from preft_jax import Adapter, AdapterConfig, AdapterError, ConfigError, ModelConfig, fold, init_adapter, random_adapter
 from preft_jax.adapters.adapter import check_fits
+from preft_jax.adapters.builtin_kinds import orthonormal_rows
 from preft_jax.adapters.config import MAX_RANK, adapter_shapes
-from preft_jax.adapters.fold import fold_params, orthonormal_rows
+from preft_jax.adapters.fold import fold_params
 from preft_jax.shapes import LINEAR_SITES
 
 MODEL = ModelConfig(

@@ -26,7 +26,7 @@ PEFT_CONFIGS = {
         "alpha": 6,
         "targets": ("q", "v", "down"),
         "layers": (0, 2),
-        "rank_pattern": {"q_proj": 2, r"layers\.2\.self_attn\.v_proj": 6},
+        "rank_pattern": {r"layers\.2\.self_attn\.v_proj": 6, "q_proj": 2},
         "alpha_pattern": {"model.layers.0.mlp.down_proj": 3, "v_proj": 12},
     },
     "regex": {"rank": 3, "alpha": 3, "targets": ("q", "k", "gate"), "layers": (1, 2)},

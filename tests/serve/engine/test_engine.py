@@ -25,6 +25,7 @@ from text_tokenizers import unigram
 
 from preft_jax import Adapter, SamplingParams
 from preft_jax.errors import AdapterError, ConfigError, RequestError
+from preft_jax.sampling.parameters import derived_seed
 from preft_jax.text.chat import EncodedPrompt
 from serve.engine.engine import Engine
 from serve.engine.request import Request
@@ -49,7 +50,7 @@ def engine(lively):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("prompt", EncodedPrompt([], ())), ("prompt", "text"), ("prompt", [1, 2]), ("adapter", "alice"),
+        ("prompt", EncodedPrompt([], ())), ("prompt", b"text"), ("prompt", 12), ("adapter", "alice"),
         ("sampling", {"temperature": 1}), ("max_tokens", 0), ("max_tokens", 1.0), ("max_tokens", True), ("n", 0),
         ("n", 129), ("seed", -1), ("seed", 2**32), ("priority", 2**31), ("priority", 0.5), ("logprobs", 21),
         ("logprobs", -1), ("logprobs", True), ("prompt_logprobs", 21), ("stop", "abc"), ("stop", ("",)), ("stop", (7,)),
@@ -358,7 +359,7 @@ def test_samples_of_a_prompt_share_its_prefill(engine, lively, adapters, rng):
     assert engine.stats.prompt_tokens == 39
     assert len({tuple(whole.token_ids) for whole in samples}) > 1
     for index, whole in enumerate(samples):
-        seed = (2**32 - 2 + index) % 2**32
+        seed = derived_seed(2**32 - 2, index)
         assert whole.token_ids == alone(lively, dataclasses.replace(one, n=1, seed=seed)).token_ids
 
 

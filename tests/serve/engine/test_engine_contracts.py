@@ -28,6 +28,7 @@ from engine_runs import (
 )
 
 from preft_jax import Adapter, SamplingParams, random_adapter
+from preft_jax.sampling.parameters import derived_seed
 from serve.engine.engine import Engine
 
 PREFILL_ONLY = ("lora", "lora_r24", "lora_pattern", "direft", "direft_free", "loreft", "loreft_f3l2", "lora_skip")
@@ -426,7 +427,7 @@ def test_draws_do_not_depend_on_neighbours_or_arrival(lively, kinds, rng):
 
 
 def test_a_seed_is_the_requests_own(roomy, kinds, rng):
-    """``sampling.seed`` goes before ``seed``; sample i of a request draws as one with seed + i; others differ."""
+    """``sampling.seed`` goes before ``seed``; a request's samples and its neighbours' differ."""
     tokens = rng.integers(0, 250, 9)
 
     def drawn(seed=0, own=None, n=1):
@@ -434,8 +435,9 @@ def test_a_seed_is_the_requests_own(roomy, kinds, rng):
         (samples,) = serve(roomy, [request(tokens, kinds["lora"], sampling=sampling, seed=seed, n=n, max_tokens=12)])
         return [sample.token_ids for sample in samples]
 
-    expected = [drawn(seed)[0] for seed in range(4)]
-    assert len({tuple(ids) for ids in expected}) == 4
-    assert drawn(seed=1, n=3) == expected[1:]
-    assert drawn(seed=99, own=2) == [expected[2]]
-    assert drawn(seed=99, own=0, n=2) == expected[:2]
+    many = [drawn(seed, n=3) for seed in range(4)]
+    assert len({tuple(ids) for samples in many for ids in samples}) == 12
+    assert [samples[0] for samples in many] == [drawn(seed)[0] for seed in range(4)]
+    assert drawn(seed=1, n=3) == many[1]
+    assert drawn(seed=derived_seed(1, 2)) == [many[1][2]]
+    assert drawn(seed=99, own=2, n=2) == many[2][:2]

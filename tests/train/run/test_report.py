@@ -7,10 +7,10 @@ import pytest
 import train_cases as cases
 from rich.console import Console
 
+from train.results import Result, StepResult
 from train.run.directory import RunDirectory
 from train.run.options import make_parser, settings
 from train.run.report import Report
-from train.trainer import Result, StepResult
 
 
 @pytest.fixture

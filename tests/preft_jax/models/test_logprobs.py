@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from preft_jax.models import logprobs
 from preft_jax.models.linear import Transposed
-from train import logprobs
 
 D, V = 12, 40
 
