@@ -21,9 +21,9 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, continues: bool = False):
         self._tokens: Detokenizer | None = None if tokenizer is None else detokenizer_of(tokenizer)
         self._growing = None if self._tokens is None else self._tokens.begin(continues=continues)
-        special = set() if self._tokens is None else set(self._tokens.special.values())
-        self._shown = _Searched([text for text in stop if not any(one in text for one in special)])
-        self._full = _Searched([text for text in stop if any(one in text for one in special)])
+        holding = [text for text in stop if self._tokens is not None and self._tokens.holds_special(text)]
+        self._shown = _Searched([text for text in stop if text not in holding])
+        self._full = _Searched(holding)
         self._unseen: list[tuple[int, int]] = []  # Where special tokens stand in the full text.
         self._sent = 0
         self.stopped: str | None = None
