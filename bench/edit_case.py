@@ -41,7 +41,7 @@ _ON_HOST = 1 << 22
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _draw_on_device(key: jax.Array, shape: tuple[int, ...], dtype: str, factor: jax.Array) -> jax.Array:
-    return (jax.random.normal(key, shape, dtype) * factor).astype(dtype)
+    return (jax.random.normal(key, shape, dtype).astype(jnp.float32) * factor).astype(dtype)
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, factor: Any = 1.0) -> jax.Array:

@@ -307,7 +307,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, default=16, help="of that server (default: %(default)s)")
     add("--max-waiting", type=int, default=64, help="of that server, or of the one that runs (default: %(default)s)")
     add("--base-url", default=None, help="take this server instead, which serves nobody else")
-    add("--api-key", default=None, help="for it; one that may see /metrics")
+    add("--api-key", default=None, help="for it; the admin's, who may see /metrics")
     add("--served-model-name", default=None, help="the model to ask for (default: the base model that it lists first)")
     add("--vocabulary", type=int, default=256, help="prompts are random tokens below this (default: %(default)s)")
     add("--num-prompts", type=int, default=8, help="different prompts (default: %(default)s)")

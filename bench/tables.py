@@ -200,6 +200,29 @@ def overload(figures: dict[str, Any]) -> str:
     return f"{markdown([title, ''], rows)}\n{machine(figures)}.\n"
 
 
+def hostile(figures: dict[str, Any]) -> str:
+    """What bad bodies cost a server and those who stream meanwhile."""
+    found = figures["figures"]
+    rows = [
+        [
+            row["body"],
+            str(row["status"]),
+            f"{row['seconds']:.3f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['gap_seconds']:.3f}",
+        ]
+        for row in found["bodies"]
+    ]
+    header = ["body", "status", "seconds", "memory, MiB", "longer gap of a stream, s"]
+    silent = found["connections"]
+    told = (
+        f"The longest gap without bad bodies: {found['usual_gap_seconds']:.3f} s. With {silent['silent']} silent "
+        f"connections and {figures['options']['descriptors']} descriptors `/health` took at most "
+        f"{silent['health_worst_seconds']:.3f} s."
+    )
+    return f"{markdown(header, rows)}\n{told} {machine(figures)}.\n"
+
+
 def server(figures: dict[str, Any]) -> str:
     """Base and adapters through a server."""
     options = figures["options"]
@@ -284,6 +307,7 @@ TABLES = {
     "cpu-accuracy": accuracy,
     "cpu-generation": cpu_generation,
     "cpu-adapters": cpu_adapters,
+    "cpu-hostile": hostile,
     "cpu-overload": overload,
     "cpu-serve-bench": cpu_serve_bench,
     "cpu-server-uniform": server,

@@ -18,7 +18,7 @@ import preft_jax
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.edit_mask import extend_edit_mask, make_edit_mask
 from preft_jax.adapters.fold import fold_params
-from preft_jax.models.forward import train_forward
+from preft_jax.models.forward import forward
 from preft_jax.text.chat import encode_answer
 
 STEPS, BATCH, LEARNING_RATE = 24, 8, 2e-3
@@ -58,7 +58,7 @@ def collate(examples):
 
 def loss(config, adapter_config, params, adapter, tokens, edited, weights):
     """Return the mean cross-entropy of the answers' tokens; differentiated in ``adapter`` alone."""
-    logits = train_forward(
+    logits = forward(
         config, params, tokens, folded=fold_params(adapter_config, adapter), edit_mask_BSG=edited
     )  # fmt: skip
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(tokens, -1, axis=1))

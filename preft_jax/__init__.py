@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from preft_jax.errors import ModelError as ModelError
     from preft_jax.errors import PreftError as PreftError
     from preft_jax.errors import RequestError as RequestError
+    from preft_jax.errors import ShapeError as ShapeError
     from preft_jax.io.adapter_files import load_adapter as load_adapter
     from preft_jax.io.adapter_files import save_adapter as save_adapter
     from preft_jax.io.adapter_limits import AdapterLimits as AdapterLimits
@@ -49,6 +50,7 @@ __all__ = [
     "PreftError",
     "RequestError",
     "SamplingParams",
+    "ShapeError",
     "fold",
     "generate",
     "init_adapter",
@@ -64,7 +66,7 @@ _WHERE = {
     "preft_jax.adapters.fold": ("LowRankEdit",),
     "preft_jax.adapters.init": ("init_adapter", "random_adapter"),
     "preft_jax.config": ("PRESETS", "ModelConfig"),
-    "preft_jax.errors": ("AdapterError", "ConfigError", "ModelError", "PreftError", "RequestError"),
+    "preft_jax.errors": ("AdapterError", "ConfigError", "ModelError", "PreftError", "RequestError", "ShapeError"),
     "preft_jax.io.adapter_files": ("load_adapter", "save_adapter"),
     "preft_jax.io.adapter_limits": ("AdapterLimits",),
     "preft_jax.loading": ("Model", "load_model"),

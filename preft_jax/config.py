@@ -7,26 +7,8 @@ from typing import Any
 from preft_jax.errors import ConfigError, did_you_mean
 from preft_jax.models.family import LAYER_OPTIONS
 from preft_jax.models.registry import family
+from preft_jax.rope import DEFAULT_THETA, Llama3Rope, RopeScaling, rope_from_hf, rope_to_hf
 from preft_jax.shapes import LINEAR_SITES
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Frequency scaling of rotary embeddings as Llama 3.1 defines it (``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        if not self.factor >= 1.0:
-            raise ConfigError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
-        if not 0.0 < self.low_freq_factor < self.high_freq_factor:
-            raise ConfigError(
-                f"rope_scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor "
-                f"{self.high_freq_factor}; both must be positive and the first smaller than the second"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +27,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rope_theta: float = 10_000.0
+    rope_theta: float = DEFAULT_THETA
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
@@ -106,7 +88,7 @@ class ModelConfig:
         return self.num_hidden_layers * per_layer + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
 
 
-_LLAMA3_ROPE = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+_LLAMA3_ROPE = Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 PRESETS: Mapping[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -143,27 +125,6 @@ PRESETS: Mapping[str, ModelConfig] = {
 """Shapes by name. ``load_model`` gives them random weights, except ``smollm2-135m``, which has real ones."""
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Read theta and scaling from either layout: ``rope_theta`` + ``rope_scaling``, or ``rope_parameters``."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConfigError(f"rope_scaling type {kind!r} is not supported; allowed: 'default', 'llama3'")
-    try:
-        scaling = RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ConfigError(f"rope_scaling of type 'llama3' lacks {error.args[0]!r}") from None
-    return theta, scaling
-
-
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Build a ``ModelConfig`` from the contents of a Hugging Face ``config.json``.
 
@@ -173,7 +134,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     model_type = hf.get("model_type", "llama")
     record = family(model_type)
     record.check_hf(hf)
-    theta, scaling = _rope(hf)
+    theta, scaling = rope_from_hf(hf)
     eos = hf.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     try:
@@ -216,5 +177,5 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     if config.eos_token_ids:
         hf["eos_token_id"] = list(config.eos_token_ids)
     if config.rope_scaling is not None:
-        hf["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+        hf["rope_scaling"] = rope_to_hf(config.rope_scaling)
     return hf

@@ -29,6 +29,10 @@ class RequestError(PreftError, ValueError):
     """One request that cannot be served; the others are not affected."""
 
 
+class ShapeError(PreftError, ValueError):
+    """An array whose axes or dtype are not those that a function takes."""
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest allowed name, or an empty string."""
     close = difflib.get_close_matches(given, list(allowed), n=1) if len(given) <= _LONGEST_NAME else []

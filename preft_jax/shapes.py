@@ -27,6 +27,10 @@
 ``bool`` masks are named ``mask_...``; counts and cumulative counts are ``int32``.
 """
 
+from typing import Any
+
+from preft_jax.errors import ShapeError, shown
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes of weights, of the KV cache and of rank pages."""
 
@@ -41,3 +45,36 @@ LINEAR_SITES = ("q", "k", "v", "o", "gate", "up", "down")
 
 SITES = (*LINEAR_SITES, "block")
 """Every site of a layer that a low-rank edit may act on; ``block`` is the residual stream after the layer."""
+
+
+def check_axes(name: str, array: Any, kind: str = "", **axes: int | None) -> None:
+    """Check an array's shape axis by axis, and its kind.
+
+        check_axes("edit_mask_BSG", mask, "bool", B=2, S=16, G=NUM_GROUPS)
+
+    Args:
+        name: of the array, for the error.
+        array: of NumPy or JAX, traced or not.
+        kind: ``bool``, ``int`` or ``float``; empty for any.
+        axes: the letters and sizes of all its axes, in order; None for any size.
+
+    Raises:
+        ShapeError: it is no array, or has other axes or another kind.
+    """
+    wanted = ", ".join(letter if size is None else f"{letter}={size}" for letter, size in axes.items())
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    if shape is None or dtype is None:
+        raise ShapeError(
+            f"{name} is {shown(array)}; give an array of NumPy or JAX, {f'{kind} ' if kind else ''}[{wanted}]"
+        )
+    fits = len(shape) == len(axes) and all(size in (None, own) for own, size in zip(shape, axes.values(), strict=True))
+    if not fits:
+        raise ShapeError(f"{name} has the shape {list(shape)}, expected [{wanted}]")
+    if kind and not _is_kind(dtype, kind):
+        raise ShapeError(f"{name} is {dtype}, expected {kind} [{wanted}]")
+
+
+def _is_kind(dtype: Any, kind: str) -> bool:
+    if kind == "float":  # bfloat16 is of no kind that NumPy knows.
+        return dtype.kind == "f" or "float" in str(dtype)
+    return dtype.kind in {"bool": "b", "int": "iu"}[kind]

@@ -32,6 +32,7 @@ from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.server.app import make_app
 from serve.server.auth import Keys, RuntimeLoading, parse_keys
+from serve.server.connections import AT_ONCE, Connections, allowed_connections
 from serve.server.serving import Serving
 from serve.server.slow_clients import timed_protocol
 from serve.store.directory import AdapterDirectory
@@ -41,6 +42,9 @@ from serve.store.host_copy import pin
 from serve.store.names import Registry
 
 _log = logging.getLogger("preft.server")
+
+_BACKLOG = 2048
+"""Connections that wait to be accepted."""
 
 _MODEL_LEN = 2048
 """``--max-model-len`` unless the model has fewer positions or another number is given."""
@@ -67,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         "512 on a GPU without --all-token, else 0)",
     )
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="on by default")
+    add("--share-prefix-cache", action="store_true", help="between keys too, who may then time each other's prompts")
 
     add = parser.add_argument_group("adapters").add_argument
     add("--adapter-dir", type=Path, default=None, help="each subdirectory is an adapter, named by it; it is watched")
@@ -96,6 +101,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--api-key", action="append", default=[], metavar="[USER=]KEY", help="let in; also PREFT_API_KEY, with spaces")
     add("--admin-key", default=None, metavar="KEY", help="of who may load adapters and sees all; also PREFT_ADMIN_KEY")
     add("--max-waiting", type=int, default=256, help="requests without a first token (default: %(default)s)")
+    add(
+        "--max-connections",
+        type=int,
+        default=None,
+        help="open at once; idle ones make room for new ones (default: what the limit of descriptors allows)",
+    )
+    add("--max-connections-per-address", type=int, default=None, help="of one client (default: half of all)")
     add("--max-body-mib", type=float, default=4.0, help="largest body (default: %(default)s)")
     add("--request-timeout", type=float, default=30.0, help="seconds a request may take to arrive (%(default)s)")
     add("--read-timeout", type=float, default=60.0, help="seconds an answer may lie unread (default: %(default)s)")
@@ -109,8 +121,9 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("max_waiting", 1), ("drain_seconds", 0), ("port", 0)):
         if not getattr(args, name) >= least:
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least {least}")
-    if args.max_adapter_bytes is not None and args.max_adapter_bytes < 1:
-        raise ConfigError(f"--max-adapter-bytes is {args.max_adapter_bytes}; give at least 1")
+    for name in ("max_adapter_bytes", "max_connections", "max_connections_per_address"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least 1")
     if args.drain_seconds == float("inf"):
         raise ConfigError("--drain-seconds is inf; give a number of seconds")
     for name in ("adapter_memory_gib", "max_body_mib", "request_timeout", "read_timeout"):
@@ -158,7 +171,9 @@ def _make_store(args: argparse.Namespace, model: Model) -> AdapterStore:
     state = args.state_dir
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
-    files = AdapterFiles(model, None if state is None else state / "pages", limits=_adapter_limits(args, model))
+    roots = [[] if args.adapter_dir is None else [args.adapter_dir], args.adapter_root]
+    kept = None if state is None else state / "pages"
+    files = AdapterFiles(model, kept, limits=_adapter_limits(args, model), roots=roots)
     registry = Registry(None if state is None else state / "adapters.sqlite")
     files.drop_others({adapter.digest for adapter in registry.list()})
     return AdapterStore(files, registry, host_bytes=int(args.adapter_memory_gib * 2**30), pin=pin)
@@ -226,14 +241,43 @@ class DrainingServer(uvicorn.Server):
         """Take no more connections, and finish or give up the requests there are."""
         await asyncio.gather(self._engine.stop(self._drain_seconds), super().shutdown(sockets))
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, few connections accepted at a time and many waiting to be."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
+
+
+def make_connections(most: int | None, per_address: int | None) -> Connections:
+    """Return the book of connections; None: what descriptors allow, and half of it for one address.
+
+    Raises:
+        ConfigError: if descriptors do not allow so many.
+    """
+    allowed = allowed_connections()
+    if most is not None and most > allowed:
+        raise ConfigError(
+            f"--max-connections is {most}, and the limit of open files allows {allowed}; give less, or raise it "
+            "(ulimit -n)"
+        )
+    most = allowed if most is None else most
+    return Connections(most, min(most, max(1, most // 2) if per_address is None else per_address))
+
 
 def make_server(
-    serving: Serving, *, request_seconds: float, read_seconds: float, drain_seconds: float
+    serving: Serving,
+    *,
+    request_seconds: float,
+    read_seconds: float,
+    drain_seconds: float,
+    connections: Connections | None = None,
 ) -> DrainingServer:
-    """Return the server of an app, with limits for slow clients and for its end."""
+    """Return the server of an app, with limits for slow clients, for connections and for its end."""
+    connections = connections or make_connections(None, None)
     config = uvicorn.Config(
         make_app(serving),
-        http=timed_protocol(request_seconds, read_seconds),
+        http=timed_protocol(request_seconds, read_seconds, connections),
+        backlog=AT_ONCE,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -266,6 +310,7 @@ def make_serving(args: argparse.Namespace) -> Serving:
         max_model_len=config.max_model_len,
         max_body_bytes=int(args.max_body_mib * 2**20),
         body_seconds=args.request_timeout,
+        share_prefix_cache=args.share_prefix_cache,
         directory=directory,
     )
     serving.scan()
@@ -276,13 +321,14 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to end; returns the exit status."""
     _check(args)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
+    with socket.create_server((args.host, args.port), family=family, backlog=_BACKLOG) as listener:
         serving = make_serving(args)
         server = make_server(
             serving,
             request_seconds=args.request_timeout,
             read_seconds=args.read_timeout,
             drain_seconds=args.drain_seconds,
+            connections=make_connections(args.max_connections, args.max_connections_per_address),
         )
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{listener.getsockname()[1]}"

@@ -68,7 +68,7 @@ class Program:
 
     def metrics(self):
         """Return what ``/metrics`` tells: by name, or by name and the labels that are not the model's name."""
-        with self.client(api_server.ALICE) as client:
+        with self.client(api_server.ADMIN) as client:
             text = client.get("/metrics").text
         found = {}
         for family in text_string_to_metric_families(text):

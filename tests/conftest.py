@@ -21,7 +21,7 @@ from preft_jax.config import PRESETS
 from preft_jax.device.programs import forget_shared
 from preft_jax.io.gguf_file import open_gguf
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
-from preft_jax.models.forward import train_forward
+from preft_jax.models.forward import forward
 from preft_jax.text.tokenizer import byte_tokenizer, gguf_tokenizer
 
 sys.path.append(str(Path(__file__).parent))
@@ -30,6 +30,9 @@ import reference
 
 hypothesis.settings.register_profile("preft", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("preft")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+"""A cast that nobody wrote is an error, as in a product of bfloat16 and float32."""
 
 
 def pytest_addoption(parser):
@@ -248,7 +251,7 @@ def adapters(tiny):
 @pytest.fixture(scope="session")
 def trained():
     """Return training's forward pass: ``(model, adapter, tokens, mask)`` to float64 log-softmax ``[T, V]``."""
-    program = jax.jit(train_forward, static_argnums=0)
+    program = jax.jit(forward, static_argnums=0)
 
     def log_softmax(model, adapter, tokens, mask):
         edits = {}

@@ -17,7 +17,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 def interpreted(function, *args, **options):
     """Call a kernel in the interpreter; a race is an error."""
     with pallas_tpu.interpret(PARAMS):
-        out = jax.block_until_ready(function(*args, **options))
+        out = jax.block_until_ready(jax.jit(functools.partial(function, **options))(*args))
     races = interpret_pallas_call.races
     assert races is not None, "the kernel did not run in the interpreter"
     assert not races.races_found, "the kernel has a data race"

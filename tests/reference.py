@@ -129,12 +129,14 @@ def rms_norm(x, weight, eps):
 
 
 def frequencies(config):
-    """Rotary frequencies; with scaling, as in Llama 3.1: by wavelength, kept, divided, or blended in between."""
+    """Rotary frequencies; scaled by a factor, or as in Llama 3.1: kept, divided, or blended in between."""
     half = config.head_dim // 2
     freqs = [config.rope_theta ** (-2 * i / config.head_dim) for i in range(half)]
     scaling = config.rope_scaling
     if scaling is None:
         return np.array(freqs)
+    if not hasattr(scaling, "low_freq_factor"):
+        return np.array(freqs) / scaling.factor
     original = scaling.original_max_position_embeddings
     out = []
     for freq in freqs:

@@ -84,7 +84,18 @@ class World:
         self.order = 0
 
     def add(
-        self, length=8, *, adapter=None, max_tokens=4, n=1, priority=0, seed=None, score=False, tokens=None, stop_ids=()
+        self,
+        length=8,
+        *,
+        adapter=None,
+        max_tokens=4,
+        n=1,
+        priority=0,
+        seed=None,
+        score=False,
+        tokens=None,
+        stop_ids=(),
+        tenant=None,
     ):
         seed = 1000 + self.order if seed is None else seed
         tokens = np.random.default_rng(seed).integers(0, 9, length).tolist() if tokens is None else tokens
@@ -95,7 +106,7 @@ class World:
         salt = cache_salt(base="base", kv_dtype="float32", adapter=adapter, fold_version=1)
         group = [
             Sequence(
-                request_id=self.order, index=i, order=self.order, priority=priority, tokens=list(tokens),
+                request_id=self.order, index=i, tenant=tenant, order=self.order, priority=priority, tokens=list(tokens),
                 prompt_len=length, mask=mask, max_tokens=max_tokens, stop_ids=frozenset(stop_ids), adapter=adapter,
                 entries=ENTRIES.get(adapter, 0), all_token=adapter == "everywhere", keys=PageKeys(salt, PAGE),
                 score=score and not i, status=Status.FORKING if i else Status.NEW,
@@ -249,13 +260,14 @@ class World:
             assert end <= sizes["prefill_tokens"]
 
     def check_order(self, step):
-        """Prompts are let in in their order; only one whose adapter finds no room is passed over."""
+        """A tenant's prompts are let in in their order; only one whose adapter finds no room is passed over."""
         new = [chunk.sequence for chunk in step.chunks if chunk.sequence in self.queue]
         left = {*self.scheduler.waiting}
         passed = [s for s in self.queue if s in left and s.adapter is None and s.cohort == step.sequences[0].cohort]
-        ranks = [s.rank for s in new]
-        assert ranks == sorted(ranks)
-        assert all(rank <= s.rank for rank in ranks for s in passed), "somebody is overtaken"
+        for tenant in {s.tenant for s in new}:
+            ranks = [s.rank for s in new if s.tenant == tenant]
+            assert ranks == sorted(ranks)
+            assert all(rank <= s.rank for rank in ranks for s in passed if s.tenant == tenant), "somebody is overtaken"
 
     def check_rows(self, step):
         assert 1 <= step.repeats <= self.sizes["decode_steps"]

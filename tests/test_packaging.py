@@ -25,7 +25,9 @@ def test_pins_of_uv_and_pip_agree():
 
 
 def test_every_pin_lies_in_the_declared_range():
-    declared = {re.split(r"[><=\[]", line)[0]: line for line in project()["project"]["dependencies"]}
+    extras = [line for lines in project()["project"]["optional-dependencies"].values() for line in lines]
+    lines = [*extras, *project()["project"]["dependencies"]]
+    declared = {re.split(r"[><=\[]", line)[0]: line for line in lines}
     for pin in (ROOT / "constraints.txt").read_text().split():
         name, version = pin.split("==")
         floor = re.search(r">=([\d.]+)", declared.get(name, ""))

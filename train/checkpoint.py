@@ -1,11 +1,12 @@
 """Checkpoints of a run: adapters, optimizer states, clocks and options, written whole or not at all.
 
 Orbax writes each into a directory of its own that gets its name once it is complete, and deletes the oldest. A SHA-256
-over every array is kept with it, so that a damaged one is known before training goes on from it. Random numbers need no
-state: they follow from the seed, the micro-batch and the row.
+over every array is kept with it, and one over all the rest, so that a damaged one is known before training goes on
+from it. Random numbers need no state: they follow from the seed, the micro-batch and the row.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import orbax.checkpoint as ocp
 from preft_jax.errors import PreftError
 from train.step import Slots
 
-_VERSION = 1
+_VERSION = 2
 
 _log = logging.getLogger("preft.train")
 
@@ -88,10 +89,12 @@ class Checkpoints:
         arrays["nothing"] = np.zeros(1, np.int32)  # Orbax does not write nothing at all.
         known = {
             "version": _VERSION,
+            "step": step,
             "counts": {name: len(some) for name, some in leaves.items()},
             "sha256": {name: _digest(some) for name, some in leaves.items()},
             "run": dict(meta),
         }
+        known["checksum"] = _checksum(known)
         try:
             self._manager.save(
                 step,
@@ -135,8 +138,13 @@ class Checkpoints:
 
     def _read(self, step: int) -> Checkpoint:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        checksum = meta.pop("checksum", None)
         if meta["version"] != _VERSION:
             raise CheckpointError(f"it is of version {meta['version']}, this program writes {_VERSION}")
+        if checksum != _checksum(meta):
+            raise CheckpointError("what it says of the run is not what was written")
+        if meta["step"] != step:
+            raise CheckpointError(f"it is the one of step {meta['step']}")
         arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
         leaves = {
             name: [np.asarray(arrays[f"{name}/{i}"]) for i in range(count)] for name, count in meta["counts"].items()
@@ -153,6 +161,10 @@ class Checkpoints:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+
+
+def _checksum(known: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(leaves: list[np.ndarray]) -> str:

@@ -28,8 +28,11 @@ class JobConfig:
 
     Attributes:
         name: of the adapter.
-        dataset: JSONL; None takes the built-in task.
-        eval_dataset: JSONL; None evaluates nothing, or the built-in task's own part for that.
+        dataset: a file, a folder or a name of the Hub, see ``files.open_rows``; None takes the built-in task.
+        eval_dataset: the same for what is held out; None evaluates nothing, or the built-in task's own part for that.
+        dataset_config: configuration of a dataset that has several.
+        dataset_train_split: split that is trained on; None is ``train``.
+        dataset_test_split: split that is held out; None is ``test``, and of a file all of it.
         adapter: kind, rank, positions and so on of a new adapter.
         init_from: directory of an adapter to start from, in place of a new one.
         asked: with ``init_from``, the fields of ``AdapterConfig`` that are asked for; others are those of the adapter
@@ -43,8 +46,11 @@ class JobConfig:
     """
 
     name: str = "adapter"
-    dataset: Path | None = None
-    eval_dataset: Path | None = None
+    dataset: str | None = None
+    eval_dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str | None = None
+    dataset_test_split: str | None = None
     adapter: AdapterConfig = AdapterConfig()
     init_from: Path | None = None
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)

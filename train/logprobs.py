@@ -74,7 +74,7 @@ def _forward(head: Params, h_TD: jax.Array, targets_T: jax.Array, learned_T: jax
         norm_I = jax.nn.logsumexp(logits_IV, axis=1)
         chosen_I = jnp.take_along_axis(logits_IV, targets_I[:, None], axis=1)[:, 0]
         onehot_IV = targets_I[:, None] == jnp.arange(logits_IV.shape[1], dtype=targets_I.dtype)
-        slope_IV = (jnp.exp(logits_IV - norm_I[:, None]) - onehot_IV).astype(h_ID.dtype)
+        slope_IV = (jnp.exp(logits_IV - norm_I[:, None]) - onehot_IV.astype(jnp.float32)).astype(h_ID.dtype)
         return chosen_I - norm_I, _through_head(head, slope_IV)
 
     logprob_T, slope_TD = _map(one, head, h_TD, targets_T, learned_T)

@@ -80,7 +80,7 @@ class OptimizerConfig:
         else:
             after = optax.cosine_decay_schedule(top, max(1, total_steps - warmup))
         schedule = optax.join_schedules([optax.linear_schedule(0.0, top, max(1, warmup)), after], [warmup])
-        return np.asarray(jax.vmap(schedule)(jnp.arange(total_steps)), np.float32)
+        return np.asarray(jax.vmap(schedule)(jnp.arange(total_steps, dtype=jnp.float32)), np.float32)
 
 
 class Numbers(NamedTuple):
@@ -105,7 +105,7 @@ def numbers(config: OptimizerConfig, learning_rate: float) -> Numbers:
 def transformation(optim: str, n: Numbers) -> optax.GradientTransformation:
     """Return the optimizer; its state does not depend on the numbers."""
     if optim == "adamw":
-        scale, decay = optax.scale_by_adam(n.beta1, n.beta2, n.epsilon), optax.add_decayed_weights(n.weight_decay)
+        scale, decay = _adam(n), optax.add_decayed_weights(n.weight_decay)
     elif optim == "lion":
         scale, decay = optax.scale_by_lion(n.beta1, n.beta2), optax.add_decayed_weights(n.weight_decay)
     else:
@@ -114,6 +114,17 @@ def transformation(optim: str, n: Numbers) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(n.max_grad_norm), scale, decay, faster, optax.scale_by_learning_rate(n.learning_rate)
     )
+
+
+def _adam(n: Numbers) -> optax.GradientTransformation:
+    """Return ``optax.scale_by_adam``. It raises a float32 decay to an int32 count: a promotion of its own."""
+    adam = optax.scale_by_adam(n.beta1, n.beta2, n.epsilon)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return adam.update(updates, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _scale_b(updates: Any, ratio: Any) -> Any:

@@ -16,6 +16,7 @@ from preft_jax.cli import hyphenated
 from preft_jax.device.mesh import Placement
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
+from train.run.log import say
 from train.run.loop import InterruptError, Run
 from train.run.options import Settings, make_parser, settings
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("preft.train").setLevel(logging.INFO)
     parser = make_parser(__doc__ or "")
     console = Console(stderr=True)
     try:
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_usage(sys.stderr)
         print(f"train.sft: {error}", file=sys.stderr)
         return 2
+    for note in found.notes:
+        say(console, note)
     try:
         return _train(found, console)
     except InterruptError as error:

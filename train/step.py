@@ -26,7 +26,7 @@ from preft_jax.adapters.pages import adapter_page_counts, cut_edit
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 from preft_jax.models.attention import DenseKernel
-from preft_jax.models.forward import train_hidden
+from preft_jax.models.forward import hidden_states
 from preft_jax.models.layer import Remat
 from preft_jax.models.params import Params
 from preft_jax.shapes import RANK_PAGE, SITES
@@ -183,33 +183,35 @@ def _tiles(plan: PagePlan, batch: Batch) -> dict[str, TilePages]:
     return {site: one(site) for site in SITES}
 
 
-def make_edits(
-    config: ModelConfig,
-    groups: Sequence[Group],
-    params: Sequence[Any],
-    batch: Batch,
-    dropout_J: jax.Array | None,
-    dtype: Any,
-) -> Edits:
-    """Return how the adapters act on a batch; differentiable in ``params``.
+def edits_by_layer(config: ModelConfig, groups: Sequence[Group], params: Sequence[Any], dtype: Any) -> list[Any]:
+    """Return what acts in each layer: the fold of one adapter, or the rank pages of many; differentiable in ``params``.
 
     Args:
         config: of the base model.
         groups: static.
         params: stacked parameters of each group.
-        batch: whose rows name slots.
-        dropout_J: float32 rate of each slot; None if there is none at all.
         dtype: of the base model.
     """
-    dropout = None
-    if dropout_J is not None:
-        key_B = jax.vmap(_row_key)(batch.draw_BU)
-        dropout = Dropout(key_B, dropout_J[batch.slot_B])
     folds = _folds(groups, params)
     if sum(group.size for group in groups) == 1:
-        return FoldedEdits(jax.tree.map(lambda leaf: leaf[0], folds[0]), batch.edit_mask_BSG, dropout)
-    pools = _pools(config, groups, folds, dtype)
-    return RowsEdits(pools, _tiles(plan_pages(config, groups), batch), batch.edit_mask_BSG, dropout)
+        return jax.tree.map(lambda leaf: leaf[0], folds[0])["layers"]
+    return _pools(config, groups, folds, dtype)
+
+
+def make_edits(
+    config: ModelConfig, groups: Sequence[Group], layers: Sequence[Any], batch: Batch, dropout: Dropout | None
+) -> FoldedEdits | RowsEdits:
+    """Return how adapters act on a batch, whose rows name slots; ``layers`` as of ``edits_by_layer``."""
+    if sum(group.size for group in groups) == 1:
+        return FoldedEdits({"layers": layers}, batch.edit_mask_BSG, dropout)
+    return RowsEdits(layers, _tiles(plan_pages(config, groups), batch), batch.edit_mask_BSG, dropout)
+
+
+def make_dropout(batch: Batch, dropout_J: jax.Array | None) -> Dropout | None:
+    """Return the dropout of a batch's rows; ``dropout_J`` is each slot's rate, float32, None if there is none."""
+    if dropout_J is None:
+        return None
+    return Dropout(jax.vmap(_row_key)(batch.draw_BU), dropout_J[batch.slot_B])
 
 
 def _row_key(draw_U: jax.Array) -> jax.Array:
@@ -233,11 +235,21 @@ def batch_losses(
     attention: DenseKernel,
     remat: Remat,
 ) -> tuple[jax.Array, jax.Array, dict[str, Means]]:
-    """Return by slot the summed loss of learned tokens, their weights (float32 ``[J]`` each) and the loss's metrics."""
-    h_BSD = train_hidden(
+    """Return the losses of a batch as ``stream_losses`` does."""
+    h_BSD = hidden_states(
         config, base, batch.tokens_BS, edits, segments_BS=batch.segments_BS, positions_BS=batch.positions_BS,
         attention=attention, remat=remat,
     )  # fmt: skip
+    return stream_losses(base, h_BSD, batch, num_slots, loss)
+
+
+def stream_losses(
+    base: Params, h_BSD: jax.Array, batch: Batch, num_slots: int, loss: Loss
+) -> tuple[jax.Array, jax.Array, dict[str, Means]]:
+    """Return by slot the summed loss of learned tokens, their weights (float32 ``[J]`` each) and the loss's metrics.
+
+    ``h_BSD`` is the normed stream after the last layer.
+    """
     weights_T = batch.weights_BS.reshape(-1)
     logprob_T = token_logprobs(base, h_BSD.reshape(-1, h_BSD.shape[2]), batch.targets_BS.reshape(-1), weights_T != 0)
     needed = {f"{name}_T": getattr(batch, f"{name}_BS").reshape(-1) for name in loss.needs}
@@ -275,12 +287,17 @@ def accumulate(
     num_slots = sum(group.size for group in groups)
 
     def objective(params: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, Means]]]:
-        edits = make_edits(config, groups, params, batch, dropout_J, base["embed"].dtype)
+        layers = edits_by_layer(config, groups, params, base["embed"].dtype)
+        edits = make_edits(config, groups, layers, batch, make_dropout(batch, dropout_J))
         found = batch_losses(config, base, batch, edits, num_slots, loss=loss, attention=attention, remat=remat)
         return found[0].sum(), found
 
     grads, found = jax.grad(objective, has_aux=True)(params)
-    new = Sums(grads, *found)
+    return add_sums(sums, Sums(grads, *found))
+
+
+def add_sums(sums: Sums | None, new: Sums) -> Sums:
+    """Return the sums with those of another micro-batch added."""
     if sums is None:
         return new
     # Micro-batches of an update may have losses with metrics of different names.
@@ -300,7 +317,7 @@ def evaluate(
     batch: Batch,
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``(sum, count)`` of a batch's cross-entropies by slot, without dropout."""
-    edits = make_edits(config, groups, params, batch, None, base["embed"].dtype)
+    edits = make_edits(config, groups, edits_by_layer(config, groups, params, base["embed"].dtype), batch, None)
     num_slots = sum(group.size for group in groups)
     loss_J, count_J, _ = batch_losses(
         config, base, batch, edits, num_slots, loss=CROSS_ENTROPY, attention=attention, remat="none"

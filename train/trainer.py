@@ -7,7 +7,7 @@ Training has two halves: ``Trainer.forward_backward`` adds up gradients, ``Train
 import collections
 import dataclasses
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from preft_jax.models.attention import DenseKernel
 from preft_jax.models.batch import bucket
 from preft_jax.models.layer import Remat
 from preft_jax.models.layout import fused_layout
-from train.data.batches import Rows, collate
+from train.data.batches import Batch, Rows, collate
 from train.data.documents import Document
 from train.data.rows import Example
 from train.jobs import Job
@@ -81,6 +81,19 @@ class _Pending:
     jobs: list[tuple[Job, int, int, float]]
     tokens: int
     padded_tokens: int
+
+
+class MicroBatch(NamedTuple):
+    """A micro-batch that is prepared: arguments of ``step.accumulate``, whose rows they are, and tokens of these."""
+
+    groups: tuple[Group, ...]
+    params: tuple[Any, ...]
+    batch: Batch
+    dropout_J: np.ndarray | None
+    loss: Loss
+    sums: Sums | None
+    jobs: list[Job]
+    tokens: int
 
 
 class _Own(NamedTuple):
@@ -226,6 +239,17 @@ class Trainer:
         Raises:
             ConfigError: if there is no such loss, a job is not running, or a row does not fit.
         """
+        micro = self.prepare(rows, loss)
+        sums = self._programs.accumulate(
+            self._base, micro.params, micro.sums, micro.batch, micro.dropout_J, loss=micro.loss
+        )
+        self.gather(micro, sums)
+
+    def prepare(self, rows: Mapping[Job, Sequence[DocumentRow]], loss: str = "cross_entropy") -> MicroBatch:
+        """Return what ``forward_backward`` would compute, for who computes it otherwise (``train/coserve.py``).
+
+        One at a time: ``gather`` takes its sums, before anything else is prepared or an update is started.
+        """
         found = find_loss(loss)
         self.admit()
         for job, own in rows.items():
@@ -236,13 +260,20 @@ class Trainer:
         ]
         if not any(part.rows for part in parts):
             raise ConfigError("there are no rows; give each job a list of rows, and each row a list of documents")
-        batch = self._collate(parts, found)
         params = tuple(slots.params for slots in self._state)
-        self._sums = self._programs.accumulate(self._base, params, self._sums, batch, self._dropout(), loss=found)
-        for job in rows:
+        tokens = sum(len(document) for part in parts for row in part.rows for document in row)
+        return MicroBatch(
+            tuple(self._groups), params, self._collate(parts, found), self._dropout(), found, self._sums, list(rows),
+            tokens,
+        )  # fmt: skip
+
+    def gather(self, micro: MicroBatch, sums: Sums) -> None:
+        """Take the sums of a micro-batch: those that it was prepared with, and its own."""
+        self._sums = sums
+        for job in micro.jobs:
             self._gathered[job] = self._gathered.get(job, 0) + 1
-        self._tokens += sum(len(document) for part in parts for row in part.rows for document in row)
-        self._padded_tokens += batch.tokens_BS.size
+        self._tokens += micro.tokens
+        self._padded_tokens += micro.batch.tokens_BS.size
 
     def optim_step(
         self, jobs: Sequence[Job] | None = None, numbers: Mapping[Job, Numbers] | None = None
@@ -284,10 +315,14 @@ class Trainer:
         jobs = [job for job in self._places if not job.done]
         if not jobs:
             return self.finish()
-        plans = {job: job.micro_batches() for job in jobs}
-        for number in range(max(map(len, plans.values()))):
-            self.forward_backward({job: job.rows(plan[number]) for job, plan in plans.items() if number < len(plan)})
+        for rows in micro_batches(jobs):
+            self.forward_backward(rows)
         return self.optim_step(jobs)
+
+    @property
+    def started(self) -> Any:
+        """Arrays that are there when the last update started is over; None if its results were taken."""
+        return None if self._pending is None else self._pending.report
 
     def release(self, job: Job) -> Slots:
         """Free a running job's slot and return its state; what it has gathered is dropped."""
@@ -393,7 +428,7 @@ class Trainer:
 
     # Arrays
 
-    def _collate(self, parts: Sequence[Rows], loss: Loss) -> Any:
+    def _collate(self, parts: Sequence[Rows], loss: Loss) -> Batch:
         need = sum(job.config.batches.batch_size for job in self._places)
         given = sum(len(part.rows) for part in parts)
         need = need if given <= need else bucket(given)
@@ -448,3 +483,10 @@ class Trainer:
 
 def _unstacked(slots: Slots, slot: int) -> Slots:
     return jax.tree.map(lambda leaf: leaf[slot], slots)
+
+
+def micro_batches(jobs: Sequence[Job]) -> Iterator[dict[Job, list[DocumentRow]]]:
+    """Yield the rows of each micro-batch of the jobs' next updates: several jobs' lie side by side."""
+    plans = {job: job.micro_batches() for job in jobs}
+    for number in range(max(map(len, plans.values()), default=0)):
+        yield {job: list(job.rows(plan[number])) for job, plan in plans.items() if number < len(plan)}

@@ -26,7 +26,7 @@ import numpy as np
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.errors import RequestError
-from preft_jax.shapes import NUM_GROUPS
+from preft_jax.shapes import NUM_GROUPS, check_axes
 from preft_jax.text.chat import EncodedPrompt
 
 
@@ -69,7 +69,11 @@ def extend_edit_mask(mask_TG: np.ndarray, num_generated: int, positions: str) ->
     """Return ``mask_TG`` followed by the rows of ``num_generated`` generated tokens.
 
     Generated tokens are never edited, except by an all-token adapter.
+
+    Raises:
+        ShapeError: if ``mask_TG`` is not bool ``[T, NUM_GROUPS]``.
     """
+    check_axes("mask_TG", mask_TG, "bool", T=None, G=NUM_GROUPS)
     tail_TG = np.zeros((num_generated, NUM_GROUPS), bool)
     tail_TG[:, 0] = parse_positions(positions).edits_generated
     return np.concatenate([mask_TG, tail_TG])

@@ -15,7 +15,7 @@ from kernels import api
 from kernels.types import PagePool, Site, TilePages
 from preft_jax.adapters.bank import Bank
 from preft_jax.adapters.fold import LowRankEdit
-from preft_jax.shapes import SITES
+from preft_jax.shapes import NUM_GROUPS, SITES, check_axes
 
 
 class Edits(Protocol):
@@ -82,21 +82,40 @@ class Dropout(NamedTuple):
     """LoRA's dropout: of each row of a batch, with its own key and rate, on what an edit reads.
 
     ``key_B`` and ``rate_B`` (float32); the edits of one row draw the same whatever rows lie beside it and however far
-    it is padded.
+    it is padded. Of a part of the layers and of each row: the number of the first layer, where the part begins in a
+    row, and how long the whole row is (None: the part is the row).
     """
 
     key_B: jax.Array
     rate_B: jax.Array
+    first_layer: jax.Array | int = 0
+    start: jax.Array | int = 0
+    length: int | None = None
 
     def drop(self, layer: int, site: str, x_BSD: jax.Array) -> jax.Array:
         """Return ``x`` with some channels of some tokens zero, and the others scaled up (inverted dropout)."""
-        number = layer * len(SITES) + SITES.index(site)
+        number = (self.first_layer + layer) * len(SITES) + SITES.index(site)
 
         def one(key: jax.Array, rate: jax.Array, x_SD: jax.Array) -> jax.Array:
-            keep = jax.random.uniform(jax.random.fold_in(key, number), x_SD.shape) >= rate
+            size = x_SD.shape[0]
+            drawn = jax.random.uniform(jax.random.fold_in(key, number), (self.length or size, x_SD.shape[1]))
+            keep = (drawn if self.length is None else jax.lax.dynamic_slice_in_dim(drawn, self.start, size)) >= rate
             return jnp.where(keep, x_SD.astype(jnp.float32) / (1 - rate), 0.0).astype(x_SD.dtype)
 
         return jax.vmap(one)(self.key_B, self.rate_B, x_BSD)
+
+
+def check_edit(name: str, edit: LowRankEdit, d: int, f: int) -> None:
+    """Check that a folded edit reads ``d`` channels and writes ``f``.
+
+    Raises:
+        ShapeError: it does not.
+    """
+    rank = edit.c_R.shape[0] if getattr(edit.c_R, "ndim", 0) == 1 else None
+    check_axes(f"{name}.a_DR", edit.a_DR, "float", D=d, R=rank)
+    check_axes(f"{name}.c_R", edit.c_R, "float", R=rank)
+    check_axes(f"{name}.b_RF", edit.b_RF, "float", R=rank, F=f)
+    check_axes(f"{name}.group_R", edit.group_R, "int", R=rank)
 
 
 class FoldedEdits(NamedTuple):
@@ -107,19 +126,25 @@ class FoldedEdits(NamedTuple):
     dropout: Dropout | None = None
 
     def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Edit ``ys [B, S, F]``."""
+        """Edit ``ys [B, S, F]``.
+
+        Raises:
+            ShapeError: if the mask or an edit does not fit.
+        """
         edits: Mapping[str, LowRankEdit] = self.folded["layers"][layer]
+        check_axes("edit_mask_BSG", self.mask_BSG, "bool", B=x.shape[0], S=x.shape[1], G=NUM_GROUPS)
 
         def one(site: str, y: jax.Array) -> jax.Array:
             if site not in edits:
                 return y
+            check_edit(f"layers.{layer}.{site}", edits[site], x.shape[-1], y.shape[-1])
             return self._edit(edits[site], x if self.dropout is None else self.dropout.drop(layer, site, x), y)
 
         return tuple(one(site, y) for site, y in zip(sites, ys, strict=True))
 
     def _edit(self, edit: LowRankEdit, x: jax.Array, y: jax.Array) -> jax.Array:
         s = jnp.einsum("bsd,dr->bsr", x, edit.a_DR.astype(x.dtype), preferred_element_type=jnp.float32) + edit.c_R
-        s = jnp.where(self.mask_BSG[..., edit.group_R], s, 0.0)
+        s = jnp.where(jnp.asarray(self.mask_BSG)[..., edit.group_R], s, 0.0)
         # Asked for in the dtype of y, the product is added to it by the matrix multiplication itself where there is one
         # that can; in float32 it would be written and read again.
         return y + jnp.einsum("bsr,rf->bsf", s.astype(y.dtype), edit.b_RF.astype(y.dtype))
@@ -138,11 +163,16 @@ class RowsEdits(NamedTuple):
     dropout: Dropout | None = None
 
     def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Edit ``ys [B, S, F]``."""
+        """Edit ``ys [B, S, F]``.
+
+        Raises:
+            ShapeError: if the mask does not fit.
+        """
         held = [site for site in sites if site in self.pools[layer]]
         if not held:
             return ys
-        mask_TG = self.mask_BSG.reshape(-1, self.mask_BSG.shape[2])
+        check_axes("edit_mask_BSG", self.mask_BSG, "bool", B=x.shape[0], S=x.shape[1], G=NUM_GROUPS)
+        mask_TG = jnp.asarray(self.mask_BSG).reshape(-1, NUM_GROUPS)
         at = {site: Site(self.pools[layer][site], self.tiles[site]) for site in held}
 
         def shrink(x: jax.Array, some: Sequence[str]) -> tuple[jax.Array, ...]:

@@ -2,8 +2,8 @@
 
 For LoRA this is Hugging Face PEFT's layout, which PEFT reads and writes, plus a ``preft`` object in the config that
 holds what PEFT has no keys for: ``version``, ``kind``, ``positions``, ``assistant_turns``, ``base_model_digest``. A
-PEFT adapter without it edits every token. ReFT kinds use the same two files with tensors named
-``layers.{i}.block.{w,b,r}`` and no ``peft_type``.
+PEFT adapter with neither it nor its mark (``peft_mark``) edits every token. ReFT kinds use the same two files with
+tensors named ``layers.{i}.block.{w,b,r}`` and no ``peft_type``.
 
 A save is atomic, see ``file_pair``. A directory may be anybody's: ``adapter_limits`` says how much of it is read, and
 its tensors are read once the file's header names exactly those of the config, in the shapes that fit.
@@ -27,6 +27,7 @@ from preft_jax.errors import AdapterError, ConfigError, did_you_mean, plain, rej
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, open_pair, write_pair
 from preft_jax.io.peft_config import BASE_MODEL_KEY, config_from_peft, peft_from_config, peft_pattern
+from preft_jax.io.peft_mark import check_mark, mark_of, preft_of
 from preft_jax.io.safetensors_io import serialize_safetensors
 
 FORMAT_VERSION = 1
@@ -143,7 +144,10 @@ def _check_peft_can_hold(config: AdapterConfig, allow_prefill_only: bool) -> Non
 def _contents(config: AdapterConfig, *, with_preft: bool) -> dict[str, Any]:
     """Return the contents of ``adapter_config.json``."""
     contents = peft_from_config(config) if config.kind == "lora" else {BASE_MODEL_KEY: config.base_model}
-    return contents | {"preft": _preft_object(config)} if with_preft else contents
+    if not with_preft:
+        return contents
+    preft = _preft_object(config)
+    return contents | (mark_of(preft) if config.kind == "lora" else {}) | {"preft": preft}
 
 
 def _preft_object(config: AdapterConfig) -> dict[str, Any]:
@@ -204,6 +208,7 @@ def _read(path: Path, model: ModelConfig | None, limits: AdapterLimits) -> Adapt
         _check_lengths(contents, limits, str(where))
         depth = _depth(contents, file.entries, limits, where) if model is None else model.num_hidden_layers
         config = _config(contents, num_layers=depth, depth_known=model is not None, where=str(where))
+        check_mark(contents, str(where))
         names = _tensor_names(config, depth)
         _check_ranks(config, names, limits, str(where))
         expected = _ranked_shapes(config, names) if model is None else _model_shapes(config, model, names, str(where))
@@ -262,11 +267,12 @@ def _check_ranks(
 def _config(contents: Mapping[str, Any], *, num_layers: int, depth_known: bool, where: str) -> AdapterConfig:
     """Build the config from the file's contents: PEFT's keys, the ``preft`` object, or both."""
     peft = {key: value for key, value in contents.items() if key != "preft"}
-    if "preft" not in contents:
+    preft = preft_of(contents, where)
+    if preft is None and "preft" not in contents:
         if "peft_type" not in peft:
             raise AdapterError(f"{where} has neither 'peft_type' nor a 'preft' object; {ADVICE}")
         return config_from_peft(peft, {}, num_layers=num_layers, depth_known=depth_known, where=where)
-    fields = _preft_fields(contents["preft"], where)
+    fields = _preft_fields(preft, where)
     if fields["kind"] == "lora":
         del fields["kind"]
         return config_from_peft(peft, fields, num_layers=num_layers, depth_known=depth_known, where=where)

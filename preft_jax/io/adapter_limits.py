@@ -24,6 +24,7 @@ class AdapterLimits:
         max_modules: entries of each list of modules or layers in the config.
         max_layers: of an adapter that is read without its base model.
         max_rank: of one edit, over its position groups together.
+        roots: real paths of directories below one of which its files must lie, links followed; empty: anywhere.
     """
 
     max_bytes: int = 2**33
@@ -33,10 +34,13 @@ class AdapterLimits:
     max_modules: int = 4096
     max_layers: int = 1024
     max_rank: int = MAX_RANK
+    roots: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "roots":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name} is {value!r}; give an integer of at least 1")
 

@@ -2,6 +2,7 @@
 
 Hashing a file reads all of it (about a second per gigabyte), so each file's SHA-256 is kept in ``.preft-sha256.json``
 beside it, or in the cache directory where the model's is not writable, and holds while size and modification time do.
+An entry has a checksum of its own: a damaged one is made again.
 """
 
 import dataclasses
@@ -67,11 +68,7 @@ def file_sha256(path: Path, cache: Path) -> str:
         stamp = _stamp(path)
         for record in records:
             entry = _read_record(record).get(path.name)
-            if (
-                isinstance(entry, dict)
-                and entry == {**stamp, "sha256": entry.get("sha256")}
-                and _is_sha256(entry["sha256"])
-            ):
+            if isinstance(entry, dict) and entry == _entry(path.name, stamp, entry.get("sha256")):
                 return entry["sha256"]
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -79,7 +76,7 @@ def file_sha256(path: Path, cache: Path) -> str:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}; give a file that can be read") from error
     if unchanged:
-        any(_write_record(record, path.name, {**stamp, "sha256": sha256}) for record in records)
+        any(_write_record(record, path.name, _entry(path.name, stamp, sha256)) for record in records)
     return sha256
 
 
@@ -88,8 +85,10 @@ def _stamp(path: Path) -> dict[str, int]:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+def _entry(name: str, stamp: dict[str, int], sha256: Any) -> dict[str, Any]:
+    """Return a file's entry in a record; ``check`` is over the others, so that a damaged one is not taken."""
+    entry = {**stamp, "sha256": sha256}
+    return entry | {"check": digest_parts(name.encode(), json.dumps(entry).encode())}
 
 
 def _shared_record(path: Path, cache: Path) -> Path:

@@ -44,6 +44,7 @@ def open_pair(path: Path, limits: AdapterLimits) -> Iterator[tuple[bytes, Tensor
                         max_bytes=limits.max_bytes,
                         max_header_bytes=limits.max_header_bytes,
                         max_tensors=limits.max_tensors,
+                        roots=limits.roots,
                     )
                 )
                 if config == _read_config(path, limits):
@@ -57,7 +58,9 @@ def open_pair(path: Path, limits: AdapterLimits) -> Iterator[tuple[bytes, Tensor
 
 
 def _read_config(path: Path, limits: AdapterLimits) -> bytes:
-    return read_bytes(path / CONFIG_FILE, error=AdapterError, advice=ADVICE, max_bytes=limits.max_config_bytes)
+    return read_bytes(
+        path / CONFIG_FILE, error=AdapterError, advice=ADVICE, max_bytes=limits.max_config_bytes, roots=limits.roots
+    )
 
 
 def current_tensors(path: Path) -> Path:

@@ -16,16 +16,30 @@ from typing import Any
 
 import numpy as np
 
-from preft_jax.config import ModelConfig, RopeScaling
-from preft_jax.errors import ConfigError, ModelError, PreftError
+from preft_jax.config import ModelConfig
+from preft_jax.errors import ConfigError, ModelError, PreftError, plain, shown
 from preft_jax.io.gguf_file import GGUFFile, open_gguf
 from preft_jax.io.weights import build_params, check_tensors, tensor_slots
 from preft_jax.models.forward import rope_frequencies
 from preft_jax.models.registry import GGUF_FAMILIES, family
+from preft_jax.rope import DEFAULT_THETA, LinearRope, Llama3Rope, RopeScaling
 from preft_jax.text.tokenizer import gguf_tokenizer
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_DEFAULT_THETA = 10_000.0
+
+_READ = (
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "rope.scaling.original_context_length",
+)  # fmt: skip
+_WITHOUT_EFFECT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "rope.scaling.attn_factor": (1.0,),
+    "attention.scale": (0.0,),
+}
+"""Keys of an architecture that change nothing with these values; others of those that are not read must be empty."""
 
 
 class _Metadata:
@@ -51,6 +65,10 @@ class _Metadata:
             raise ModelError(f"{self.path} has {full} = {value!r}; one positive {kind.__name__} is expected")
         return kind(value)
 
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return ``{architecture}.{key}`` as it is."""
+        return self.values.get(f"{self.architecture}.{key}", default)
+
     def refuse(self, key: str, allowed: tuple[Any, ...]) -> None:
         """Raise if ``{architecture}.{key}`` is set to something whose computation is not implemented."""
         full = f"{self.architecture}.{key}"
@@ -61,11 +79,30 @@ class _Metadata:
 
 
 def _rope_scaling(file: GGUFFile, meta: _Metadata, config: ModelConfig) -> RopeScaling | None:
-    """Recognise Llama 3.1's scaling in the tensor of what each rotary frequency is divided by.
+    """Return the scaling of rotary frequencies: by a factor, or Llama 3.1's.
+
+    As in llama.cpp a factor without a type is linear, and an old key holds it where the new one is missing.
 
     Raises:
-        ModelError: if the factors are not those of the published models' constants.
+        ModelError: for another type, both at once, or factors that are not those of the published models' constants.
     """
+    meta.refuse("rope.scaling.type", ("none", "linear"))
+    linear = None
+    if meta.value("rope.scaling.type", "linear") == "linear":
+        key = "rope.scaling.factor" if meta.value("rope.scaling.factor") is not None else "rope.scale_linear"
+        factor = 1.0 if meta.value(key) in (None, 0) else meta.number(key, float)
+        linear = None if factor == 1.0 else LinearRope(factor=factor)
+    scaling = _llama3_scaling(file, meta, config)
+    if linear is not None and scaling is not None:
+        raise ModelError(
+            f"{file.path} has both a rotary scaling factor {linear.factor} and factors in {_ROPE_FACTORS!r}; convert "
+            "the model again, or load its safetensors"
+        )
+    return linear or scaling
+
+
+def _llama3_scaling(file: GGUFFile, meta: _Metadata, config: ModelConfig) -> Llama3Rope | None:
+    """Recognise Llama 3.1's scaling in the tensor of what each rotary frequency is divided by."""
     if _ROPE_FACTORS not in file.tensors:
         return None
     factors = file.read(_ROPE_FACTORS)
@@ -74,7 +111,7 @@ def _rope_scaling(file: GGUFFile, meta: _Metadata, config: ModelConfig) -> RopeS
         if np.allclose(factors, 1.0):
             return None
         for original in dict.fromkeys((stored, 8192)):
-            scaling = RopeScaling(
+            scaling = Llama3Rope(
                 factor=round(float(factors.max()), 3),
                 low_freq_factor=1.0,
                 high_freq_factor=4.0,
@@ -90,13 +127,23 @@ def _rope_scaling(file: GGUFFile, meta: _Metadata, config: ModelConfig) -> RopeS
 
 
 def _refuse_unsupported(meta: _Metadata, head_dim: int) -> None:
-    meta.refuse("rope.scaling.type", ("none",))
     meta.refuse("rope.dimension_count", (head_dim,))
     meta.refuse("attention.key_length", (head_dim,))
     meta.refuse("attention.value_length", (head_dim,))
-    meta.refuse("attention.sliding_window", (0,))
-    meta.refuse("attention.causal", (True,))
-    meta.refuse("expert_count", (0,))
+    for full, value in meta.values.items():
+        architecture, _, key = full.partition(".")
+        if architecture != meta.architecture or key in (*_READ, *_WITHOUT_EFFECT):
+            continue
+        allowed = _NEUTRAL.get(key, ())
+        if value not in allowed if key in _NEUTRAL else _is_set(value):
+            raise ModelError(
+                f"{meta.path} has {plain(full)} = {shown(value)}, which may change what the model computes and is not "
+                f"supported{f'; allowed: {allowed}' if allowed else ''}; load the model's safetensors instead"
+            )
+
+
+def _is_set(value: Any) -> bool:
+    return bool(np.any(value)) if isinstance(value, np.ndarray | list) else bool(value)
 
 
 def _token_id(meta: _Metadata, key: str) -> int | None:
@@ -134,7 +181,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=meta.number("attention.head_count_kv", int, default=heads),
             head_dim=head_dim,
-            rope_theta=meta.number("rope.freq_base", float, default=_DEFAULT_THETA),
+            rope_theta=meta.number("rope.freq_base", float, default=DEFAULT_THETA),
             # Stored as float32: 9.999999747e-06 was written as 1e-5.
             rms_norm_eps=float(f"{meta.number('attention.layer_norm_rms_epsilon', float):.6g}"),
             tie_word_embeddings=names["lm_head"] not in file.tensors,

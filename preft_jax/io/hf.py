@@ -7,6 +7,7 @@ which can run code.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -26,6 +27,11 @@ from preft_jax.text.tokenizer import load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ROWS = 4096
+"""Rows of two tensors that are compared at a time."""
+
+_log = logging.getLogger("preft.models")
+
 STORED_DTYPES = ("F32", "F16", "BF16")
 """Dtypes, as safetensors names them, that weights may be stored in."""
 
@@ -140,9 +146,36 @@ class _Shards:
         raise_differences(str(self.directory), wrong, allowed)
         return shapes
 
+    def differ(self, one: str, other: str) -> bool:
+        """Return whether two matrices differ in shape, in a value, or in what may be stored; no whole one is read."""
+        entries = [self.files[name].get_slice(name) for name in (one, other)]
+        a, b = entries
+        if (
+            a.get_shape() != b.get_shape()
+            or len(a.get_shape()) != 2
+            or any(entry.get_dtype() not in STORED_DTYPES for entry in entries)
+        ):
+            return True
+        count = a.get_shape()[0]
+        parts = [(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
+        return not all(np.array_equal(*(e[i:j].astype(np.float32) for e in entries)) for i, j in parts)
+
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in the dtype it is stored in."""
         return self.files[name].get_tensor(name)
+
+
+def _tied_as_stored(config: ModelConfig, shards: _Shards, names: Mapping[str, str]) -> ModelConfig:
+    """Return the config without tied embeddings if the weights have a head that is not the embedding."""
+    both = names["embed"], names["lm_head"]
+    if not config.tie_word_embeddings or not shards.files.keys() >= set(both) or not shards.differ(*both):
+        return config
+    _log.warning(
+        "%s says tie_word_embeddings, but %s differs from %s: it is used, as in transformers 5; write "
+        "tie_word_embeddings false to silence this, or remove the tensor to tie them",
+        shards.directory / "config.json", both[1], both[0],
+    )  # fmt: skip
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def load_hf_model(directory: Path, dtype: Any) -> tuple[ModelConfig, dict[str, Any], Any]:
@@ -155,10 +188,12 @@ def load_hf_model(directory: Path, dtype: Any) -> tuple[ModelConfig, dict[str, A
         ConfigError: if the model is of a kind that is not supported.
     """
     config = read_config(directory)
-    slots = tensor_slots(config, family(config.model_type).hf_names)
+    names = family(config.model_type).hf_names
     tokenizer = load_tokenizer(directory)
     with contextlib.ExitStack() as stack:
         shards = _Shards(directory, stack)
+        config = _tied_as_stored(config, shards, names)
+        slots = tensor_slots(config, names)
         check_tensors(slots, shards.shapes(config), str(directory))
         return config, build_params(config, slots, shards.read, dtype), tokenizer
 

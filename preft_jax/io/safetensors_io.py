@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from preft_jax.errors import PreftError, plain, shown
+from preft_jax.io.confined import open_below
 
 _DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -45,7 +46,9 @@ _LARGEST = 2**63 - 1
 _ENTRY = ("data_offsets", "dtype", "shape")
 
 
-def read_bytes(path: Path, *, error: type[PreftError], advice: str, max_bytes: int | None = None) -> bytes:
+def read_bytes(
+    path: Path, *, error: type[PreftError], advice: str, max_bytes: int | None = None, roots: Sequence[str] = ()
+) -> bytes:
     """Return the contents of a file.
 
     Args:
@@ -53,11 +56,12 @@ def read_bytes(path: Path, *, error: type[PreftError], advice: str, max_bytes: i
         error: the kind of error to raise.
         advice: what to do about a bad file, in the imperative; ends every message.
         max_bytes: a larger file is refused unread; None: any size.
+        roots: directories below one of which it must lie, links followed (``open_below``); empty: anywhere.
 
     Raises:
         error: naming the file, why it cannot be read, and what to do.
     """
-    with _open(path, error, advice) as file, _told(path, error, advice):
+    with _open(path, error, advice, roots) as file, _told(path, error, advice):
         size = _check_size(path, file, max_bytes, error)
         data = file.read(-1 if max_bytes is None else size + 1)
         if max_bytes is not None and len(data) > size:
@@ -75,10 +79,15 @@ class TensorEntry(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file whose header was read and checked; replacing the file changes nothing here."""
+    """An open safetensors file whose header was read and checked; replacing the file changes nothing here.
 
-    def __init__(self, path: Path, file: BinaryIO, start: int, entries: dict[str, TensorEntry], fail: "_Fail"):
-        self.entries = entries
+    Attributes:
+        entries: what the header says of each tensor.
+        metadata: texts that the header has besides.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, start: int, header: "_Header", fail: "_Fail"):
+        self.entries, self.metadata = header
         self._path = path
         self._file = file
         self._start = start
@@ -101,6 +110,11 @@ class TensorFile:
         return np.frombuffer(data, entry.dtype).reshape(entry.shape)
 
 
+class _Header(NamedTuple):
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
 class _Fail(NamedTuple):
     error: type[PreftError]
     advice: str
@@ -115,6 +129,7 @@ def open_safetensors(
     max_bytes: int | None = None,
     max_header_bytes: int = MAX_HEADER,
     max_tensors: int | None = None,
+    roots: Sequence[str] = (),
 ) -> Iterator[TensorFile]:
     """Open a safetensors file and read its header, so that its tensors can be judged before they are read.
 
@@ -125,12 +140,13 @@ def open_safetensors(
         max_bytes: a larger file is refused unread; None: any size.
         max_header_bytes: the same for its header.
         max_tensors: most tensors; None: any number.
+        roots: see ``read_bytes``.
 
     Raises:
         error: if the file is missing, truncated, too large, or not a safetensors file whose tensors fill it without
             gaps and overlaps, or holds a dtype that NumPy has no name for.
     """
-    with _open(path, error, advice) as file:
+    with _open(path, error, advice, roots) as file:
         with _told(path, error, advice):
             size = _check_size(path, file, max_bytes, error)
             length = int.from_bytes(file.read(8), "little")
@@ -143,12 +159,12 @@ def open_safetensors(
                 raise error(f"{path} has a header of {length} bytes; allowed: up to {max_header_bytes}; {advice}")
             raw = file.read(length)
         try:
-            entries = _parse_header(raw, size - 8 - length)
+            header = _parse_header(raw, size - 8 - length)
         except (ValueError, RecursionError) as cause:
             raise error(f"{path} is not a whole safetensors file: {cause}; {advice}") from None
-        if max_tensors is not None and len(entries) > max_tensors:
-            raise error(f"{path} has {len(entries)} tensors; allowed: up to {max_tensors}; {advice}")
-        yield TensorFile(path, file, 8 + length, entries, _Fail(error, advice))
+        if max_tensors is not None and len(header.entries) > max_tensors:
+            raise error(f"{path} has {len(header.entries)} tensors; allowed: up to {max_tensors}; {advice}")
+        yield TensorFile(path, file, 8 + length, header, _Fail(error, advice))
 
 
 def read_safetensors(path: Path, *, error: type[PreftError], advice: str) -> dict[str, np.ndarray]:
@@ -158,13 +174,14 @@ def read_safetensors(path: Path, *, error: type[PreftError], advice: str) -> dic
 
 
 @contextlib.contextmanager
-def _open(path: Path, error: type[PreftError], advice: str) -> Iterator[BinaryIO]:
+def _open(path: Path, error: type[PreftError], advice: str, roots: Sequence[str] = ()) -> Iterator[BinaryIO]:
     """Open a file that is one: not a directory, a pipe or a device, which could block or never end."""
     with _told(path, error, advice):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise error(f"{path} is not a regular file; {advice}")
         # Not blocking, should it become a pipe in this moment.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        if not roots and not stat.S_ISREG(os.stat(path).st_mode):
+            raise error(f"{path} is not a regular file; {advice}")
+        descriptor = open_below(path, roots, flags) if roots else os.open(path, flags)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise error(f"{path} is not a regular file; {advice}")
@@ -192,8 +209,8 @@ def _check_size(path: Path, file: BinaryIO, max_bytes: int | None, error: type[P
     return size
 
 
-def _parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
-    """Return what a header says of each tensor; ``ValueError`` if it is not what the format asks for."""
+def _parse_header(raw: bytes, data_bytes: int) -> _Header:
+    """Return what a header says; ``ValueError`` if it is not what the format asks for."""
     if not raw.startswith(b"{"):
         raise ValueError("its header does not begin with an object")
     header = json.loads(raw.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_constant)
@@ -208,7 +225,7 @@ def _parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
         end = entry.end
     if end != data_bytes:
         raise ValueError(f"its tensors end at {end} of its data, which has {data_bytes} bytes")
-    return entries
+    return _Header(entries, metadata)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

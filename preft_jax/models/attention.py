@@ -83,9 +83,10 @@ class DenseAttention(NamedTuple):
             mask = mask & _within(window, q.shape[1])
         elif window is not None and window < q.shape[1]:
             local = (window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=mask is None, local_window_size=local, implementation=self.implementation
-        )
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=mask is None, local_window_size=local, implementation=self.implementation
+            )
 
 
 def _within(window: int, size: int) -> jax.Array:

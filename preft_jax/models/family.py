@@ -4,10 +4,11 @@ Each family is a record in a file of its own in ``models/families``. Nothing els
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from preft_jax.errors import ConfigError
+from preft_jax.errors import ConfigError, plain, shown
 
 HF_MODULES: Mapping[str, str] = {
     "q": "self_attn.q_proj",
@@ -57,6 +58,8 @@ GGUF_NAMES: Mapping[str, str] = {
 MLP_BIAS = "mlp_bias true is not supported; only models without MLP biases are"
 ATTENTION_BIAS = "attention_bias true is not supported for model_type {model_type!r}; only Qwen2's q/k/v is"
 SLIDING_WINDOW = "use_sliding_window true is not supported; set it to false to attend to everything"
+LLAMA_WINDOW = "sliding_window is not supported for model_type {model_type!r}, some tools apply it and others do not; \
+set it to null to attend to everything, or model_type to 'mistral'"
 QUANTIZATION = "quantization_config is not supported; load unquantised safetensors, or a GGUF file"
 
 REFUSED: Mapping[str, str] = {
@@ -67,6 +70,16 @@ REFUSED: Mapping[str, str] = {
 }
 """Fields of ``config.json`` that must not be set, for they change what is computed, and what is said of each."""
 
+_CHANGES = re.compile(
+    r"rope|rotary|alibi|nope|softcap|multiplier|scalar|_scal(e|ing|ed)$|^scale|experts?(_|$)|moe|(^|_)bias$|qk_?(layer_?)?norm"
+    r"|quantization|compression|sliding|window|attention_chunk|sinks?(_|$)|clip|lora_rank|parallel_(attn|residual)|mup"
+    r"|shared|hidden_activation|norm_type|bidirectional"
+)
+"""Names of fields that change what some model computes, as they are found in configs."""
+
+_READ = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_window_layers",
+         "attention_bias", "sliding_window")  # fmt: skip
+"""Those that are read, or that change nothing unless another field says so."""
 
 LAYER_OPTIONS = ("qkv_bias", "qk_norm", "sliding_window")
 """Fields of ``ModelConfig`` that say what a family's layers have."""
@@ -107,6 +120,25 @@ class Family:
         for field, message in self.refused.items():
             if hf.get(field):
                 raise ConfigError(message.format(model_type=self.model_type))
+        for field, value in hf.items():
+            neutral = not value or (value == 1 and value is not True)
+            if not neutral and _CHANGES.search(field) and field not in (*_READ, *self.refused):
+                raise ConfigError(
+                    f"{plain(field)} is {shown(value)}, which may change what the model computes and is not known for "
+                    f"model_type {self.model_type!r}; remove the field if it changes nothing"
+                )
+        if hf.get("is_causal") is False:
+            raise ConfigError("is_causal false is not supported; only models that attend to earlier tokens alone are")
+        self._check_layer_types(hf)
+
+    def _check_layer_types(self, hf: Mapping[str, Any]) -> None:
+        """Raise ``ConfigError`` unless all layers attend alike, as the options say."""
+        types = hf.get("layer_types") or ()
+        allowed = "sliding_attention" if self.layer_options(hf).get("sliding_window") else "full_attention"
+        if not isinstance(types, list | tuple) or any(kind != allowed for kind in types):
+            raise ConfigError(
+                f"layer_types is {shown(types)}; only models whose layers all have {allowed!r} are supported here"
+            )
 
     def layer_options(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a ``ModelConfig`` that say what the layers of a model with this ``config.json`` have."""

@@ -6,6 +6,7 @@ keys (``models/attention.py``) and in how edits are applied (``adapters/edits.py
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from preft_jax.adapters.bank import Bank
 from preft_jax.adapters.edits import Edits, FoldedEdits, NoEdits, PackedEdits, RowEdits
 from preft_jax.config import ModelConfig
+from preft_jax.errors import ShapeError
 from preft_jax.models import fused
 from preft_jax.models.attention import DenseKernel, PagedAttention, dense_attention
 from preft_jax.models.batch import DecodeBatch, PrefillBatch
@@ -25,22 +27,18 @@ from preft_jax.models.params import Params
 from preft_jax.models.places import Mixed, Places, packed_places, row_places
 from preft_jax.models.plain import PlainLayers
 from preft_jax.sampling.device import top_logprobs
+from preft_jax.shapes import check_axes
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Return the rotary frequencies, float32 ``[C / 2]`` (Su et al., arXiv 2104.09864).
 
-    Llama 3.1's scaling, if set, divides wavelengths beyond the original context by ``factor`` and blends in between.
+    The config's scaling, if set, is applied (see ``preft_jax/rope.py``).
     """
     c = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (np.arange(0, c, 2, dtype=np.float32) / c)
-    scaling = config.rope_scaling
-    if scaling is not None:
-        wavelength = 2 * math.pi / inv_freq
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        smooth = (scaling.original_max_position_embeddings / wavelength - low) / (high - low)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        inv_freq = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+    if config.rope_scaling is not None:
+        inv_freq = config.rope_scaling.scaled(inv_freq)
     return inv_freq.astype(np.float32)
 
 
@@ -208,7 +206,34 @@ def decode_adapted(
     return _decode(config, params, cache, batch, RowEdits(bank, pages))
 
 
-def train_hidden(
+def _check_rows(config: ModelConfig, params: Params, tokens_BS: Any, segments_BS: Any, positions_BS: Any) -> None:
+    if not isinstance(config, ModelConfig):
+        raise ShapeError(f"config is of type {type(config).__name__}; give the model's ModelConfig, model.config")
+    if not isinstance(params, Mapping):
+        raise ShapeError(f"params is of type {type(params).__name__}; give the model's parameter tree, model.params")
+    check_axes("tokens_BS", tokens_BS, "int", B=None, S=None)
+    batch, size = tokens_BS.shape
+    for name, array in (("segments_BS", segments_BS), ("positions_BS", positions_BS)):
+        if array is not None:
+            check_axes(name, array, "int", B=batch, S=size)
+    if tokens_BS.size and not isinstance(tokens_BS, jax.core.Tracer):
+        low, high = int(tokens_BS.min()), int(tokens_BS.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ShapeError(
+                f"tokens_BS holds the token id {low if low < 0 else high}; the model's vocabulary is 0 to "
+                f"{config.vocab_size - 1}"
+            )
+
+
+def _check_folded(config: ModelConfig, folded: Any) -> None:
+    layers = folded.get("layers") if isinstance(folded, Mapping) else None
+    if not isinstance(layers, Sequence):
+        raise ShapeError(f"folded is of type {type(folded).__name__}; give what fold(adapter) or fold_params returns")
+    if len(layers) != config.num_hidden_layers:
+        raise ShapeError(f"folded is for {len(layers)} layers and the model has {config.num_hidden_layers}")
+
+
+def hidden_states(
     config: ModelConfig,
     params: Params,
     tokens_BS: jax.Array,
@@ -233,14 +258,19 @@ def train_hidden(
 
     Returns:
         The normed stream after the last layer, ``[B, S, D]``, which ``lm_head`` multiplies.
+
+    Raises:
+        ShapeError: if an array has other axes than its name says, or another dtype; a token id lies outside the
+            vocabulary (of tokens that are not traced); or ``edits`` do not fit.
     """
+    _check_rows(config, params, tokens_BS, segments_BS, positions_BS)
     if positions_BS is None:
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
     layers = PlainLayers(config, rope_table(config, positions_BS), dense_attention(segments_BS, attention), edits)
     return hidden(layers, params, tokens_BS, remat=remat)
 
 
-def train_forward(
+def forward(
     config: ModelConfig,
     params: Params,
     tokens_BS: jax.Array,
@@ -263,9 +293,14 @@ def train_forward(
 
     Returns:
         float32 ``logits_BSV``.
+
+    Raises:
+        ShapeError: as ``hidden_states``; or ``folded`` is for another number of layers, or comes without a mask.
     """
     if (folded is None) != (edit_mask_BSG is None):
-        raise ValueError("folded and edit_mask_BSG go together: give both, or neither for the base model")
+        raise ShapeError("folded and edit_mask_BSG go together: give both, or neither for the base model")
+    if folded is not None:
+        _check_folded(config, folded)
     edits = NoEdits() if folded is None or edit_mask_BSG is None else FoldedEdits(folded, edit_mask_BSG)
-    h_BSD = train_hidden(config, params, tokens_BS, edits, segments_BS=segments_BS, positions_BS=positions_BS)
+    h_BSD = hidden_states(config, params, tokens_BS, edits, segments_BS=segments_BS, positions_BS=positions_BS)
     return lm_head(params, h_BSD)

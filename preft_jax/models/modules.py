@@ -47,9 +47,9 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Return float32 ``logits_BSV``."""
-        from preft_jax.models.forward import train_forward
+        from preft_jax.models.forward import forward
 
-        return train_forward(self.config, module_params(self), tokens_BS)
+        return forward(self.config, module_params(self), tokens_BS)
 
 
 def module_params(module: Llama) -> Params:

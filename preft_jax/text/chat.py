@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from preft_jax.errors import RequestError, did_you_mean, reject_unknown
+from preft_jax.errors import RequestError
+from preft_jax.text.answers import answer_text
 from preft_jax.text.detokenizer import detokenizer_of
 from preft_jax.text.encoding import encode_after, encode_parts, encode_text, with_begin_tokens
 from preft_jax.text.ends import turn_end
-
-ROLES = ("system", "user", "assistant")
+from preft_jax.text.messages import check_messages, check_tools
+from preft_jax.text.tool_chat import with_tools
 
 Span = tuple[int, int]
 
@@ -103,34 +104,9 @@ def _token_id(item: Any) -> int:
     return int(item)
 
 
-def check_messages(messages: Any) -> list[dict[str, str]]:
-    """Return chat messages as plain dicts of ``role`` and ``content``.
-
-    Raises:
-        RequestError: naming the message and the field, if there are no messages, or one lacks a field, has an unknown
-            one, a role that is not in ``ROLES``, or content that is not text.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestError(f"messages is {messages!r}; give a list of at least one {{'role': ..., 'content': ...}}")
-    checked = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise RequestError(f"{where} is {message!r}; give a dict with 'role' and 'content'")
-        reject_unknown(map(str, message), ("role", "content"), what=f"field of {where}", error=RequestError)
-        for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                raise RequestError(f"{where}[{field!r}] is {message.get(field)!r}; give a string")
-        role = message["role"]
-        if role not in ROLES:
-            raise RequestError(
-                f"{where} has the unknown role {role!r}{did_you_mean(role, ROLES)}; allowed: {', '.join(ROLES)}"
-            )
-        checked.append({"role": role, "content": message["content"]})
-    return checked
-
-
-def render_chat(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = True) -> EncodedPrompt:
+def render_chat(
+    tokenizer: Any, messages: Any, *, tools: Any = None, add_generation_prompt: bool = True
+) -> EncodedPrompt:
     """Render chat messages with the tokenizer's template and tokenise them.
 
     Where each answer lies is found by rendering the messages before it: their text with a generation header must begin
@@ -139,17 +115,62 @@ def render_chat(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = 
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        messages: dicts of ``role`` (``system``, ``user``, ``assistant``) and ``content``, at least one.
+        messages: dicts of ``role`` and ``content``, at least one; see ``check_messages``.
+        tools: descriptions of tools for the template, see ``check_tools``.
         add_generation_prompt: end with the header of the next answer.
 
     Raises:
-        RequestError: if there is no template, a message is malformed, or the template refuses the conversation.
+        RequestError: if there is no template, a message is malformed, or the template refuses the conversation or
+            does not render its tools.
     """
     messages = check_messages(messages)
-    if not getattr(tokenizer, "chat_template", None):
+    tokenizer = with_tools(_require_template(tokenizer), messages, check_tools(tools))
+    return _render_checked(tokenizer, messages, add_generation_prompt)
+
+
+def encode_answer(tokenizer: Any, messages: Any, *, tools: Any = None) -> tuple[EncodedPrompt, list[int]]:
+    """Tokenise a chat that ends with an answer: the prompt as serving does, and the answer through its end of turn.
+
+    An answer is what a model has to generate after the prompt, see ``answers.answer_text``.
+
+    Raises:
+        RequestError: as ``render_chat``; if the last message is no answer, or nothing precedes it, or the template
+            does not tell the answer from the prompt.
+    """
+    messages = check_messages(messages)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RequestError("the last message must be the assistant's, and others must precede it")
+    tokenizer = with_tools(_require_template(tokenizer), messages, check_tools(tools))
+    prompt = _render_checked(tokenizer, messages[:-1], True)
+    answer = answer_text(
+        messages,
+        functools.partial(_render, tokenizer),
+        functools.partial(_end_of_turn, tokenizer),
+        [token.content for token in tokenizer.added_tokens_decoder.values() if token.special],
+    )
+    end = [] if answer.ended else [_end_of_sequence(tokenizer)]
+    header = _render(tokenizer, messages[:-1], True)
+    return prompt, [*encode_after(tokenizer, header, answer.text), *end]
+
+
+def _require_template(tokenizer: Any) -> Any:
+    if not getattr(_require(tokenizer), "chat_template", None):
         raise RequestError(
             "the model's tokenizer has no chat template; give the prompt as text, or load an instruction-tuned model"
         )
+    return tokenizer
+
+
+def _end_of_sequence(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise RequestError(
+            "the chat template ends the answer without a special token, and the tokenizer has no end of sequence; so "
+            "nothing would end what is generated: name its eos_token in tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def _render_checked(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> EncodedPrompt:
     text = _render(tokenizer, messages, add_generation_prompt)
     answers = _answer_extents(tokenizer, messages, text)
     if answers is None:
@@ -157,29 +178,7 @@ def render_chat(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = 
     return _encode_parts(tokenizer, text, answers)
 
 
-def encode_answer(tokenizer: Any, messages: Any) -> tuple[EncodedPrompt, list[int]]:
-    """Tokenise a chat that ends with an answer: the prompt as serving does, and the answer through its end of turn.
-
-    Raises:
-        RequestError: as ``render_chat``; if the last message is no answer, or nothing precedes it, or the template
-            renders a prompt differently once the answer follows it.
-    """
-    messages = check_messages(messages)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise RequestError("the last message must be the assistant's, and others must precede it")
-    prompt = render_chat(tokenizer, messages[:-1])
-    header = _render(tokenizer, messages[:-1], True)
-    through = _render(tokenizer, messages, False)
-    end = _end_of_turn(tokenizer, through, len(header))
-    if not through.startswith(header) or end is None:
-        raise RequestError(
-            "the chat template renders the prompt differently once its answer follows it, or ends the answer without a "
-            "special token, so the answer's tokens cannot be told; give 'prompt' and 'completion' as text"
-        )
-    return prompt, encode_after(tokenizer, header, through[len(header) : end])
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     """Return a chat as text.
 
     Raises:
@@ -191,7 +190,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_promp
         raise RequestError(f"the model's chat template refuses these messages: {error}") from error
 
 
-def _answer_extents(tokenizer: Any, messages: list[dict[str, str]], text: str) -> list[Span] | None:
+def _answer_extents(tokenizer: Any, messages: list[dict[str, Any]], text: str) -> list[Span] | None:
     """Return the character extent of each answer in ``text``, or ``None`` if the template is not prefix-stable."""
     extents = []
     for index, message in enumerate(messages):
@@ -209,7 +208,7 @@ def _answer_extents(tokenizer: Any, messages: list[dict[str, str]], text: str) -
     return extents
 
 
-def _header_end(tokenizer: Any, messages: list[dict[str, str]], through: str) -> int | None:
+def _header_end(tokenizer: Any, messages: list[dict[str, Any]], through: str) -> int | None:
     """Return where the answer that ends ``messages``, whose text is ``through``, begins."""
     if len(messages) > 1:
         header = _render(tokenizer, messages[:-1], True)

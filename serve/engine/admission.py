@@ -85,6 +85,7 @@ class Admission:
             kv_dtype=self._kv_dtype,
             adapter=None if request.adapter is None else request.adapter.digest,
             fold_version=FOLD_VERSION,
+            salt=request.cache_salt,
         )
         given = (seed for seed in (sampling.seed, request.seed) if seed is not None)
         first_seed = next(given, None)
@@ -96,6 +97,7 @@ class Admission:
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
+                tenant=request.tenant,
                 order=request_id,
                 priority=request.priority,
                 tokens=list(prompt),

@@ -5,6 +5,7 @@ loop in one piece.
 """
 
 import asyncio
+import collections
 import dataclasses
 import functools
 import logging
@@ -22,6 +23,9 @@ _log = logging.getLogger("preft.server")
 _SHORTEST_RETRY, _LONGEST_RETRY = 1.0, 60.0
 _ABORT_SECONDS = 10.0
 """How long clients may take to read that their requests were given up, and the thread to end its step."""
+
+_ADDED_AT_ONCE = 256
+"""Samples after which the thread goes on with its steps before it takes more of the same body."""
 
 _COMPILING_SECONDS = 1.0
 """How long the thread may take to end while it compiles, which nothing can end."""
@@ -56,7 +60,19 @@ class OutputStream:
         self._items: asyncio.Queue[Item] = asyncio.Queue()
         self._open_samples = sum(request.n for request in requests)
         self._waiting = set(range(len(requests)))
+        self._accepted = False
+        self._early: list[Item] = []
         self._closed = False
+
+    @property
+    def tenant(self) -> str | None:
+        """Whose the requests are."""
+        return self.requests[0].tenant if self.requests else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody listens any more."""
+        return self._closed
 
     @property
     def ended(self) -> bool:
@@ -95,7 +111,14 @@ class OutputStream:
             self._waiting.discard(item[0])
         elif item is not None:
             self._waiting.clear()
+        if isinstance(item, tuple) and not self._accepted:
+            self._early.append(item)  # The engine takes a large body in parts, and works meanwhile.
+            return
         self._items.put_nowait(item)
+        if item is None:
+            self._accepted = True
+            for early in self._early:
+                self._items.put_nowait(early)
 
 
 @dataclasses.dataclass
@@ -112,7 +135,8 @@ class AsyncEngine:
 
     Args:
         engine: nobody else may use it from ``start`` on.
-        max_waiting: most requests that wait for their first token.
+        max_waiting: most requests that wait for their first token. When others fill the queue, a tenant may still
+            have an eighth as many, up to twice as many in all.
         clock: seconds.
     """
 
@@ -127,12 +151,14 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._streams: set[OutputStream] = set()
-        self._waiting = 0
+        self._waiting: collections.Counter[str | None] = collections.Counter()
         self._stopping = False
         self._busy_since = 0.0
         self._served = 0
         # Of the thread alone:
         self._running: dict[int, _Running] = {}
+        self._later: list[Callable[[], None]] = []
+        self._aborted = False
         self._halted = False
 
     @property
@@ -153,7 +179,7 @@ class AsyncEngine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for their first token."""
-        return self._waiting
+        return self._waiting.total()
 
     @property
     def num_open(self) -> int:
@@ -176,12 +202,12 @@ class AsyncEngine:
             Overloaded: if too many wait.
             EngineStopped: if the engine takes no requests.
         """
-        self._check_open(len(requests))
         stream = OutputStream(self, requests)
+        self._check_open(len(requests), stream.tenant)
         self._streams.add(stream)
-        if not self._waiting:
+        if not self.num_waiting:
             self._busy_since, self._served = self._clock(), 0
-        self._waiting += len(requests)
+        self._waiting[stream.tenant] += len(requests)
         self._inbox.put(functools.partial(self._add, stream))
         try:
             await stream.accepted()
@@ -228,7 +254,7 @@ class AsyncEngine:
         if self.failure is not None:
             raise EngineStopped(f"the engine failed and takes no requests: {self.failure}; restart the server")
 
-    def _check_open(self, count: int) -> None:
+    def _check_open(self, count: int, tenant: str | None) -> None:
         self._check_alive()
         if self._stopping:
             raise EngineStopped("the server is shutting down and takes no requests; send them to another one")
@@ -238,32 +264,39 @@ class AsyncEngine:
             raise RequestError(
                 f"there are {count} prompts, and at most {self.max_waiting} may wait; send fewer at a time"
             )
-        if self._waiting + count > self.max_waiting:
+        waiting, share = self.num_waiting, max(1, self.max_waiting // 8)
+        has_share = self._waiting[tenant] + count <= share and waiting + count <= 2 * self.max_waiting
+        if waiting + count > self.max_waiting and not has_share:
             raise Overloaded(
-                f"{self._waiting} requests wait for their first token and at most {self.max_waiting} may; try again "
-                "later",
+                f"{waiting} requests wait for their first token and at most {self.max_waiting} may; try again later",
                 self._retry_after(),
             )
 
     def _retry_after(self) -> float:
         """Return the seconds that half of those who wait should take, if it goes on as since the last empty queue."""
         each = (self._clock() - self._busy_since) / max(self._served, 1)
-        seconds = self._waiting / 2 * each if self._served else _SHORTEST_RETRY
+        seconds = self.num_waiting / 2 * each if self._served else _SHORTEST_RETRY
         return min(max(seconds, _SHORTEST_RETRY), _LONGEST_RETRY)
 
     def _close(self, stream: OutputStream) -> None:
         self._streams.discard(stream)
-        self._waiting -= len(stream._waiting)
+        self._count(stream, len(stream._waiting))
         self._changed.set()
         if not stream.ended:
             self._inbox.put(functools.partial(self._cancel, stream))
+
+    def _count(self, stream: OutputStream, fewer: int) -> None:
+        """Note that fewer of a stream's requests wait."""
+        self._waiting[stream.tenant] -= fewer
+        if not self._waiting[stream.tenant]:
+            del self._waiting[stream.tenant]
 
     def _deliver(self, items: list[tuple[OutputStream, Item]]) -> None:
         for stream, item in items:
             if stream in self._streams:
                 before = len(stream._waiting)
                 stream._put(item)
-                self._waiting -= before - len(stream._waiting)
+                self._count(stream, before - len(stream._waiting))
                 self._served += before - len(stream._waiting)
 
     def _become_ready(self) -> None:
@@ -298,7 +331,9 @@ class AsyncEngine:
                 self._inbox.get(block=pause != 0, timeout=pause)()
                 pause = 0
         except queue.Empty:
-            pass
+            later, self._later = self._later, []
+            for function in later:
+                self._inbox.put(function)
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
         assert self._loop is not None
@@ -307,19 +342,25 @@ class AsyncEngine:
         except RuntimeError:  # The loop is closed: nobody listens any more.
             self._halted = True
 
-    def _add(self, stream: OutputStream) -> None:
-        ids: list[int] = []
+    def _add(self, stream: OutputStream, ids: tuple[int, ...] = ()) -> None:
+        """Give the engine a stream's requests from the first one that it has not; a large body's in parts."""
+        samples = 0
         try:
-            for request in stream.requests:
-                ids.append(self.engine.add(request))
+            while len(ids) < len(stream.requests) and samples < _ADDED_AT_ONCE:
+                if self._aborted:
+                    raise EngineStopped("the server is shutting down and takes no requests; send them to another one")
+                request = stream.requests[len(ids)]
+                request_id = self.engine.add(request)
+                self._running[request_id] = _Running(stream, len(ids), request.n)
+                ids, samples = (*ids, request_id), samples + request.n
         except Exception as error:
-            for request_id in ids:
-                self.engine.cancel(request_id)
+            self._cancel(stream)
             self._tell(self._deliver, [(stream, error)])
             return
-        for number, request_id in enumerate(ids):
-            self._running[request_id] = _Running(stream, number, stream.requests[number].n)
-        self._tell(self._deliver, [(stream, None)])
+        if len(ids) == len(stream.requests):
+            self._tell(self._deliver, [(stream, None)])
+        elif not stream.closed:
+            self._later.append(functools.partial(self._add, stream, ids))
 
     def _cancel(self, stream: OutputStream) -> None:
         for request_id in [found for found, running in self._running.items() if running.stream is stream]:
@@ -327,6 +368,7 @@ class AsyncEngine:
             self.engine.cancel(request_id)
 
     def _abort_all(self) -> None:
+        self._aborted = True
         for request_id in self._running:
             self.engine.cancel(request_id, "the server is shutting down")
 

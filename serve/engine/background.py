@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 
@@ -78,11 +79,17 @@ class Repeated:
 
 @dataclasses.dataclass(kw_only=True)
 class UnitCall:
-    """A unit that the device works on."""
+    """A unit that the device works on; ``over`` has the time when it was done, or why it failed."""
 
     unit: Unit
     arrays: Any
     started: float
+    over: "Future[float] | None" = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the device is done with it."""
+        return self.over is not None and self.over.done()
 
 
 class Background:
@@ -127,7 +134,7 @@ class Background:
         """Return the seconds after which an idle engine should look again; None: there is nothing to do."""
         if self._peek() is None and last is None:
             return None
-        if last is None:
+        if last is None or last.is_over:
             return 0.0
         return max(0.0, last.started + last.unit.seconds - self.MARGIN - self._clock())
 

@@ -11,6 +11,8 @@ import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 
@@ -120,6 +122,7 @@ class Engine:
         self._prepared: Prepared | None = None
         self._goes_ahead = goes_ahead
         self._results_at = 0.0
+        self._watch = ThreadPoolExecutor(1, "unit-watch")
         self._asleep = False
         self._recovery = Recovery()
         self._mixed_failures = 0
@@ -332,20 +335,27 @@ class Engine:
         except Exception as error:
             self._background.failed(unit, error)
         else:
-            self._calls.append(UnitCall(unit=unit, arrays=arrays, started=started))
+            over = self._watch.submit(self._when_over, arrays)
+            self._calls.append(UnitCall(unit=unit, arrays=arrays, started=started, over=over))
+
+    def _when_over(self, arrays: Any) -> float:
+        """Wait for a unit's arrays, in a thread of its own: the engine may look much later."""
+        jax.block_until_ready(arrays)
+        return self._clock()
 
     def _end_unit(self, call: UnitCall) -> None:
         """Wait for a unit, the oldest call under way."""
         try:
-            jax.block_until_ready(call.arrays)
+            assert call.over is not None
+            now = call.over.result()
         except Exception as error:
             self._background.failed(call.unit, error)
         else:
-            now = self._clock()
-            seconds, self._results_at = now - max(call.started, self._results_at), now
+            seconds, self._results_at = max(0.0, now - max(call.started, self._results_at)), now
             self._background.done(call, seconds)
             if self._calls:
-                self._calls[0].started = now  # That is when the device began it.
+                # That is when the device began it, if it had it by then.
+                self._calls[0].started = max(self._calls[0].started, now)
 
     # Results
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def cache_salt(*, base: str, kv_dtype: str, adapter: str | None, fold_version: int) -> bytes:
+def cache_salt(*, base: str, kv_dtype: str, adapter: str | None, fold_version: int, salt: str | None = None) -> bytes:
     """Return what the KV of a request depends on besides its tokens and its edit mask.
 
     Args:
@@ -21,9 +21,11 @@ def cache_salt(*, base: str, kv_dtype: str, adapter: str | None, fold_version: i
         adapter: digest of the adapter's content, never its name; None for a request to the base model, which differs
             from every digest and from the empty string.
         fold_version: version of the arithmetic that folds adapters.
+        salt: kept apart by it, though the KV is the same: whose it is; None differs from every text.
     """
     tagged = b"base" if adapter is None else b"adapter:" + adapter.encode()
     parts = (base.encode(), kv_dtype.encode(), tagged, str(fold_version).encode())
+    parts += () if salt is None else (b"salt:" + salt.encode("utf-8", "surrogatepass"),)
     return b"".join(struct.pack("<q", len(part)) + part for part in parts)
 
 

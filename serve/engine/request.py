@@ -31,6 +31,8 @@ class Request:
         prompt_logprobs: the same for each prompt token but the first, or None.
         priority: lower numbers are served first.
         deadline: seconds after its arrival at which the request is given up, or None.
+        tenant: whose it is; waiting is fair between tenants.
+        cache_salt: requests find each other's KV in the prefix cache only if theirs are the same.
         seed: used where ``sampling.seed`` is None; if both are, the engine draws one.
     """
 
@@ -45,6 +47,8 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     seed: int | None = None
+    tenant: str | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         def whole(name: str, low: int, high: int) -> None:
@@ -62,6 +66,9 @@ class Request:
                 f"adapter is {self.adapter!r}; give an Adapter (load_adapter makes one), what an AdapterStore has "
                 "registered, or None"
             )
+        for name in ("tenant", "cache_salt"):
+            if not isinstance(getattr(self, name), str | None):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; give a text, or None")
         if not isinstance(self.sampling, SamplingParams):
             raise RequestError(f"sampling is {self.sampling!r}; give SamplingParams(...)")
         whole("max_tokens", 1, 2**31 - 1)

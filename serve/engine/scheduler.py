@@ -9,6 +9,7 @@ under way compute (``Sequence.started``) and may draw (``Sequence.drawing``), an
 it changes nothing here.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterable
@@ -179,7 +180,8 @@ class Scheduler:
         """Let a sample share the pages of its prompt, if there is room for it."""
         size = self.pages.page_size
         partial = len(sequence.tokens) % size > 0
-        room = self.num_running < self._max_num_seqs and self.pages.num_available >= partial
+        running = self.num_running + self._waiting.others_before(sequence)
+        room = running < self._max_num_seqs and self.pages.num_available >= partial
         if room and sequence.all_token:
             room = sequence.adapter is None or self._take_adapter(sequence)
         if not room:
@@ -192,6 +194,7 @@ class Scheduler:
         sequence.slot = self._slots.pop()
         sequence.computed = sequence.started = len(sequence.tokens)
         sequence.registered = len(shared)
+        self._waiting.serve(sequence)
         self._run(sequence)
         return [Fork(leader, sequence, (leader.pages[len(shared)], own[0]) if partial else None)]
 
@@ -292,7 +295,7 @@ class Scheduler:
                 continue
             wants = sequence.adapter is not None
             if wants and (refusals.reserves(self._holders) or not self._take_adapter(sequence)):
-                refusals.add(sequence)
+                refusals.add(sequence, admitted)
                 continue
             if not self._admit(sequence, deferred):
                 self._release_adapter(sequence)
@@ -302,6 +305,7 @@ class Scheduler:
                 break
         for sequence in admitted:
             self._waiting.remove(sequence)
+            self._waiting.serve(sequence)
         refusals.settle(admitted)
         self.has_deferred = bool(deferred)
         self._refused = looked and not chunks and not deferred
@@ -407,8 +411,14 @@ class Scheduler:
                 step = self.plan_rows(rows, repeats)
                 if step is not None:
                     return step
-            self._preempt(max([*self._prefilling, *self._running], key=lambda s: s.rank))
+            self._preempt(self._last())
         return None
+
+    def _last(self) -> Sequence:
+        """Return the sequence that gives up its room: of the lowest priority, the tenant with most, the newest."""
+        holders = [*self._prefilling, *self._running]
+        held = collections.Counter(sequence.tenant for sequence in holders)
+        return max(holders, key=lambda s: (s.priority, held[s.tenant], s.order))
 
     def repeats_for(self, undrawn: Iterable[int]) -> int:
         """Return the repeats of a step whose rows may draw so many tokens; who waits is let in when one ends."""

@@ -28,6 +28,7 @@ class Sequence:
 
     Attributes:
         request_id, index: which request, and which of its samples.
+        tenant: whose it is; the queue is fair between tenants.
         order: of arrival; with ``priority`` it decides who goes first.
         tokens: prompt and generated token ids.
         prompt_len: tokens of the prompt.
@@ -60,6 +61,7 @@ class Sequence:
 
     request_id: int
     index: int = 0
+    tenant: str | None = None
     order: int
     priority: int = 0
     tokens: list[int]

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import inspect
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -14,6 +14,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 import preft_jax
 from preft_jax.errors import AdapterError, RequestError
+from serve.server.auth import require_figures
+from serve.server.bodies import Bodies, add_schemas
 from serve.server.exposition import bank_figures, engine_figures
 from serve.server.failures import ApiError, add_handlers, retry_after
 from serve.server.generation import add_generation
@@ -21,7 +23,7 @@ from serve.server.middleware import Front
 from serve.server.page import make_page
 from serve.server.protocol import DetokenizeBody, LoadBody, TokenizeBody, UnloadBody, as_dicts
 from serve.server.serving import Serving
-from serve.store.names import Registered
+from serve.store.names import Registered, RegistryError
 
 
 class ErrorDetail(BaseModel):
@@ -48,12 +50,14 @@ _TEXT: dict[int | str, Any] = {200: {"content": {"text/plain": {}}}}
 
 def make_app(serving: Serving) -> FastAPI:
     """Return the app; it starts the engine when it starts, and stops it when it ends."""
+    bodies = Bodies(serving.max_body_bytes)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await serving.engine.start()
         watch = asyncio.create_task(serving.watch())
         yield
+        bodies.close()
         watch.cancel()
         await serving.engine.stop(0)
 
@@ -77,9 +81,9 @@ def make_app(serving: Serving) -> FastAPI:
     add_handlers(app)
     _add_state(app, serving)
     _add_page(app, serving)
-    _add_models(app, serving)
-    _add_tokens(app, serving)
-    add_generation(app, serving, ERRORS)
+    _add_models(app, serving, bodies)
+    _add_tokens(app, serving, bodies)
+    add_generation(app, serving, bodies, ERRORS)
     app.openapi = lambda: _openapi(app)
     return app
 
@@ -95,6 +99,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """Return the schema without FastAPI's own error, 422: ours are 400."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        add_schemas(schema, app.routes)
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
@@ -128,9 +133,10 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
         """Tell the version."""
         return {"version": preft_jax.__version__}
 
-    @app.get("/metrics", responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}}, response_class=Response)
-    async def metrics() -> Response:
-        """Tell everything that is counted, for Prometheus."""
+    @app.get("/metrics", responses={**ERRORS, 200: {"content": {CONTENT_TYPE_LATEST: {}}}}, response_class=Response)
+    async def metrics(request: Request) -> Response:
+        """Tell everything that is counted, for Prometheus; where there are keys, to the admin."""
+        require_figures(serving.keys, request.state.identity)
         return Response(serving.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -143,14 +149,15 @@ def _add_page(app: FastAPI, serving: Serving) -> None:
         return HTMLResponse(content, headers=headers)
 
     @app.get("/stats", responses=ERRORS)
-    async def stats() -> dict[str, Any]:
-        """Tell the figures that the page shows."""
+    async def stats(request: Request) -> dict[str, Any]:
+        """Tell the figures that the page shows; where there are keys, to the admin."""
+        require_figures(serving.keys, request.state.identity)
         tiers = {**serving.adapters.tiers(), **bank_figures(serving.engine)}
         now = {"time": serving.wall_clock(), "model": serving.names[0]}
         return {**now, **engine_figures(serving.engine), "adapters": tiers}
 
 
-def _add_models(app: FastAPI, serving: Serving) -> None:
+def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
     one_at_a_time = asyncio.Lock()
 
     def card(adapter: Registered | None, name: str) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
         return card(serving.adapter(name, request.state.identity), name)
 
     @app.post("/v1/load_lora_adapter", responses={**_TEXT, **ERRORS}, response_class=Response)
-    async def load(request: Request, body: LoadBody) -> Response:
+    async def load(request: Request, body: Annotated[LoadBody, Depends(bodies.of(LoadBody))]) -> Response:
         """Load an adapter from a directory on the server."""
         serving.loading.check(request.state.identity)
         if body.lora_name in serving.names:
@@ -200,17 +207,19 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter", responses={**_TEXT, **ERRORS}, response_class=Response)
-    async def unload(request: Request, body: UnloadBody) -> Response:
+    async def unload(request: Request, body: Annotated[UnloadBody, Depends(bodies.of(UnloadBody))]) -> Response:
         """Forget an adapter; requests that run end as they would have."""
         serving.loading.check(request.state.identity)
         try:
             await asyncio.to_thread(serving.adapters.unregister, body.lora_name)
+        except RegistryError:
+            raise  # It is still loaded, and the message says so.
         except AdapterError as error:
             raise ApiError(404, str(error), code="model_not_found", param="lora_name") from error
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _add_tokens(app: FastAPI, serving: Serving) -> None:
+def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
     def tokenized(body: TokenizeBody) -> dict[str, Any]:
         tokenizer = serving.require_tokenizer()
         if body.messages is not None:
@@ -232,13 +241,17 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
         return {"prompt": serving.require_tokenizer().decode(body.tokens, clean_up_tokenization_spaces=False)}
 
     @app.post("/tokenize", responses=ERRORS)
-    async def tokenize(request: Request, body: TokenizeBody) -> JSONResponse:
+    async def tokenize(
+        request: Request, body: Annotated[TokenizeBody, Depends(bodies.of(TokenizeBody))]
+    ) -> JSONResponse:
         """Turn a text or a chat into token ids."""
         serving.adapter(body.model or serving.names[0], request.state.identity)
         return JSONResponse(await asyncio.to_thread(tokenized, body))
 
     @app.post("/detokenize", responses=ERRORS)
-    async def detokenize(request: Request, body: DetokenizeBody) -> JSONResponse:
+    async def detokenize(
+        request: Request, body: Annotated[DetokenizeBody, Depends(bodies.of(DetokenizeBody))]
+    ) -> JSONResponse:
         """Turn token ids into text."""
         serving.adapter(body.model or serving.names[0], request.state.identity)
         return JSONResponse(await asyncio.to_thread(detokenized, body))

@@ -17,10 +17,18 @@ _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}")
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Whose request it is: a user's, nobody's in particular (``None``), or the admin's, who sees everything."""
+    """Whose request it is: a user's, nobody's in particular (``None``), or the admin's, who sees everything.
+
+    Attributes:
+        user: whose adapters it sees.
+        admin: whether it sees everything.
+        tenant: apart from whom it is kept, in the prefix cache and in the queue: a user, or a key without one; None:
+            there are no keys.
+    """
 
     user: str | None = None
     admin: bool = False
+    tenant: str | None = dataclasses.field(default=None, compare=False)
 
     def sees(self, owner: str | None) -> bool:
         """Whether an adapter of this owner is there for them; adapters without an owner are everybody's."""
@@ -56,6 +64,10 @@ def _hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def _tenant(user: str | None, key: str) -> str:
+    return f"key:{_hash(key.encode()).hex()}" if user is None else f"user:{user}"
+
+
 class Keys:
     """The keys that are let in.
 
@@ -69,10 +81,10 @@ class Keys:
             (admin,) = parse_keys([f"={admin}"])
         if admin in users:
             raise ConfigError("the admin's key is also a user's; give the admin a key of its own")
-        self._known = [(_hash(key.encode()), Identity(user)) for key, user in users.items()]
+        self._known = [(_hash(key.encode()), Identity(user, tenant=_tenant(user, key))) for key, user in users.items()]
         self.open = not self._known
         if admin is not None:
-            self._known.append((_hash(admin.encode()), Identity("admin", admin=True)))
+            self._known.append((_hash(admin.encode()), Identity("admin", admin=True, tenant="admin")))
 
     def identify(self, authorization: bytes | None) -> Identity:
         """Return whose an ``Authorization`` header is.
@@ -98,6 +110,16 @@ class Keys:
             f"{what}; send the header 'Authorization: Bearer KEY' with one of the server's keys",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+def require_figures(keys: Keys, identity: Identity) -> None:
+    """Raise an ``ApiError`` (403) for who may not see figures in which all tenants' requests are counted."""
+    if not keys.open and not identity.admin:
+        raise ApiError(
+            403,
+            "these figures count the requests of all keys, and so are the admin's; ask with --admin-key's key",
+            code="admin_only",
         )
 
 

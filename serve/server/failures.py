@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from preft_jax.errors import AdapterError, PreftError, RequestError
 from serve.engine.async_engine import EngineStopped, Overloaded
+from serve.store.names import RegistryError
 
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -20,9 +21,10 @@ _LONGEST = 80
 """Characters of a wrong value that a message repeats."""
 
 
-_UNREADABLE = (
+UNREADABLE = (
     "the body cannot be read as JSON: it is not UTF-8, nested too deeply, or holds a number of thousands of digits"
 )
+"""What is said of a body that Python's JSON refuses without a place."""
 
 
 class ApiError(Exception):
@@ -67,6 +69,8 @@ def to_api_error(error: PreftError) -> ApiError:
         return ApiError(429, str(error), code="overloaded", headers=retry_after(error.retry_after))
     if isinstance(error, EngineStopped):
         return ApiError(503, str(error), code="unavailable", headers=retry_after(error.retry_after))
+    if isinstance(error, RegistryError):
+        return ApiError(503, str(error), code="not_stored", headers=retry_after(5))
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_request")
     if isinstance(error, AdapterError):
@@ -78,9 +82,6 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """Return what a client is told of the first thing that is wrong with its body or its parameters."""
     error = errors[0]
     where = [part for part in error["loc"][1:] if part != "[key]"]
-    if error["type"] == "json_invalid":
-        at = where[0] if where else 0
-        return ApiError(400, f"the body is not valid JSON at character {at}: {error['ctx']['error']}", code="bad_json")
     context = error.get("ctx") or {}
     param = _path([*where, *([context["field"]] if "field" in context else [])])
     if error["type"] in ("unknown_field", "unsupported_field"):
@@ -120,8 +121,6 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # All that FastAPI says of a body that Python's JSON refuses without a place.
-            return ApiError(400, _UNREADABLE, code="bad_json").response()
         message = f"{request.method} {ascii(request.url.path)[1:-1][:_LONGEST]}: {error.detail}"
         code = _CODES.get(error.status_code, "bad_request")
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()

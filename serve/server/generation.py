@@ -5,9 +5,9 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,8 @@ from preft_jax.errors import PreftError
 from serve.engine.async_engine import OutputStream
 from serve.engine.request import Request
 from serve.server.answers import ChatShape, CompletionShape, Sample, Shape, TokenTexts, usage
+from serve.server.auth import Identity
+from serve.server.bodies import Bodies
 from serve.server.failures import ApiError, retry_after, to_api_error
 from serve.server.middleware import unless_gone
 from serve.server.protocol import ChatBody, CompletionBody, as_dicts
@@ -32,17 +34,21 @@ _LONG_TEXT = 20_000
 _STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
-def add_generation(app: FastAPI, serving: Serving, errors: dict[int | str, Any]) -> None:
+def add_generation(app: FastAPI, serving: Serving, bodies: Bodies, errors: dict[int | str, Any]) -> None:
     """Add both routes to an app."""
     texts = TokenTexts(serving.model.tokenizer)
 
     @app.post("/v1/completions", responses={**_STREAMED, **errors}, response_class=Response)
-    async def completions(request: HttpRequest, body: CompletionBody) -> Response:
+    async def completions(
+        request: HttpRequest, body: Annotated[CompletionBody, Depends(bodies.of(CompletionBody))]
+    ) -> Response:
         """Complete texts or token ids."""
         return await _answer(serving, texts, request, body, body.prompt)
 
     @app.post("/v1/chat/completions", responses={**_STREAMED, **errors}, response_class=Response)
-    async def chat_completions(request: HttpRequest, body: ChatBody) -> Response:
+    async def chat_completions(
+        request: HttpRequest, body: Annotated[ChatBody, Depends(bodies.of(ChatBody))]
+    ) -> Response:
         """Answer a chat."""
         return await _answer(serving, texts, request, body, [as_dicts(body.messages)])
 
@@ -50,13 +56,13 @@ def add_generation(app: FastAPI, serving: Serving, errors: dict[int | str, Any])
 async def _answer(
     serving: Serving, texts: TokenTexts, request: HttpRequest, body: CompletionBody | ChatBody, prompts: Sequence[Any]
 ) -> Response:
-    started, facts = serving.clock(), request.state.facts
-    adapter = serving.adapter(body.model, request.state.identity)
+    started, facts, identity = serving.clock(), request.state.facts, request.state.identity
+    adapter = serving.adapter(body.model, identity)
     facts["model"] = body.model
     if sum(len(part) for prompt in prompts for part in _parts(prompt)) > _LONG_TEXT:
-        requests = await asyncio.to_thread(_make_requests, serving, body, prompts, adapter)
+        requests = await asyncio.to_thread(_make_requests, serving, body, prompts, adapter, identity)
     else:
-        requests = _make_requests(serving, body, prompts, adapter)
+        requests = _make_requests(serving, body, prompts, adapter, identity)
     kind = ChatShape if isinstance(body, ChatBody) else CompletionShape
     shape = kind(model=body.model, created=int(serving.wall_clock()), texts=texts, logprobs=body.num_logprobs)
     stream = await unless_gone(request.receive, asyncio.create_task(serving.engine.open(requests)))
@@ -72,7 +78,11 @@ def _parts(prompt: Any) -> list[Any]:
 
 
 def _make_requests(
-    serving: Serving, body: CompletionBody | ChatBody, prompts: Sequence[Any], adapter: Registered | None
+    serving: Serving,
+    body: CompletionBody | ChatBody,
+    prompts: Sequence[Any],
+    adapter: Registered | None,
+    identity: Identity,
 ) -> list[Request]:
     """Return the engine's requests, one for each prompt."""
     sampling, vocab = body.sampling(), serving.model.config.vocab_size
@@ -102,6 +112,8 @@ def _make_requests(
                 logprobs=body.num_logprobs,
                 priority=body.priority,
                 seed=secrets.randbits(32),
+                tenant=identity.tenant,
+                cache_salt=serving.cache_salt(identity, body.cache_salt),
             )
         )
     return requests

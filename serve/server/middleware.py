@@ -91,6 +91,7 @@ class Front:
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, answer: Send) -> None:
         try:
             scope["state"]["identity"] = None
+            _check_framing(scope, headers)
             if scope["path"] not in OPEN_PATHS:
                 authorization = headers.get("authorization")
                 identity = self._keys.identify(None if authorization is None else authorization.encode("latin-1"))
@@ -113,6 +114,14 @@ class Front:
 
     async def _with_body(self, headers: Headers, receive: Receive) -> Receive:
         """Read the whole body; return what gives it to the app."""
+        encodings = [name.strip().lower() for name in ",".join(headers.getlist("content-encoding")).split(",")]
+        if unknown := [name for name in encodings if name not in ("", "identity")]:
+            raise ApiError(
+                415,
+                f"the body's Content-Encoding is {ascii(unknown[0])[:80]}; send the body as it is, without one",
+                code="encoding_not_supported",
+                headers={"Accept-Encoding": "identity", **_CLOSE},
+            )
         declared = headers.get("content-length", "0")
         try:
             async with asyncio.timeout(self._body_seconds):
@@ -157,6 +166,18 @@ class Front:
 
 
 _CLOSE = {"Connection": "close"}
+
+
+def _check_framing(scope: Scope, headers: Headers) -> None:
+    """Refuse a request of which two readers could see different ends; the connection is closed, so nothing follows."""
+    if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
+        what = "Content-Length" if "content-length" in headers else "HTTP/1.0"
+        raise ApiError(
+            400,
+            f"the request has a Transfer-Encoding beside {what}, so that its end is not certain; send one of them",
+            code="bad_framing",
+            headers=_CLOSE,
+        )
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

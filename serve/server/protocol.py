@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from preft_jax.errors import did_you_mean
 from preft_jax.sampling.parameters import MAX_BIAS, MAX_LOGPROBS, SamplingParams
+from preft_jax.text.messages import MESSAGE_NEUTRAL, ROLE_ALIASES, join_text_parts
 from serve.engine.request import MAX_SAMPLES
 
 MAX_PROMPTS = 128
@@ -59,17 +60,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that OpenAI's or vLLM's API has and this server has not, and values of them that ask for nothing."""
 
-_MESSAGE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "reasoning_content": ("",),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
@@ -112,26 +102,14 @@ def _biases(value: Any) -> Any:
     """Turn JSON's keys, which are texts, into token ids."""
     if not isinstance(value, dict):
         raise ValueError("give an object from token ids to biases")
+    if len(value) > MAX_BIAS:
+        raise ValueError(f"it names {len(value)} tokens; give at most {MAX_BIAS}")
     wrong = next((key for key in value if not re.fullmatch(r"\d{1,10}", str(key), re.ASCII)), None)
     if wrong is not None:
         raise ValueError(f"{ascii(wrong)[:80]} is no token id; give whole numbers as keys")
     if len({int(key) for key in value}) < len(value):
         raise ValueError("it names a token more than once; give each token one bias")
     return {int(key): bias for key, bias in value.items()}
-
-
-def _content(value: Any) -> Any:
-    """Join the text parts of a message, which is what plain text would have been."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
-            raise ValueError(f"part {index} is no text; only parts {{'type': 'text', 'text': ...}} are supported")
-        if not isinstance(part["text"], str):
-            raise ValueError(f"part {index} has a text of type {type(part['text']).__name__}; give a string")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _are_ids(value: Any) -> bool:
@@ -149,8 +127,8 @@ def _prompts(value: Any) -> Any:
 
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(_texts, json_schema_input_type=str | list[str]),
-    Field(max_length=MAX_STOPS),
 ]
 Biases = Annotated[
     dict[Annotated[int, Field(ge=0, lt=_INT32)], Annotated[float, Field(ge=-100, le=100)]],
@@ -159,8 +137,8 @@ Biases = Annotated[
 ]
 Prompts = Annotated[
     list[str | list[int]],
+    Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
     BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    Field(min_length=1, max_length=MAX_PROMPTS),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=_INT32)]
 Count = Annotated[int, Field(ge=1, lt=_INT32)]
@@ -190,12 +168,13 @@ class Generation(Body):
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     stop: Stops = Field(default_factory=list)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128, fail_fast=True)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = Field(0, ge=0, lt=_INT32)
     user: str | None = Field(None, max_length=512)
+    cache_salt: str | None = Field(None, min_length=1, max_length=512)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Generation":
@@ -257,23 +236,20 @@ class CompletionBody(Generation):
 class Message(Body):
     """A message of a chat."""
 
-    neutral = _MESSAGE_NEUTRAL
+    neutral = MESSAGE_NEUTRAL
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
+    content: Annotated[str, BeforeValidator(join_text_parts, json_schema_input_type=str | list[dict[str, str]])]
 
 
 def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
-    """Return messages as the chat renderer takes them; ``developer`` is OpenAI's newer word for ``system``."""
-    return [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-        for message in messages
-    ]
+    """Return messages as the chat renderer takes them."""
+    return [{"role": ROLE_ALIASES.get(message.role, message.role), "content": message.content} for message in messages]
 
 
 class ChatBody(Generation):
     """The body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
@@ -303,7 +279,7 @@ class TokenizeBody(Body):
     neutral = {"continue_final_message": (False,)}
     model: ModelName | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -319,7 +295,7 @@ class DetokenizeBody(Body):
     """The body of ``/detokenize``."""
 
     model: ModelName | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 class LoadBody(Body):

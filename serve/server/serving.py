@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,7 @@ class Serving:
         max_model_len: prompt plus generated tokens.
         max_body_bytes: most bytes of a request's body.
         body_seconds: how long one may take to arrive.
+        share_prefix_cache: whether a request may find KV that another key's request left in the prefix cache.
         directory: kept in step with the store, looked at every ``scan_seconds``.
         clock: seconds.
         wall_clock: seconds since 1970.
@@ -80,6 +82,7 @@ class Serving:
     max_model_len: int
     max_body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
+    share_prefix_cache: bool = False
     directory: AdapterDirectory | None = None
     scan_seconds: float = 5.0
     clock: Callable[[], float] = time.monotonic
@@ -134,6 +137,11 @@ class Serving:
             param="model",
         )
 
+    def cache_salt(self, identity: Identity, given: str | None) -> str | None:
+        """Return what keeps a request's KV apart from others' in the prefix cache: its tenant and its own salt."""
+        tenant = None if self.share_prefix_cache else identity.tenant
+        return None if tenant is None and given is None else json.dumps([tenant, given])
+
     def encode(
         self, prompt: Any, *, add_generation_prompt: bool = True, add_special_tokens: bool | None = None
     ) -> EncodedPrompt:
@@ -144,6 +152,8 @@ class Serving:
             ApiError: 400, if it has more tokens than the model takes.
         """
         self._check_length([prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if type(m) is dict])
+        if not isinstance(prompt, str) and len(prompt) >= self.max_model_len and type(prompt[0]) is int:
+            raise self.too_long(f"the prompt has {len(prompt)} tokens")
         encoded = encode_prompt(
             self.model.tokenizer,
             prompt,

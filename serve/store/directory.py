@@ -41,7 +41,8 @@ class AdapterDirectory:
     def scan(self) -> Changes:
         """Register what is new or has changed, and forget what is gone; takes as long as reading the new ones does.
 
-        A subdirectory that was refused is read again when it changes. Links out of the directory are not followed.
+        A subdirectory that was refused is read again when it changes. What comes back under a name is its owner's
+        again. Links out of the directory are not followed: the store's files are to be confined to it.
         """
         found = {entry.name: entry.path for entry in os.scandir(self._path) if entry.is_dir(follow_symlinks=False)}
         changes = Changes([], [], {})
@@ -64,7 +65,7 @@ class AdapterDirectory:
         self._seen = {name: state for name, state in self._seen.items() if name in found}
         for adapter in self._store.list():
             if Path(adapter.path).parent == self._path and adapter.name == Path(adapter.path).name not in found:
-                self._store.unregister(adapter.name)
+                self._store.unregister(adapter.name, keep_owner=True)
                 changes.removed.append(adapter.name)
         return changes
 

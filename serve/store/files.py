@@ -2,12 +2,16 @@
 
 Reading an adapter's directory means checking it, folding it and cutting it to rank pages. With a state directory the
 pages are kept in a file named by the adapter's digest; a later load is then one read, and finds the same adapter even
-if its directory has changed since.
+if its directory has changed since. A checksum over name and contents is kept with them and checked by every load; what
+is damaged is made again from the directory, and the log says so.
 """
 
 import contextlib
+import dataclasses
+import logging
 import os
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +23,19 @@ from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import fold_and_cut
 from preft_jax.errors import AdapterError, PreftError
 from preft_jax.io.adapter_files import load_adapter
-from preft_jax.io.adapter_limits import AdapterLimits
-from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
+from preft_jax.io.adapter_limits import AdapterLimits, limits_for
+from preft_jax.io.safetensors_io import open_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model, check_base
-from preft_jax.shapes import LINEAR_SITES
+from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS, RANK_PAGE, SITES
 from serve.store.host_copy import ALL_LINEARS, Columns, Known, pack
+from serve.store.slabs import slab_width
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Version of what a file of rank pages holds."""
+
+_CHECKSUM = "crc32"
+
+_log = logging.getLogger("preft.store")
 
 
 class Read(NamedTuple):
@@ -45,13 +54,22 @@ class AdapterFiles:
         kept: the directory for rank pages, or None.
         limits: how much is read of an adapter; None: what one of the largest rank takes.
         dtype: of rank pages: the engine's ``bank_dtype``; None: that of the weights.
+        roots: groups of directories; the files of an adapter below one of a group must lie below one of that group,
+            links followed. The first group that holds a path counts.
     """
 
     def __init__(
-        self, model: Model, kept: Path | None = None, *, limits: AdapterLimits | None = None, dtype: Any = None
+        self,
+        model: Model,
+        kept: Path | None = None,
+        *,
+        limits: AdapterLimits | None = None,
+        dtype: Any = None,
+        roots: Sequence[Sequence[Path]] = (),
     ):
         self._model = model
-        self._limits = limits
+        self._limits = limits_for(model.config) if limits is None else limits
+        self._roots = [tuple(os.path.realpath(root) for root in group) for group in roots]
         self._dtype = np.dtype(dtype or model.params["embed"].dtype)
         self._kept = kept
         if kept is not None:
@@ -63,8 +81,9 @@ class AdapterFiles:
         Raises:
             AdapterError: if it cannot be read, is larger than the limits allow, or is not for this base model.
         """
-        adapter = load_adapter(path, self._model, limits=self._limits)
-        return self.take(adapter)
+        inside = next((group for group in self._roots if any(Path(path).is_relative_to(one) for one in group)), ())
+        limits = dataclasses.replace(self._limits, roots=inside)
+        return self.take(load_adapter(path, self._model, limits=limits))
 
     def take(self, adapter: Adapter) -> Read:
         """Check and fold an adapter that is in memory, once for digest and rank pages.
@@ -88,6 +107,8 @@ class AdapterFiles:
                 return self._unpack(self._file(digest))
             except AdapterError as error:
                 damage = error
+                _log.warning("kept rank pages are damaged", extra={"facts": {"reason": str(error), "source": path}})
+                self.drop(digest)  # So that they are kept again, whoever brings them.
         if not path:
             raise AdapterError(
                 "the adapter was published from memory and its rank pages are no longer kept; publish it again"
@@ -98,7 +119,6 @@ class AdapterFiles:
                 f"{path} holds another adapter than the one that was registered; register it again"
             ) from damage
         if damage is not None:
-            self.drop(digest)
             self.keep(digest, read.known)
         return read.known
 
@@ -113,7 +133,8 @@ class AdapterFiles:
             for site, slabs in known.slabs.items()
             for n, array in enumerate(slabs)
         }
-        write_file(self._file(digest), serialize_safetensors(tensors), error=AdapterError)
+        checksum = {_CHECKSUM: _checksum(self._file(digest).name, tensors)}
+        write_file(self._file(digest), serialize_safetensors(tensors, checksum), error=AdapterError)
         return True
 
     def drop(self, digest: str) -> None:
@@ -135,7 +156,10 @@ class AdapterFiles:
         return self._kept / f"{digest}.{self._dtype.name}.{FOLD_VERSION}.{_LAYOUT}.pages"
 
     def _unpack(self, file: Path) -> Known:
-        tensors = read_safetensors(file, error=AdapterError, advice="delete it, and register the adapter again")
+        with open_safetensors(file, error=AdapterError, advice="it is made again") as opened:
+            tensors = opened.read()
+            if opened.metadata != {_CHECKSUM: _checksum(file.name, tensors)}:
+                raise AdapterError(f"{file} does not hold what was written to it; it is made again")
         slabs: dict[str, list[Any]] = {}
         groups: dict[str, list[int]] = {}
         try:
@@ -143,11 +167,37 @@ class AdapterFiles:
                 site, _, group = name.split(".")
                 slabs.setdefault(site, []).append(tensors[name])
                 groups.setdefault(site, []).append(int(group))
-        except ValueError as error:
-            raise AdapterError(f"{file} is damaged; delete it, and register the adapter again") from error
+        except (ValueError, IndexError) as error:
+            raise AdapterError(f"{file} holds no rank pages; it is made again") from error
+        self._check(file, slabs, groups)
         for site in LINEAR_SITES if ALL_LINEARS in groups else ():
             groups[site] = groups[ALL_LINEARS]
         return Known({site: Columns(tuple(columns)) for site, columns in groups.items() if site != ALL_LINEARS}, slabs)
+
+    def _check(self, file: Path, slabs: Mapping[str, list[Any]], groups: Mapping[str, list[int]]) -> None:
+        """Raise ``AdapterError`` unless these are slabs that the engine can copy to the bank."""
+        model = self._model.config
+        wide = {site: slab_width(*model.site_shape(site), RANK_PAGE, self._dtype) for site in SITES}
+        wide[ALL_LINEARS] = sum(wide[site] for site in LINEAR_SITES)
+        for site, some in slabs.items():
+            whole = all(
+                site in wide and array.dtype == self._dtype and array.shape == (model.num_hidden_layers, wide[site])
+                for array in some
+            )
+            if not whole or not set(groups[site]) <= set(range(NUM_GROUPS)):
+                raise AdapterError(f"{file} holds no rank pages of this base model at {site!r}; it is made again")
+        if not slabs or (ALL_LINEARS in slabs and len(slabs) > 1):
+            raise AdapterError(f"{file} holds the rank pages of {', '.join(slabs) or 'no site'}; it is made again")
+
+
+def _checksum(name: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Return CRC-32 (hex) over a file's name and its tensors; it keeps up with a disk, which SHA-256 does not."""
+    total = zlib.crc32(name.encode())
+    for key in sorted(tensors):
+        array = tensors[key]
+        total = zlib.crc32(f"{key} {array.dtype} {array.shape} ".encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), total)
+    return f"{total:08x}"
 
 
 def told(error: BaseException) -> str:

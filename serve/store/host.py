@@ -23,6 +23,7 @@ from preft_jax.errors import AdapterError, ConfigError
 from serve.store.files import Read, told
 from serve.store.host_copy import Known
 from serve.store.names import Registered, Registry
+from serve.store.repair import read_again
 
 _LONGEST_NAME = 256
 
@@ -96,6 +97,7 @@ class AdapterStore:
         registry: remembers names.
         host_bytes: most bytes of rank pages in host memory.
         loaders: threads that load, or what runs them.
+        deleter: runs the deletions of what is kept; None: a thread of its own, which may wait for the disk.
         pin: makes rank pages readable for the device (pinned memory).
         check: raises ``AdapterError`` for an adapter that the engine could never serve; an engine sets it.
     """
@@ -107,6 +109,7 @@ class AdapterStore:
         *,
         host_bytes: int,
         loaders: int | Executor = 2,
+        deleter: Executor | None = None,
         pin: Callable[[Known], Known] = lambda known: known,
         check: Callable[[AdapterConfig], object] = lambda config: None,
     ):
@@ -117,8 +120,11 @@ class AdapterStore:
         self._files = files
         self._registry = registry
         self._pin = pin
+        # Names change one at a time, and ``_changed`` is not held while the disk is waited for.
+        self._naming = threading.RLock()
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(loaders, "adapter-loader") if isinstance(loaders, int) else loaders
+        self._deleter = deleter or ThreadPoolExecutor(1, "adapter-deleter")
         self._copies: collections.OrderedDict[str, _Copy] = collections.OrderedDict()
         self._wanted: collections.deque[_Copy] = collections.deque()
         self._done: Told = []
@@ -134,6 +140,7 @@ class AdapterStore:
                 with contextlib.suppress(AdapterError):  # The budget may have become smaller.
                     self._check_size(adapter)
                     self._repin(adapter)
+        read_again(registry.damaged, self.register)
 
     # Names
 
@@ -203,38 +210,52 @@ class AdapterStore:
             self._check_size(self._with_rights(adapter, owner, pinned))
             self._names[adapter.digest] += 1  # Until it has its name, so that what is kept of it stays.
             room = self._used + adapter.num_bytes <= self.host_bytes
+        held: Lease | None = None
         try:
-            stays = not self._files.keep(read.digest, read.known) and not path
-            known = self._pin(read.known) if room or not path else None
-            with self._changed:
-                if not replace:
-                    self._check_free(name)
-                adapter = self._with_rights(adapter, owner, pinned)
-                self._check_size(adapter, stays=stays)
-                if stays:
-                    self._check_room(adapter)
-                self._put(adapter)
-                self._offer(adapter, known)
-                self._repin(adapter, stays=stays)
+            with self._naming:
+                stays = not self._files.keep(read.digest, read.known) and not path
+                known = self._pin(read.known) if room or not path else None
+                with self._changed:
+                    if not replace:
+                        self._check_free(name)
+                    adapter = self._with_rights(adapter, owner, pinned)
+                    self._check_size(adapter, stays=stays)
+                    if stays:
+                        self._check_room(adapter)
+                        self._offer(adapter, known)
+                        held = self._lease(adapter)  # It has no file: its place is not taken while the name is written.
+                old = self._registry.put(adapter)
+                with self._changed:
+                    self._names[adapter.digest] += 1
+                    if old is not None:
+                        self._unname(old.digest)
+                    self._offer(adapter, known)
+                    self._repin(adapter, stays=stays)
         finally:
             with self._changed:
+                if held is not None:
+                    self._give_back(held)
                 self._unname(adapter.digest)
         return adapter
 
-    def unregister(self, name: str) -> Registered:
+    def unregister(self, name: str, *, keep_owner: bool = False) -> Registered:
         """Forget a name; requests that run end as they would have.
+
+        With ``keep_owner``, what is registered under the name later is its owner's, unless another is named then.
 
         Raises:
             AdapterError: if the name is not registered.
+            RegistryError: if that cannot be written; the name then stands for what it did before.
         """
-        with self._changed:
-            self._known_name(name)
-            adapter = self._registry.remove(name)
-            assert adapter is not None
-            if name in self._pins:
-                self._give_back(self._pins.pop(name))
-            self._unname(adapter.digest)
-            self._start_loads()
+        with self._naming:
+            adapter = self._registry.remove(name, keep_owner=keep_owner)
+            if adapter is None:
+                raise AdapterError(f"no adapter is registered as {name!r}; see the list of models")
+            with self._changed:
+                if name in self._pins:
+                    self._give_back(self._pins.pop(name))
+                self._unname(adapter.digest)
+                self._start_loads()
         return adapter
 
     def get(self, name: str) -> Registered | None:
@@ -294,6 +315,7 @@ class AdapterStore:
     def close(self) -> None:
         """Stop loading; what is registered stays."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._deleter.shutdown(wait=True)
         self._registry.close()
 
     # With the lock held
@@ -302,7 +324,7 @@ class AdapterStore:
         old = self._registry.get(adapter.name) or adapter
         return dataclasses.replace(
             adapter,
-            owner=old.owner if isinstance(owner, Unchanged) else owner,
+            owner=self._registry.owner(adapter.name) if isinstance(owner, Unchanged) else owner,
             pinned=old.pinned if isinstance(pinned, Unchanged) else pinned,
         )
 
@@ -315,12 +337,6 @@ class AdapterStore:
     def _check_free(self, name: str) -> None:
         if self._registry.get(name) is not None:
             raise AdapterError(f"the name {name!r} is taken; unload that adapter first, or choose another name")
-
-    def _known_name(self, name: str) -> Registered:
-        adapter = self._registry.get(name)
-        if adapter is None:
-            raise AdapterError(f"no adapter is registered as {name!r}; see the list of models")
-        return adapter
 
     def _check_room(self, adapter: Registered) -> None:
         copy = self._copies.get(adapter.digest)
@@ -345,12 +361,6 @@ class AdapterStore:
                 f"pinned adapters{others} would take {total + adapter.num_bytes} bytes; they may take half of the "
                 f"{self.host_bytes} that host memory has for adapters; unpin others, or raise the budget"
             )
-
-    def _put(self, adapter: Registered) -> None:
-        old = self._registry.put(adapter)
-        self._names[adapter.digest] += 1
-        if old is not None:
-            self._unname(old.digest)
 
     def _unname(self, digest: str) -> None:
         self._names[digest] -= 1
@@ -401,7 +411,8 @@ class AdapterStore:
             return
         if copy is not None:
             self._forget(copy)
-        self._files.drop(digest)
+        with contextlib.suppress(RuntimeError):  # The store is closed; a later start deletes it.
+            self._deleter.submit(self._drop, digest)
 
     def _forget(self, copy: _Copy) -> None:
         if self._copies.get(copy.digest) is copy:
@@ -455,7 +466,15 @@ class AdapterStore:
         self._done += [(lease, error) for lease in copy.leases]
         self._changed.notify_all()
 
-    # In a loader's thread
+    # In threads that may wait for the disk
+
+    def _drop(self, digest: str) -> None:
+        """Delete what is kept of an adapter, if it was not registered again meanwhile."""
+        with self._naming:
+            with self._changed:
+                if digest in self._names or digest in self._copies:
+                    return
+            self._files.drop(digest)
 
     def _load(self, copy: _Copy) -> None:
         start = time.perf_counter()

@@ -133,21 +133,28 @@ def test_it_is_attention_with_the_own_token_rotated_and_kept(name, implementatio
     assert bits[0] == bits[1]
 
 
-@pytest.mark.parametrize("name", ["mixed/bf16", "idle-rows", "split", "head-norm/bf16", "window/split"])
-def test_it_is_rope_kv_then_paged_attention(name, implementation, rng):
-    case, arguments = draw(name, rng)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def attend_apart(implementation, scale, window, arguments):
+    """``rope_kv``, and then ``paged_attention``."""
     qkv, cos, sin, kv, table, position = arguments[:6]
-    out, pool = attend(implementation, case.scale, case.window, arguments)
-    size = case.page_size
+    size = kv.shape[1]
     page = table[jnp.arange(len(position)), jnp.maximum(position, 0) // size]
     slots = jnp.where(position >= 0, page * size + position % size, kv.shape[0] * size)
     q, written = api.rope_kv(qkv, (None, None, None), cos, sin, kv, slots, **norms_of(arguments),
                              implementation=implementation)  # fmt: skip
-    apart = api.paged_attention(
+    out = api.paged_attention(
         q, written, table, jnp.arange(len(position) + 1, dtype=jnp.int32), jnp.maximum(position + 1, 0),
-        max_query_len=1, scale=case.scale, window=case.window, implementation=implementation,
+        max_query_len=1, scale=scale, window=window, implementation=implementation,
     )  # fmt: skip
-    alive = np.asarray(position) >= 0
+    return out, written
+
+
+@pytest.mark.parametrize("name", ["mixed/bf16", "idle-rows", "split", "head-norm/bf16", "window/split"])
+def test_it_is_rope_kv_then_paged_attention(name, implementation, rng):
+    case, arguments = draw(name, rng)
+    out, pool = attend(implementation, case.scale, case.window, arguments)
+    apart, written = attend_apart(implementation, case.scale, case.window, arguments)
+    alive = np.asarray(arguments[5]) >= 0
     tolerance = 2 * TOLERANCES[case.dtype]
     np.testing.assert_allclose(f64(out)[alive], f64(apart)[alive], atol=tolerance, rtol=tolerance)
     np.testing.assert_allclose(f64(pool), f64(written), atol=tolerance, rtol=tolerance)

@@ -1,5 +1,8 @@
 """Drawing tokens without branches: the tokens and log-probabilities of ``sampling.sample``, by every implementation."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +23,15 @@ def arrays(rng, temperatures):
 def draw(implementation, logits, index, s, position, alive=None):
     alive = np.ones(len(index), bool) if alive is None else alive
     args = map(jnp.asarray, (logits, index, s.temperature_B, s.seed_B, position, alive))
+    return draw_program(implementation, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw_program(implementation, *args):
     return api.draw(*args, implementation=implementation)
+
+
+sample_program = jax.jit(sample)
 
 
 def test_it_draws_what_sample_draws(implementation, rng):
@@ -30,7 +41,7 @@ def test_it_draws_what_sample_draws(implementation, rng):
     s = arrays(rng, rng.choice([0.0, 1e-30, 0.3, 1.0, 1.0, 5.0], 24))
     position = rng.integers(1, 100_000, 24).astype(np.int32)
     found = draw(implementation, logits, index, s, position)
-    wanted = sample(jnp.asarray(logits)[index], jnp.asarray(position), s)
+    wanted = sample_program(jnp.asarray(logits)[index], jnp.asarray(position), s)
     np.testing.assert_array_equal(found.token_B, wanted.token_B)
     np.testing.assert_allclose(found.logprob_B, wanted.logprob_B, atol=2e-5)
     np.testing.assert_allclose(found.sampling_logprob_B, wanted.sampling_logprob_B, atol=2e-5)
@@ -68,8 +79,9 @@ def test_rows_that_are_no_distribution_draw_nothing_and_leave_others_alone(
     index, position = np.arange(5, dtype=np.int32), jnp.arange(5, dtype=jnp.int32)
     real = api.draw
     monkeypatch.setattr(api, "draw", lambda *args: real(*args, implementation=implementation))
-    found = sample_plain(jnp.asarray(logits), index, position, jnp.ones(5, bool), s)
-    wanted = sample(jnp.asarray(logits), position, s)
+    plain_program = jax.jit(lambda *args: sample_plain(*args))
+    found = plain_program(jnp.asarray(logits), index, position, np.ones(5, bool), s)
+    wanted = sample_program(jnp.asarray(logits), position, s)
     np.testing.assert_array_equal(found.token_B, wanted.token_B)
     assert np.asarray(found.token_B)[:3].tolist() == [INVALID] * 3
     assert min(np.asarray(found.token_B)[3:]) >= 0

@@ -6,7 +6,7 @@ import train_cases as cases
 
 from preft_jax.adapters.pages import pack_adapter
 from train.data.batches import Rows, collate
-from train.step import Group, empty_slots, fold_config, make_edits, plan_pages
+from train.step import Group, edits_by_layer, empty_slots, fold_config, make_edits, plan_pages
 
 
 def test_the_trainers_pools_are_the_pages_of_its_adapters(lively, adapters):
@@ -16,7 +16,8 @@ def test_the_trainers_pools_are_the_pages_of_its_adapters(lively, adapters):
     params = [empty_slots(group, adapters[kind].params).params for kind, group in zip(kinds, groups, strict=True)]
     example = cases.example(adapters["lora"], np.random.default_rng(0))
     batch = collate([Rows([[example]], 0, 0, 0)], num_rows=1, max_length=32, packed=False)
-    edits = make_edits(lively.config, groups, params, batch, None, jnp.float32)
+    layers = edits_by_layer(lively.config, groups, params, jnp.float32)
+    edits = make_edits(lively.config, groups, layers, batch, None)
     plan = plan_pages(lively.config, groups)
     for slot in range(2 * len(kinds)):
         packed = pack_adapter(adapters[kinds[slot // 2]], lively.config)

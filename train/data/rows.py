@@ -1,15 +1,15 @@
-"""From lines of a JSONL file to training examples: tokens, which of them are edited, and which are learned.
+"""From rows of a dataset to training examples: tokens, which of them are edited, and which are learned.
 
-A line is ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``; other columns are ignored. Prompts are
-tokenised exactly as serving does, alone, and the answer behind them; so a model that was trained on an example meets
-the same tokens when it serves the example's prompt. The edit mask comes from
+``files`` says where rows come from, and ``shapes`` what each is read as: a chat, or a text and how it goes on.
+Prompts are tokenised exactly as serving does, alone, and the answer behind them; so a model that was trained on an
+example meets the same tokens when it serves the example's prompt. The edit mask comes from
 ``preft_jax.adapters.edit_mask``, as serving's does.
 """
 
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,40 +18,19 @@ import numpy as np
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.positions import parse_positions
-from preft_jax.errors import PreftError, RequestError, did_you_mean, plain
+from preft_jax.errors import PreftError, RequestError, plain
 from preft_jax.loading import Model
-from preft_jax.text.chat import EncodedPrompt, check_messages, encode_answer, encode_prompt, render_chat
+from preft_jax.text.chat import EncodedPrompt, encode_answer, encode_prompt, render_chat
 from preft_jax.text.encoding import encode_after
 from preft_jax.text.ends import through_end
+from train.data.errors import DataError
+from train.data.files import open_rows
+from train.data.shapes import Chat, Pair, listed, read_row
 
 _log = logging.getLogger("preft.train")
 
-_FORMS = (("messages",), ("prompt", "completion"))
-
-_KNOWN = ("messages", "prompt", "completion")
-
-_NOT_RENDERED = "is not rendered into the prompt; describe the tools in the system message"
-_NOT_TEXT = "is no text, and the model reads and writes nothing else; leave such lines out"
-_MADE_HERE = "is made here, from the text; leave it out"
-_PREFERENCE = "is part of a preference, and here one answer is learned; give that one as 'completion'"
-_REFUSED = {
-    "text": (
-        "does not say where the prompt ends, and a prefill-only adapter acts on the prompt alone; give 'prompt' and "
-        "'completion', or 'messages'"
-    ),
-    "chat_template_kwargs": "is not given to the chat template; leave it out",
-    **dict.fromkeys(("tools", "functions"), _NOT_RENDERED),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NOT_TEXT),
-    **dict.fromkeys(("input_ids", "completion_mask", "assistant_masks"), _MADE_HERE),
-    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
-}
-"""Columns that give a line another meaning than its text has -> why they are refused; other columns are ignored."""
-
-_MOST_NAMED = 8
-
-
-class DataError(PreftError, ValueError):
-    """A dataset that cannot be trained on; the message names the file and the line."""
+_AROUND = 12
+"""Tokens on each side of an answer's beginning in which a thought is looked for."""
 
 
 class _UnknownSpansError(RequestError):
@@ -105,78 +84,61 @@ class DataOptions:
     truncate: bool = False
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number and content of each line that is not blank, without columns that are null.
+def load_examples(
+    dataset: str | Path,
+    model: Model,
+    adapter: AdapterConfig,
+    options: DataOptions,
+    *,
+    split: str | None = None,
+    default: str = "train",
+    config: str | None = None,
+) -> list[Example]:
+    """Read a dataset. The log says how its rows were read, and which of their columns were not needed.
+
+    Args:
+        dataset: see ``files.open_rows``, as for ``split``, ``default`` and ``config``.
+        model: whose tokenizer makes the tokens.
+        adapter: says which tokens are edited, and how chats become examples.
+        options: see there.
 
     Raises:
-        DataError: for a file that cannot be read, or a line that is no JSON object of an allowed form, or has a column
-            that gives it another meaning.
+        DataError: naming the first row that is wrong, has nothing to learn, or is too long; or an empty dataset.
     """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _parse(path, number, line)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give a JSONL file in UTF-8") from error
-
-
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    where = f"{path}:{number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: this is not JSON ({error}); each line is one object") from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: a {type(row).__name__}; each line is an object with 'messages', or 'prompt' and 'completion'"
-        )
-    row = {name: value for name, value in row.items() if value is not None}  # As if the column were not there.
-    for name, reason in _REFUSED.items():
-        if row.get(name, "") not in ("", [], {}):
-            raise DataError(f"{where}: {name!r} {reason}")
-    if tuple(name for name in _KNOWN if name in row) not in _FORMS:
-        found = [plain(name) + ("" if name in _KNOWN else did_you_mean(name, _KNOWN)) for name in row]
-        raise DataError(
-            f"{where}: has {_listed(found) or 'nothing'}; give 'messages' alone, or 'prompt' and 'completion'"
-        )
-    return row
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
-
-
-def load_examples(path: Path, model: Model, adapter: AdapterConfig, options: DataOptions) -> list[Example]:
-    """Read a dataset. Columns that are not needed are ignored and named once, in the log.
-
-    Raises:
-        DataError: naming the first line that is wrong, has nothing to learn, or is too long; or an empty file.
-    """
+    rows = open_rows(dataset, split=split, default=default, config=config)
     examples: list[Example] = []
+    seen: dict[str, int] = {}
     ignored: dict[str, None] = {}
     left_out = 0
-    for number, row in read_lines(path):
-        ignored |= dict.fromkeys(name for name in row if name not in _KNOWN)
+    for number, row in rows.numbered:
         try:
-            made = make_examples(row, model, adapter, options, line=number)
+            read, others = read_row(row, has_template=_has_template(model))
+            made = _make(read, model, adapter, options, number)
         except PreftError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
+            raise DataError(f"{rows.where(number)}: {error}") from error
+        seen[read.how] = seen.get(read.how, 0) + 1
+        ignored |= dict.fromkeys(others)
         kept = [example for example in made if example.loss_mask.any()]
         examples += kept
         left_out += len(made) - len(kept)
+    for how, count in seen.items():
+        _log.info("%s: %d row%s read as %s", rows.name, count, "s"[: count != 1], how)
     if ignored:
-        _log.warning("%s: ignored columns: %s", path, _listed([plain(name) for name in ignored]))
+        _log.warning("%s: ignored columns: %s", rows.name, listed([plain(name) for name in ignored]))
     if left_out:
-        _log.warning("%s: of %d examples nothing is learned once they are cut; left out", path, left_out)
+        _log.warning("%s: of %d examples nothing is learned once they are cut; left out", rows.name, left_out)
+    if closed := sum(_closes_thought(example, model) for example in examples):
+        _log.warning(
+            "%s: %d answers have no reasoning, which the chat template opens before each; they close it at once",
+            rows.name, closed,
+        )  # fmt: skip
     if not examples:
-        raise DataError(f"{path} has no {'such lines' if left_out else 'lines'}; give at least one example")
+        raise DataError(f"{rows.name} has no {'such lines' if left_out else 'lines'}; give at least one example")
     return examples
 
 
 def make_examples(
-    row: dict[str, Any], model: Model, adapter: AdapterConfig, options: DataOptions, *, line: int = 1
+    row: Any, model: Model, adapter: AdapterConfig, options: DataOptions, *, line: int = 1
 ) -> list[Example]:
     """Return the examples of one row: one a supervised turn, or one a conversation where earlier answers are not
     edited, or every token is.
@@ -184,33 +146,40 @@ def make_examples(
     Raises:
         PreftError: if the row is malformed or there is nothing to learn in it.
     """
-    if "messages" in row:
-        examples = _of_chat(check_messages(row["messages"]), model, adapter, line)
+    return _make(read_row(row, has_template=_has_template(model))[0], model, adapter, options, line)
+
+
+def _has_template(model: Model) -> bool:
+    return model.tokenizer is None or bool(model.tokenizer.chat_template)
+
+
+def _closes_thought(example: Example, model: Model) -> bool:
+    """Whether an answer begins by closing what its prompt opens."""
+    if "<think>" not in str(getattr(model.tokenizer, "chat_template", "")):
+        return False
+    around = model.tokenizer.decode(example.prompt.token_ids[-_AROUND:] + example.answer[:_AROUND])
+    return re.search(r"<think>\s*</think>", around) is not None and "<think>" not in model.tokenizer.decode(
+        example.answer
+    )
+
+
+def _make(read: Chat | Pair, model: Model, adapter: AdapterConfig, options: DataOptions, line: int) -> list[Example]:
+    if isinstance(read, Pair):
+        examples = [_of_pair(read, model, adapter, line)]
     else:
-        examples = [_of_pair(row["prompt"], row["completion"], model, adapter, line)]
+        if not options.completion_only_loss and read.unlearned:
+            raise RequestError(
+                "completion_only_loss is off, so every token is learned, and the row has answers that are not to be; "
+                "leave one of the two out"
+            )
+        examples = _of_chat(read, model, adapter, line)
     return [_finish(example, model, options) for example in examples]
 
 
-def _of_pair(prompt: Any, completion: Any, model: Model, adapter: AdapterConfig, line: int) -> Example:
-    if not isinstance(prompt, str):
-        messages = [*check_messages(prompt), *_answer_messages(completion)]
-        return _of_turn(messages, model, adapter, line)
-    if not isinstance(completion, str):
-        raise RequestError(f"completion is a {type(completion).__name__}; a prompt that is text has one that is text")
-    if not completion:
-        raise RequestError("the completion is empty, so there is nothing to learn; give the text that is to follow")
-    encoded = encode_prompt(model.tokenizer, prompt, vocab_size=model.config.vocab_size)
-    answer = encode_after(model.tokenizer, prompt, completion)
+def _of_pair(pair: Pair, model: Model, adapter: AdapterConfig, line: int) -> Example:
+    encoded = encode_prompt(model.tokenizer, pair.prompt, vocab_size=model.config.vocab_size)
+    answer = encode_after(model.tokenizer, pair.prompt, pair.completion)
     return _example(encoded, _with_end(answer, model), adapter, line)
-
-
-def _answer_messages(completion: Any) -> list[dict[str, str]]:
-    if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
-    messages = check_messages(completion)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RequestError("the completion of a chat is one message of the assistant; give longer chats as 'messages'")
-    return messages
 
 
 def _with_end(answer: list[int], model: Model) -> list[int]:
@@ -220,42 +189,46 @@ def _with_end(answer: list[int], model: Model) -> list[int]:
     return answer if not ends or (answer and answer[-1] in ends) else [*answer, ends[0]]
 
 
-def _of_chat(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> list[Example]:
+def _of_chat(chat: Chat, model: Model, adapter: AdapterConfig, line: int) -> list[Example]:
     # Without a prompt there is nothing that a prefill-only adapter could act on.
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-    if not turns:
+    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
+    if not answers:
         raise RequestError("no message of the assistant follows another one, so there is nothing to learn")
+    turns = [i for i in answers if i not in chat.unlearned]
+    if not turns:
+        raise RequestError("every answer has the weight 0, so there is nothing to learn; leave the row out")
     whole = adapter.assistant_turns == "skip" or not adapter.prefill_only
     if whole and len(turns) > 1:
         try:
-            return [_of_conversation(messages[: turns[-1] + 1], model, adapter, line)]
+            return [_of_conversation(chat, turns, model, adapter, line)]
         except _UnknownSpansError:
             if adapter.prefill_only:
                 raise
-    return [_of_turn(messages[: i + 1], model, adapter, line) for i in turns]
+    return [_of_turn(chat, i, model, adapter, line) for i in turns]
 
 
-def _of_turn(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> Example:
-    prompt, answer = encode_answer(model.tokenizer, messages)
+def _of_turn(chat: Chat, turn: int, model: Model, adapter: AdapterConfig, line: int) -> Example:
+    prompt, answer = encode_answer(model.tokenizer, chat.messages[: turn + 1], tools=chat.tools)
     return _example(prompt, answer[: through_end(answer, model.config.eos_token_ids)], adapter, line)
 
 
-def _of_conversation(messages: list[dict[str, str]], model: Model, adapter: AdapterConfig, line: int) -> Example:
-    """Return a whole conversation, all of its answers learned, as one row."""
+def _of_conversation(chat: Chat, turns: Sequence[int], model: Model, adapter: AdapterConfig, line: int) -> Example:
+    """Return a conversation through its last learned answer, with all learned answers, as one row."""
     rule = parse_positions(adapter.positions)
     if rule.first is not None:
         raise RequestError(
             f"positions {adapter.positions!r} are counted in each request's prompt, so a conversation of several "
             "answers is not one row; use assistant_turns 'edit'"
         )
-    encoded = render_chat(model.tokenizer, messages, add_generation_prompt=False)
+    messages = chat.messages[: turns[-1] + 1]
+    encoded = render_chat(model.tokenizer, messages, tools=chat.tools, add_generation_prompt=False)
     if encoded.unedited_spans is None:
         raise _UnknownSpansError(
-            "the chat template renders earlier answers differently in later turns, so their tokens cannot be told; use "
-            "assistant_turns 'edit', or give one answer a line"
+            "the chat template renders earlier answers differently in later turns, or ends them without a special "
+            "token, so their tokens cannot be told; use assistant_turns 'edit', or give one answer a line"
         )
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [span for i, span in zip(answers, encoded.unedited_spans, strict=True) if i > 0]
+    spans = [span for i, span in zip(answers, encoded.unedited_spans, strict=True) if i in turns]
     cut = spans[-1][1]
     token_ids = encoded.token_ids[:cut]
     mask = prompt_edit_mask(EncodedPrompt(token_ids, encoded.unedited_spans), adapter)

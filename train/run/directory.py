@@ -1,18 +1,16 @@
 """A run's directory: what lies where in it."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from preft_jax.errors import ConfigError
-from train.run.options import OPTIONS_FILE
+from train.run.kept import CHECKPOINTS, OPTIONS_FILE, write_options
 
-_CHECKPOINTS = "checkpoints"
 _METRICS = "metrics.jsonl"
 _PICTURE = "loss.png"
-_RESERVED = ("adapter", _CHECKPOINTS, _METRICS, _PICTURE, OPTIONS_FILE, "tensorboard", "wandb")
+_RESERVED = ("adapter", CHECKPOINTS, _METRICS, _PICTURE, OPTIONS_FILE, "tensorboard", "wandb")
 
 
 class RunDirectory:
@@ -32,7 +30,7 @@ class RunDirectory:
         if taken is not None:
             raise ConfigError(f"a job has the name {taken!r}, which the run uses itself; give it another")
         self.path = path
-        self.checkpoints = path / _CHECKPOINTS
+        self.checkpoints = path / CHECKPOINTS
         self.metrics = path / _METRICS
         self.picture = path / _PICTURE
         self._names = names
@@ -48,7 +46,7 @@ class RunDirectory:
         Raises:
             ConfigError: if it holds another run that is neither resumed nor overwritten, or cannot be made.
         """
-        if (self.path / OPTIONS_FILE).exists() and not resume:
+        if not resume and ((self.path / OPTIONS_FILE).exists() or any(self.checkpoints.glob("[0-9]*"))):
             if not overwrite:
                 raise ConfigError(
                     f"{self.path} holds a run; go on with --resume, begin anew with --overwrite-output-dir, or choose "
@@ -61,6 +59,6 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written: {error}; choose another --output-dir") from error
 
-    def write_options(self, given: Mapping[str, Any]) -> None:
+    def write_options(self, given: Mapping[str, Any], run: str) -> None:
         """Write the options down: a resumed run inherits them."""
-        (self.path / OPTIONS_FILE).write_text(json.dumps(given, indent=2) + "\n")
+        write_options(self.path, given, run)

@@ -1,6 +1,7 @@
 """Jobs from their options: checked against the base model, with the adapters they start from and their data."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,10 +42,13 @@ def _load(config: JobConfig, model: Model, num_devices: int, where: str) -> Job:
     if config.dataset is None:
         train, held_out = (_examples(rows, config, model) for rows in builtin_task.rows())
         return Job(config, model, train, held_out, initial)
-    examples = load_examples(config.dataset, model, config.adapter, config.data)
+    read = functools.partial(
+        load_examples, model=model, adapter=config.adapter, options=config.data, config=config.dataset_config
+    )
+    examples = read(config.dataset, split=config.dataset_train_split)
     held_out = []
     if config.eval_dataset is not None:
-        held_out = load_examples(config.eval_dataset, model, config.adapter, config.data)
+        held_out = read(config.eval_dataset, split=config.dataset_test_split, default="test")
     return Job(config, model, examples, held_out, initial)
 
 

@@ -48,7 +48,9 @@ class Metrics:
     def __init__(self, path: Path, *, keep_until: Mapping[str, int] | None = None):
         """``keep_until`` has each job's updates in the checkpoint; None begins anew."""
         rows = [] if keep_until is None else read_metrics(path)
-        kept = [row for row in rows if row["step"] <= (keep_until or {}).get(row["job"], row["step"])]
+        last = {str(job): step for job, step in (keep_until or {}).items()}
+        kept = [row for row in rows if isinstance(row.get("step"), int)]
+        kept = [row for row in kept if row["step"] <= last.get(str(row.get("job")), row["step"])]
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.next")
         beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -67,15 +69,17 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file; none if it is not there. A last line that is cut is left out."""
+    """Return the rows of a metrics file; none if it is not there. Lines that are cut or damaged are left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

@@ -46,7 +46,7 @@ class Run:
         self._trainer = Trainer(model, options=settings.train, placement=placement)
         self._progress = Progress(settings, model, self._directory, jobs, self._trainer)
         self._progress.begin(functools.partial(say, console))
-        self._directory.write_options(settings.given)  # Once nothing refuses them.
+        self._directory.write_options(settings.given, settings.run)  # Once nothing refuses them.
         self._report = Report(settings, model, self._directory, jobs, reporters, console)
         # Weights that are spread over devices generate nothing.
         generations = settings.eval_generations if placement.num_shards == 1 else 0

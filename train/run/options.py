@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +16,10 @@ from train.data.batches import BatchOptions
 from train.data.rows import DataOptions
 from train.jobs import JobConfig
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from train.run.kept import OPTIONS_FILE, new_run, read_options
 from train.run.reporters import REPORTERS
 from train.run.start import OPTIONS as ADAPTER_OPTIONS
+from train.run.trl import ALIASES, Translation, defaults_note, grouped, knows, takes_flag, translate
 from train.trainer import TrainOptions
 
 _FLAG = {"action": argparse.BooleanOptionalAction}
@@ -36,6 +37,9 @@ _RUN: dict[str, dict[str, Any]] = {
         "help": "what is computed again to save memory: none, cheap (all but matrix products) or full (whole layers)",
     },
     "logging_steps": {"type": int, "default": 1, "help": "updates between status lines"},
+    "eval_strategy": {
+        "choices": ("no", "steps"), "help": "steps: with no --eval-dataset, the dataset's test split is evaluated on",
+    },
     "eval_steps": {"type": int, "default": 50, "help": "updates between evaluations; there is one at the end, too"},
     "eval_on_start": {**_FLAG, "default": False, "help": "evaluate each adapter before its first update, as step 0"},
     "eval_generations": {"type": int, "default": 16, "help": "held-out prompts that are answered; 0: none"},
@@ -47,8 +51,11 @@ _RUN: dict[str, dict[str, Any]] = {
 
 _JOB: dict[str, dict[str, Any]] = {
     "name": {"default": "adapter", "help": "of the adapter"},
-    "dataset": {"type": Path, "help": "JSONL of messages, or of prompt and completion (default: a small task)"},
-    "eval_dataset": {"type": Path, "help": "JSONL, held out"},
+    "dataset": {"help": "JSONL, JSON, CSV, parquet, a folder, or a name of the Hub (default: a small task)"},
+    "eval_dataset": {"help": "held out; as --dataset"},
+    "dataset_config": {"help": "configuration of a dataset that has several"},
+    "dataset_train_split": {"help": "split of a dataset that has several (default: train)"},
+    "dataset_test_split": {"help": "split of what is held out (default: test)"},
     "adapter_kind": {"choices": KINDS, "default": "lora", "help": "lora, direft or loreft"},
     "rank": {"type": int, "default": 16, "help": "of every edit"},
     "lora_alpha": {"type": float, "help": "LoRA's scale numerator (default: the rank)"},
@@ -84,10 +91,6 @@ _JOB: dict[str, dict[str, Any]] = {
     "lora_plus_ratio": {"type": float, "default": 1.0, "help": "LoRA+: learning rate of B over that of A"},
 }  # fmt: skip
 
-ALIASES = {"lora_r": "rank", "lora_target_modules": "targets", "resume_from_checkpoint": "resume"}
-
-OPTIONS_FILE = "options.json"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -96,6 +99,8 @@ class Settings:
     Attributes:
         given: every option's value as it was given or inherited, by name; ``jobs`` has those of each job.
         changes: of a resumed run, what is other than when it was begun, for people.
+        notes: what of a command of TRL is other here, for people.
+        run: what its checkpoints are known by.
     """
 
     model: str
@@ -116,6 +121,8 @@ class Settings:
     jobs: tuple[JobConfig, ...]
     given: Mapping[str, Any]
     changes: tuple[str, ...]
+    notes: tuple[str, ...]
+    run: str
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -145,21 +152,36 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
     Raises:
         ConfigError: for a file that cannot be read, an unknown option in it, or values that cannot work.
     """
-    line = vars(parser.parse_args(argv))
+    try:
+        translated = [translate(grouped(argv), _RUN | _JOB)]
+    except ConfigError as error:
+        parser.error(str(error))
+    line = vars(parser.parse_args(translated[0].arguments))
     config = line.pop("config", None)
     jobs_file = line.pop("jobs", None)
-    given = (_from_file(parser, _mapping(config), str(config)) if config else {}) | line
+    given = (_from_file(parser, _mapping(config), str(config), told=translated) if config else {}) | line
     jobs = None if jobs_file is None else _jobs(parser, jobs_file)
     changes: tuple[str, ...] = ()
+    run = new_run()
     if given.get("resume"):
-        saved = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
+        saved, run, said = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
         old_jobs = saved.pop("jobs", None)
         old = _from_file(parser, saved, OPTIONS_FILE)
         if old_jobs is not None:
             old_jobs = [_from_file(parser, job, OPTIONS_FILE, _JOB) for job in old_jobs]
         given, jobs = old | given, old_jobs if jobs is None else jobs
-        changes = tuple(_changes(old, old_jobs, given, jobs))
-    return _settings(given, jobs, changes)
+        changes = (*said, *_changes(old, old_jobs, given, jobs))
+    return _settings(given, jobs, changes, tuple(_notes(translated, given)), run)
+
+
+def _notes(translated: Sequence[Translation], given: Collection[str]) -> Iterator[str]:
+    unneeded = dict.fromkeys(name for one in translated for name in one.unneeded)
+    if unneeded:
+        yield f"options of TRL that change nothing here: {', '.join(unneeded)}"
+    if any(one.marked for one in translated):
+        note = defaults_note(given, {name: how.get("default") for name, how in (_RUN | _JOB).items()})
+        if note:
+            yield note
 
 
 def _changes(
@@ -193,18 +215,6 @@ def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple
             yield name, f"{name}: {now} instead of {was}"
 
 
-def read_options(directory: Path) -> dict[str, Any]:
-    """Return the options that a run was begun with.
-
-    Raises:
-        ConfigError: if there has been none.
-    """
-    try:
-        return json.loads((directory / OPTIONS_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"there is no run in {directory} to resume ({error}); leave out --resume") from error
-
-
 def _mapping(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -228,26 +238,34 @@ def _jobs(parser: argparse.ArgumentParser, path: Path) -> list[dict[str, Any]]:
 
 
 def _from_file(
-    parser: argparse.ArgumentParser, values: Mapping[str, Any], where: str, allowed: Mapping[str, Any] = _RUN | _JOB
+    parser: argparse.ArgumentParser,
+    values: Mapping[str, Any],
+    where: str,
+    allowed: Mapping[str, Any] = _RUN | _JOB,
+    *,
+    told: list[Translation] | None = None,
 ) -> dict[str, Any]:
-    """Return a file's options as the command line would have them."""
-    argv: list[str] = []
+    """Return a file's options as the command line would have them; ``told`` gets how they were translated."""
+    pairs: list[tuple[str, list[str]]] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        name = ALIASES.get(name, name)
-        reject_unknown([name], allowed, what=f"option in {where}:", error=ConfigError)
-        flag = f"--{name.replace('_', '-')}"
+        own = ALIASES.get(name, name)
+        if not (knows(own) and told is not None):
+            reject_unknown([own], allowed, what=f"option in {where}:", error=ConfigError)
         if value is None:
             continue
-        if isinstance(value, bool):
-            if allowed[name].get("action") is None:
-                raise ConfigError(f"{where}: {name} is {value}; it takes a value")
-            argv.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            argv.append(f"{flag}={text}")
+        is_flag = own not in allowed or allowed[own].get("action") is not None
+        if isinstance(value, bool) and not is_flag and not takes_flag(own, value):
+            raise ConfigError(f"{where}: {own} is {value}; it takes a value")
+        pairs.append((name, [",".join(map(str, value)) if isinstance(value, list) else str(value)]))
     try:
-        return vars(parser.parse_args(argv))
+        found = translate(pairs, allowed)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if told is not None:
+        told.append(found)
+    try:
+        return vars(parser.parse_args(found.arguments))
     except SystemExit as error:
         raise ConfigError(f"{where} has a value that is not allowed; see above") from error
 
@@ -256,7 +274,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _settings(given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, changes: tuple[str, ...]) -> Settings:
+def _settings(
+    given: Mapping[str, Any],
+    jobs: list[dict[str, Any]] | None,
+    changes: tuple[str, ...],
+    notes: tuple[str, ...],
+    run: str,
+) -> Settings:
     v: dict[str, Any] = {name: how.get("default") for name, how in (_RUN | _JOB).items()} | dict(given)
     for name, least in (("logging_steps", 1), ("eval_steps", 0), ("eval_generations", 0), ("save_steps", 0),
                         ("save_total_limit", 1), ("max_jobs", 0)):  # fmt: skip
@@ -273,7 +297,7 @@ def _settings(given: Mapping[str, Any], jobs: list[dict[str, Any]] | None, chang
     shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in _RUN}
     shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip() not in ("", "none"))
     return Settings(
-        **shared, jobs=tuple(own), given=kept, changes=changes,
+        **shared, jobs=tuple(own), given=kept, changes=changes, notes=notes, run=run,
         train=TrainOptions(gradient_checkpointing=v["gradient_checkpointing"], max_jobs=v["max_jobs"]),
     )  # fmt: skip
 
@@ -293,10 +317,17 @@ def _targets(names: Sequence[str]) -> tuple[str, ...]:
 
 def _job(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
     """Return the job of all options' values; ``given`` names those that are not defaults."""
-    if v["dataset"] is None and v["eval_dataset"] is not None:
+    eval_dataset = v["eval_dataset"]
+    if v["dataset"] is None and eval_dataset is not None:
         raise ConfigError("eval_dataset is given without dataset; give both, or neither for the built-in task")
     if v["max_length"] < 2:
         raise ConfigError(f"max_length is {v['max_length']}; give at least 2")
+    test_split = v["dataset_test_split"]
+    if v["eval_strategy"] == "no":
+        eval_dataset = None
+    elif v["eval_strategy"] == "steps" and eval_dataset is None:
+        # Of the dataset that is trained on, another part is evaluated on: so there must be one.
+        eval_dataset, test_split = v["dataset"], test_split or "test"
     fields = _adapter_fields(v)
     if v["init_from"] is None:
         adapter, asked = AdapterConfig(**fields), {}
@@ -306,8 +337,9 @@ def _job(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
         adapter = AdapterConfig()
         asked = {field: value for field, value in fields.items() if ADAPTER_OPTIONS[field] in given}
     return JobConfig(
-        name=v["name"], dataset=v["dataset"], eval_dataset=v["eval_dataset"], adapter=adapter, init_from=v["init_from"],
-        asked=asked,
+        name=v["name"], adapter=adapter, init_from=v["init_from"], asked=asked,
+        dataset=v["dataset"], eval_dataset=eval_dataset,
+        dataset_config=v["dataset_config"], dataset_train_split=v["dataset_train_split"], dataset_test_split=test_split,
         optimizer=OptimizerConfig(**{f.name: v[f.name] for f in dataclasses.fields(OptimizerConfig)}),
         data=DataOptions(
             max_length=v["max_length"], completion_only_loss=v["completion_only_loss"], truncate=v["truncate"]

@@ -7,6 +7,7 @@ from preft_jax.loading import Model
 from train.checkpoint import Checkpoint, Checkpoints
 from train.jobs import Job
 from train.run.directory import RunDirectory
+from train.run.kept import OPTIONS_FILE
 from train.run.options import Settings
 from train.step import Slots
 from train.trainer import Trainer
@@ -56,6 +57,11 @@ class Progress:
             return
         if found.meta["model_digest"] != self._model.digest:
             raise ConfigError(f"the run is of another base model than {self._model.name!r}; give the --model it had")
+        if found.meta["run"] != self._settings.run:
+            raise ConfigError(
+                f"{OPTIONS_FILE} in {self._directory.path} is of another run than the checkpoints beside it; "
+                "delete it, and the options that the checkpoints have will count"
+            )
         for job in self._jobs:
             self._restore(job, found, say)
         self.step = self._saved = found.step
@@ -101,6 +107,7 @@ class Progress:
             for job in self._jobs
         }  # fmt: skip
         meta = {"model_digest": self._model.digest, "options": dict(self._settings.given), "jobs": known}
+        meta["run"] = self._settings.run
         states = {job.name: self._trainer.state_of(job) for job in alive}
         self._checkpoints.save(self.step, meta, states | self.ended)
         # An ended job's state is in the checkpoint after its end alone: thousands of them would not fit.

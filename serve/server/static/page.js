@@ -161,9 +161,11 @@ async function poll() {
   let next = POLL_MS;
   try {
     const signal = AbortSignal.timeout(PATIENCE_MS);
-    const now = await (await call("stats", { signal })).json();
+    const now = await figures(signal);
     if (mine !== turn) return;
-    show(now);
+    if (now) show(now);
+    else state("good", "Ready");
+    at("figures").hidden = !now;
     at("figures").classList.remove("stale");
     at("alert").hidden = true;
     if (performance.now() - modelsAt > MODELS_MS) {
@@ -175,6 +177,17 @@ async function poll() {
     next = lost(problem);
   }
   if (mine === turn && next && !document.hidden) timer = setTimeout(poll, next);
+}
+
+/* Figures count everybody's requests: a server with keys tells them to its admin only. */
+async function figures(signal) {
+  try {
+    return await (await call("stats", { signal })).json();
+  } catch (problem) {
+    if (problem.status !== 403) throw problem;
+    await call("ready", { signal });
+    return null;
+  }
 }
 
 function lost(problem) {

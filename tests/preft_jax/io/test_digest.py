@@ -67,6 +67,24 @@ def test_damaged_record_is_ignored_and_replaced(tmp_path, record):
     assert json.loads((tmp_path / RECORD_NAME).read_text())["weights"]["size"] == len(b"content")
 
 
+@pytest.mark.parametrize("field", ["sha256", "size", "mtime_ns", "check"])
+def test_a_record_with_a_changed_digit_is_made_again(tmp_path, hashed, field):
+    path, record = tmp_path / "weights", tmp_path / RECORD_NAME
+    path.write_bytes(b"content")
+    expected = file_sha256(path, tmp_path)
+    whole = record.read_text()
+    content = json.loads(whole)
+    text = str(content["weights"][field])
+    for i in range(0, len(text), 5):
+        changed = text[:i] + ("1" if text[i] != "1" else "2") + text[i + 1 :]
+        content["weights"][field] = type(content["weights"][field])(changed)
+        record.write_text(json.dumps(content))
+        hashed.clear()
+        assert file_sha256(path, tmp_path) == expected
+        assert hashed == ["weights"]
+        assert record.read_text() == whole
+
+
 def test_forged_record_of_another_shape_is_ignored(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"content")

@@ -12,13 +12,14 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from preft_jax.config import PRESETS
 from preft_jax.errors import ModelError, PreftError
-from preft_jax.io.gguf import load_gguf
+from preft_jax.io.gguf import load_gguf, read_config
 from preft_jax.io.gguf_file import open_gguf
 from preft_jax.io.hf import load_hf_model
 from preft_jax.io.weights import tensor_slots, tensors_of
 from preft_jax.loading import load_model
 from preft_jax.models.family import GGUF_NAMES
 from preft_jax.models.registry import GGUF_FAMILIES
+from preft_jax.rope import LinearRope
 from preft_jax.text.tokenizer import gguf_tokenizer
 
 MODELS = Path(__file__).parents[2] / "fixtures" / "models"
@@ -220,6 +221,15 @@ def test_unsupported_tensor_type_is_named(tmp_path):
         ({"metadata": {"add_expert_count": (4,)}}, "expert_count = 4"),
         ({"metadata": {"add_sliding_window": (64,)}}, "sliding_window = 64"),
         ({"metadata": {"add_rope_scaling_type": (gguf.RopeScalingType.YARN,)}}, "rope.scaling.type = 'yarn'"),
+        ({"metadata": {"add_rope_scaling_type": (gguf.RopeScalingType.LONGROPE,)}}, "type = 'longrope'"),
+        ({"metadata": {"add_rope_scaling_factor": (0.5,)}}, "at least 1"),
+        ({"metadata": {"add_rope_scaling_factor": (-4.0,)}}, "factor = -4.0"),
+        ({"metadata": {"add_rope_scaling_attn_factors": (1.5,)}}, "attn_factor = 1.5"),
+        ({"metadata": {"add_rope_scaling_yarn_log_mul": (0.1,)}}, "yarn_log_mul"),
+        ({"metadata": {"add_uint32": ("llama.rope.dimension_count_swa", 8)}}, "dimension_count_swa = 8"),
+        ({"metadata": {"add_float32": ("llama.logit_scale", 0.25)}}, "logit_scale = 0.25"),
+        ({"metadata": {"add_bool": ("llama.attention.causal", False)}}, "causal = False"),
+        ({"metadata": {"add_array": ("llama.rope.dimension_sections", [8, 4, 4, 0])}}, "dimension_sections"),
         (
             {"metadata": {"add_string": ("tokenizer.ggml.eot_token_id", "2")}},
             "eot_token_id = '2'; a token id is expected",
@@ -233,6 +243,35 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, message):
     config, params, _ = load_hf_model(MODELS / "smollm2", jnp.float32)
     with pytest.raises(ModelError, match=message):
         load_gguf(write_gguf(tmp_path / "bad.gguf", config, params, **change), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"add_rope_scaling_factor": (4.0,)}, LinearRope(factor=4.0)),
+        ({"add_float32": ("llama.rope.scale_linear", 8.0)}, LinearRope(factor=8.0)),
+        ({"add_rope_scaling_factor": (2.0,), "add_float32": ("llama.rope.scale_linear", 8.0)}, LinearRope(factor=2.0)),
+        ({"add_rope_scaling_type": (gguf.RopeScalingType.LINEAR,), "add_rope_scaling_factor": (4.0,)},
+         LinearRope(factor=4.0)),
+        ({"add_rope_scaling_type": (gguf.RopeScalingType.NONE,), "add_rope_scaling_factor": (4.0,)}, None),
+        ({"add_rope_scaling_factor": (1.0,)}, None),
+        ({"add_rope_scaling_factor": (0.0,)}, None),
+        ({"add_rope_scaling_finetuned": (True,), "add_vocab_size": (7,), "add_expert_count": (0,),
+          "add_bool": ("llama.attention.causal", True)}, None),
+    ],
+)  # fmt: skip
+def test_rotary_scaling_means_what_it_means_to_llama_cpp(tmp_path, metadata, scaling):
+    """A factor without a type is linear, its old key counts where the new one is missing, type none scales nothing."""
+    config, params, _ = load_hf_model(MODELS / "smollm2", jnp.float32)
+    path = write_gguf(tmp_path / "scaled.gguf", config, params, metadata=metadata)
+    assert read_config(open_gguf(path)).rope_scaling == scaling
+
+
+def test_two_rotary_scalings_at_once_are_refused(tmp_path):
+    config, params, _ = load_hf_model(MODELS / "llama3", jnp.float32)
+    path = write_gguf(tmp_path / "two.gguf", config, params, metadata={"add_rope_scaling_factor": (4.0,)})
+    with pytest.raises(ModelError, match=r"both a rotary scaling factor 4\.0 and factors"):
+        read_config(open_gguf(path))
 
 
 def test_other_architecture_is_refused_by_name(tmp_path):

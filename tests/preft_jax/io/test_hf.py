@@ -118,6 +118,51 @@ def test_rotary_buffers_and_repeated_tied_heads_are_ignored(tmp_path):
     assert "lm_head" not in params
 
 
+HEADS = {
+    "another": lambda embed: embed[::-1].copy(),
+    "one value": lambda embed: np.concatenate([embed[:-1], embed[-1:] + np.eye(1, embed.shape[1], dtype=embed.dtype)]),
+    "another dtype": lambda embed: embed.astype(np.float16) * np.float16(2),
+    "nan": lambda embed: np.full_like(embed, np.nan),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_differs_is_used_though_the_config_ties_it(tmp_path, caplog, name):
+    directory = copy_model("qwen3", tmp_path)
+    head = HEADS[name](stored_tensors(directory)["model.embed_tokens.weight"])
+    edit_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": head}))
+    config, params, _ = load_hf_model(directory, "float32")
+    assert not config.tie_word_embeddings
+    np.testing.assert_array_equal(params["lm_head"], head.T.astype(np.float32))
+    assert "lm_head.weight differs from model.embed_tokens.weight" in caplog.text
+
+
+def test_an_equal_head_of_another_dtype_is_tied(tmp_path, caplog):
+    directory = copy_model("qwen3", tmp_path)
+
+    def add(tensors):
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].astype(np.float32)
+
+    edit_tensors(directory, add)
+    assert load_hf_model(directory, "float32")[0].tie_word_embeddings
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (np.zeros((3, 64), np.float32), r"shape of lm_head.weight: \[3, 64\]"),
+        (np.zeros((256, 64), np.int8), "dtype of lm_head.weight: I8"),
+    ],
+)
+def test_a_head_that_cannot_be_one_is_refused_though_the_config_ties_it(tmp_path, head, message):
+    directory = copy_model("qwen3", tmp_path)
+    edit_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.raises(ModelError, match=message):
+        load_hf_model(directory, "float32")
+
+
 def rename_many(tensors):
     for name in [name for name in tensors if ".mlp." in name]:
         tensors[name + "_"] = tensors.pop(name)

@@ -22,12 +22,12 @@ from preft_jax.adapters.allocator import BankAllocator
 from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
 from preft_jax.adapters.pages import pack_adapter
-from preft_jax.config import RopeScaling
 from preft_jax.loading import serving_params
 from preft_jax.models import forward
 from preft_jax.models.batch import DecodeBatch, Span, pack_prefill, pack_rows
 from preft_jax.models.cache import init_cache
 from preft_jax.models.modules import abstract_params
+from preft_jax.rope import LinearRope, Llama3Rope
 from preft_jax.text.chat import EncodedPrompt, encode_prompt
 
 PREFILL_ONLY = (
@@ -194,13 +194,14 @@ def assert_is_reference(model, one, ours):
 VARIANTS = {
     # Wavelengths of the heads lie on every side of the two bounds.
     "llama3": {
-        "rope_scaling": RopeScaling(
+        "rope_scaling": Llama3Rope(
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
         ),
         "rope_theta": 500.0,
         "head_dim": 24,
         "tie_word_embeddings": False,
     },
+    "linear": {"rope_scaling": LinearRope(factor=4.0), "rope_theta": 500.0},
     "qwen2": {"qkv_bias": True, "num_key_value_heads": 1},
     "qwen3": {"qk_norm": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
     "sliding_window": {"sliding_window": 5},

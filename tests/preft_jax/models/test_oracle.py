@@ -15,6 +15,11 @@ from preft_jax.adapters.adapter import fold
 from preft_jax.adapters.edit_mask import make_edit_mask
 from preft_jax.io import pyreft
 from preft_jax.models import forward
+from preft_jax.text.chat import EncodedPrompt
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.engine.request import Request
+from serve.generate import run_on
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 F32_TOLERANCE = 2e-4
@@ -26,7 +31,7 @@ PEFT_ADAPTERS = ("lora", "rslora", "patterns", "regex", "all_linear")
 
 @functools.cache
 def train_logits(config):
-    return jax.jit(functools.partial(forward.train_forward, config))
+    return jax.jit(functools.partial(forward.forward, config))
 
 
 def error(ours, theirs):
@@ -97,13 +102,13 @@ def test_smollm2_in_bfloat16_errs_at_most_twice_as_much_as_transformers(smollm2,
 def test_smollm2_greedy_text_of_twenty_prompts_equals_transformers(smollm2, greedy_prompts):
     prompts, expected = greedy_prompts
     assert len(prompts) == 20
-    done = preft_jax.generate(
-        smollm2,
-        [prompt["token_ids"] for prompt in prompts],
-        sampling=preft_jax.SamplingParams(temperature=0),
-        max_tokens=32,
-        max_num_seqs=20,
-    )
+    # One prefill of them all, and more than a quarter of the rows to the end: three programs.
+    sizes = EngineConfig(max_num_seqs=20, max_model_len=128, prefill_tokens=640, prefill_seqs=20, prefix_caching=False)
+    greedy = preft_jax.SamplingParams(temperature=0)
+    requests = [
+        Request(prompt=EncodedPrompt(prompt["token_ids"], ()), sampling=greedy, max_tokens=32) for prompt in prompts
+    ]
+    done = run_on(Engine(smollm2, sizes), requests)
     for ours, theirs in zip(done, expected, strict=True):
         assert ours.token_ids == theirs["token_ids"]
 

@@ -25,7 +25,7 @@ def config(lively):
 
 @pytest.fixture(scope="module")
 def program(config):
-    return jax.jit(lambda params, tokens, segments, positions: forward.train_forward(
+    return jax.jit(lambda params, tokens, segments, positions: forward.forward(
         config, params, tokens, segments_BS=segments, positions_BS=positions))  # fmt: skip
 
 

@@ -210,3 +210,87 @@ def test_what_has_not_finished_at_the_limit_is_given_up_and_told_so():
 
     last = serve(engine, test)[-1]
     assert (last.finish_reason, last.error) == ("abort", "the server is shutting down")
+
+
+def test_a_large_body_is_taken_in_parts_between_which_others_go_on():
+    engine = ScriptedEngine(free=True)
+    steps = []
+    add = engine.add
+
+    def noted(one):
+        steps.append(engine.num_steps)
+        return add(one)
+
+    engine.add = noted
+
+    async def test(server):
+        other = asyncio.create_task(collect(server, request(max_tokens=10**4)))
+        await until(lambda: engine.num_steps > 0)
+        stream = await server.open([request(n=128, max_tokens=2) for _ in range(16)])
+        found = [(number, output.index, output.text) async for number, output in stream]
+        stream.close()
+        other.cancel()
+        return found
+
+    found = serve(engine, test)
+    assert sorted(found) == sorted((i, j, text) for i in range(16) for j in range(128) for text in "12")
+    assert len(set(steps[1:])) == 8, "two prompts of 128 samples at a time"
+
+
+@pytest.mark.parametrize("end", ["refused", "closed"])
+def test_a_large_body_that_ends_while_it_is_taken_leaves_nothing(end):
+    engine = ScriptedEngine(faults={7: "refused"})
+    requests = [request(n=128) for _ in range(9)] + [request(7 if end == "refused" else 1)]
+
+    async def test(server):
+        opening = asyncio.create_task(server.open(requests))
+        await until(lambda: engine.in_step)
+        assert engine.num_added < len(requests)
+        if end == "closed":
+            opening.cancel()
+            await asyncio.wait([opening])
+            engine.allowed.release(10**6)
+        else:
+            engine.allowed.release(10**6)
+            with pytest.raises(RequestError, match="refused"):
+                await opening
+        await until(lambda: not engine.has_work)
+        await asyncio.sleep(0.01)
+        assert not engine.has_work
+        assert (server.num_open, server.num_waiting, server._running) == (0, 0, {})
+
+    serve(engine, test)
+
+
+def test_a_full_queue_leaves_each_other_tenant_a_share():
+    engine = ScriptedEngine()
+
+    async def test(server):
+        taken = []
+
+        def ask(tenant, count=1):
+            return server.open([request(tenant=tenant) for _ in range(count)])
+
+        async def take(tenant, count):
+            before = server.num_waiting
+            taken.append(asyncio.create_task(ask(tenant, count)))
+            await until(lambda: server.num_waiting == before + count)
+
+        await take("a", 16)
+        for tenant, count in (("a", 1), (None, 3), ("b", 3)):
+            with pytest.raises(Overloaded):
+                await ask(tenant, count)
+        await take("b", 2)
+        with pytest.raises(Overloaded):
+            await ask("b")
+        for i in range(7):
+            await take(f"c{i}", 2)
+        assert server.num_waiting == 32
+        with pytest.raises(Overloaded):
+            await ask("late")
+        engine.allowed.release(10**6)
+        await until(lambda: server.num_waiting == 0)
+        assert not server._waiting
+        await asyncio.gather(*taken)
+
+    serve(engine, test, max_waiting=16)

@@ -1,5 +1,7 @@
 """Other device work: units in the engine's own queue, when they are started, and that no request notices."""
 
+import threading
+
 import jax.numpy as jnp
 import pytest
 from engine_outputs import TIGHT, assert_as_alone, drain, request, some
@@ -127,7 +129,13 @@ def test_units_get_the_engines_own_weights(lively):
 
 def test_at_most_one_unit_is_ahead_of_a_request_and_one_behind_that(lively, rng):
     """A unit that is under way when a request comes, and one that was started as that one ended."""
-    work = Units(seconds=1000.0)
+    over = threading.Event()
+
+    class Long:
+        def block_until_ready(self):
+            over.wait()
+
+    work = Units(seconds=1000.0, start=lambda params: Long())
     engine = Engine(lively, TIGHT, background=work)
     steps(engine, 5)
     assert work.given == 2, "one under way; the next is only looked at"
@@ -137,7 +145,20 @@ def test_at_most_one_unit_is_ahead_of_a_request_and_one_behind_that(lively, rng)
     assert engine.pause == 0
     engine.step()
     assert [step.kind for step in engine.under_way] == ["prefill"]
+    over.set()
     assert_as_alone(lively, one, [drain(engine)[number, 0]])
+
+
+def test_what_a_unit_took_is_known_however_late_the_engine_looks(lively):
+    """It is expected to take 0.2 s: an idle engine need not look sooner, and would believe it for ever."""
+    work, clock = Units(count=2, seconds=0.2, start=lambda params: jnp.zeros(3)), FakeClock()
+    engine = Engine(lively, TIGHT, background=work, clock=clock)
+    engine.step()
+    engine._calls[0].over.result()
+    assert engine.pause == 0, "it is over"
+    clock.sleep(0.3)
+    steps(engine, 4)
+    assert work.took[0] == 0
 
 
 class Order(Observer):

@@ -255,6 +255,47 @@ def test_kept_rank_pages_serve_without_the_directory(lively, saved, tmp_path, rn
     store.close()
 
 
+def rename_site(file, others):
+    """Let the file's header name another site: a letter of it."""
+    data = file.read_bytes()
+    assert b'"block.0.' in data or b'"linears.0.' in data
+    file.write_bytes(data.replace(b'"block.', b'"blocj.').replace(b'"linears.', b'"linearz.'))
+
+
+def zero_block(file, others):
+    data = file.read_bytes()
+    middle = len(data) // 2
+    file.write_bytes(data[:middle] + bytes(4096) + data[middle + 4096 :])
+
+
+def take_anothers(file, others):
+    shutil.copy(others[0], file)
+
+
+@pytest.mark.parametrize("damage", [rename_site, zero_block, take_anothers])
+def test_damaged_rank_pages_end_neither_the_engine_nor_a_request(damage, lively, saved, tmp_path, rng, caplog):
+    """What has a directory is made again; what was published without one fails alone."""
+    path, kept = tmp_path / "adapters.sqlite", tmp_path / "kept"
+    store = make_store(lively, Registry(path), kept)
+    store.register("a", saved / "loreft_f3l2")
+    before = set(kept.iterdir())
+    store.publish("b", load_adapter(saved / "lora", lively))
+    store.close()
+    (first,), (second,) = before, set(kept.iterdir()) - before
+    shutil.copytree(kept, tmp_path / "whole")
+    damage(first, [tmp_path / "whole" / second.name])
+    damage(second, [tmp_path / "whole" / first.name])
+    store = make_store(lively, Registry(path), kept)
+    engine = Engine(lively, TIGHT, store=store)
+    ones = [request(some(rng, 12), store.get(name)) for name in ("a", "b")]
+    numbers = [engine.add(one) for one in ones]
+    wholes = drain(engine)
+    assert_as_alone(lively, direct(lively, ones[0], saved / "loreft_f3l2"), [wholes[numbers[0], 0]])
+    assert wholes[numbers[1], 0].finish_reason == "error"
+    assert caplog.text.count("kept rank pages are damaged") == 2
+    store.close()
+
+
 def test_a_published_adapter_outlives_the_process_where_a_directory_keeps_it(lively, adapters, tmp_path):
     path = tmp_path / "adapters.sqlite"
     store = make_store(lively, Registry(path), tmp_path / "kept")

@@ -10,6 +10,7 @@ from engine_runs import ATOL, chances, request
 from preft_jax.text.chat import encode_prompt
 from serve.bench.client import ENDPOINTS, HttpTarget, list_models
 from serve.bench.load import LoadRequest
+from serve.store.names import RegistryError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 
@@ -362,3 +363,25 @@ def test_more_prompts_than_may_ever_wait_are_a_mistake(raw, monkeypatch, serving
     found = raw.post("/v1/completions", json={"model": "base", "prompt": ["a"] * 4, "max_tokens": 1})
     assert found.status_code == 400
     assert "4 prompts, and at most 3 may wait" in found.json()["error"]["message"]
+
+
+def test_what_cannot_be_written_is_no_success_and_no_404(url, serving, monkeypatch):
+    """The name is still there, and the answer says so."""
+
+    def fails(*args, **options):
+        raise RegistryError("adapters.sqlite cannot be written: disk full; nothing was changed: it is still registered")
+
+    monkeypatch.setattr(serving.adapters, "unregister", fails)
+    monkeypatch.setattr(serving.adapters, "register", fails)
+    with admin(url) as boss:
+        for path, body in (
+            ("/v1/unload_lora_adapter", {"lora_name": "public"}),
+            ("/v1/load_lora_adapter", {"lora_name": "late", "lora_path": "late"}),
+        ):
+            found = boss.post(path, json=body)
+            assert (found.status_code, found.json()["error"]["code"]) == (503, "not_stored")
+            assert "it is still registered" in found.json()["error"]["message"]
+            assert found.headers["Retry-After"]
+        names = {model["id"] for model in boss.get("/v1/models").json()["data"]}
+    assert "public" in names
+    assert "late" not in names

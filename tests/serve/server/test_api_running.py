@@ -1,6 +1,7 @@
 """The API under way: clients that leave, overload, metrics and the log."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import logging
@@ -10,7 +11,7 @@ import api_server
 import httpx
 import openai
 import pytest
-from api_server import ALICE, BOB, client, is_idle, until
+from api_server import ADMIN, ALICE, BOB, NOBODY, admin, client, is_idle, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.server.generation import EventStream
@@ -40,9 +41,10 @@ def test_a_client_that_goes_away_frees_its_kv(serving, gate, url, raw):
     assert engine.stats.generated_tokens > 0
 
 
-def test_samples_that_nobody_waited_for_are_counted(serving, gate, raw):
+def test_samples_that_nobody_waited_for_are_counted(serving, gate, url, raw):
     def ended():
-        families = text_string_to_metric_families(raw.get("/metrics").text)
+        with admin(url) as one:
+            families = text_string_to_metric_families(one.get("/metrics").text)
         samples = [sample for family in families for sample in family.samples]
         reasons = {s.labels["finished_reason"]: s.value for s in samples if s.name == "vllm:request_success_total"}
         return reasons, sum(s.value for s in samples if s.name == "vllm:e2e_request_latency_seconds_count")
@@ -96,7 +98,7 @@ def test_overload_is_refused_and_passes(serving, gate, url, raw, monkeypatch):
     gate.shut()
     body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "stream": True}
     streams = []
-    with client(url, BOB) as bob:
+    with client(url, ALICE) as alice, client(url, BOB) as bob:
         for _ in range(3):
             connection = socket.create_connection(httpx.URL(url).netloc.decode().split(":"))
             content = json.dumps(body).encode()
@@ -109,7 +111,7 @@ def test_overload_is_refused_and_passes(serving, gate, url, raw, monkeypatch):
         until(lambda: serving.engine.num_waiting == 3)
         for _ in range(20):
             with pytest.raises(openai.RateLimitError) as caught:
-                bob.completions.create(model="tiny", prompt="a")
+                alice.completions.create(model="tiny", prompt="a")
             assert caught.value.code == "overloaded"
             assert int(caught.value.response.headers["retry-after"]) >= 1
         assert serving.engine.num_waiting == 3
@@ -124,14 +126,77 @@ def test_overload_is_refused_and_passes(serving, gate, url, raw, monkeypatch):
         assert bob.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
+def test_who_fills_the_queue_does_not_shut_others_out(serving, gate, url, raw, monkeypatch):
+    monkeypatch.setattr(serving.engine, "max_waiting", 8)
+    gate.shut()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        body = {"model": "tiny", "prompt": ["a"] * 8, "max_tokens": 2, "n": 4}
+        first = pool.submit(raw.post, "/v1/completions", json=body)
+        until(lambda: serving.engine.num_waiting == 8)
+        assert raw.post("/v1/completions", json={"model": "tiny", "prompt": "a"}).status_code == 429
+        ends = []
+        with client(url, BOB) as bob:
+            second = pool.submit(bob.completions.create, model="tiny", prompt="b", max_tokens=2)
+            first.add_done_callback(lambda _: ends.append("alice"))
+            second.add_done_callback(lambda _: ends.append("bob"))
+            until(lambda: serving.engine.num_waiting == 9)
+            gate.open()
+            assert second.result().usage.completion_tokens == 2
+        assert len(first.result().json()["choices"]) == 32
+    assert ends == ["bob", "alice"]
+
+
+# What one tenant learns of another
+
+
+SECRETS = [f"{word} is my password: " for word in ("correct", "horse", "battery", "staple", "sesame")]
+
+
+def hits(serving, url, key, prompt, **more):
+    """Return the prompt tokens of a request that were found in the prefix cache."""
+    before = serving.engine.engine.stats.prefix_hit_tokens
+    body = {"model": "public", "prompt": prompt, "max_tokens": 1, **more}
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60) as one:
+        assert one.post("/v1/completions", json=body).status_code == 200
+    until(lambda: is_idle(serving))
+    return serving.engine.engine.stats.prefix_hit_tokens - before
+
+
+def test_the_prefix_cache_is_kept_apart_by_tenant_and_by_salt(serving, url, monkeypatch):
+    """Who guesses another's prompt finds the same in the cache for each guess: nothing."""
+    assert hits(serving, url, ALICE, SECRETS[2]) == 0
+    assert hits(serving, url, ALICE, SECRETS[2]) > 0
+    for key in (BOB, NOBODY, ADMIN):
+        assert [hits(serving, url, key, guess) for guess in SECRETS] == [0] * 5
+        assert hits(serving, url, key, SECRETS[2]) > 0, "one's own"
+    assert hits(serving, url, ALICE, SECRETS[2], cache_salt="a") == 0
+    assert hits(serving, url, ALICE, SECRETS[2], cache_salt="b") == 0
+    assert hits(serving, url, ALICE, SECRETS[2], cache_salt="a") > 0
+    assert hits(serving, url, BOB, SECRETS[2], cache_salt="a") == 0, "a salt that is known opens nothing"
+    monkeypatch.setattr(serving, "share_prefix_cache", True)
+    assert hits(serving, url, BOB, "Shared by all who are let in.") == 0
+    assert hits(serving, url, ALICE, "Shared by all who are let in.") > 0
+    assert hits(serving, url, ALICE, "Shared by all who are let in.", cache_salt="a") == 0
+
+
+def test_figures_that_count_everybodys_requests_are_the_admins(url, serving):
+    for key in (ALICE, BOB, NOBODY):
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as one:
+            for path in ("/metrics", "/stats"):
+                answer = one.get(path)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_only")
+
+
 # For operators
 
 
 def test_prometheus_reads_the_metrics(url, raw, serving):
     def read():
+        with admin(url) as one:
+            text = one.get("/metrics").text
         return {
             (sample.name, *sorted(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(raw.get("/metrics").text)
+            for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
 
@@ -196,9 +261,10 @@ def test_why_a_request_failed_is_for_the_log_alone(raw, caplog, monkeypatch):
     assert all("/secret/place" in facts["reason"] for facts in told)
 
 
-def test_figures_of_the_page(raw):
+def test_figures_of_the_page(url, raw):
     raw.post("/v1/completions", json={"model": "public", "prompt": "a", "max_tokens": 2})
-    found = raw.get("/stats").json()
+    with admin(url) as one:
+        found = one.get("/stats").json()
     assert (found["model"], found["ready"], found["recompiles"]) == ("tiny", True, 0)
     assert found["kv_pages"] > 0
     assert found["generated_tokens"] >= 2

@@ -21,13 +21,14 @@ def body(number, **fields):
 async def overload(url):
     """Send everything at once; returns the answers and the lengths of the queue that were seen meanwhile."""
     headers = {"Authorization": f"Bearer {api_server.ALICE}"}
+    admin = {"Authorization": f"Bearer {api_server.ADMIN}"}
     limits = httpx.Limits(max_connections=None)
     options = {"base_url": url, "headers": headers, "timeout": 120, "trust_env": False, "limits": limits}
     async with httpx.AsyncClient(**options) as client:
         asked = [client.post("/v1/completions", json=body(number)) for number in range(REQUESTS)]
         answers, seen = asyncio.gather(*asked), []
         while not answers.done():
-            text = (await client.get("/metrics")).text
+            text = (await client.get("/metrics", headers=admin)).text
             seen += [float(line.split()[1]) for line in text.splitlines() if line.startswith("vllm:num_requests_wait")]
         return await answers, seen
 

@@ -212,6 +212,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(closed_server, tab):
     tab.locator("#key").fill(api_server.BOB)
     tab.locator("#key").press("Enter")
     expect(tab.locator("#state")).to_have_text("Ready")
+    expect(tab.locator("#figures")).to_be_hidden()
     expect(tab.locator("#key-form")).to_be_hidden()
     expect(tab.locator("#right option")).to_have_count(5)
     assert all(ask(tab, "Hi"))

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import logging
 
 import pytest
 import train_cases as cases
 from train_cases import CHAT, LORA, SKIP
 
 from preft_jax.text.tokenizer import byte_tokenizer
-from train.data.rows import DataError, DataOptions, load_examples
+from train.data.errors import DataError
+from train.data.rows import DataOptions, load_examples
 
 pytestmark = pytest.mark.host
 
@@ -40,7 +42,7 @@ def refusal(tmp_path, lines, model, adapter=LORA, **options):
         ({**GOOD, "text": "a b"}, "'text' does not say where the prompt ends"),
         (
             {**GOOD, "id": 5, "tools": [{"name": "lamp"}]},
-            "'tools' is not rendered into the prompt; describe the tools in the system message",
+            "'tools' is not rendered into a prompt that is text; give the prompt as chat messages",
         ),
         ({"messages": CHAT, "images": ["a.png"]}, "'images' is no text"),
         (
@@ -100,9 +102,10 @@ def test_columns_that_are_not_needed_are_ignored_and_named_once(tmp_path, tiny_t
     plain = [GOOD, {"messages": CHAT}, GOOD, GOOD]
     beside = [{"id": 1}, {"source\n": "web", "tools": []}, {"id": 2, "tools": None, "messages": None}, {"text": ""}]
     rows = [row | more for row, more in zip(plain, beside, strict=True)]
+    caplog.set_level(logging.WARNING, "preft.train")
     examples = load_examples(cases.write_rows(tmp_path / "rows.jsonl", rows), tiny_text, LORA, DataOptions())
     (record,) = caplog.records
-    assert record.getMessage() == f"{tmp_path / 'rows.jsonl'}: ignored columns: id, source\\n, tools, text"
+    assert record.getMessage() == f"{tmp_path / 'rows.jsonl'}: ignored columns: id, source\\n, text"
     expected = load_examples(cases.write_rows(tmp_path / "plain.jsonl", plain), tiny_text, LORA, DataOptions())
     assert [one.token_ids.tolist() for one in examples] == [one.token_ids.tolist() for one in expected]
     assert len(caplog.records) == 1, "nothing is ignored there"

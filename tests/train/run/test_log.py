@@ -54,6 +54,18 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 2, "job": "a", "lo', b"\xff\xfe{}", b"[3]", b"3", b'{"step": "x"}', b"[" * 10**5, b"\0" * 64]
+)
+def test_a_damaged_line_costs_no_other(damage, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [{"step": 1, "job": "a"}, {"step": 3, "job": "a"}])
+    first, last = path.read_bytes().splitlines()
+    path.write_bytes(first + b"\n" + damage + b"\n" + last + b"\n")
+    Metrics(path, keep_until={"a": 3}).close()
+    assert read_metrics(path) == [{"step": 1, "job": "a"}, {"step": 3, "job": "a"}]
+
+
 def test_rows_can_be_read_as_soon_as_they_are_written(tmp_path):
     metrics = Metrics(tmp_path / "new" / "metrics.jsonl")
     metrics.write({"step": 1, "failed": "line\u2028break"})

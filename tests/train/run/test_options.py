@@ -1,14 +1,14 @@
 """Options: the command line over a file over defaults, the options of jobs, and those of a run that is resumed."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from preft_jax import AdapterConfig, ConfigError
-from train.run.options import OPTIONS_FILE, make_parser, settings
+from train.run.kept import OPTIONS_FILE, write_options
+from train.run.options import make_parser, settings
 
 pytestmark = pytest.mark.host
 
@@ -31,7 +31,7 @@ def begin(directory, *argv):
     """Leave in a directory what a run leaves there of its options."""
     found = parse("--output-dir", directory, *argv)
     directory.mkdir(exist_ok=True)
-    (directory / OPTIONS_FILE).write_text(json.dumps(found.given))
+    write_options(directory, found.given, found.run)
     return found
 
 
@@ -55,8 +55,8 @@ RUN = [
 
 JOB = [
     (["--name", "ann"], lambda j: j.name, "ann"),
-    (["--dataset", "a.jsonl"], lambda j: j.dataset, Path("a.jsonl")),
-    (["--dataset", "a", "--eval-dataset", "b"], lambda j: j.eval_dataset, Path("b")),
+    (["--dataset", "a.jsonl"], lambda j: j.dataset, "a.jsonl"),
+    (["--dataset", "a", "--eval-dataset", "b"], lambda j: j.eval_dataset, "b"),
     (["--adapter-kind", "loreft"], lambda j: (j.adapter.kind, j.adapter.targets), ("loreft", ("block",))),
     (["--rank", "8"], lambda j: j.adapter.rank, 8),
     (["--lora-r", "8"], lambda j: j.adapter.rank, 8),

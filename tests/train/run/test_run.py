@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -17,6 +18,7 @@ from preft_jax.io.adapter_files import load_adapter, save_adapter
 from train import sft
 from train.checkpoint import CheckpointError, Checkpoints
 from train.run import loop as runs
+from train.run.kept import OPTIONS_FILE, read_options, write_options
 from train.run.log import read_metrics
 from train.step import Slots
 
@@ -212,6 +214,19 @@ def test_numbers_that_were_changed_in_a_checkpoint_are_noticed(tmp_path):
         patch.setattr(ocp.CheckpointManager, "restore", restore)
         with pytest.raises(CheckpointError, match="not the ones that were written"):
             checkpoints.latest()
+
+
+def test_options_of_another_run_are_noticed_and_those_of_the_checkpoints_can_be_taken(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    write_options(out, read_options(out).given | {"learning_rate": 0.5}, "another")
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 1
+    assert "is of another run than the checkpoints beside it; delete it" in capsys.readouterr().err
+    (out / OPTIONS_FILE).unlink()
+    assert sft.main(["--resume", "--output-dir", str(out)]) == 0
+    assert "the options of the checkpoint of step 7 count" in capsys.readouterr().err
+    assert read_options(out).run == read_options(whole).run
+    assert adapter_bytes(out) == adapter_bytes(whole)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -1,0 +1,144 @@
+"""Fine-tuning beside serving: adapters as if trained alone, requests as if served alone.
+
+Sums in another order move parameters after updates of 3e-3 by less than 2e-4, as in ``test_jobs``.
+"""
+
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_cases as cases
+from conftest import ADAPTER_CONFIGS
+from engine_outputs import TIGHT, advance, assert_as_alone, assert_released, request, some
+
+from serve.engine.background import Unit
+from serve.engine.engine import Engine
+from serve.store.files import AdapterFiles
+from serve.store.host import AdapterStore
+from serve.store.names import Registry
+from train.coserve import Training
+from train.trainer import Trainer, TrainOptions
+from train.window import WindowOptions
+
+WINDOWS = WindowOptions(tokens=32, layers=3)
+NAMES = {"lora": 5, "loreft_f3l2": 3}
+"""Kinds of jobs, and how many updates each has."""
+
+
+def jobs(model):
+    made = []
+    for n, (name, steps) in enumerate(NAMES.items()):
+        config, rng = ADAPTER_CONFIGS[name], np.random.default_rng(n)
+        data = cases.examples(config, rng, 6)
+        made.append(cases.job(model, config, data, name=name, max_steps=steps, gradient_accumulation_steps=2 - n))
+    return made
+
+
+def serve(engine, requests, rng, steps=2000):
+    """Add requests now and then and step until nothing is left for requests and other work; returns their samples."""
+    wholes, ids, waiting = {}, [], list(requests)
+    for _ in range(steps):
+        if waiting and rng.random() < 0.2:
+            ids.append(engine.add(waiting.pop(0)))
+        advance(engine, wholes)
+        if not waiting and not engine.has_work:
+            if engine.pause is None:
+                break
+            time.sleep(engine.pause)
+    assert_released(engine)
+    return [[wholes[number, 0]] for number in ids]
+
+
+@pytest.fixture(scope="module")
+def alone(lively):
+    """Return the adapters and the losses of the jobs trained without an engine."""
+    return cases.train(lively, jobs(lively))
+
+
+def test_jobs_beside_traffic_are_as_alone_and_so_are_requests(lively, alone, adapters, rng):
+    expected, losses = alone
+    told, ended = {name: [] for name in NAMES}, {}
+    training = Training(
+        Trainer(lively, jobs(lively)),
+        WINDOWS,
+        updated=lambda result: told[result.job.name].append(result.loss),
+        ended=lambda job, adapter: ended.update({job.name: adapter}),
+    )
+    engine = Engine(lively, TIGHT, background=training, background_share=0.5)
+    names = (None, "lora", "direft", None, "lora_r24", "loreft")
+    requests = [request(some(rng, 5 + 3 * n), adapters.get(name), max_tokens=9) for n, name in enumerate(names)]
+    samples = serve(engine, requests, rng)
+    assert training.error is None
+    assert training.updates == max(NAMES.values())
+    for name, adapter in expected.items():
+        np.testing.assert_allclose(told[name], losses[name], rtol=1e-4)
+        for ours, other in zip(cases.leaves(ended[name]), cases.leaves(adapter), strict=True):
+            np.testing.assert_allclose(ours, other, atol=2e-4)
+    for one, sample in zip(requests, samples, strict=True):
+        assert_as_alone(lively, one, sample)
+    assert training.seconds.keys() >= {"edits", "forward-32", "loss", "backward-32", "fold", "update"}
+
+
+def test_a_finished_adapter_is_served_by_the_same_engine(lively, alone, rng):
+    store = AdapterStore(AdapterFiles(lively), Registry(), host_bytes=10**8)
+    job = jobs(lively)[0]
+    training = Training(
+        Trainer(lively, [job]), WINDOWS, ended=lambda job, adapter: store.publish(f"mine-{job.name}", adapter)
+    )
+    engine = Engine(lively, TIGHT, store=store, background=training)
+    serve(engine, [], rng)  # No request: the device is the training's.
+    named, tokens = store.get("mine-lora"), some(rng, 9)
+    (sample,) = serve(engine, [request(tokens, named)], rng)
+    assert_as_alone(lively, request(tokens, alone[0]["lora"]), sample)
+    store.close()
+
+
+def test_paused_training_gives_no_unit_and_goes_on_where_it_was(lively, alone, rng):
+    ended = []
+    training = Training(Trainer(lively, jobs(lively)[:1]), WINDOWS, ended=lambda job, adapter: ended.append(adapter))
+    engine = Engine(lively, TIGHT, background=training)
+    for _ in range(7):
+        engine.step()
+    training.paused = True
+    updates = training.updates
+    serve(engine, [request(some(rng, 6))], rng)
+    assert (training.updates, ended, engine.pause) == (updates, [], None)
+    training.paused = False
+    serve(engine, [], rng)
+    for ours, other in zip(cases.leaves(ended[0]), cases.leaves(alone[0]["lora"]), strict=True):
+        np.testing.assert_allclose(ours, other, atol=2e-4)
+
+
+def test_a_unit_that_fails_ends_training_and_no_request(lively, rng, monkeypatch):
+    training = Training(Trainer(lively, jobs(lively), TrainOptions(max_jobs=1)), WINDOWS)
+    engine = Engine(lively, TIGHT, background=training, background_share=0.5)
+    for _ in range(9):
+        engine.step()
+    given = training._start
+
+    def fails(base):
+        given(base)
+        raise RuntimeError("the device is out of memory")
+
+    monkeypatch.setattr(training, "_start", fails)
+    one = request(some(rng, 6))
+    (sample,) = serve(engine, [one], rng)
+    assert "out of memory" in str(training.error)
+    assert engine.pause is None
+    assert_as_alone(lively, one, sample)
+
+
+def test_what_a_unit_is_expected_to_take_follows_what_was_measured(lively):
+    training = Training(Trainer(lively, jobs(lively)[:1]), WINDOWS)
+    first = training.next()
+    assert isinstance(first, Unit)
+    assert first.seconds == 0.01
+    training.done(first, 9.0)  # It was compiled.
+    assert training.next().seconds == 0.01
+    training.done(first, 0.2)
+    assert training.next().seconds == 0.2
+    training.done(first, 0.4)
+    assert training.next().seconds == pytest.approx(0.25)
+    assert jnp.isfinite(first.start(lively.params)[0]["q"].a_DR).all()
+    assert training.next().name == "forward-32"

@@ -1,0 +1,440 @@
+"""Gradients of a micro-batch in units: some layers on a window of its tokens, forward and backward.
+
+A forward unit computes a window's stream behind some layers and adds its keys and values to those of the tokens before
+it. What is kept of a token is what these layers read, and its keys and values; all else is computed again. A backward
+unit takes the cotangents of a window's stream, keys and values, right to left, and adds to those of the keys and values
+before it: where several windows look at a token, its keys and values have several parts. So any unit can wait for as
+long as it must, and the sum is that of ``step.accumulate``.
+
+    units = windowed.units(params, batch)
+    while units.name is not None:
+        arrays = units.start(base)  # Starts the unit of that name on the device, and does not wait.
+    sums = units.sums
+
+Windows behind the last learned token are left out, and so are backward units of windows before the first edited one; a
+window without an edited token has no gradient of the edits, and only hands cotangents on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.xla.fused import rms_norm
+from preft_jax.adapters.edits import NoEdits
+from preft_jax.config import ModelConfig
+from preft_jax.errors import ConfigError
+from preft_jax.models.batch import bucket, round_up
+from preft_jax.models.forward import rope_table
+from preft_jax.models.layer import decoder_layer
+from preft_jax.models.params import Params
+from preft_jax.models.plain import PlainLayers
+from train.data.batches import Batch
+from train.losses import CROSS_ENTROPY, Loss
+from train.step import Group, Means, Sums, add_sums, edits_by_layer, make_dropout, make_edits, stream_losses
+
+Order = Literal["layers", "windows"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """How a micro-batch is cut into units.
+
+    Attributes:
+        tokens: of a window, in each row.
+        layers: of a unit; what the first of them reads is kept.
+        order: which the backward pass goes through first. ``layers``: some layers on all windows, then those below;
+            cotangents of the whole stream and of the keys and values of these layers are held. ``windows``: a window
+            through all layers, then the one before it; cotangents of one window's stream and of all layers' keys and
+            values are held, which is more where there are many layers, and ends windows early.
+    """
+
+    tokens: int = 512
+    layers: int = 1
+    order: Order = "layers"
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} of a window is {value!r}; give an integer of at least 1")
+        if self.order not in ("layers", "windows"):
+            raise ConfigError(f"the order of windows is {self.order!r}; allowed: layers, windows")
+
+
+class KV(NamedTuple):
+    """Keys and values of some layers, or their cotangents: a ``[B, S, K, C]`` array a layer each."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+class _Window(NamedTuple):
+    """A window of a micro-batch: its part of the rows, and documents of all tokens up to its end (None: one a row)."""
+
+    batch: Batch
+    start: Any
+    segments_BP: Any
+
+
+class _PastAttention:
+    """Queries of a window see keys and values of the tokens before it, and its own, which are added to them.
+
+    ``kv`` is what there is after all layers so far, ``[B, P, K, C]``.
+    """
+
+    def __init__(self, kv: KV, start: jax.Array, segments_BP: jax.Array | None, segments_BW: jax.Array | None):
+        self.k, self.v = list(kv.k), list(kv.v)
+        self._start = start
+        self._segments = None if segments_BP is None or segments_BW is None else (segments_BP, segments_BW)
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        """Attend ``q [B, W, H, C]``."""
+        self.k[layer] = jax.lax.dynamic_update_slice_in_dim(self.k[layer], k, self._start, 1)
+        self.v[layer] = jax.lax.dynamic_update_slice_in_dim(self.v[layer], v, self._start, 1)
+        key_P = jnp.arange(self.k[layer].shape[1], dtype=jnp.int32)
+        query_W1 = (self._start + jnp.arange(q.shape[1], dtype=jnp.int32))[:, None]
+        mask = key_P <= query_W1
+        if window is not None:
+            mask &= key_P > query_W1 - window
+        if self._segments is not None:
+            mask = mask & (self._segments[1][:, :, None] == self._segments[0][:, None, :])
+        mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
+            return jax.nn.dot_product_attention(q, self.k[layer], self.v[layer], mask=mask)
+
+
+class Windowed:
+    """The programs of units, for one base model and one tuple of groups.
+
+    Args:
+        config: of the base model.
+        groups: of adapters, as for ``step.accumulate``.
+        options: how a micro-batch is cut.
+    """
+
+    def __init__(self, config: ModelConfig, groups: tuple[Group, ...], options: WindowOptions = WindowOptions()):
+        self.config = config
+        self.groups = groups
+        self.options = options
+        self._embed = jax.jit(lambda embed, tokens_BW: embed[tokens_BW])
+        self._edits = jax.jit(self._make_edits)
+        self._forward = jax.jit(self._forward_unit, donate_argnames=("kv",), static_argnames=("past", "edited"))
+        self._backward = jax.jit(
+            self._backward_unit, donate_argnames=("d_kv", "d_edits"), static_argnames=("past", "edited")
+        )
+        self._loss = jax.jit(self._loss_unit, static_argnames=("loss",))
+        self._fold = jax.jit(self._fold_unit)
+
+    @property
+    def num_programs(self) -> int:
+        """Programs compiled so far."""
+        jitted: tuple[Any, ...] = (self._embed, self._edits, self._forward, self._backward, self._loss, self._fold)
+        return sum(program._cache_size() for program in jitted)
+
+    def kept_bytes(self, tokens: int, dtype: Any) -> int:
+        """Return the bytes that are kept of so many tokens between forward and backward."""
+        config = self.config
+        runs = -(-config.num_hidden_layers // self.options.layers)
+        width = runs * config.hidden_size + 2 * config.num_hidden_layers * config.kv_size
+        return tokens * width * jnp.dtype(dtype).itemsize
+
+    def units(
+        self,
+        params: tuple[Any, ...],
+        batch: Batch,
+        dropout_J: Any = None,
+        loss: Loss = CROSS_ENTROPY,
+        sums: Sums | None = None,
+    ) -> "Units":
+        """Return the units of a micro-batch; arguments as of ``step.accumulate``, of which the base comes later."""
+        return Units(lambda units: self._plan(units, params, batch, dropout_J, loss, sums))
+
+    # The plan, on the host
+
+    def _plan(
+        self, units: "Units", params: tuple[Any, ...], batch: Batch, dropout_J: Any, loss: Loss, sums: Sums | None
+    ) -> Generator[str, None, Sums]:
+        """Yield the name of each unit, and start it when asked for the next one."""
+        batch, size = _padded(jax.tree.map(np.asarray, batch), self.options.tokens)
+        starts = range(0, batch.tokens_BS.shape[1], size)
+        learned = [at for at in starts if (batch.weights_BS[:, at : at + size] != 0).any()]
+        edited = {at for at in starts if batch.edit_mask_BSG[:, at : at + size].any()}
+        starts = [at for at in starts if learned and at <= learned[-1]]
+        yield "edits"
+        embed = units.base["embed"]
+        edits = units.arrays = self._edits(params, embed)
+        run = _Run(self, units, batch, size, edits, dropout_J)
+        nothing_J = jnp.zeros(sum(group.size for group in self.groups))
+        found: tuple[jax.Array, jax.Array, dict[str, Means]] | None = None
+        cotangents: dict[int, jax.Array] = {}
+        for at in starts:
+            yield from run.forward(at)
+            if at in learned:
+                yield "loss"
+                cotangents[at], found = self._loss(
+                    units.base, run.outputs.pop(at), run.window(at).batch, found, loss=loss
+                )
+                units.arrays = cotangents[at]
+            else:
+                run.outputs.pop(at)
+        first = min(edited, default=None)
+        yield from run.backward(
+            [at for at in reversed(starts) if first is not None and at >= first], cotangents, edited
+        )
+        yield "fold"
+        grads = units.arrays = self._fold(params, embed, run.d_edits)
+        loss_J, count_J, metrics = found or (nothing_J, nothing_J, {})
+        return add_sums(sums, Sums(grads, loss_J, count_J, metrics))
+
+    # Programs
+
+    def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Any]:
+        return edits_by_layer(self.config, self.groups, params, embed.dtype)
+
+    def _fold_unit(self, params: tuple[Any, ...], embed: jax.Array, d_edits: list[Any]) -> tuple[Any, ...]:
+        def fold(params: tuple[Any, ...]) -> list[tuple[jax.Array, ...]]:
+            return [_floats(own) for own in self._make_edits(params, embed)]
+
+        edits, pull = jax.vjp(fold, params)
+        (grads,) = pull(jax.tree.map(lambda d, own: d.astype(own.dtype), d_edits, edits))
+        return grads
+
+    def _run_layers(
+        self,
+        ws: tuple[Params, ...],
+        edits: tuple[Any, ...] | None,
+        first_layer: jax.Array,
+        h_BWD: jax.Array,
+        kv: KV,
+        window: _Window,
+        dropout_J: jax.Array | None,
+        length: int,
+    ) -> tuple[jax.Array, KV]:
+        """Run some layers on a window: its stream behind them, and the keys and values up to its end."""
+        batch, start, segments_BP = window
+        acts: Any = NoEdits()
+        if edits is not None:
+            dropout = make_dropout(batch, dropout_J)
+            if dropout is not None:
+                dropout = dropout._replace(first_layer=first_layer, start=start, length=length)
+            acts = make_edits(self.config, self.groups, edits, batch, dropout)
+        attention = _PastAttention(kv, start, segments_BP, batch.segments_BS)
+        layers = PlainLayers(self.config, rope_table(self.config, batch.positions_BS), attention, acts)
+        for i, w in enumerate(ws):
+            h_BWD = decoder_layer(layers, i, w, h_BWD)
+        return h_BWD, KV(tuple(attention.k), tuple(attention.v))
+
+    def _forward_unit(
+        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: _Window, dropout_J: Any, *,
+        past: int, edited: bool,
+    ) -> tuple[jax.Array, KV]:  # fmt: skip
+        length = kv.k[0].shape[1]
+        so_far = jax.tree.map(lambda x: x[:, :past], kv)
+        own = edits if edited else None
+        h_BWD, new = self._run_layers(ws, own, first_layer, h_BWD, so_far, window, dropout_J, length)
+        kv = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, (0, 0, 0, 0)), kv, new)
+        return h_BWD, kv
+
+    def _backward_unit(
+        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: _Window, dropout_J: Any,
+        dh_BWD: Any, d_kv: KV, d_edits: Any, *, past: int, edited: bool,
+    ) -> tuple[jax.Array, KV, Any]:  # fmt: skip
+        length = kv.k[0].shape[1]
+        size = h_BWD.shape[1]
+
+        def run(floats: Any, h_BWD: jax.Array, so_far: KV) -> tuple[jax.Array, KV]:
+            acts = tuple(map(_with_floats, edits, floats)) if edited else None
+            h_BWD, new = self._run_layers(ws, acts, first_layer, h_BWD, so_far, window, dropout_J, length)
+            return h_BWD, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, window.start, size, 1), new)
+
+        so_far = jax.tree.map(lambda x: x[:, :past], kv)
+        floats = tuple(map(_floats, edits)) if edited else ()
+        (out, own), pull = jax.vjp(run, floats, h_BWD, so_far)
+        d_own = jax.tree.map(
+            lambda d, x: jax.lax.dynamic_slice_in_dim(d, window.start, size, 1).astype(x.dtype), d_kv, own
+        )
+        d_new_edits, dh_BWD, d_past = pull((dh_BWD.astype(out.dtype), d_own))
+        d_kv = jax.tree.map(lambda d, more: d.at[:, :past].add(more.astype(d.dtype)), d_kv, d_past)
+        if edited:
+            d_edits = jax.tree.map(lambda d, more: d + more.astype(d.dtype), d_edits, d_new_edits)
+        return dh_BWD, d_kv, d_edits
+
+    def _loss_unit(
+        self, base: Params, h_BWD: jax.Array, batch: Batch, found: Any, *, loss: Loss
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, Means]]]:
+        num_slots = sum(group.size for group in self.groups)
+
+        def objective(h_BWD: jax.Array) -> Any:
+            normed = rms_norm(h_BWD, base["norm"], self.config.rms_norm_eps)
+            own = stream_losses(base, normed, batch, num_slots, loss)
+            return own[0].sum(), own
+
+        d_BWD, own = jax.grad(objective, has_aux=True)(h_BWD)
+        return d_BWD, own if found is None else jax.tree.map(jnp.add, found, own)
+
+
+class Units:
+    """A micro-batch's units, started one by one.
+
+    Attributes:
+        name: of the unit that comes next, its program's; None: all have been started.
+        sums: what they add up to, when all have been started.
+        base: of the base model, as the unit that is being started has it.
+        arrays: of the unit that was started last.
+    """
+
+    def __init__(self, plan: Callable[["Units"], Generator[str, None, Sums]]):
+        self.base: Params = {}
+        self.arrays: Any = None
+        self.sums: Sums | None = None
+        self._plan = plan(self)
+        self.name: str | None = next(self._plan)
+
+    def start(self, base: Params) -> Any:
+        """Start the next unit on the device and return its arrays.
+
+        Args:
+            base: the base model's weights in any layout, the same ones for all units.
+        """
+        assert self.name is not None, "all units have been started"
+        self.base = base
+        try:
+            self.name = next(self._plan)
+        except StopIteration as end:
+            self.name, self.sums = None, end.value
+        return self.arrays
+
+    def finish(self, base: Params) -> Sums:
+        """Start all that are left and return the sums."""
+        while self.name is not None:
+            self.start(base)
+        assert self.sums is not None
+        return self.sums
+
+
+class _Run:
+    """What a micro-batch holds on the device while its units run."""
+
+    def __init__(self, owner: Windowed, units: Units, batch: Batch, size: int, edits: list[Any], dropout_J: Any):
+        self._owner = owner
+        self._units = units
+        self._batch = batch
+        self._size = size
+        self._edits = edits
+        self._dropout_J = dropout_J
+        config, step = owner.config, owner.options.layers
+        count = config.num_hidden_layers
+        self._runs = [range(at, min(at + step, count)) for at in range(0, count, step)]
+        self._shape = (*batch.tokens_BS.shape, config.num_key_value_heads, config.head_dim)
+        self._kv = [self._zeros(run, units.base["embed"].dtype) for run in self._runs]
+        self._inputs: dict[tuple[int, int], jax.Array] = {}
+        self.outputs: dict[int, jax.Array] = {}
+        # Cotangents gather in float32 whatever the stream's dtype: many windows add to them.
+        self.d_edits = [tuple(jnp.zeros(x.shape, jnp.float32) for x in _floats(own)) for own in edits]
+
+    def _zeros(self, run: range, dtype: Any) -> KV:
+        def one() -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros(self._shape, dtype) for _ in run)
+
+        return KV(one(), one())
+
+    def window(self, at: int) -> _Window:
+        """Return the window that begins at a token."""
+        here = slice(at, at + self._size)
+        own = {
+            name: value[:, here]
+            for name, value in self._batch._asdict().items()
+            if name.endswith(("_BS", "_BSG")) and value is not None
+        }
+        segments = self._batch.segments_BS
+        return _Window(
+            self._batch._replace(**own), np.int32(at), None if segments is None else segments[:, : self._past(at)]
+        )
+
+    def _past(self, at: int) -> int:
+        """Return how many tokens a window's program looks at: few sizes, so that there are few programs."""
+        return min(bucket(at + self._size, self._size), self._shape[1])
+
+    def _arguments(self, n: int) -> tuple[Any, ...]:
+        run = self._runs[n]
+        ws = tuple(self._units.base["layers"][i] for i in run)
+        return ws, tuple(self._edits[i] for i in run), np.int32(run.start)
+
+    def forward(self, at: int) -> Iterator[str]:
+        """Yield the names of a window's forward units, each of which is started when the next is asked for."""
+        window, past = self.window(at), self._past(at)
+        edited = bool(window.batch.edit_mask_BSG.any())
+        h_BWD: Any = None
+        for n in range(len(self._runs)):
+            yield f"forward-{past}"
+            if h_BWD is None:
+                h_BWD = self._owner._embed(self._units.base["embed"], window.batch.tokens_BS)
+            self._inputs[n, at] = h_BWD
+            h_BWD, self._kv[n] = self._owner._forward(
+                *self._arguments(n), h_BWD, self._kv[n], window, self._dropout_J, past=past, edited=edited
+            )
+            self._units.arrays = h_BWD
+        assert h_BWD is not None
+        self.outputs[at] = h_BWD
+
+    def backward(self, starts: list[int], cotangents: dict[int, jax.Array], edited: set[int]) -> Iterator[str]:
+        """Yield the names of the backward units of windows, the last of which comes first."""
+        by_layers = self._owner.options.order == "layers"
+        whole = None if by_layers else [self._zeros(run, jnp.float32) for run in self._runs]
+        runs = range(len(self._runs) - 1, -1, -1)
+        plan = [(n, at) for n in runs for at in starts] if by_layers else [(n, at) for at in starts for n in runs]
+        d_kv = KV((), ())
+        for n, at in plan:
+            yield f"backward-{self._past(at)}" + ("" if at in edited else "-plain")
+            if whole is not None:
+                d_kv = whole[n]
+            elif at == starts[0]:
+                d_kv = self._zeros(self._runs[n], jnp.float32)
+            h_BWD, dh_BWD = self._inputs.pop((n, at)), cotangents.pop(at, None)
+            if dh_BWD is None:  # Nothing is learned from the window itself.
+                dh_BWD = jnp.zeros_like(h_BWD)
+            run = self._runs[n]
+            cotangents[at], d_kv, d_edits = self._owner._backward(
+                *self._arguments(n), h_BWD, self._kv[n], self.window(at), self._dropout_J, dh_BWD, d_kv,
+                tuple(self.d_edits[i] for i in run), past=self._past(at), edited=at in edited,
+            )  # fmt: skip
+            for i, own in zip(run, d_edits, strict=True):
+                self.d_edits[i] = own
+            if whole is not None:
+                whole[n] = d_kv
+            self._units.arrays = cotangents[at]
+
+
+def _floats(edits: Any) -> tuple[jax.Array, ...]:
+    """Return what is differentiated of a layer's edits: all but the columns of the mask."""
+    return tuple(leaf for leaf in jax.tree.leaves(edits) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _with_floats(edits: Any, floats: tuple[jax.Array, ...]) -> Any:
+    """Return a layer's edits with these in place of ``_floats``."""
+    leaves, tree = jax.tree.flatten(edits)
+    new = iter(floats)
+    return tree.unflatten([next(new) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves])
+
+
+def _padded(batch: Batch, tokens: int) -> tuple[Batch, int]:
+    """Return a batch whose rows hold whole windows, and the tokens of one."""
+    length = batch.tokens_BS.shape[1]
+    size = min(tokens, length)
+    more = round_up(length, size) - length
+    if not more:
+        return batch, size
+
+    def longer(value: Any) -> Any:
+        return np.pad(value, ((0, 0), (0, more), *[(0, 0)] * (value.ndim - 2)))
+
+    own = {
+        name: longer(value)
+        for name, value in batch._asdict().items()
+        if name.endswith(("_BS", "_BSG")) and value is not None
+    }
+    return batch._replace(**own), size
