@@ -61,6 +61,7 @@ class Detokenizer:
         self.kind = self._kind()
         self.bytes = functools.lru_cache(maxsize=_CACHED_TOKENS)(self._bytes)
         self.piece = functools.lru_cache(maxsize=_CACHED_TOKENS)(self._piece)
+        self.holds_special = functools.lru_cache(maxsize=1_000)(self._holds_special)
 
     def begin(self, *, continues: bool) -> GrowingText:
         """Return a new text; one that ``continues`` another keeps the space that a decoder drops where texts begin."""
@@ -84,6 +85,10 @@ class Detokenizer:
     def visible(self, token: int) -> bool:
         """Return whether a token has a place in a text."""
         return token not in self.special and self._backend.id_to_token(token) is not None
+
+    def _holds_special(self, text: str) -> bool:
+        """Return whether a text is or holds a special token."""
+        return any(one in text for one in set(self.special.values()))
 
     def _bytes(self, token: int) -> bytes:
         """Return one token's bytes, of a part of a character too; those of a sequence are its text in UTF-8."""

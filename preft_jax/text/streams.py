@@ -1,5 +1,6 @@
 """From token ids to text, a token at a time: incomplete characters and possible stop texts are held back."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,10 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, continues: bool = False):
         self._tokens: Detokenizer | None = None if tokenizer is None else detokenizer_of(tokenizer)
         self._growing = None if self._tokens is None else self._tokens.begin(continues=continues)
-        special = set() if self._tokens is None else set(self._tokens.special.values())
-        self._shown = _Searched([text for text in stop if not any(one in text for one in special)])
-        self._full = _Searched([text for text in stop if any(one in text for one in special)])
-        self._unseen: list[tuple[int, int]] = []  # Where special tokens stand in the full text.
+        holding = [text for text in stop if self._tokens is not None and self._tokens.holds_special(text)]
+        self._shown = _Searched([text for text in stop if text not in holding])
+        self._full = _Searched(holding)
+        self._unseen: list[tuple[int, int, int]] = []  # Special tokens in the full text, and in the shown.
         self._sent = 0
         self.stopped: str | None = None
 
@@ -60,7 +61,7 @@ class TextStream:
             return False
         start = len(self._full.text)
         self._full.add(self._tokens.special[token])
-        self._unseen.append((start, len(self._full.text)))
+        self._unseen.append((start, len(self._full.text), len(self._shown.text)))
         return self._cut()
 
     def _cut(self) -> bool:
@@ -72,7 +73,11 @@ class TextStream:
 
     def _place(self, at: int) -> int:
         """Return the place in the shown text of one in the full text."""
-        return at - sum(min(end, at) - start for start, end in self._unseen if start < at)
+        before = bisect.bisect_left(self._unseen, (at,)) - 1
+        if before < 0:
+            return at
+        _, end, place = self._unseen[before]
+        return place + max(0, at - end)
 
     def _certain(self) -> int:
         """Return the end of the text that no stop text can take back."""

@@ -18,6 +18,9 @@ MAX_PROMPTS = 128
 MAX_STOPS = 16
 """Stop texts of one request."""
 
+MAX_STOP_LENGTH = 1_000
+"""Characters of a stop text: so many may be held back, and are looked through at every token."""
+
 _INT32, _INT64 = 2**31, 2**63
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -123,7 +126,7 @@ def _prompts(value: Any) -> Any:
 
 
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
     Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(_texts, json_schema_input_type=str | list[str]),
 ]

@@ -77,6 +77,11 @@ def test_an_answer_that_no_special_token_ends_is_ended_by_the_end_of_sequence(te
     assert answer(template, content)[1] == learned
 
 
+def test_what_a_template_writes_behind_the_end_of_a_turn_is_not_learned():
+    template = ROLES + "{{ m['content'] }}<|im_end|>.{% endfor %}" + HEADER
+    assert answer(template, "Lima")[1] == "Lima<|im_end|>"
+
+
 def test_a_template_that_does_not_tell_the_answer_says_why():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = PLAIN
@@ -84,7 +89,6 @@ def test_a_template_that_does_not_tell_the_answer_says_why():
     with pytest.raises(RequestError, match="without a special token, and the tokenizer has no end of sequence"):
         encode_answer(tokenizer, [USER, {"role": "assistant", "content": "Lima"}])
     for template, reason in (
-        (ROLES + "{{ m['content'] }}<|im_end|>.{% endfor %}" + HEADER, "behind the special token that ends an answer"),
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "the prompt differently"),
         (CUT + "{% if add_generation_prompt %}<|im_start|>assistant\n(in short) {% endif %}", "the prompt differently"),
     ):  # fmt: skip
