@@ -59,7 +59,7 @@ _short.maxstring = _short.maxlong = _short.maxother = 160
 
 
 def shown(value: Any) -> str:
-    """Return a value that a stranger chose as a message repeats it: ``repr`` in one line, cut where it is long or deep."""
+    """Return a value that a stranger chose as a message repeats it: ``repr`` in a line, cut where it is long."""
     text = _short.repr(value)
     if "\n" in text:
         text = " ".join(text.split())
