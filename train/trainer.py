@@ -173,6 +173,7 @@ class Trainer:
                 tuple(self._groups),
                 attention=self._attention(),
                 remat=self.options.gradient_checkpointing,
+                replicated=self._placement.replicated,
             )
             self._sums = self._placement.put_replicated(self._joined(gathered)) if gathered else None
 
@@ -337,7 +338,7 @@ class Trainer:
             if not result.finite and result.job.failed is None:
                 self._fail(result)
         self._pending = self._pending[len(pending) :]
-        tokens, padded = (sum(one.entries[i] for one in pending) for i in (1, 2))
+        tokens, padded = sum(one.entries.tokens for one in pending), sum(one.entries.padded_tokens for one in pending)
         return StepResult(results, tokens, padded)
 
     def _fail(self, result: Result) -> None:
