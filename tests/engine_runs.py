@@ -128,7 +128,7 @@ def chances(model, one, index, token_ids):
     mask = reference.adapter_mask(one.adapter, first, count, one.prompt.unedited_spans)
     logits = reference.forward(model.config, model.params, [*prompt, *token_ids], one.adapter, mask)[first - 1 : -1]
     places = np.arange(first, first + one.max_tokens)
-    noise = np.asarray(_noise(seed_of(one, index), places, logits.shape[1]), np.float64)[:count]
+    noise = np.asarray(_noise(np.uint32(seed_of(one, index)), places, logits.shape[1]), np.float64)[:count]
     drawn_from, chosen_by = np.full_like(logits, -np.inf), np.full_like(logits, -np.inf)
     for step, row in enumerate(logits.copy()):
         for token, bias in sampling.logit_bias or ():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from kernels.types import PagePool, TilePages
 from preft_jax.adapters.config import AdapterConfig
@@ -362,13 +363,26 @@ def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[N
 
 
 class Programs:
-    """The jitted functions for one base model and one tuple of groups; each compiles once for each bucketed length."""
+    """The jitted functions for one base model and one tuple of groups; each compiles once for each bucketed length.
 
-    def __init__(self, config: ModelConfig, groups: tuple[Group, ...], *, attention: DenseKernel, remat: Remat):
+    ``replicated``: of what they give, on several devices. Left to the compiler, it would be something else than what
+    they are first given, and that would be compiled again.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: tuple[Group, ...],
+        *,
+        attention: DenseKernel,
+        remat: Remat,
+        replicated: NamedSharding | None = None,
+    ):
         self.accumulate = jax.jit(
             functools.partial(accumulate, config, groups, attention, remat),
             donate_argnames=("sums",),
             static_argnames=("loss",),
+            out_shardings=replicated,
         )
-        self.update = jax.jit(functools.partial(update, groups), donate_argnames=("state",))
+        self.update = jax.jit(functools.partial(update, groups), donate_argnames=("state",), out_shardings=replicated)
         self.evaluate = jax.jit(functools.partial(evaluate, config, groups, attention))

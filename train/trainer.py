@@ -170,6 +170,7 @@ class Trainer:
                 tuple(self._groups),
                 attention=self._attention(),
                 remat=self.options.gradient_checkpointing,
+                replicated=self._placement.replicated,
             )
             self._sums = self._placement.put_replicated(self._joined(gathered)) if gathered else None
 
@@ -354,8 +355,8 @@ class Trainer:
             if not result.finite and result.job.failed is None:
                 self._fail(result)
         self._pending = self._pending[len(pending) :]
-        tokens = sum(one.entries.tokens for one in pending)
-        return StepResult(results, tokens, sum(one.entries.padded_tokens for one in pending))
+        tokens, padded = sum(one.entries.tokens for one in pending), sum(one.entries.padded_tokens for one in pending)
+        return StepResult(results, tokens, padded)
 
     def _fail(self, result: Result) -> None:
         """Give a job up whose loss, gradient or update is no number; that update was not made."""

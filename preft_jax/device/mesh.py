@@ -82,6 +82,11 @@ class Placement:
         """Parts that a batch is cut into."""
         return 1 if self.mesh is None else self.mesh.size
 
+    @property
+    def replicated(self) -> NamedSharding | None:
+        """How arrays lie of which every device has all; None on one device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
     def put(self, tree: Any, axes: Any) -> Any:
         """Spread arrays by their logical axes: ``axes`` has a tuple of names in place of each array."""
         if self.mesh is None:
@@ -94,9 +99,8 @@ class Placement:
 
     def put_replicated(self, tree: Any) -> Any:
         """Let every device have all of it."""
-        if self.mesh is None:
-            return tree
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        sharding = self.replicated
+        return tree if sharding is None else jax.device_put(tree, sharding)
 
     def put_rows(self, batch: Any) -> Any:
         """Spread a batch's rows."""

@@ -363,8 +363,8 @@ class Engine:
         self._live, self._samples, self._deadlines, self._early = {}, {}, [], []
         self._recovery, self._mixed_failures, self._prepared = Recovery(), 0, None
         units = [call for call in self._calls if isinstance(call, UnitCall)]
-        self._calls = collections.deque(units)
         self._background.interrupted(units)
+        self._calls = collections.deque(units)
         self._compiles = self._compiles.successor()
         self.runner.reset()
         self._asleep = False
