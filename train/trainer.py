@@ -414,8 +414,8 @@ class Trainer:
 
     def _drop_sums(self, job: Job) -> None:
         if job in self._gathered:
-            _, *rest = self._split_sums([job])
-            self._sums, self._gathered = rest
+            _, rest, gathered = self._split_sums([job])
+            self._sums, self._gathered = rest, gathered
 
     # Arrays
 
