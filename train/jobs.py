@@ -63,7 +63,7 @@ class JobConfig:
     gradient_accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "asked", FrozenDict(self.asked))
+        object.__setattr__(self, "asked", FrozenDict(sorted(self.asked.items())))  # Their order does not count.
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"the name {self.name!r} is not one of a directory; give letters, digits and hyphens")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
