@@ -19,7 +19,6 @@ from preft_jax.text.chat import EncodedPrompt
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.request import Request
-from serve.generate import run_on
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 F32_TOLERANCE = 2e-4
@@ -108,7 +107,7 @@ def test_smollm2_greedy_text_of_twenty_prompts_equals_transformers(smollm2, gree
     requests = [
         Request(prompt=EncodedPrompt(prompt["token_ids"], ()), sampling=greedy, max_tokens=32) for prompt in prompts
     ]
-    done = run_on(Engine(smollm2, sizes), requests)
+    done = Engine(smollm2, sizes).generate(requests)
     for ours, theirs in zip(done, expected, strict=True):
         assert ours.token_ids == theirs["token_ids"]
 
