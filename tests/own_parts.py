@@ -34,4 +34,4 @@ def focal(logprob_T, inputs):
 def register():
     pj.register_kind("gated", shapes, init, fold, targets=("q", "v", "block"), scaled=True, replace=True)
     pj.register_positions("after-newline", after_the_last_newline, replace=True)
-    train.register_loss("focal", focal, replace=True)
+    train.register_loss("own-focal", focal, replace=True)

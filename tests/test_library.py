@@ -103,7 +103,7 @@ def job(model, name, rng, steps, **optimizer):
 
 
 def test_fit_trains_jobs_to_their_end_and_says_which_failed(lively, rng):
-    jobs = [job(lively, "ann", rng, 2), job(lively, "bob", rng, 3), job(lively, "bad", rng, 2, learning_rate=1e38)]
+    jobs = [job(lively, "ann", rng, 2), job(lively, "bob", rng, 3), job(lively, "bad", rng, 3, learning_rate=1e38)]
     told = []
     ann, bob, bad = fit(lively, jobs, TrainOptions(max_jobs=2), on_result=told.append)
     assert [result.step for result in ann.results] == [1, 2]

@@ -36,7 +36,7 @@ SIGNATURES = {
     "preft_jax.register_positions": "name, function, *, replace=False",
     "preft_jax.steering_adapter": "vectors, model, *, strength=1.0, positions='prompt'",
     "preft_jax.collate": "examples, *, length=None",
-    "preft_jax.encode_prompt": "tokenizer, prompt, *, vocab_size, add_generation_prompt=True",
+    "preft_jax.encode_prompt": "tokenizer, prompt, *, vocab_size, add_generation_prompt=True, add_special_tokens=None",
     "preft_jax.extend_edit_mask": "mask_TG, num_generated, positions",
     "preft_jax.fold": "adapter",
     "preft_jax.fold_params": "config, params",
@@ -69,7 +69,7 @@ SIGNATURES = {
     "serve.Engine.step": "self",
     "serve.Request": (
         "*, prompt, adapter=None, sampling=SamplingParams(), max_tokens=64, n=1, stop=(), logprobs=None, "
-        "prompt_logprobs=None, priority=0, deadline=None, seed=None, edit_mask=None"
+        "prompt_logprobs=None, priority=0, deadline=None, seed=None, tenant=None, cache_salt=None, edit_mask=None"
     ),
     "train.Job": "config, model, examples, held_out=(), initial=None",
     "train.Trainer": "model, jobs=(), options=TrainOptions(), placement=None",

@@ -62,5 +62,6 @@ def test_a_window_that_is_no_positive_integer_is_refused(window, config):
         dataclasses.replace(config, sliding_window=window)
 
 
-def test_llama_knows_no_window(config):
-    assert config_from_hf(config_to_hf(config) | {"sliding_window": 7}).sliding_window is None
+def test_a_window_of_another_family_is_refused(config):
+    with pytest.raises(ConfigError, match="sliding_window is not supported for model_type 'llama'"):
+        config_from_hf(config_to_hf(config) | {"sliding_window": 7})
