@@ -70,7 +70,8 @@ class Peer:
     def __init__(self, python: str, model_dir: Path, adapter_dir: Path, threads: int):
         script = Path(__file__).with_name("peer_hf.py")
         self._process = subprocess.Popen(
-            [python, str(script), str(model_dir), str(adapter_dir), str(threads)],
+            # Without -P, bench/kernels.py would stand for a package of the peer's.
+            [python, "-P", str(script), str(model_dir), str(adapter_dir), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
