@@ -120,7 +120,7 @@ def test_every_public_name_is_there(package):
 
 
 def test_there_is_one_request():
-    assert serve.Request is importlib.import_module("serve.engine").Request
+    assert serve.Request is importlib.import_module("serve.engine.request").Request
     assert serve.Engine is importlib.import_module("serve.engine.engine").Engine
 
 

@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("requests").add_argument
-    add("--num-prompts", type=int, default=None, help="requests of a round (default: 64; of a trace, all it has)")
+    add("--num-prompts", type=int, default=None, help="requests of a round (default: 32; of a trace, all it has)")
     add("--dataset-name", default="random", choices=("random", "sharegpt", "trace"), help="default: %(default)s")
     add("--dataset-path", type=Path, default=None, help="conversations as JSON (lines), or a CSV file with a trace")
     add("--input-len", default=None, help="random prompts' tokens, a number or a range (default: 32:256)")

@@ -39,7 +39,7 @@ class Draws:
 
     def texts(self, number: int) -> Texts:
         """Return prompts and output lengths of a round."""
-        rng, vocabulary, count = self._rng(number, 0), self._vocabulary, self._args.num_prompts or 64
+        rng, vocabulary, count = self._rng(number, 0), self._vocabulary, self._args.num_prompts or 32
         if self._trace is not None:
             return trace_texts(rng, self._trace, vocab_size=vocabulary.size, max_len=vocabulary.max_len)
         if self._conversations:
