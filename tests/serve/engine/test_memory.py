@@ -6,12 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from preft_jax.config import PRESETS
-from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError
 from preft_jax.shapes import LINEAR_SITES
 from serve.engine import memory
 from serve.engine.config import EngineConfig
-from serve.engine.engine import Engine
 
 pytestmark = pytest.mark.host
 
@@ -78,20 +76,3 @@ def test_all_token_adapters_leave_memory_to_the_rows():
     )
     assert 8 <= all_token.staged_pages < prefill_only.staged_pages
     assert all_token.kv_pages > prefill_only.kv_pages
-
-
-def test_an_engine_leases_what_it_takes_and_leaves_what_is_reserved(tiny, monkeypatch):
-    """As on an accelerator: on a CPU memory is not counted."""
-    budget, reserved = Budget(2 * 10**8), 10**8
-    monkeypatch.setattr(Budget, "of", lambda devices, utilization: budget)
-    config = EngineConfig(max_num_seqs=4, max_model_len=64, prefill_tokens=64, bank_pages=4, reserved_bytes=reserved)
-    engine = Engine(tiny, config)
-    assert engine.memory is budget
-    shares = budget.shares()
-    assert shares.keys() == {"calls", "adapters on their way", "KV cache"}
-    assert shares["KV cache"] == sum(pool.nbytes for pool in engine.runner.cache.kv)
-    assert budget.free >= reserved
-    budget.lease("training", reserved)
-    monkeypatch.setattr(Budget, "of", lambda devices, utilization: Budget(2 * 10**8))
-    with pytest.raises(ConfigError, match="reserved_bytes"):
-        Engine(tiny, dataclasses.replace(config, reserved_bytes=2 * 10**8))

@@ -1,4 +1,7 @@
-"""Weights, KV cache and bank have dtypes of their own. bfloat16 has 8 bits: 0.15 of log-probabilities within ±10."""
+"""Memory of an engine: weights, KV cache and bank have dtypes of their own, and what it takes is leased.
+
+bfloat16 has 8 bits: 0.15 of log-probabilities within ±10.
+"""
 
 import dataclasses
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 from engine_runs import ROOMY, request, serve
 
+from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
@@ -48,3 +52,20 @@ def test_adapters_of_a_store_have_the_dtype_that_it_is_told(lively, adapters):
         for files in (AdapterFiles(lively), AdapterFiles(lively, dtype="bfloat16"))
     )
     assert (usual, narrow) == (np.float32, jnp.bfloat16)
+
+
+def test_an_engine_leases_what_it_takes_and_leaves_what_is_reserved(tiny, monkeypatch):
+    """As on an accelerator: on a CPU memory is not counted."""
+    budget, reserved = Budget(2 * 10**8), 10**8
+    monkeypatch.setattr(Budget, "of", lambda devices, utilization: budget)
+    config = EngineConfig(max_num_seqs=4, max_model_len=64, prefill_tokens=64, bank_pages=4, reserved_bytes=reserved)
+    engine = Engine(tiny, config)
+    assert engine.memory is budget
+    shares = budget.shares()
+    assert shares.keys() == {"calls", "adapters on their way", "KV cache"}
+    assert shares["KV cache"] == sum(pool.nbytes for pool in engine.runner.cache.kv)
+    assert budget.free >= reserved
+    budget.lease("training", reserved)
+    monkeypatch.setattr(Budget, "of", lambda devices, utilization: Budget(2 * 10**8))
+    with pytest.raises(ConfigError, match="reserved_bytes"):
+        Engine(tiny, dataclasses.replace(config, reserved_bytes=2 * 10**8))
