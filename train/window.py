@@ -27,7 +27,7 @@ from kernels.xla.fused import rms_norm
 from preft_jax.adapters.edits import NoEdits
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
-from preft_jax.models.batch import bucket, round_up
+from preft_jax.models.batch import bucket
 from preft_jax.models.forward import rope_table
 from preft_jax.models.layer import decoder_layer
 from preft_jax.models.params import Params
@@ -159,7 +159,8 @@ class Windowed:
         self, units: "Units", params: tuple[Any, ...], batch: Batch, dropout_J: Any, loss: Loss, sums: Sums | None
     ) -> Generator[str, None, Sums]:
         """Yield the name of each unit, and start it when asked for the next one."""
-        batch, size = _padded(jax.tree.map(np.asarray, batch), self.options.tokens)
+        batch = jax.tree.map(np.asarray, batch)
+        size = min(self.options.tokens, batch.tokens_BS.shape[1])
         starts = range(0, batch.tokens_BS.shape[1], size)
         learned = [at for at in starts if (batch.weights_BS[:, at : at + size] != 0).any()]
         edited = {at for at in starts if batch.edit_mask_BSG[:, at : at + size].any()}
@@ -419,22 +420,3 @@ def _with_floats(edits: Any, floats: tuple[jax.Array, ...]) -> Any:
     leaves, tree = jax.tree.flatten(edits)
     new = iter(floats)
     return tree.unflatten([next(new) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves])
-
-
-def _padded(batch: Batch, tokens: int) -> tuple[Batch, int]:
-    """Return a batch whose rows hold whole windows, and the tokens of one."""
-    length = batch.tokens_BS.shape[1]
-    size = min(tokens, length)
-    more = round_up(length, size) - length
-    if not more:
-        return batch, size
-
-    def longer(value: Any) -> Any:
-        return np.pad(value, ((0, 0), (0, more), *[(0, 0)] * (value.ndim - 2)))
-
-    own = {
-        name: longer(value)
-        for name, value in batch._asdict().items()
-        if name.endswith(("_BS", "_BSG")) and value is not None
-    }
-    return batch._replace(**own), size
