@@ -33,6 +33,10 @@ class RequestError(PreftError, ValueError):
     """One request that cannot be served; the others are not affected."""
 
 
+class LimitError(PreftError):
+    """Something was refused because as much as is allowed is there already; it may be allowed later."""
+
+
 class ShapeError(PreftError, ValueError):
     """An array whose axes or dtype are not those that a function takes."""
 
