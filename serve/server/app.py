@@ -14,10 +14,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 import preft_jax
 from preft_jax.errors import AdapterError, RequestError
-from serve.server.auth import require_figures
+from serve.server.auth import require_figures, shown_owner
 from serve.server.bodies import Bodies, add_schemas
 from serve.server.exposition import bank_figures, engine_figures
 from serve.server.failures import ApiError, add_handlers, retry_after
+from serve.server.fine_tuning import add_fine_tuning
 from serve.server.generation import add_generation
 from serve.server.middleware import Front
 from serve.server.page import make_page
@@ -42,7 +43,7 @@ class ErrorAnswer(BaseModel):
 
 
 ERRORS: dict[int | str, Any] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
+    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 408, 409, 413, 415, 429, 500, 503, 507)
 }
 
 _TEXT: dict[int | str, Any] = {200: {"content": {"text/plain": {}}}}
@@ -60,6 +61,8 @@ def make_app(serving: Serving) -> FastAPI:
         bodies.close()
         watch.cancel()
         await serving.engine.stop(0)
+        if serving.tuning is not None:
+            await asyncio.to_thread(serving.tuning.close)
 
     app = FastAPI(
         title="preft-jax",
@@ -84,6 +87,7 @@ def make_app(serving: Serving) -> FastAPI:
     _add_models(app, serving, bodies)
     _add_tokens(app, serving, bodies)
     add_generation(app, serving, bodies, ERRORS)
+    add_fine_tuning(app, serving, bodies, ERRORS)
     app.openapi = lambda: _openapi(app)
     return app
 
@@ -165,7 +169,7 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
             "id": name,
             "object": "model",
             "created": serving.created if adapter is None else int(adapter.created),
-            "owned_by": "preft-jax" if adapter is None or adapter.owner is None else adapter.owner,
+            "owned_by": shown_owner(None if adapter is None else adapter.owner),
             "root": serving.names[0] if adapter is None else name,
             "parent": None if adapter is None else serving.names[0],
             "max_model_len": serving.max_model_len,

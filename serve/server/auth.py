@@ -30,9 +30,18 @@ class Identity:
     admin: bool = False
     tenant: str | None = dataclasses.field(default=None, compare=False)
 
+    @property
+    def owner(self) -> str | None:
+        """Owner of what it makes: its user, or its key where that has none; None: there are no keys."""
+        return self.tenant if self.admin or self.user is None else self.user
+
     def sees(self, owner: str | None) -> bool:
-        """Whether an adapter of this owner is there for them; adapters without an owner are everybody's."""
-        return owner is None or self.admin or owner == self.user
+        """Whether what has this owner is there for them; what has none is everybody's."""
+        return owner is None or self.admin or owner in (self.user, self.owner)
+
+    def changes(self, owner: str | None) -> bool:
+        """Whether they may change what has this owner; what has none is the admin's to change, where there are keys."""
+        return self.admin or owner == self.owner
 
 
 def parse_keys(items: Iterable[str]) -> dict[str, str | None]:
@@ -84,7 +93,8 @@ class Keys:
         self._known = [(_hash(key.encode()), Identity(user, tenant=_tenant(user, key))) for key, user in users.items()]
         self.open = not self._known
         if admin is not None:
-            self._known.append((_hash(admin.encode()), Identity("admin", admin=True, tenant="admin")))
+            tenant = _tenant(None, admin)
+            self._known.append((_hash(admin.encode()), Identity("admin", admin=True, tenant=tenant)))
 
     def identify(self, authorization: bytes | None) -> Identity:
         """Return whose an ``Authorization`` header is.
@@ -111,6 +121,11 @@ class Keys:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def shown_owner(owner: str | None) -> str:
+    """Return an owner as answers name it: a user, or nobody in particular."""
+    return "preft-jax" if owner is None or owner.startswith("key:") else owner
 
 
 def require_figures(keys: Keys, identity: Identity) -> None:

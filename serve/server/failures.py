@@ -10,11 +10,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from preft_jax.errors import AdapterError, PreftError, RequestError
+from preft_jax.errors import AdapterError, LimitError, PreftError, RequestError
 from serve.engine.async_engine import EngineStopped, Overloaded
 from serve.store.names import RegistryError
+from serve.store.uploads import DiskError, FileTooLargeError
 
-_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 507: "server_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 _LONGEST = 80
@@ -71,6 +72,13 @@ def to_api_error(error: PreftError) -> ApiError:
         return ApiError(503, str(error), code="unavailable", headers=retry_after(error.retry_after))
     if isinstance(error, RegistryError):
         return ApiError(503, str(error), code="not_stored", headers=retry_after(5))
+    if isinstance(error, FileTooLargeError):
+        return ApiError(413, str(error), code="file_too_large", param="file")
+    if isinstance(error, LimitError):  # To ask again at once, as OpenAI's client does otherwise, would not help.
+        return ApiError(429, str(error), code="limit_reached", headers={"X-Should-Retry": "false"})
+    if isinstance(error, DiskError):
+        status, code = (507, "disk_full") if error.full else (500, "disk_failed")
+        return ApiError(status, str(error), code=code, headers={"X-Should-Retry": "false"})
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_request")
     if isinstance(error, AdapterError):

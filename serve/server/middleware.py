@@ -19,6 +19,9 @@ from serve.server.failures import ApiError
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
 """Paths that need no key."""
 
+STREAMED = frozenset({"/v1/files"})
+"""Paths whose routes receive the bodies of their POSTs themselves, as they come."""
+
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/stats"})
 """Routes that machines ask again and again; the log has them at debug level."""
 
@@ -97,11 +100,15 @@ class Front:
                 identity = self._keys.identify(None if authorization is None else authorization.encode("latin-1"))
                 scope["state"]["identity"] = identity
                 scope["state"]["facts"]["user"] = identity.user
-            if scope["method"] in _BODIES:
+            if scope["method"] == "POST" and scope["path"] in STREAMED:
+                _check_encoding(headers)
+            elif scope["method"] in _BODIES:
                 receive = await self._with_body(headers, receive)
             await self._app(scope, receive, answer)
         except ApiError as error:
             if not scope["state"]["facts"]["status"]:
+                if scope["path"] in STREAMED:
+                    error.headers |= _CLOSE  # What comes of the body is not waited for.
                 await error.response()(scope, receive, answer)
         except Exception:
             _log.exception("failure", extra={"facts": {"id": scope["state"]["request_id"]}})
@@ -114,14 +121,7 @@ class Front:
 
     async def _with_body(self, headers: Headers, receive: Receive) -> Receive:
         """Read the whole body; return what gives it to the app."""
-        encodings = [name.strip().lower() for name in ",".join(headers.getlist("content-encoding")).split(",")]
-        if unknown := [name for name in encodings if name not in ("", "identity")]:
-            raise ApiError(
-                415,
-                f"the body's Content-Encoding is {ascii(unknown[0])[:80]}; send the body as it is, without one",
-                code="encoding_not_supported",
-                headers={"Accept-Encoding": "identity", **_CLOSE},
-            )
+        _check_encoding(headers)
         declared = headers.get("content-length", "0")
         try:
             async with asyncio.timeout(self._body_seconds):
@@ -177,6 +177,18 @@ def _check_framing(scope: Scope, headers: Headers) -> None:
             f"the request has a Transfer-Encoding beside {what}, so that its end is not certain; send one of them",
             code="bad_framing",
             headers=_CLOSE,
+        )
+
+
+def _check_encoding(headers: Headers) -> None:
+    """Refuse a body that would have to be decoded."""
+    encodings = [name.strip().lower() for name in ",".join(headers.getlist("content-encoding")).split(",")]
+    if unknown := [name for name in encodings if name not in ("", "identity")]:
+        raise ApiError(
+            415,
+            f"the body's Content-Encoding is {ascii(unknown[0])[:80]}; send the body as it is, without one",
+            code="encoding_not_supported",
+            headers={"Accept-Encoding": "identity", **_CLOSE},
         )
 
 

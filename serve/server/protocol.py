@@ -312,3 +312,62 @@ class UnloadBody(Body):
     """The body of ``/v1/unload_lora_adapter``."""
 
     lora_name: str = Field(min_length=1, max_length=256)
+
+
+MAX_HYPERPARAMETERS = 64
+"""Hyperparameters of a fine-tuning job."""
+
+Hyperparameters = Annotated[
+    dict[
+        Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_]*$")],
+        bool | int | float | Annotated[str, Field(max_length=1_000)] | None,
+    ],
+    Field(max_length=MAX_HYPERPARAMETERS),
+]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+FileId = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Supervised(Body):
+    """``method.supervised``."""
+
+    hyperparameters: Hyperparameters = Field(default_factory=dict)
+
+
+class Method(Body):
+    """How a fine-tuning job learns; of OpenAI's methods there is the supervised one."""
+
+    neutral = {"dpo": (), "reinforcement": ()}
+    type: Literal["supervised"]
+    supervised: Supervised = Field(default_factory=Supervised)
+
+
+class FineTuningBody(Body):
+    """The body of ``/v1/fine_tuning/jobs``; ``priority`` is ours, so are hyperparameters named as in ``train.sft``."""
+
+    neutral = {"integrations": ([],)}
+    model: ModelName
+    training_file: FileId
+    validation_file: FileId | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters = Field(default_factory=dict)
+    suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]*$")
+    seed: int | None = Field(None, ge=0, lt=_INT32)
+    metadata: Metadata = Field(default_factory=dict)
+    priority: int = Field(0, ge=-100, le=100)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "FineTuningBody":
+        if self.hyperparameters and self.method is not None and self.method.supervised.hyperparameters:
+            raise PydanticCustomError(
+                "value_error", "they are in method too; give them in one place", {"field": "hyperparameters"}
+            )
+        return self
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Hyperparameters by name, wherever they were given; null means that one is absent."""
+        given = self.hyperparameters or (self.method.supervised.hyperparameters if self.method is not None else {})
+        return {name: value for name, value in given.items() if value is not None}

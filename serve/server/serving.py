@@ -16,6 +16,7 @@ from serve.engine.async_engine import AsyncEngine
 from serve.server.auth import Identity, Keys, RuntimeLoading
 from serve.server.exposition import ServerMetrics
 from serve.server.failures import ApiError
+from serve.server.tuning import Tuning
 from serve.store.directory import AdapterDirectory
 from serve.store.names import Registered
 
@@ -69,6 +70,7 @@ class Serving:
         body_seconds: how long one may take to arrive.
         share_prefix_cache: whether a request may find KV that another key's request left in the prefix cache.
         directory: kept in step with the store, looked at every ``scan_seconds``.
+        tuning: fine-tuning beside requests; None: there is none.
         clock: seconds.
         wall_clock: seconds since 1970.
     """
@@ -84,6 +86,7 @@ class Serving:
     body_seconds: float = 30.0
     share_prefix_cache: bool = False
     directory: AdapterDirectory | None = None
+    tuning: Tuning | None = None
     scan_seconds: float = 5.0
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time

@@ -10,10 +10,15 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.server.connections import Connections
+from serve.server.middleware import STREAMED
 
 
 def timed_protocol(
-    request_seconds: float, read_seconds: float, connections: Connections[H11Protocol]
+    request_seconds: float,
+    read_seconds: float,
+    connections: Connections[H11Protocol],
+    *,
+    upload_seconds: float | None = None,
 ) -> type[H11Protocol]:
     """Return uvicorn's HTTP/1.1 protocol with two limits, at which it drops the connection, and a book of connections.
 
@@ -21,6 +26,8 @@ def timed_protocol(
         request_seconds: from a connection's or a request's first byte until the request is there, body included.
         read_seconds: that a client may leave an answer unread while the buffers are full.
         connections: says which one is dropped when there are too many.
+        upload_seconds: that a body may take from its headers on where the route receives it as it comes
+            (``middleware.STREAMED``); None: as others.
     """
 
     class TimedProtocol(H11Protocol):
@@ -30,6 +37,7 @@ def timed_protocol(
             super().__init__(*args, **options)
             self._arriving: asyncio.TimerHandle | None = None
             self._unread: asyncio.TimerHandle | None = None
+            self._uploading: object = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -50,6 +58,10 @@ def timed_protocol(
             if self._is_arriving:
                 if self._arriving is None:
                     self._arriving = self.loop.call_later(request_seconds, self._drop)
+                if upload_seconds is not None and self._begins_upload:
+                    self._uploading = self.scope
+                    self._arriving.cancel()
+                    self._arriving = self.loop.call_later(upload_seconds, self._drop)
             else:
                 _cancel(self._arriving)
                 self._arriving = None
@@ -61,6 +73,12 @@ def timed_protocol(
         @property
         def _is_arriving(self) -> bool:
             return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+        @property
+        def _begins_upload(self) -> bool:
+            if self.conn.their_state is not h11.SEND_BODY or self.scope is self._uploading:
+                return False
+            return self.scope["method"] == "POST" and self.scope["path"] in STREAMED
 
         def _note(self) -> None:
             if self._is_arriving:
