@@ -60,7 +60,7 @@ def timed_protocol(
                     self._arriving = self.loop.call_later(request_seconds, self._drop)
                 if upload_seconds is not None and self._begins_upload:
                     self._uploading = self.scope
-                    self._arriving.cancel()
+                    _cancel(self._arriving)
                     self._arriving = self.loop.call_later(upload_seconds, self._drop)
             else:
                 _cancel(self._arriving)
