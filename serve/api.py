@@ -46,6 +46,9 @@ _log = logging.getLogger("preft.server")
 _BACKLOG = 2048
 """Connections that wait to be accepted."""
 
+_UPLOAD_GRACE = 5.0
+"""Seconds from the end of an upload's time until its connection is dropped."""
+
 _MODEL_LEN = 2048
 """``--max-model-len`` unless the model has fewer positions or another number is given."""
 
@@ -276,7 +279,13 @@ def make_server(
     connections = connections or make_connections(None, None)
     config = uvicorn.Config(
         make_app(serving),
-        http=timed_protocol(request_seconds, read_seconds, connections),
+        http=timed_protocol(
+            request_seconds,
+            read_seconds,
+            connections,
+            # The route tells a client that it was too slow; this is for those who do not listen.
+            upload_seconds=None if serving.tuning is None else serving.tuning.upload_seconds + _UPLOAD_GRACE,
+        ),
         backlog=AT_ONCE,
         ws="none",
         lifespan="on",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import threading
 import types
 
@@ -21,18 +20,19 @@ KNOWN = {"n_epochs", "batch_size", "learning_rate_multiplier", "rank", "adapter_
 
 
 class FakeFineTuning:
-    """Jobs in memory, or in a file that outlives it; ``begin``, ``learn`` and ``finish`` let one go on."""
+    """Jobs in memory; ``begin``, ``learn`` and ``finish`` let one go on. ``before``: one whose jobs are taken over."""
 
-    def __init__(self, path=None, most=4):
-        self.path, self.most = path, most
-        self.jobs, self.happened, self.kept = {}, {}, {}
+    def __init__(self, before=None):
+        self.clear()
         self.closed = False
-        self._ids = itertools.count()
         self._lock = threading.Lock()
-        if path is not None and path.exists():
-            self.jobs = {job_id: JobRecord(**fields) for job_id, fields in json.loads(path.read_text()).items()}
-            self.happened = {job_id: [] for job_id in self.jobs}
-            self.kept = {job_id: [] for job_id in self.jobs}
+        if before is not None:
+            self.jobs, self.happened, self.kept = before.jobs, before.happened, before.kept
+
+    def clear(self):
+        self.jobs, self.happened, self.kept = {}, {}, {}
+        self.most = 4
+        self._ids = itertools.count()
 
     def _id(self, kind):
         return f"{kind}-{next(self._ids):024d}"
