@@ -30,16 +30,19 @@ from preft_jax.shapes import DTYPES, RANK_PAGE, SITES
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.finetune import Service, make_service, read_jobs, start_jobs
 from serve.server.app import make_app
 from serve.server.auth import Keys, RuntimeLoading, parse_keys
 from serve.server.connections import AT_ONCE, Connections, allowed_connections
 from serve.server.serving import Serving
 from serve.server.slow_clients import timed_protocol
+from serve.server.tuning import Tuning
 from serve.store.directory import AdapterDirectory
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.host_copy import pin
 from serve.store.names import Registry
+from serve.store.uploads import UploadLimits, Uploads
 
 _log = logging.getLogger("preft.server")
 
@@ -98,6 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--allow-runtime-lora-updating", action="store_true", help="let the admin load and unload adapters")
     add("--adapter-root", type=Path, action="append", default=[], metavar="DIR", help="they may be loaded from here")
 
+    _add_fine_tuning(parser)
+
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="default: %(default)s")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
@@ -119,9 +124,40 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_fine_tuning(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--enable-finetuning", action="store_true", help="offer /v1/files and /v1/fine_tuning/jobs")
+    add("--finetune", type=Path, default=None, metavar="JOBS.yaml", help="jobs to begin with, each once; enables it")
+    add(
+        "--finetune-state",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="remembers files and jobs over restarts (default: finetuning in --state-dir)",
+    )
+    add(
+        "--finetune-share", type=float, default=0.3, help="of the device's time, beside requests (default: %(default)s)"
+    )
+    add(
+        "--finetune-memory-gib",
+        type=float,
+        default=4.0,
+        help="of an accelerator's memory, kept for it (default: %(default)s)",
+    )
+    add("--max-finetune-jobs", type=int, default=4, help="that are trained at a time (default: %(default)s)")
+    add("--max-open-finetune-jobs", type=int, default=16, help="of a key, that have not ended (default: %(default)s)")
+    add("--max-upload-mib", type=float, default=512.0, help="largest file (default: %(default)s)")
+    add("--max-uploads", type=int, default=256, help="files of a key (default: %(default)s)")
+    add("--max-uploads-mib", type=float, default=2048.0, help="all files of a key (default: %(default)s)")
+    add("--upload-timeout", type=float, default=600.0, help="seconds a file may take to arrive (default: %(default)s)")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raise ``ConfigError`` for options that are out of range or do not go together."""
-    for name, least in (("max_waiting", 1), ("drain_seconds", 0), ("port", 0)):
+    for name, least in (
+        ("max_waiting", 1), ("drain_seconds", 0), ("port", 0), ("max_finetune_jobs", 1),
+        ("max_open_finetune_jobs", 1), ("max_uploads", 1), ("finetune_memory_gib", 0),
+    ):  # fmt: skip
         if not getattr(args, name) >= least:
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least {least}")
     for name in ("max_adapter_bytes", "max_connections", "max_connections_per_address"):
@@ -129,15 +165,26 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give at least 1")
     if args.drain_seconds == float("inf"):
         raise ConfigError("--drain-seconds is inf; give a number of seconds")
-    for name in ("adapter_memory_gib", "max_body_mib", "request_timeout", "read_timeout"):
+    for name in (
+        "adapter_memory_gib", "max_body_mib", "request_timeout", "read_timeout", "max_upload_mib", "max_uploads_mib",
+        "upload_timeout",
+    ):  # fmt: skip
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give a number above 0")
+    if not 0 <= args.finetune_share < 1:
+        raise ConfigError(f"--finetune-share is {args.finetune_share}; give 0 up to, not including, 1")
+    if _fine_tunes(args) and args.finetune_state is None and args.state_dir is None:
+        raise ConfigError("fine-tuning needs --finetune-state, or --state-dir: files and jobs are kept there")
     if args.port > 65535:
         raise ConfigError(f"--port is {args.port}; give 0 to 65535")
     if args.allow_runtime_lora_updating and args.admin_key is None:
         raise ConfigError("--allow-runtime-lora-updating needs --admin-key: only the admin may load adapters")
     if args.allow_runtime_lora_updating != bool(args.adapter_root):
         raise ConfigError("--allow-runtime-lora-updating and --adapter-root need each other; give both, or neither")
+
+
+def _fine_tunes(args: argparse.Namespace) -> bool:
+    return args.enable_finetuning or args.finetune is not None
 
 
 def _option(name: str) -> str:
@@ -166,6 +213,7 @@ def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         mixed_tokens=mixed,
         kv_dtype=args.kv_cache_dtype,
         prefix_caching=args.enable_prefix_caching,
+        reserved_bytes=int(args.finetune_memory_gib * 2**30) if _fine_tunes(args) else 0,
     )
 
 
@@ -204,6 +252,39 @@ def _register(store: AdapterStore, args: argparse.Namespace, names: Sequence[str
         if not (name and equals and path) or name in names:
             raise ConfigError(f"--lora-modules has {item!r}; give NAME=PATH, with a name that the model has not")
         store.register(name, str(Path(path).resolve()), replace=True)
+
+
+def _make_service(args: argparse.Namespace, model: Model, store: AdapterStore, name: str) -> Service | None:
+    """Return what runs fine-tuning jobs, if any are to be."""
+    if not _fine_tunes(args):
+        return None
+    return make_service(
+        model,
+        store,
+        _state(args) / "jobs",
+        name=name,
+        max_jobs=args.max_finetune_jobs,
+        max_open_jobs=args.max_open_finetune_jobs,
+    )
+
+
+def _state(args: argparse.Namespace) -> Path:
+    return args.finetune_state or args.state_dir / "finetuning"
+
+
+def _make_tuning(args: argparse.Namespace, service: Service, engine: AsyncEngine) -> Tuning:
+    """Begin the operator's jobs, and return what the routes need."""
+    service.wake = engine.wake
+    for name, record, new in start_jobs(service, {} if args.finetune is None else read_jobs(args.finetune)):
+        facts = {"name": name, "job": record.id, "status": record.status, "new": new}
+        _log.info("fine-tuning job", extra={"facts": facts})
+    limits = UploadLimits(
+        file_bytes=int(args.max_upload_mib * 2**20),
+        owner_bytes=int(args.max_uploads_mib * 2**20),
+        owner_files=args.max_uploads,
+    )
+    uploads = Uploads(_state(args) / "files", limits)
+    return Tuning(jobs=service, uploads=uploads, upload_seconds=args.upload_timeout)
 
 
 class JsonLines(logging.Formatter):
@@ -306,13 +387,17 @@ def make_serving(args: argparse.Namespace) -> Serving:
     names = tuple(args.served_model_name or (args.model,))
     config = _engine_config(args, model)
     store = _make_store(args, model)
-    engine = Engine(model, config, store=store)
+    service = _make_service(args, model, store, names[0])
+    background = None if service is None else service.training
+    share = 0.0 if service is None else args.finetune_share
+    engine = Engine(model, config, store=store, background=background, background_share=share)
+    running = AsyncEngine(engine, max_waiting=args.max_waiting)
     _register(store, args, names)
     directory = None if args.adapter_dir is None else AdapterDirectory(store, args.adapter_dir, taken=names)
     serving = Serving(
         model=model,
         names=names,
-        engine=AsyncEngine(engine, max_waiting=args.max_waiting),
+        engine=running,
         adapters=store,
         keys=keys,
         loading=loading,
@@ -321,6 +406,7 @@ def make_serving(args: argparse.Namespace) -> Serving:
         body_seconds=args.request_timeout,
         share_prefix_cache=args.share_prefix_cache,
         directory=directory,
+        tuning=None if service is None else _make_tuning(args, service, running),
     )
     serving.scan()
     return serving

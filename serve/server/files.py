@@ -133,6 +133,11 @@ async def read_pieces(file: BinaryIO, tuning: Tuning) -> AsyncIterator[bytes]:
 
 def add_files(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> None:
     """Add the routes of files."""
+    _add_all(app, tuning, errors)
+    _add_each(app, tuning, errors)
+
+
+def _add_all(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> None:
     uploads = tuning.uploads
 
     @app.post("/v1/files", responses=errors, openapi_extra={"requestBody": _FORM})
@@ -169,6 +174,10 @@ def add_files(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> Non
         if after is not None:  # Ids are in order, so the file itself may be gone.
             found = [upload for upload in found if (upload.id > after if order == "asc" else upload.id < after)]
         return page([file_object(upload) for upload in found[: limit + 1]], limit)
+
+
+def _add_each(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> None:
+    uploads = tuning.uploads
 
     @app.get("/v1/files/{file_id}", responses=errors)
     async def retrieve(request: Request, file_id: str) -> dict[str, Any]:

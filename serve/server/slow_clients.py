@@ -58,7 +58,7 @@ def timed_protocol(
             if self._is_arriving:
                 if self._arriving is None:
                     self._arriving = self.loop.call_later(request_seconds, self._drop)
-                if upload_seconds is not None and self._begins_upload:
+                if upload_seconds is not None and self.scope is not self._uploading and _is_upload(self):
                     self._uploading = self.scope
                     _cancel(self._arriving)
                     self._arriving = self.loop.call_later(upload_seconds, self._drop)
@@ -73,12 +73,6 @@ def timed_protocol(
         @property
         def _is_arriving(self) -> bool:
             return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-
-        @property
-        def _begins_upload(self) -> bool:
-            if self.conn.their_state is not h11.SEND_BODY or self.scope is self._uploading:
-                return False
-            return self.scope["method"] == "POST" and self.scope["path"] in STREAMED
 
         def _note(self) -> None:
             if self._is_arriving:
@@ -100,6 +94,13 @@ def timed_protocol(
             self.transport.abort()
 
     return TimedProtocol
+
+
+def _is_upload(protocol: H11Protocol) -> bool:
+    """Whether a body comes that its route receives itself."""
+    if protocol.conn.their_state is not h11.SEND_BODY:
+        return False
+    return protocol.scope["method"] == "POST" and protocol.scope["path"] in STREAMED
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

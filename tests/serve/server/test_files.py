@@ -235,8 +235,8 @@ def start_upload(url, length, *parts):
     connection = socket.create_connection(tuple(url[7:].split(":")))
     connection.settimeout(60)
     connection.sendall(
-        f"POST /v1/files HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {api_server.ALICE}\r\nContent-Length: {length}\r\n"
-        "Content-Type: multipart/form-data; boundary=b\r\n\r\n".encode()
+        f"POST /v1/files HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {api_server.ALICE}\r\n"
+        f"Content-Length: {length}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n".encode()
         + b"".join(parts)
     )
     return connection
