@@ -4,7 +4,7 @@ The names are those of OpenAI's ``/v1/fine_tuning/jobs``. ``train.service`` runs
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -114,15 +114,15 @@ class FineTuning(Protocol):
         """Return a job."""
         ...
 
-    def list(self) -> list[JobRecord]:
+    def list(self) -> Sequence[JobRecord]:
         """Return all jobs, the newest first."""
         ...
 
-    def events(self, job_id: str) -> list[Event]:
+    def events(self, job_id: str) -> Sequence[Event]:
         """Return what happened to a job, the newest first."""
         ...
 
-    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+    def checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
         """Return the adapters that a job kept, the newest first."""
         ...
 
