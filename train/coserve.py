@@ -388,16 +388,18 @@ class Training:
         self._call(self._ask_ended, job, adapter)
 
     def _tell(self, results: StepResult | None) -> None:
-        """Tell what updates gave, and what was done after them."""
-        for result in results.results if results is not None else ():
-            key = result.job, result.step
-            result = result._replace(tokens=self._tokens.pop(key, 0))
-            snapshot = self._snapshots.pop(key, None)
+        """Tell what updates gave, then what was evaluated and kept after them."""
+        told = [] if results is None else results.results
+        for result in told:
+            result = result._replace(tokens=self._tokens.pop((result.job, result.step), 0))
             for hook in (self._ask_updated, self.hooks.updated):
                 self._call(hook, result)
-            if snapshot is not None and result.finite:
-                self._call(self.hooks.kept, *key, snapshot)
         evaluations, self._evaluations = self._evaluations, []
         for job, step, loss, count in evaluations:
             if job.failed is None and float(count):
                 self._call(self.hooks.evaluated, job, step, float(loss) / float(count), int(count))
+        for result in told:
+            key = result.job, result.step
+            snapshot = self._snapshots.pop(key, None)
+            if snapshot is not None and result.finite:
+                self._call(self.hooks.kept, *key, snapshot)

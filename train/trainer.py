@@ -25,12 +25,12 @@ from preft_jax.models.layer import Remat
 from preft_jax.models.layout import fused_layout
 from train.data.batches import Batch, Rows, collate
 from train.data.rows import Example
-from train.jobs import Job
+from train.jobs import Job, first_state
 from train.losses import Loss, find_loss
 from train.micro import DocumentRow, MicroBatch, check_rows, micro_batches
 from train.optimizer import Numbers
 from train.results import Entries, Pending, Result, StepResult, results_of
-from train.step import Group, Means, Programs, Report, Slots, Sums, empty_slots, fold_config
+from train.step import Group, Means, Programs, Report, Slots, Sums, fold_config, unstacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Trainer:
             job = self._waiting.popleft()
             key = fold_config(job.initial.config), job.config.optimizer.optim
             group = next((i for i, g in enumerate(self._groups) if (g.config, g.optim) == key), None)
-            state = self._restored.pop(job, None) or _unstacked(empty_slots(Group(*key, 1), job.initial.params), 0)
+            state = self._restored.pop(job, None) or first_state(job)
             if group is None:
                 self._drop_empty_groups()  # The programs are made anew in any case.
                 group = len(self._groups)
@@ -193,15 +193,14 @@ class Trainer:
         """Return a running job's state as it is after the last update started, without waiting for it."""
         self._settle()
         place = self._places[job]
-        return _unstacked(self._state[place.group], place.slot)
+        return unstacked(self._state[place.group], place.slot)
 
     def state_of(self, job: Job) -> Slots:
         """Return a running or waiting job's parameters and optimizer state, in NumPy arrays."""
         self._settle()
         if job in self._places:
             return jax.device_get(self.snapshot(job))
-        key = fold_config(job.initial.config), job.config.optimizer.optim
-        return self._restored.get(job) or jax.device_get(_unstacked(empty_slots(Group(*key, 1), job.initial.params), 0))
+        return self._restored.get(job) or jax.device_get(first_state(job))
 
     def adapter_of(self, job: Job) -> Adapter:
         """Return a job's adapter as it is now."""
@@ -494,7 +493,3 @@ class Trainer:
             rows = Rows([[example] for example in order[at : at + size]], slot, 0, 0)
             batch = collate([rows], num_rows=size, max_length=job.config.batches.max_length, packed=False)
             yield params, self._placement.put_rows(batch)
-
-
-def _unstacked(slots: Slots, slot: int) -> Slots:
-    return jax.tree.map(lambda leaf: leaf[slot], slots)

@@ -229,6 +229,10 @@ class AsyncEngine:
         finally:
             stream.close()
 
+    def wake(self) -> None:
+        """Let the engine look whether its background work has something to do now; any thread may call it."""
+        self._inbox.put(lambda: None)
+
     async def stop(self, drain_seconds: float) -> None:
         """Take no more requests, finish those there are for some seconds, give the others up, and end the thread."""
         self._stopping = True

@@ -48,13 +48,15 @@ class Entry:
 
     Attributes:
         record: of the job. It is replaced, never changed.
-        checkpoints: that it kept, the oldest first. The same.
+        asked: its hyperparameters as they were given; those of the record have numbers in place of ``"auto"``.
         directory: of the job.
+        checkpoints: that it kept, the oldest first; replaced, never changed.
     """
 
     record: JobRecord
-    checkpoints: tuple[Checkpoint, ...]
+    asked: Mapping[str, Any]
     directory: Path
+    checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
     def state(self) -> Path:
@@ -106,9 +108,9 @@ class Records:
                 found.append(_read(path))
             except (OSError, ValueError, LookupError, TypeError) as error:
                 _log.error("the record of a fine-tuning job is damaged: %s (%s)", path, error)
-        return sorted(found, key=lambda entry: (entry.record.created_at, entry.record.id))
+        return sorted(found, key=lambda entry: entry.record.id)
 
-    def create(self, record: JobRecord) -> Entry:
+    def create(self, record: JobRecord, asked: Mapping[str, Any]) -> Entry:
         """Make a job's directory, with its rows: another name of the files they are in, or a copy of these.
 
         Raises:
@@ -116,7 +118,7 @@ class Records:
             RecordError: if there is no room; nothing of the job is then left.
         """
         made = self._directory / f"{_TEMPORARY}{record.id}"
-        entry = Entry(record, (), made)
+        entry = Entry(record, dict(asked), made)
         try:
             made.mkdir()
             spec = record.spec
@@ -137,15 +139,16 @@ class Records:
             shutil.rmtree(made, ignore_errors=True)
         return entry
 
-    def write(self, entry: Entry) -> None:
-        """Write an entry's record and checkpoints; after a crash they are as before, or as now.
+    def write(self, entry: Entry, record: JobRecord | None = None) -> None:
+        """Write an entry's record, or another in its place, and its checkpoints; a crash leaves what was, or this.
 
         Raises:
             RecordError: if that is impossible; what was there is then still there.
         """
         content = {
             "version": _VERSION,
-            "record": _plain(entry.record),
+            "record": _plain(record or entry.record),
+            "asked": entry.asked,
             "checkpoints": [dataclasses.asdict(checkpoint) for checkpoint in entry.checkpoints],
         }
         text = json.dumps(content | {"sha256": _checksum(content)}, indent=1) + "\n"
@@ -203,8 +206,8 @@ class Records:
 
 
 def new_id(kind: str) -> str:
-    """Return a new id, such as ``ftjob-`` and 24 letters and digits."""
-    return f"{kind}-{secrets.token_hex(12)}"
+    """Return a new id, such as ``ftjob-`` and 24 letters and digits; later ones are greater."""
+    return f"{kind}-{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
 def _link(source: Path, target: Path) -> None:
@@ -222,7 +225,7 @@ def _rows_name(what: str, given: Path) -> str:
 
 
 def _plain(record: JobRecord) -> dict[str, Any]:
-    fields = dataclasses.asdict(dataclasses.replace(record, spec=dataclasses.replace(record.spec)))
+    fields = dataclasses.asdict(record)
     for name in ("training_path", "validation_path"):
         path = fields["spec"][name]
         fields["spec"][name] = None if path is None else str(path)
@@ -239,7 +242,7 @@ def _read(path: Path) -> Entry:
     for name in ("training_path", "validation_path"):
         spec[name] = None if spec[name] is None else Path(spec[name])
     record = JobRecord(**fields | {"spec": JobSpec(**spec)})
-    return Entry(record, tuple(Checkpoint(**one) for one in content["checkpoints"]), path)
+    return Entry(record, content["asked"], path, tuple(Checkpoint(**one) for one in content["checkpoints"]))
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

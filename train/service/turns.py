@@ -24,8 +24,7 @@ class Turns:
             waiting,
             default=None,
             key=lambda record: (
-                -record.spec.priority, held[record.owner], self._last.get(record.owner, 0), record.created_at,
-                record.id,
+                -record.spec.priority, held[record.owner], self._last.get(record.owner, 0), record.id,
             ),
         )  # fmt: skip
 
