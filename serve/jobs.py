@@ -28,7 +28,7 @@ class JobSpec:
         hyperparameters: by name: OpenAI's ``n_epochs``, ``batch_size`` and ``learning_rate_multiplier`` (numbers, or
             ``"auto"``), and options of ``train.sft`` by their names there, such as ``adapter_kind`` and ``rank``.
         metadata: of the user, up to 16 pairs of texts.
-        priority: higher ones get more of the time.
+        priority: of jobs that wait, those with a higher one begin first.
     """
 
     training_file: str

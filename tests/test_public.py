@@ -285,7 +285,7 @@ def test_defaults_of_python_are_those_of_the_command_line():
     """An option has the name of a field, or of the part of it that is behind ``lora_`` or ``per_device_train_``."""
     parts = [train.JobConfig(), train.OptimizerConfig(), train.BatchOptions(), train.DataOptions(), AdapterConfig()]
     compared = set()
-    for name, option in options._JOB.items():
+    for name, option in options.JOB_OPTIONS.items():
         field = name.removeprefix("per_device_train_").removeprefix("lora_").replace("adapter_kind", "kind")
         for part in parts:
             if hasattr(part, field) and "default" in option and field not in ("targets", "layers"):

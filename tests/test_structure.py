@@ -18,6 +18,9 @@ ORDER = ("kernels", "preft_jax", "serve", "train")
 EXCEPTIONS = {("preft_jax", "serve.generate")}
 """Pairs of modules, the importing one first. ``preft_jax.generate`` runs on the engine: the name is forwarded."""
 
+BY_NAME = {("serve.finetune", "train.service.options"), ("serve.finetune", "train.service.service")}
+"""Pairs that go against the direction and are loaded by name: ``serve.api`` loads what trains, if it is to fine-tune."""
+
 WITHOUT_JAX = (
     "preft_jax.adapters.allocator",
     "preft_jax.adapters.edit_mask",
@@ -135,6 +138,27 @@ def test_packages_import_one_way():
     assert against_the_direction(graph(types=True)) == EXCEPTIONS
 
 
+def loaded_by_name(root=ROOT):
+    """Return what modules load by a constant name, as ``graph`` does."""
+    return {
+        name_of(path, root): (
+            {
+                node.args[0].value
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+                if isinstance(node.args[0], ast.Constant) and node.args[0].value.split(".")[0] in ORDER
+            },
+            set(),
+        )
+        for package in ORDER
+        for path in sorted((root / package).rglob("*.py"))
+    }
+
+
+def test_what_is_loaded_by_name_against_the_direction_is_listed():
+    assert against_the_direction(loaded_by_name()) == BY_NAME
+
+
 def test_no_modules_import_each_other_in_a_circle():
     assert circle(graph()) == []
 
@@ -159,6 +183,7 @@ def test_what_these_tests_find(tmp_path):
         "serve/c.py": "def late():\n    from serve.b import y",
         "kernels/plain.py": "from kernels.deep import jit",
         "kernels/deep.py": "from jax import jit",
+        "serve/late.py": "importlib.import_module('train.typed')",
         "train/typed.py": "if TYPE_CHECKING:\n    from train import other",
         "train/other.py": "from train import typed",
     }
@@ -168,6 +193,7 @@ def test_what_these_tests_find(tmp_path):
         path.write_text(text)
     modules = graph(tmp_path)
     assert against_the_direction(modules) == {("kernels.a", "serve.b")}
+    assert against_the_direction(loaded_by_name(tmp_path)) == {("serve.late", "train.typed")}
     assert set(circle(modules)) == {"serve.b", "serve.c"}
     assert ways_to_jax(modules, "serve.b") == {"kernels.deep"}
     assert ways_to_jax(modules, "train.typed") == set()

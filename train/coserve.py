@@ -2,15 +2,23 @@
 
     training = Training(trainer, WindowOptions(tokens=512, layers=4), ended=publish)
     engine = Engine(model, config, store=store, background=training, background_share=0.3)
+    training.join(job)  # any thread, while the engine runs
 
 A unit is some layers on a window of tokens (``train/window.py``), or an update. The engine starts it between two calls
 of requests, or at once where there are none; the base's weights are the engine's own. What a unit takes is measured,
 and what units of its name are expected to take follows.
+
+A unit that fails costs the update that it belongs to. Its jobs are then trained apart, one an update, so that the one
+at fault is found and given up; no other job and no request ends with it.
 """
 
+import collections
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Generator
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from preft_jax.adapters.adapter import Adapter
@@ -18,6 +26,7 @@ from preft_jax.models.params import Params
 from serve.engine.background import Unit
 from train.jobs import Job
 from train.micro import micro_batches
+from train.step import Slots
 from train.trainer import Result, StepResult, Trainer
 from train.window import Windowed, WindowOptions
 
@@ -29,29 +38,73 @@ _FIRST_SECONDS = 0.01
 _OF_THE_NEW = 0.25
 """How much of what is expected is the latest measurement."""
 
+_windowed = functools.lru_cache(maxsize=16)(Windowed)
+"""The programs of units, kept while jobs come and go: the same groups come back."""
+
+
+class _Update:
+    """An update under way: whose, the units that are left, the next one's name (None: none is left), and its arrays."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = jobs
+        self.units: Iterator[str] = iter(())
+        self.name: str | None = None
+        self.base: Params = {}
+        self.arrays: Any = None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingUnit(Unit):
-    """A unit with the name of its program."""
+    """A unit with the name of its program, and the update that it is of."""
 
     name: str
+    update: _Update
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """Whom training tells of what, and whom it asks. The thread that runs the engine calls them, so they do not wait.
+
+    What a hook raises is logged, and changes nothing.
+
+    Attributes:
+        joined: told of a job that has a slot now.
+        updated: told what an update gave a job, one update later.
+        keeps: asked after each update of a job whether its state is wanted; ``kept`` gets it.
+        kept: told a job's state after so many updates, in arrays of the device that nothing changes.
+        evaluates: asked after each update of a job whether its held-out rows are evaluated on; ``evaluated`` is told.
+        evaluated: told the mean loss on held-out rows after so many updates, and how many tokens it is the mean of.
+        left: told of a job that left, as it was asked to, and its state, with which it may join again.
+        lost: told of jobs that left because a failed update has spoiled their states; None: they are given up.
+    """
+
+    joined: Callable[[Job], object] = lambda job: None
+    updated: Callable[[Result], object] = lambda result: None
+    keeps: Callable[[Job], bool] = lambda job: False
+    kept: Callable[[Job, int, Slots], object] = lambda job, step, state: None
+    evaluates: Callable[[Job], bool] = lambda job: False
+    evaluated: Callable[[Job, int, float, int], object] = lambda job, step, loss, tokens: None
+    left: Callable[[Job, Slots], object] = lambda job, state: None
+    lost: Callable[[Job], object] | None = None
 
 
 class Training:
-    """Work of an engine (``serve.engine.background.Work``): trains a trainer's jobs until none has updates left.
+    """Work of an engine (``serve.engine.background.Work``): trains jobs until none has updates left.
 
     Args:
-        trainer: its jobs join and leave as they do alone; nobody else may step it while the engine runs.
+        trainer: its jobs are trained; nobody else may use it while the engine runs.
         windows: how a micro-batch is cut into units.
-        updated: told what an update gave each job, one update later.
-        ended: told of each job that is done or was given up (``job.failed``), with its adapter; the job has left the
-            trainer. What it raises is logged.
+        updated: ``Hooks.updated``.
+        ended: told of each job that is done or was given up (``job.failed``), with the adapter of its last whole update
+            (its first one, if that is lost); the job has left the trainer. What it raises is logged.
+        hooks: others who are told.
 
     Attributes:
         seconds: what a unit is expected to take, by name.
         updates: that were started.
-        error: why training stopped for good, or None. Jobs have the adapters of their last whole update.
-        paused: while it is set no unit is given; any thread may set it.
+        error: what the last unit that failed was stopped by, or None.
+        paused: while it is set no unit is given; any thread may set it. An engine that waits for requests has to be
+            woken once it is no longer set (``AsyncEngine.wake``); so it has when a job is to join or to leave.
     """
 
     def __init__(
@@ -61,34 +114,77 @@ class Training:
         *,
         updated: Callable[[Result], object] = lambda result: None,
         ended: Callable[[Job, Adapter], object] = lambda job, adapter: None,
+        hooks: Hooks = Hooks(),
     ):
         self.trainer = trainer
+        self.hooks = hooks
         self.seconds: dict[str, float] = {}
         self.updates = 0
         self.error: Exception | None = None
         self.paused = False
         self._windows = windows
-        self._updated = updated
-        self._ended = ended
-        self._known: set[str] = set()
-        self._windowed: Windowed | None = None
-        self._base: Params = {}
-        self._arrays: Any = None
-        self._plan: Generator[str, None, None] | None = None
-        self._name: str | None = None
+        self._ask_updated = updated
+        self._ask_ended = ended
+        self._measured: set[str] = set()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._update: _Update | None = None
+        # Trained one an update, for an update of several of them failed.
+        self._apart: set[Job] = set()
+        self._tokens: dict[tuple[Job, int], int] = {}
+        self._snapshots: dict[tuple[Job, int], Slots] = {}
+        self._evaluations: list[tuple[Job, int, Any, Any]] = []
+        # The engine's thread holds it while it is in here, and ``close`` while it ends all.
+        self._lock = threading.RLock()
+        self._closed = False
+
+    # From any thread
+
+    def join(self, job: Job, state: Slots | None = None) -> None:
+        """Let a job join before the next update; ``state`` is what it left with, ``job.step`` its updates so far.
+
+        A job that cannot join, for want of memory for one, is given up.
+        """
+        self._inbox.put(functools.partial(self._join, job, state))
+
+    def leave(self, job: Job) -> None:
+        """Let a job leave after this update; one that is not there any more is ignored."""
+        self._inbox.put(functools.partial(self._leave, job))
+
+    def close(self) -> None:
+        """Let all jobs leave with what they learned in whole updates, and give no unit any more."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed, self._update = True, None
+            try:
+                self._read_inbox()
+                self.trainer.forget_gathered()
+                for job in self.trainer.jobs:
+                    self._leave(job)
+                self._let_go()
+            except Exception as error:
+                self._forget_states(error)
 
     # What the engine asks for
 
     def next(self) -> Unit | None:
-        """Return the unit that comes next; None while paused, after an error, and while no job has an update left."""
-        if self.paused or self.error is not None:
-            return None
-        if self._name is None:
-            self._begin()
-        if self._name is None:
-            return None
-        seconds = self.seconds.get(self._name, _FIRST_SECONDS)
-        return TrainingUnit(start=self._start, seconds=seconds, name=self._name)
+        """Return the unit that comes next; None while paused, and while no job has an update left."""
+        with self._lock:
+            if self._closed:
+                return None
+            while self._update is None or self._update.name is None:
+                try:
+                    if not self._begin():
+                        return None
+                except Exception as error:  # Nobody's in particular: the device has lost the jobs' states.
+                    self._forget_states(error)
+            if self.paused:
+                return None
+            update = self._update
+            assert update.name is not None
+            seconds = self.seconds.get(update.name, _FIRST_SECONDS)
+            start = functools.partial(self._start, update)
+            return TrainingUnit(start=start, seconds=seconds, name=update.name, update=update)
 
     def done(self, unit: Unit, seconds: float) -> None:
         """Expect of units of this name what was expected before, and a part of what this one took.
@@ -96,66 +192,214 @@ class Training:
         The first of a name may have been compiled: what it took says nothing.
         """
         assert isinstance(unit, TrainingUnit)
-        if unit.name in self._known:
+        if unit.name in self._measured:
             before = self.seconds.get(unit.name, seconds)
             self.seconds[unit.name] = before + _OF_THE_NEW * (seconds - before)
-        self._known.add(unit.name)
+        self._measured.add(unit.name)
 
     def failed(self, unit: Unit, error: Exception) -> None:
-        """Stop for good."""
-        _log.error("training beside serving stopped: %s", error, exc_info=error)
-        self.error = error
-        self._plan = self._name = None
+        """Give up the update of a unit, and its job if it is the only one; others begin theirs again."""
+        assert isinstance(unit, TrainingUnit)
+        with self._lock:
+            if unit.update is self._update:
+                self._recover(unit.update, error)
 
     # Updates
 
-    def _start(self, base: Params) -> Any:
-        """Start the unit that comes next and return its arrays."""
-        if self._plan is None:  # A unit before this one failed.
-            return None
-        self._base = base
-        self._name = next(self._plan, None)
-        return self._arrays
+    def _start(self, update: _Update, base: Params) -> Any:
+        """Start the unit of an update that comes next and return its arrays."""
+        with self._lock:
+            if update is not self._update:  # A unit before this one failed.
+                return None
+            update.base = base
+            update.name = next(update.units, None)
+            return update.arrays
 
-    def _begin(self) -> None:
-        """Plan the next update of the jobs that have one, after letting go of those that have none."""
-        self.trainer.admit()
+    def _begin(self) -> bool:
+        """Plan the next update of jobs that have one, after letting go of those that have none; return if there is."""
+        self._update = None
+        self._read_inbox()
+        if self.paused:
+            return False
+        self._admit()
         while any(job.done for job in self.trainer.running):
             self._let_go()
-            self.trainer.admit()
-        jobs = self.trainer.running
-        if jobs:
-            self._plan = self._units(jobs)
-            self._name = next(self._plan)
+            self._admit()
+        jobs = self._turn()
+        if not jobs:
+            return False
+        update = self._update = _Update(jobs)
+        try:
+            update.units = self._units(update)
+            update.name = next(update.units)
+        except Exception as error:
+            self._recover(update, error)
+        return True
 
-    def _units(self, jobs: list[Job]) -> Generator[str, None, None]:
+    def _turn(self) -> list[Job]:
+        """Return the jobs of the next update: all those that are not trained apart, or one of the others."""
+        running = self.trainer.running
+        self._apart &= set(running)
+        together = [job for job in running if job not in self._apart]
+        turns = [*([together] if together else []), *([job] for job in running if job in self._apart)]
+        return turns[self.updates % len(turns)] if turns else []
+
+    def _units(self, update: _Update) -> Generator[str, None, None]:
         """Yield the name of each unit of an update, and start it when asked for the next one."""
+        jobs, tokens = update.jobs, collections.Counter[Job]()
+        windowed: Windowed | None = None
         for rows in micro_batches(jobs):
             micro = self.trainer.prepare(rows)
-            if self._windowed is None or self._windowed.groups != micro.groups:
-                self._windowed = Windowed(self.trainer.model.config, micro.groups, self._windows)
-            units = self._windowed.units(micro.params, micro.batch, micro.dropout_J, micro.loss, micro.sums)
+            windowed = _windowed(self.trainer.model.config, micro.groups, self._windows)
+            units = windowed.units(micro.params, micro.batch, micro.dropout_J, micro.loss, micro.sums)
             while units.name is not None:
                 yield units.name
-                self._arrays = units.start(self._base)
+                update.arrays = units.start(update.base)
             assert units.sums is not None
             self.trainer.gather(micro, units.sums)
+            for job, own in rows.items():
+                tokens[job] += sum(len(document) for row in own for document in row)
         yield "update"
         self.updates += 1
+        self._tokens |= {(job, job.step + 1): tokens[job] for job in jobs}
         self._tell(self.trainer.optim_step(jobs))
-        self._arrays = self.trainer.started
+        update.arrays = self.trainer.started
+        for job in jobs:
+            if job.failed is None and self._asked("keeps", job):
+                self._snapshots[job, job.step] = self.trainer.snapshot(job)
+        for job in jobs:
+            if job.failed is None and job.held_out and self._asked("evaluates", job):
+                assert windowed is not None
+                yield from self._evaluation(update, job, windowed)
+
+    def _evaluation(self, update: _Update, job: Job, windowed: Windowed) -> Generator[str, None, None]:
+        """Yield the name of each unit of an evaluation pass, and start it when asked for the next one."""
+        slot, loss, count = self.trainer.slot_of(job), 0.0, 0.0
+        for params, batch in self.trainer.evaluation(job, job.held_out):
+            units = windowed.evaluation(params, batch)
+            while units.name is not None:
+                yield units.name
+                update.arrays = units.start(update.base)
+            assert units.sums is not None
+            loss, count = loss + units.sums.loss_J[slot], count + units.sums.count_J[slot]
+        self._evaluations.append((job, job.step, loss, count))
+
+    # Jobs come and go, between updates
+
+    def _read_inbox(self) -> None:
+        while True:
+            try:
+                action = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            action()
+
+    def _join(self, job: Job, state: Slots | None) -> None:
+        try:
+            self.trainer.add(job, state)
+        except Exception as error:
+            self._give_up(job, error)
+            self._tell_ended(job, job.initial)
+            return
+        if not self._closed:
+            self._admit()
+
+    def _admit(self) -> None:
+        """Give slots to jobs that wait; one with which that fails is given up."""
+        before = set(self.trainer.running)
+        while True:
+            try:
+                self.trainer.admit()
+                break
+            except Exception as error:
+                waiting = [job for job in self.trainer.jobs if job not in before]
+                if not waiting:
+                    raise
+                self._give_up(waiting[0], error)
+                self.trainer.release(waiting[0])
+                self._tell_ended(waiting[0], waiting[0].initial)
+        for job in self.trainer.running:
+            if job not in before:
+                self._call(self.hooks.joined, job)
+
+    def _leave(self, job: Job) -> None:
+        if job in self.trainer.jobs:
+            self._settle()
+        if job in self.trainer.jobs and job.failed is None:
+            self._call(self.hooks.left, job, self.trainer.release(job))
+
+    def _settle(self) -> None:
+        """Wait for the last update, and tell of it."""
+        self._tell(self.trainer.finish())
 
     def _let_go(self) -> None:
         """Wait for the last update, and let jobs that are done leave."""
-        self._tell(self.trainer.finish())
+        self._settle()
         for job in [job for job in self.trainer.running if job.done]:
             adapter = self.trainer.adapter_of(job)
             self.trainer.release(job)
-            try:
-                self._ended(job, adapter)
-            except Exception:
-                _log.exception("what is done with the adapter of %s failed", job.name)
+            self._tell_ended(job, adapter)
+
+    # Failures
+
+    def _recover(self, update: _Update, error: Exception) -> None:
+        """Begin anew after an update that failed: nothing is left of it, unless it spoiled the jobs' states."""
+        interrupted = isinstance(error, InterruptedError)
+        _log.warning("an update of %s failed: %s", ", ".join(job.name for job in update.jobs), error, exc_info=error)
+        self.error, self._update = error, None
+        self.trainer.forget_gathered()
+        if len(update.jobs) == 1 and not interrupted:
+            self._give_up(update.jobs[0], error)
+        elif not interrupted:
+            self._apart |= set(update.jobs)
+        try:
+            self.trainer.wait()
+            self._settle()
+        except Exception as lost:
+            self._forget_states(lost)
+
+    def _forget_states(self, error: Exception) -> None:
+        jobs = self.trainer.forget_states()
+        self._tokens, self._snapshots, self._evaluations = {}, {}, []
+        for job in jobs:
+            if job.failed is None and self.hooks.lost is not None:
+                self._call(self.hooks.lost, job)
+            else:
+                self._give_up(job, error)
+                self._tell_ended(job, job.initial)
+
+    def _give_up(self, job: Job, error: Exception) -> None:
+        if job.failed is None:
+            job.failed = f"training failed after step {job.step}: {type(error).__name__}: {error}"
+
+    # Who is told
+
+    def _asked(self, name: str, job: Job) -> bool:
+        return bool(self._call(getattr(self.hooks, name), job))
+
+    def _call(self, hook: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return hook(*args)
+        except Exception:
+            _log.exception("what is told of training failed")
+            return None
+
+    def _tell_ended(self, job: Job, adapter: Adapter) -> None:
+        self._call(self._ask_ended, job, adapter)
 
     def _tell(self, results: StepResult | None) -> None:
-        for result in results.results if results is not None else ():
-            self._updated(result)
+        """Tell what updates gave, then what was evaluated and kept after them."""
+        told = [] if results is None else results.results
+        for result in told:
+            result = result._replace(tokens=self._tokens.pop((result.job, result.step), 0))
+            for hook in (self._ask_updated, self.hooks.updated):
+                self._call(hook, result)
+        evaluations, self._evaluations = self._evaluations, []
+        for job, step, loss, count in evaluations:
+            if job.failed is None and float(count):
+                self._call(self.hooks.evaluated, job, step, float(loss) / float(count), int(count))
+        for result in told:
+            key = result.job, result.step
+            snapshot = self._snapshots.pop(key, None)
+            if snapshot is not None and result.finite:
+                self._call(self.hooks.kept, *key, snapshot)

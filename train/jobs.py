@@ -21,6 +21,7 @@ from train.data.batches import BatchOptions, Row, plan_epoch
 from train.data.rows import DataOptions, Example
 from train.optimizer import Numbers, OptimizerConfig, numbers
 from train.run.start import load_start
+from train.step import Group, Slots, empty_slots, fold_config, unstacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,3 +194,9 @@ def first_adapter(config: JobConfig, model: Model) -> Adapter:
         adapter,
         config=dataclasses.replace(adapter.config, base_model=model.name or None, base_model_digest=model.digest),
     )
+
+
+def first_state(job: Job) -> Slots:
+    """Return the parameters and the optimizer state of a job that was never updated."""
+    group = Group(fold_config(job.initial.config), job.config.optimizer.optim, 1)
+    return unstacked(empty_slots(group, job.initial.params), 0)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from preft_jax.errors import ConfigError
 from train.data.batches import Batch
 from train.data.documents import Document
 from train.data.rows import Example
@@ -43,3 +44,26 @@ def micro_batches(jobs: Sequence[Job], done: Mapping[Job, int] | None = None) ->
         }
         if rows:
             yield rows
+
+
+def check_rows(job: Job, rows: Sequence[DocumentRow], loss: Loss, vocab_size: int) -> None:
+    """Raise ``ConfigError`` unless a job can be trained on rows by this loss."""
+    if job.failed is not None:
+        raise ConfigError(f"{job.name!r} was given up: {job.failed}")
+    longest = max((sum(map(len, row)) for row in rows), default=0)
+    if longest > job.config.batches.max_length:
+        raise ConfigError(
+            f"a row of {job.name!r} has {longest} tokens and max_length is {job.config.batches.max_length}; raise "
+            "max_length, or cut the row"
+        )
+    for document in (document for row in rows for document in row):
+        if not 0 <= document.token_ids.min() <= document.token_ids.max() < vocab_size:
+            raise ConfigError(
+                f"a document of {job.name!r} has token ids outside 0 to {vocab_size - 1}, the model's vocabulary"
+            )
+        for name in loss.needs:
+            if getattr(document, name) is None:
+                raise ConfigError(
+                    f"the loss {loss.name!r} needs {name}, and a document of {job.name!r} has none; give them, or "
+                    "take another loss"
+                )

@@ -12,7 +12,10 @@ from train.step import Report
 
 
 class Result(NamedTuple):
-    """What one update of one job gave; ``metrics`` are those of its losses, means as ``loss`` is one."""
+    """What one update of one job gave; ``metrics`` are those of its losses, means as ``loss`` is one.
+
+    ``tokens`` are those of the job's rows, where who steps the trainer counts them (``train/coserve.py``), else 0.
+    """
 
     job: Job
     step: int
@@ -21,6 +24,7 @@ class Result(NamedTuple):
     learning_rate: float
     finite: bool
     metrics: Mapping[str, float] = types.MappingProxyType({})
+    tokens: int = 0
 
 
 class StepResult(NamedTuple):

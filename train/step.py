@@ -109,6 +109,11 @@ def empty_slots(group: Group, params: Any) -> Slots:
     return Slots(stacked, jax.vmap(functools.partial(init_state, group.optim))(stacked))
 
 
+def unstacked(slots: Slots, slot: int) -> Slots:
+    """Return one slot's adapter and optimizer state."""
+    return jax.tree.map(lambda leaf: leaf[slot], slots)
+
+
 def _folds(groups: Sequence[Group], params: Sequence[Any]) -> list[Any]:
     """Return each group's folds; every leaf has a leading axis of slots."""
     return [jax.vmap(functools.partial(fold_params, g.config))(p) for g, p in zip(groups, params, strict=True)]

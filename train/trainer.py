@@ -8,7 +8,7 @@ import collections
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +25,12 @@ from preft_jax.models.layer import Remat
 from preft_jax.models.layout import fused_layout
 from train.data.batches import Batch, Rows, collate
 from train.data.rows import Example
-from train.jobs import Job
+from train.jobs import Job, first_state
 from train.losses import Loss, find_loss
-from train.micro import DocumentRow, MicroBatch, micro_batches
+from train.micro import DocumentRow, MicroBatch, check_rows, micro_batches
 from train.optimizer import Numbers
 from train.results import Entries, Pending, Result, StepResult, results_of
-from train.step import Group, Means, Programs, Report, Slots, Sums, empty_slots, fold_config
+from train.step import Group, Means, Programs, Report, Slots, Sums, fold_config, unstacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Trainer:
             job = self._waiting.popleft()
             key = fold_config(job.initial.config), job.config.optimizer.optim
             group = next((i for i, g in enumerate(self._groups) if (g.config, g.optim) == key), None)
-            state = self._restored.pop(job, None) or _unstacked(empty_slots(Group(*key, 1), job.initial.params), 0)
+            state = self._restored.pop(job, None) or first_state(job)
             if group is None:
                 self._drop_empty_groups()  # The programs are made anew in any case.
                 group = len(self._groups)
@@ -184,19 +184,23 @@ class Trainer:
             return self.options.attention
         return "cudnn" if jax.default_backend() == "gpu" and self._base["embed"].dtype != jnp.float32 else "xla"
 
-    def _slot(self, job: Job) -> int:
-        """Return a job's slot among those of all groups."""
+    def slot_of(self, job: Job) -> int:
+        """Return a running job's slot among those of all groups."""
         place = self._places[job]
         return sum(group.size for group in self._groups[: place.group]) + place.slot
+
+    def snapshot(self, job: Job) -> Slots:
+        """Return a running job's state as it is after the last update started, without waiting for it."""
+        self._settle()
+        place = self._places[job]
+        return unstacked(self._state[place.group], place.slot)
 
     def state_of(self, job: Job) -> Slots:
         """Return a running or waiting job's parameters and optimizer state, in NumPy arrays."""
         self._settle()
         if job in self._places:
-            place = self._places[job]
-            return jax.device_get(_unstacked(self._state[place.group], place.slot))
-        key = fold_config(job.initial.config), job.config.optimizer.optim
-        return self._restored.get(job) or jax.device_get(_unstacked(empty_slots(Group(*key, 1), job.initial.params), 0))
+            return jax.device_get(self.snapshot(job))
+        return self._restored.get(job) or jax.device_get(first_state(job))
 
     def adapter_of(self, job: Job) -> Adapter:
         """Return a job's adapter as it is now."""
@@ -233,7 +237,7 @@ class Trainer:
         for job, own in rows.items():
             self._check_rows(job, own, found)
         parts = [
-            Rows(own, self._slot(job), job.config.batches.seed, job.count + self._gathered.get(job, 0))
+            Rows(own, self.slot_of(job), job.config.batches.seed, job.count + self._gathered.get(job, 0))
             for job, own in rows.items()
         ]
         if not any(part.rows for part in parts):
@@ -275,7 +279,7 @@ class Trainer:
         numbers = {job: job.numbers() for job in jobs} | dict(numbers or {})
         sums, *rest = self._split_sums(jobs)
         args = self._state, sums, self._stacked(numbers)
-        entries = [(job, self._slot(job), job.step, float(numbers[job].learning_rate)) for job in jobs]
+        entries = [(job, self.slot_of(job), job.step, float(numbers[job].learning_rate)) for job in jobs]
         after = {
             "_sums": rest[0], "_gathered": rest[1], "_tokens": 0, "_padded_tokens": 0,
             "_entries": Entries(entries, self._tokens, self._padded_tokens),
@@ -335,11 +339,29 @@ class Trainer:
         return self._pending[-1].report if self._pending else None
 
     def release(self, job: Job) -> Slots:
-        """Free a running job's slot and return its state; what it has gathered is dropped."""
+        """Let a job leave, running or waiting, and return its state; what it has gathered is dropped."""
         state = self.state_of(job)
         self._drop_sums(job)
-        del self._places[job]
+        if self._places.pop(job, None) is None:
+            self._waiting.remove(job)
+            self._restored.pop(job, None)
         return state
+
+    def forget_gathered(self) -> None:
+        """Drop what jobs have gathered for their next updates."""
+        self._sums, self._gathered, self._tokens, self._padded_tokens = None, {}, 0, 0
+
+    def wait(self) -> None:
+        """Wait for the last update; raises what it failed with, and ``PreftError`` if the state was lost."""
+        self._settle()
+        jax.block_until_ready(self._state)
+
+    def forget_states(self) -> list[Job]:
+        """Let the running jobs leave without their states, which a failed update has spoiled; return the jobs."""
+        jobs = list(self._places)
+        self._places, self._groups, self._state, self._pending, self._updated = {}, [], (), (), None
+        self.forget_gathered()
+        return jobs
 
     def finish(self) -> StepResult | None:
         """Return the results of the last update started."""
@@ -375,32 +397,13 @@ class Trainer:
                 f"{job.name!r} has no slot: it was not added, was released, or waits because max_jobs is "
                 f"{self.options.max_jobs}; running: {', '.join(one.name for one in self._places) or 'none'}"
             )
-        if job.failed is not None:
-            raise ConfigError(f"{job.name!r} was given up: {job.failed}")
-        longest = max((sum(map(len, row)) for row in rows), default=0)
-        if longest > job.config.batches.max_length:
-            raise ConfigError(
-                f"a row of {job.name!r} has {longest} tokens and max_length is {job.config.batches.max_length}; raise "
-                "max_length, or cut the row"
-            )
-        vocab_size = self.model.config.vocab_size
-        for document in (document for row in rows for document in row):
-            if not 0 <= document.token_ids.min() <= document.token_ids.max() < vocab_size:
-                raise ConfigError(
-                    f"a document of {job.name!r} has token ids outside 0 to {vocab_size - 1}, the model's vocabulary"
-                )
-            for name in loss.needs:
-                if getattr(document, name) is None:
-                    raise ConfigError(
-                        f"the loss {loss.name!r} needs {name}, and a document of {job.name!r} has none; give them, or "
-                        "take another loss"
-                    )
+        check_rows(job, rows, loss, self.model.config.vocab_size)
 
     # What is gathered
 
     def _own_sums(self, job: Job) -> _Own:
         assert self._sums is not None
-        place, slot, sums = self._places[job], self._slot(job), self._sums
+        place, slot, sums = self._places[job], self.slot_of(job), self._sums
         grads = jax.tree.map(lambda leaf: leaf[place.slot], sums.grads[place.group])
         return _Own(grads, *jax.tree.map(lambda leaf_J: leaf_J[slot], tuple(sums[1:])))
 
@@ -410,7 +413,7 @@ class Trainer:
         grads = [jax.tree.map(jnp.zeros_like, slots.params) for slots in self._state]
         rest = jax.tree.map(lambda leaf: jnp.zeros(num_slots, leaf.dtype), next(iter(own.values()))[1:])
         for job, some in own.items():
-            place, slot = self._places[job], self._slot(job)
+            place, slot = self._places[job], self.slot_of(job)
             grads[place.group] = jax.tree.map(
                 lambda stack, leaf, at=place.slot: stack.at[at].set(leaf), grads[place.group], some.grads
             )
@@ -424,7 +427,7 @@ class Trainer:
         others = {job: self._own_sums(job) for job in self._gathered if job not in jobs}
         if others:
             # A slot whose count is zero keeps what it has.
-            stays_J = np.isin(np.arange(len(sums.count_J)), [self._slot(job) for job in others])
+            stays_J = np.isin(np.arange(len(sums.count_J)), [self.slot_of(job) for job in others])
             sums = sums._replace(count_J=jnp.where(stays_J, 0.0, sums.count_J))
         rest = self._placement.put_replicated(self._joined(others)) if others else None
         return sums, rest, {job: count for job, count in self._gathered.items() if job in others}
@@ -459,7 +462,7 @@ class Trainer:
             return None
         dropout = np.zeros(sum(group.size for group in self._groups), np.float32)
         for job, rate in rates.items():
-            dropout[self._slot(job)] = rate
+            dropout[self.slot_of(job)] = rate
         return dropout
 
     def _stacked(self, numbers: Mapping[Job, Numbers]) -> tuple[Numbers, ...]:
@@ -473,20 +476,20 @@ class Trainer:
 
     def evaluate(self, job: Job, examples: Sequence[Example]) -> tuple[float, int]:
         """Return the mean loss of a running job's adapter on examples, and the number of learned tokens."""
-        size, slot = job.config.batches.batch_size, self._slot(job)
+        total = count = 0.0
+        slot = self.slot_of(job)
+        for params, batch in self.evaluation(job, examples):
+            loss_J, count_J = jax.device_get(self._programs.evaluate(self._base, params, batch))
+            total, count = total + float(loss_J[slot]), count + float(count_J[slot])
+        return total / max(count, 1), int(count)
+
+    def evaluation(self, job: Job, examples: Sequence[Example]) -> Iterator[tuple[tuple[Any, ...], Batch]]:
+        """Yield parameters and batches of what ``evaluate`` computes, for who computes it otherwise."""
+        size, slot = job.config.batches.batch_size, self.slot_of(job)
         size = -(-size // self._placement.num_shards) * self._placement.num_shards
         params = tuple(slots.params for slots in self._state)
-        total = count = 0.0
         order = sorted(examples, key=len)
         for at in range(0, len(order), size):
             rows = Rows([[example] for example in order[at : at + size]], slot, 0, 0)
             batch = collate([rows], num_rows=size, max_length=job.config.batches.max_length, packed=False)
-            loss_J, count_J = jax.device_get(
-                self._programs.evaluate(self._base, params, self._placement.put_rows(batch))
-            )
-            total, count = total + float(loss_J[slot]), count + float(count_J[slot])
-        return total / max(count, 1), int(count)
-
-
-def _unstacked(slots: Slots, slot: int) -> Slots:
-    return jax.tree.map(lambda leaf: leaf[slot], slots)
+            yield params, self._placement.put_rows(batch)

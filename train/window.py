@@ -127,12 +127,15 @@ class Windowed:
             self._backward_unit, donate_argnames=("d_kv", "d_edits"), static_argnames=("past", "edited")
         )
         self._loss = jax.jit(self._loss_unit, static_argnames=("loss",))
+        self._only_loss = jax.jit(self._only_loss_unit)
         self._fold = jax.jit(self._fold_unit)
 
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        jitted: tuple[Any, ...] = (self._embed, self._edits, self._forward, self._backward, self._loss, self._fold)
+        jitted: tuple[Any, ...] = (
+            self._embed, self._edits, self._forward, self._backward, self._loss, self._only_loss, self._fold,
+        )  # fmt: skip
         return sum(program._cache_size() for program in jitted)
 
     def kept_bytes(self, tokens: int, dtype: Any) -> int:
@@ -153,18 +156,45 @@ class Windowed:
         """Return the units of a micro-batch; arguments as of ``step.accumulate``, of which the base comes later."""
         return Units(lambda units: self._plan(units, params, batch, dropout_J, loss, sums))
 
+    def evaluation(self, params: tuple[Any, ...], batch: Batch) -> "Units":
+        """Return the forward units of a batch: their sums are cross-entropies and weights by slot, without gradients.
+
+        Arguments as of ``step.evaluate``, of which the base comes later. Dropout is off.
+        """
+        return Units(lambda units: self._evaluation_plan(units, params, batch))
+
     # The plan, on the host
+
+    def _evaluation_plan(self, units: "Units", params: tuple[Any, ...], batch: Batch) -> Generator[str, None, Sums]:
+        """Yield the name of each unit, and start it when asked for the next one."""
+        batch, size, starts, learned = self._cut(batch)
+        yield "edits"
+        edits = units.arrays = self._edits(params, units.base["embed"])
+        run = _Run(self, units, batch, size, edits, None)
+        total_J = count_J = jnp.zeros(sum(group.size for group in self.groups))
+        for at in starts:
+            yield from run.forward(at, keep=False)
+            h_BWD = run.outputs.pop(at)
+            if at in learned:
+                yield "evaluate"
+                total_J, count_J = self._only_loss(units.base, h_BWD, run.window(at).batch, (total_J, count_J))
+                units.arrays = total_J
+        return Sums((), total_J, count_J, {})
+
+    def _cut(self, batch: Batch) -> tuple[Batch, int, list[int], list[int]]:
+        """Return a batch in NumPy, tokens of a window, and where windows begin: those needed, those learned from."""
+        batch = jax.tree.map(np.asarray, batch)
+        size = min(self.options.tokens, batch.tokens_BS.shape[1])
+        starts = range(0, batch.tokens_BS.shape[1], size)
+        learned = [at for at in starts if (batch.weights_BS[:, at : at + size] != 0).any()]
+        return batch, size, [at for at in starts if learned and at <= learned[-1]], learned
 
     def _plan(
         self, units: "Units", params: tuple[Any, ...], batch: Batch, dropout_J: Any, loss: Loss, sums: Sums | None
     ) -> Generator[str, None, Sums]:
         """Yield the name of each unit, and start it when asked for the next one."""
-        batch = jax.tree.map(np.asarray, batch)
-        size = min(self.options.tokens, batch.tokens_BS.shape[1])
-        starts = range(0, batch.tokens_BS.shape[1], size)
-        learned = [at for at in starts if (batch.weights_BS[:, at : at + size] != 0).any()]
+        batch, size, starts, learned = self._cut(batch)
         edited = {at for at in starts if batch.edit_mask_BSG[:, at : at + size].any()}
-        starts = [at for at in starts if learned and at <= learned[-1]]
         yield "edits"
         embed = units.base["embed"]
         edits = units.arrays = self._edits(params, embed)
@@ -277,6 +307,14 @@ class Windowed:
         d_BWD, own = jax.grad(objective, has_aux=True)(h_BWD)
         return d_BWD, own if found is None else jax.tree.map(jnp.add, found, own)
 
+    def _only_loss_unit(
+        self, base: Params, h_BWD: jax.Array, batch: Batch, found: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        normed = rms_norm(h_BWD, base["norm"], self.config.rms_norm_eps)
+        num_slots = sum(group.size for group in self.groups)
+        loss_J, count_J, _ = stream_losses(base, normed, batch, num_slots, CROSS_ENTROPY)
+        return found[0] + loss_J, found[1] + count_J
+
 
 class Units:
     """A micro-batch's units, started one by one.
@@ -365,8 +403,11 @@ class _Run:
         ws = tuple(self._units.base["layers"][i] for i in run)
         return ws, tuple(self._edits[i] for i in run), np.int32(run.start)
 
-    def forward(self, at: int) -> Iterator[str]:
-        """Yield the names of a window's forward units, each of which is started when the next is asked for."""
+    def forward(self, at: int, *, keep: bool = True) -> Iterator[str]:
+        """Yield the names of a window's forward units, each of which is started when the next is asked for.
+
+        ``keep``: what the backward units need of it.
+        """
         window, past = self.window(at), self._past(at)
         edited = bool(window.batch.edit_mask_BSG.any())
         h_BWD: Any = None
@@ -374,7 +415,8 @@ class _Run:
             yield f"forward-{past}"
             if h_BWD is None:
                 h_BWD = self._owner._embed(self._units.base["embed"], window.batch.tokens_BS)
-            self._inputs[n, at] = h_BWD
+            if keep:
+                self._inputs[n, at] = h_BWD
             h_BWD, self._kv[n] = self._owner._forward(
                 *self._arguments(n), h_BWD, self._kv[n], window, self._dropout_J, past=past, edited=edited
             )

@@ -230,7 +230,7 @@ class AsyncEngine:
             stream.close()
 
     def wake(self) -> None:
-        """Let the thread look again whether there is background work; any thread may call it."""
+        """Let the engine look whether its background work has something to do now; any thread may call it."""
         self._inbox.put(lambda: None)
 
     async def stop(self, drain_seconds: float) -> None:

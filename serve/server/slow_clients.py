@@ -4,13 +4,24 @@ Where there are many of them, those that dawdle go first (``connections.py``).
 """
 
 import asyncio
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.server.connections import Connections
 from serve.server.middleware import STREAMED
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long clients may take, and the book of their connections; see ``timed_protocol``."""
+
+    request_seconds: float
+    read_seconds: float
+    connections: Connections[H11Protocol]
+    upload_seconds: float | None = None
 
 
 def timed_protocol(
@@ -20,7 +31,7 @@ def timed_protocol(
     *,
     upload_seconds: float | None = None,
 ) -> type[H11Protocol]:
-    """Return uvicorn's HTTP/1.1 protocol with two limits, at which it drops the connection, and a book of connections.
+    """Return uvicorn's HTTP/1.1 protocol with limits, at which it drops the connection, and a book of connections.
 
     Args:
         request_seconds: from a connection's or a request's first byte until the request is there, body included.
@@ -30,77 +41,91 @@ def timed_protocol(
             (``middleware.STREAMED``); None: as others.
     """
 
-    class TimedProtocol(H11Protocol):
-        """uvicorn's protocol with two more timers."""
+    class Limited(TimedProtocol):
+        """The protocol of one server."""
 
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            self._arriving: asyncio.TimerHandle | None = None
-            self._unread: asyncio.TimerHandle | None = None
-            self._uploading: object = None
+        limits = Limits(request_seconds, read_seconds, connections, upload_seconds)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._arriving = self.loop.call_later(request_seconds, self._drop)
-            dropped = connections.open(self, self.client[0] if self.client else None)
-            if dropped is not None:
-                dropped.transport.abort()
+    return Limited
 
-        def connection_lost(self, exc: Exception | None) -> None:
+
+class TimedProtocol(H11Protocol):
+    """uvicorn's protocol with two more timers."""
+
+    limits: ClassVar[Limits]
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._arriving: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+        # Of the upload whose time has begun.
+        self._upload: object = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Note a new connection; another one may have to go for it."""
+        super().connection_made(transport)
+        self._arriving = self.loop.call_later(self.limits.request_seconds, self._drop)
+        dropped = self.limits.connections.open(self, self.client[0] if self.client else None)
+        if dropped is not None:
+            dropped.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        _cancel(self._arriving)
+        _cancel(self._unread)
+        self.limits.connections.close(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, and begin or end the time of a request."""
+        super().data_received(data)
+        self._note()
+        if not self._is_arriving:
             _cancel(self._arriving)
-            _cancel(self._unread)
-            connections.close(self)
-            super().connection_lost(exc)
+            self._arriving = None
+        elif self.limits.upload_seconds is not None and self.scope is not self._upload and self._is_upload:
+            self._upload = self.scope
+            _cancel(self._arriving)
+            self._arriving = self.loop.call_later(self.limits.upload_seconds, self._drop)
+        elif self._arriving is None:
+            self._arriving = self.loop.call_later(self.limits.request_seconds, self._drop)
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._note()
-            if self._is_arriving:
-                if self._arriving is None:
-                    self._arriving = self.loop.call_later(request_seconds, self._drop)
-                if upload_seconds is not None and self.scope is not self._uploading and _is_upload(self):
-                    self._uploading = self.scope
-                    _cancel(self._arriving)
-                    self._arriving = self.loop.call_later(upload_seconds, self._drop)
-            else:
-                _cancel(self._arriving)
-                self._arriving = None
+    def on_response_complete(self) -> None:
+        """Note that a request was answered."""
+        super().on_response_complete()
+        self._note()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._note()
+    def pause_writing(self) -> None:
+        """Begin the time of a client who does not read."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.limits.read_seconds, self._drop)
 
-        @property
-        def _is_arriving(self) -> bool:
-            return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+    def resume_writing(self) -> None:
+        """End it."""
+        _cancel(self._unread)
+        super().resume_writing()
 
-        def _note(self) -> None:
-            if self._is_arriving:
-                connections.idle(self)
-            else:
-                connections.busy(self)
+    @property
+    def _is_arriving(self) -> bool:
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._unread = self.loop.call_later(read_seconds, self._drop)
+    @property
+    def _is_upload(self) -> bool:
+        """Whether a body comes that its route receives itself."""
+        if self.conn.their_state is not h11.SEND_BODY:
+            return False
+        return self.scope["method"] == "POST" and self.scope["path"] in STREAMED
 
-        def resume_writing(self) -> None:
-            _cancel(self._unread)
-            super().resume_writing()
+    def _note(self) -> None:
+        if self._is_arriving:
+            self.limits.connections.idle(self)
+        else:
+            self.limits.connections.busy(self)
 
-        def _drop(self) -> None:
-            if not self.transport.is_closing():
-                self.logger.warning("dropped a connection that took too long")
-            self.transport.abort()
-
-    return TimedProtocol
-
-
-def _is_upload(protocol: H11Protocol) -> bool:
-    """Whether a body comes that its route receives itself."""
-    if protocol.conn.their_state is not h11.SEND_BODY:
-        return False
-    return protocol.scope["method"] == "POST" and protocol.scope["path"] in STREAMED
+    def _drop(self) -> None:
+        if not self.transport.is_closing():
+            self.logger.warning("dropped a connection that took too long")
+        self.transport.abort()
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

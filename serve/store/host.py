@@ -96,7 +96,7 @@ class AdapterStore:
 
     Args:
         files: reads adapters.
-        registry: remembers names.
+        registry: remembers names; ``durable`` says whether over restarts.
         host_bytes: most bytes of rank pages in host memory.
         loaders: threads that load, or what runs them.
         deleter: runs the deletions of what is kept; None: a thread of its own, which may wait for the disk.
@@ -119,6 +119,7 @@ class AdapterStore:
             raise ConfigError(f"host_bytes is {host_bytes}; give at least 1")
         self.host_bytes = host_bytes
         self.check = check
+        self.durable = registry.durable
         self._files = files
         self._registry = registry
         self._pin = pin
@@ -132,9 +133,8 @@ class AdapterStore:
         self._done: Told = []
         self._used = 0
         self._pins: dict[str, Lease] = {}
-        self._counts = collections.Counter(
-            {"hits": 0, "loads": 0, "failed_loads": 0, "evictions": 0, "loaded_bytes": 0}
-        )
+        counted = "hits", "loads", "failed_loads", "evictions", "loaded_bytes"
+        self._counts = collections.Counter(dict.fromkeys(counted, 0))
         self._load_seconds = 0.0
         self._names = collections.Counter(adapter.digest for adapter in registry.list())
         with self._changed:

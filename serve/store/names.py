@@ -97,6 +97,7 @@ class Registry:
     are replaced, never changed.
 
     Attributes:
+        durable: whether there is a file.
         damaged: names whose rows do not say any more what was read; they stand for nothing until they are put again.
 
     Raises:
@@ -105,6 +106,7 @@ class Registry:
 
     def __init__(self, path: Path | None = None):
         self._path = path
+        self.durable = path is not None
         self._writing = threading.Lock()
         self._adapters: dict[str, Registered] = {}
         self._owners: dict[str, str] = {}

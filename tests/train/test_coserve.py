@@ -5,6 +5,7 @@ Sums in another order move parameters after updates of 3e-3 by less than 2e-4, a
 
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from serve.engine.engine import Engine
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.names import Registry
-from train.coserve import Training
-from train.trainer import Trainer, TrainOptions
+from train.coserve import Hooks, Training
+from train.trainer import Trainer
 from train.window import WindowOptions
 
 WINDOWS = WindowOptions(tokens=32, layers=3)
@@ -110,23 +111,124 @@ def test_paused_training_gives_no_unit_and_goes_on_where_it_was(lively, alone, r
         np.testing.assert_allclose(ours, other, atol=2e-4)
 
 
-def test_a_unit_that_fails_ends_training_and_no_request(lively, rng, monkeypatch):
-    training = Training(Trainer(lively, jobs(lively), TrainOptions(max_jobs=1)), WINDOWS)
+@pytest.mark.parametrize("where", ["prepare", "gather"])
+def test_a_job_whose_units_fail_is_given_up_and_spoils_nothing(where, lively, alone, rng, monkeypatch):
+    trainer, ended = Trainer(lively, jobs(lively)), {}
+    training = Training(trainer, WINDOWS, ended=lambda job, adapter: ended.update({job.name: (job, adapter)}))
     engine = Engine(lively, TIGHT, background=training, background_share=0.5)
     for _ in range(9):
         engine.step()
-    given = training._start
+    bad, given = trainer.running[1], getattr(trainer, where)
 
-    def fails(base):
-        given(base)
-        raise RuntimeError("the device is out of memory")
+    def fails(*args):
+        micro = given(*args) if where == "prepare" else args[0]
+        if bad in micro.jobs:
+            raise RuntimeError("the device is out of memory")
+        return micro if where == "prepare" else given(*args)
 
-    monkeypatch.setattr(training, "_start", fails)
+    monkeypatch.setattr(trainer, where, fails)
     one = request(some(rng, 6))
     (sample,) = serve(engine, [one], rng)
     assert "out of memory" in str(training.error)
-    assert engine.pause is None
+    assert "out of memory" in ended[bad.name][0].failed
+    (good,) = ended.keys() - {bad.name}
+    assert ended[good][0].failed is None
+    for ours, other in zip(cases.leaves(ended[good][1]), cases.leaves(alone[0][good]), strict=True):
+        np.testing.assert_allclose(ours, other, atol=2e-4)
     assert_as_alone(lively, one, sample)
+
+
+def test_jobs_whose_states_an_update_has_spoiled_join_again(lively, alone, rng, monkeypatch):
+    (job,), kept, ended = jobs(lively)[:1], {}, []
+    hooks = Hooks(
+        keeps=lambda job: True,
+        kept=lambda job, step, state: kept.update({step: state}),
+        lost=lambda job: rejoin(),
+    )
+    training = Training(Trainer(lively, [job]), WINDOWS, ended=lambda job, adapter: ended.append(adapter), hooks=hooks)
+
+    def rejoin():
+        again = jobs(lively)[0]
+        again.step = max(kept)
+        training.join(again, kept[again.step])
+
+    given = training.trainer.optim_step
+
+    def spoils(jobs):
+        if jobs[0].step == 3 and not spoiled:
+            spoiled.append(True)
+            jax.tree.map(lambda leaf: leaf.delete(), training.trainer._state)
+            raise InterruptedError("the device was reset")
+        return given(jobs)
+
+    spoiled = []
+    monkeypatch.setattr(training.trainer, "optim_step", spoils)
+    serve(Engine(lively, TIGHT, background=training), [], rng)
+    assert spoiled
+    for ours, other in zip(cases.leaves(ended[0]), cases.leaves(alone[0]["lora"]), strict=True):
+        np.testing.assert_allclose(ours, other, atol=2e-4)
+
+
+def test_jobs_join_and_leave_while_the_engine_runs(lively, alone, rng):
+    """A job that left joins again with its state; what is evaluated and kept on the way is what it has then."""
+    states, evaluated, kept, ended = {}, {}, {}, {}
+    held_out = cases.examples(ADAPTER_CONFIGS["lora"], np.random.default_rng(9), 5)
+    hooks = Hooks(
+        left=lambda job, state: states.update({job: state}),
+        keeps=lambda job: job.step == 2,
+        kept=lambda job, step, state: kept.update({(job.name, step): state}),
+        evaluates=lambda job: job.step in (2, 5),
+        evaluated=lambda job, step, loss, tokens: evaluated.update({step: (loss, tokens)}),
+    )
+    trainer = Trainer(lively)
+    training = Training(trainer, WINDOWS, ended=lambda job, adapter: ended.update({job.name: adapter}), hooks=hooks)
+    engine = Engine(lively, TIGHT, background=training, background_share=0.5)
+    assert engine.pause is None
+    lora, reft = jobs(lively)
+    lora.held_out = held_out
+    training.join(lora)
+    while lora.step < 1:
+        engine.step()
+    training.leave(lora)
+    training.join(reft)
+    serve(engine, [request(some(rng, 6))], rng)
+    assert list(states) == [lora]
+    assert list(ended) == [reft.name]
+    training.join(lora, states[lora])
+    serve(engine, [], rng)
+    for name, adapter in alone[0].items():
+        for ours, other in zip(cases.leaves(ended[name]), cases.leaves(adapter), strict=True):
+            np.testing.assert_allclose(ours, other, atol=2e-4)
+    other = Trainer(lively, [lora])
+    for step, state in {2: kept["lora", 2], 5: trainer_state(ended["lora"], kept["lora", 2])}.items():
+        again = jobs(lively)[0]
+        other = Trainer(lively)
+        other.add(again, state)
+        other.admit()
+        loss, tokens = other.evaluate(again, held_out)
+        assert evaluated[step] == (pytest.approx(loss, rel=1e-5), tokens)
+
+
+def trainer_state(adapter, like):
+    """Return a state with an adapter's parameters."""
+    return like._replace(params=adapter.params)
+
+
+def test_closed_training_hands_out_what_was_learned_and_gives_no_unit(lively, rng):
+    left = {}
+    training = Training(
+        Trainer(lively, jobs(lively)), WINDOWS, hooks=Hooks(left=lambda job, state: left.update({job.name: job.step}))
+    )
+    engine = Engine(lively, TIGHT, background=training)
+    while training.updates < 2:
+        engine.step()
+    for _ in range(3):
+        engine.step()
+    training.close()
+    assert left == dict.fromkeys(NAMES, training.updates)
+    assert engine.pause is None or engine.step() == []
+    serve(engine, [request(some(rng, 6))], rng)
+    assert (training.updates, training.error) == (left["lora"], None)
 
 
 def test_what_a_unit_is_expected_to_take_follows_what_was_measured(lively):

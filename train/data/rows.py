@@ -9,7 +9,7 @@ example meets the same tokens when it serves the example's prompt. The edit mask
 import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +93,7 @@ def load_examples(
     split: str | None = None,
     default: str = "train",
     config: str | None = None,
+    taken: Callable[[int, int], object] = lambda rows, tokens: None,
 ) -> list[Example]:
     """Read a dataset. The log says how its rows were read, and which of their columns were not needed.
 
@@ -101,6 +102,7 @@ def load_examples(
         model: whose tokenizer makes the tokens.
         adapter: says which tokens are edited, and how chats become examples.
         options: see there.
+        taken: told after each row how many there were so far, and their tokens; what it raises ends the reading.
 
     Raises:
         DataError: naming the first row that is wrong, has nothing to learn, or is too long; or an empty dataset.
@@ -109,8 +111,8 @@ def load_examples(
     examples: list[Example] = []
     seen: dict[str, int] = {}
     ignored: dict[str, None] = {}
-    left_out = 0
-    for number, row in rows.numbered:
+    left_out = tokens = 0
+    for count, (number, row) in enumerate(rows.numbered, 1):
         try:
             read, others = read_row(row, has_template=_has_template(model))
             made = _make(read, model, adapter, options, number)
@@ -121,6 +123,8 @@ def load_examples(
         kept = [example for example in made if example.loss_mask.any()]
         examples += kept
         left_out += len(made) - len(kept)
+        tokens += sum(map(len, kept))
+        taken(count, tokens)
     for how, count in seen.items():
         _log.info("%s: %d row%s read as %s", rows.name, count, "s"[: count != 1], how)
     if ignored:

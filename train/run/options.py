@@ -24,7 +24,7 @@ from train.trainer import TrainOptions
 
 _FLAG = {"action": argparse.BooleanOptionalAction}
 
-_RUN: dict[str, dict[str, Any]] = {
+RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"default": "smollm2-135m", "help": "name, path or Hub id of the base model"},
     "dtype": {"choices": DTYPES, "help": "of the base model (default: float32 on CPU, bfloat16 elsewhere)"},
     "mesh": {"help": "devices: fsdp for all, fsdp=N for N (default: one)"},
@@ -49,7 +49,7 @@ _RUN: dict[str, dict[str, Any]] = {
     "publish": {"help": "directory or http(s) address of a server that is to serve the adapter"},
 }  # fmt: skip
 
-_JOB: dict[str, dict[str, Any]] = {
+JOB_OPTIONS: dict[str, dict[str, Any]] = {
     "name": {"default": "adapter", "help": "of the adapter"},
     "dataset": {"help": "JSONL, JSON, CSV, parquet, a folder, or a name of the Hub (default: a small task)"},
     "eval_dataset": {"help": "held out; as --dataset"},
@@ -125,15 +125,18 @@ class Settings:
     run: str
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return the command line; an option that is not given is absent from what it returns."""
-    parser = argparse.ArgumentParser(
+def make_parser(description: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> Any:
+    """Return the command line, a parser of this kind; an option that is not given is absent from what it returns."""
+    parser = kind(
         prog="python -m train.sft", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", type=Path, help="YAML of options; the command line wins")
     parser.add_argument("--jobs", type=Path, help="YAML: a list of jobs, each with a name and options of its own")
-    for title, options in (("run", _RUN), ("adapter, data and optimizer (each job may have its own)", _JOB)):
+    for title, options in (
+        ("run", RUN_OPTIONS),
+        ("adapter, data and optimizer (each job may have its own)", JOB_OPTIONS),
+    ):
         group = parser.add_argument_group(title)
         for name, how in options.items():
             default = how.get("default")
@@ -153,22 +156,22 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
         ConfigError: for a file that cannot be read, an unknown option in it, or values that cannot work.
     """
     try:
-        translated = [translate(grouped(argv), _RUN | _JOB)]
+        translated = [translate(grouped(argv), RUN_OPTIONS | JOB_OPTIONS)]
     except ConfigError as error:
         parser.error(str(error))
     line = vars(parser.parse_args(translated[0].arguments))
     config = line.pop("config", None)
     jobs_file = line.pop("jobs", None)
-    given = (_from_file(parser, _mapping(config), str(config), told=translated) if config else {}) | line
+    given = (read_mapping(parser, _mapping(config), str(config), told=translated) if config else {}) | line
     jobs = None if jobs_file is None else _jobs(parser, jobs_file)
     changes: tuple[str, ...] = ()
     run = new_run()
     if given.get("resume"):
-        saved, run, said = read_options(given.get("output_dir", _RUN["output_dir"]["default"]))
+        saved, run, said = read_options(given.get("output_dir", RUN_OPTIONS["output_dir"]["default"]))
         old_jobs = saved.pop("jobs", None)
-        old = _from_file(parser, saved, OPTIONS_FILE)
+        old = read_mapping(parser, saved, OPTIONS_FILE)
         if old_jobs is not None:
-            old_jobs = [_from_file(parser, job, OPTIONS_FILE, _JOB) for job in old_jobs]
+            old_jobs = [read_mapping(parser, job, OPTIONS_FILE, JOB_OPTIONS) for job in old_jobs]
         given, jobs = old | given, old_jobs if jobs is None else jobs
         changes = (*said, *_changes(old, old_jobs, given, jobs))
     return _settings(given, jobs, changes, tuple(_notes(translated, given)), run)
@@ -179,7 +182,7 @@ def _notes(translated: Sequence[Translation], given: Collection[str]) -> Iterato
     if unneeded:
         yield f"options of TRL that change nothing here: {', '.join(unneeded)}"
     if any(one.marked for one in translated):
-        note = defaults_note(given, {name: how.get("default") for name, how in (_RUN | _JOB).items()})
+        note = defaults_note(given, {name: how.get("default") for name, how in (RUN_OPTIONS | JOB_OPTIONS).items()})
         if note:
             yield note
 
@@ -190,11 +193,11 @@ def _changes(
 ) -> Iterator[str]:  # fmt: skip
     """Yield what is other in a resumed run than when it was begun: first what its jobs share, then each job's own."""
     for name, text in _different(old, new):
-        if new_jobs is None or name in _RUN or any(name not in job for job in new_jobs):
+        if new_jobs is None or name in RUN_OPTIONS or any(name not in job for job in new_jobs):
             yield text
     if new_jobs is None:
         return
-    before = {job["name"]: job for job in old_jobs or [{"name": old.get("name", _JOB["name"]["default"])}]}
+    before = {job["name"]: job for job in old_jobs or [{"name": old.get("name", JOB_OPTIONS["name"]["default"])}]}
     for job in new_jobs:
         was = before.pop(job["name"], None)
         if was is None:
@@ -209,7 +212,7 @@ def _changes(
 
 def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield options that differ, and how; what was not given has its default."""
-    for name, how in (_RUN | _JOB).items():
+    for name, how in (RUN_OPTIONS | JOB_OPTIONS).items():
         was, now = (_plain(given.get(name, how.get("default"))) for given in (old, new))
         if was != now and name not in ("resume", "overwrite_output_dir", "output_dir"):
             yield name, f"{name}: {now} instead of {was}"
@@ -234,18 +237,22 @@ def _jobs(parser: argparse.ArgumentParser, path: Path) -> list[dict[str, Any]]:
     for number, job in enumerate(found, 1):
         if job.get("name") is None:
             raise ConfigError(f"{path}: job {number} has no name; give each its own")
-    return [_from_file(parser, job, f"{path}, job {job['name']!r}", _JOB) for job in found]
+    return [read_mapping(parser, job, f"{path}, job {job['name']!r}", JOB_OPTIONS) for job in found]
 
 
-def _from_file(
+def read_mapping(
     parser: argparse.ArgumentParser,
     values: Mapping[str, Any],
     where: str,
-    allowed: Mapping[str, Any] = _RUN | _JOB,
+    allowed: Mapping[str, Any] = RUN_OPTIONS | JOB_OPTIONS,
     *,
     told: list[Translation] | None = None,
 ) -> dict[str, Any]:
-    """Return a file's options as the command line would have them; ``told`` gets how they were translated."""
+    """Return a file's options as the command line would have them; ``told`` gets how they were translated.
+
+    Raises:
+        ConfigError: for one that is not ``allowed``, or has a value of another type.
+    """
     pairs: list[tuple[str, list[str]]] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -281,12 +288,12 @@ def _settings(
     notes: tuple[str, ...],
     run: str,
 ) -> Settings:
-    v: dict[str, Any] = {name: how.get("default") for name, how in (_RUN | _JOB).items()} | dict(given)
+    v: dict[str, Any] = {name: how.get("default") for name, how in (RUN_OPTIONS | JOB_OPTIONS).items()} | dict(given)
     for name, least in (("logging_steps", 1), ("eval_steps", 0), ("eval_generations", 0), ("save_steps", 0),
                         ("save_total_limit", 1), ("max_jobs", 0)):  # fmt: skip
         if v[name] < least:
             raise ConfigError(f"{name} is {v[name]}; give at least {least}")
-    own = [_job(v, given)] if jobs is None else [_named(v | job, given.keys() | job.keys()) for job in jobs]
+    own = [job_config(v, given)] if jobs is None else [_named(v | job, given.keys() | job.keys()) for job in jobs]
     names = [job.name for job in own]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
@@ -294,7 +301,7 @@ def _settings(
     kept = {name: _plain(value) for name, value in given.items() if name not in ("resume", "overwrite_output_dir")}
     if jobs is not None:
         kept["jobs"] = [{name: _plain(value) for name, value in job.items()} for job in jobs]
-    shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in _RUN}
+    shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in RUN_OPTIONS}
     shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip() not in ("", "none"))
     return Settings(
         **shared, jobs=tuple(own), given=kept, changes=changes, notes=notes, run=run,
@@ -303,9 +310,9 @@ def _settings(
 
 
 def _named(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
-    """Return ``_job``; what is wrong in it names it."""
+    """Return ``job_config``; what is wrong in it names it."""
     try:
-        return _job(v, given)
+        return job_config(v, given)
     except ConfigError as error:
         raise ConfigError(f"job {v['name']!r}: {error}") from error
 
@@ -315,8 +322,12 @@ def _targets(names: Sequence[str]) -> tuple[str, ...]:
     return () if list(names) == ["all-linear"] else tuple(name.removesuffix("_proj") for name in names)
 
 
-def _job(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
-    """Return the job of all options' values; ``given`` names those that are not defaults."""
+def job_config(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
+    """Return the job of all options' values; ``given`` names those that are not defaults.
+
+    Raises:
+        ConfigError: if one cannot work.
+    """
     eval_dataset = v["eval_dataset"]
     if v["dataset"] is None and eval_dataset is not None:
         raise ConfigError("eval_dataset is given without dataset; give both, or neither for the built-in task")

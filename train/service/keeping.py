@@ -1,0 +1,136 @@
+"""What is kept of a job beside its record: the trainer's state, and adapters, which are served by name."""
+
+import contextlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from preft_jax.adapters.adapter import Adapter
+from preft_jax.errors import AdapterError
+from preft_jax.io.adapter_files import save_adapter
+from preft_jax.loading import Model
+from serve.jobs import JobRecord
+from serve.store.host import AdapterStore
+from train.checkpoint import CheckpointError, Checkpoints
+from train.jobs import Job, first_state
+from train.service.loading import JobError
+from train.service.records import Entry
+from train.step import Slots
+
+_log = logging.getLogger("preft.train")
+
+_STATE = "job"
+
+
+class Restored(NamedTuple):
+    """A job's state as it was kept: with so many updates done, and so many tokens trained on."""
+
+    step: int
+    trained_tokens: int
+    state: Slots
+
+
+def save_state(entry: Entry, model: Model, job: Job, step: int, state: Slots) -> None:
+    """Write a job's state after so many updates; the one before stays until this one is whole.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    checkpoints = Checkpoints(entry.state)
+    try:
+        if step not in checkpoints.steps:
+            meta = {"trained_tokens": entry.record.trained_tokens, "data": job.data_digest, "model": model.digest}
+            checkpoints.save(step, meta, {_STATE: jax.device_get(state)})
+    finally:
+        checkpoints.close()
+
+
+def restore(entry: Entry, model: Model, job: Job) -> Restored | None:
+    """Return the newest state that is whole; None: the job has none yet.
+
+    Raises:
+        JobError: if it cannot be read, or belongs to another base model or other rows.
+    """
+    if not entry.state.is_dir():
+        return None
+    try:
+        checkpoints = Checkpoints(entry.state)
+        try:
+            found = checkpoints.latest()
+        finally:
+            checkpoints.close()
+        if found is None:
+            return None
+        if found.meta["model"] != model.digest:
+            raise JobError("other_model", "the job was begun on another base model; create it again")
+        if found.meta["data"] != job.data_digest:
+            raise JobError(
+                "invalid_training_file", "the job's rows give other tokens than when it was begun; create it again",
+                "training_file",
+            )  # fmt: skip
+        return Restored(found.step, found.meta["trained_tokens"], found.state(_STATE, first_state(job)))
+    except CheckpointError as error:
+        _log.error("the state of %s cannot be used: %s", entry.record.id, error)
+        raise JobError("damaged_state", "what the job has learned was damaged on disk; create it again") from error
+
+
+def model_name(record: JobRecord) -> str:
+    """Return the name that a job's adapter is served by: ``ft:BASE:SUFFIX:ID``, the suffix its owner's name if none."""
+    middle = record.spec.suffix or record.owner or ""
+    return f"ft:{record.model}:{middle if middle.isprintable() else ''}:{record.id[-8:]}"
+
+
+def checkpoint_name(record: JobRecord, step: int) -> str:
+    """Return the name that a job's adapter after so many updates is served by."""
+    return f"{model_name(record)}:ckpt-step-{step}"
+
+
+class Publisher:
+    """Saves adapters and lets a store serve them: a name stands for an adapter that is whole on disk, or for nothing.
+
+    Args:
+        store: of the adapters that requests name.
+    """
+
+    def __init__(self, store: AdapterStore):
+        self._store = store
+
+    def check(self, config: Any) -> None:
+        """Raise ``AdapterError`` for an adapter that the engine could never serve."""
+        self._store.check(config)
+
+    def publish(self, record: JobRecord, name: str, path: Path, adapter: Adapter) -> None:
+        """Save an adapter and let requests name it, its owner's alone.
+
+        Raises:
+            AdapterError: if it cannot be saved or served; nothing of it is then left.
+        """
+        try:
+            save_adapter(path, adapter)
+            self._store.register(name, path, owner=record.owner, replace=True)
+        except Exception:
+            self.withdraw(name, path)
+            raise
+
+    def withdraw(self, name: str, path: Path) -> None:
+        """Let a name stand for nothing, and delete its adapter."""
+        with contextlib.suppress(AdapterError):
+            self._store.unregister(name)
+        shutil.rmtree(path, ignore_errors=True)
+
+    def again(self, record: JobRecord, name: str, path: Path) -> None:
+        """Let requests name an adapter that was published before, if the store does not remember it.
+
+        A store that does, and to which the name is unknown, was told to forget it.
+        """
+        known = self._store.get(name)
+        forgotten = not self._store.durable if known is None else not Path(known.path).exists()
+        if not forgotten or not path.is_dir():
+            return
+        try:
+            self._store.register(name, path, owner=record.owner, replace=True)
+        except (AdapterError, OSError) as error:
+            _log.error("the adapter %s is not served again: %s", name, error)
