@@ -19,7 +19,7 @@ EXCEPTIONS = {("preft_jax", "serve.generate")}
 """Pairs of modules, the importing one first. ``preft_jax.generate`` runs on the engine: the name is forwarded."""
 
 BY_NAME = {("serve.finetune", "train.service.options"), ("serve.finetune", "train.service.service")}
-"""Pairs that go against the direction and are loaded by name: ``serve.api`` loads what trains, if it is to fine-tune."""
+"""Pairs that go against the direction, loaded by name: ``serve.api`` loads what trains, if it is to fine-tune."""
 
 WITHOUT_JAX = (
     "preft_jax.adapters.allocator",

@@ -145,7 +145,7 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_page(app: FastAPI, serving: Serving) -> None:
-    content, headers = make_page()
+    content, headers = make_page(fine_tuning=serving.tuning is not None)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:

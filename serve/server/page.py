@@ -12,8 +12,8 @@ _PARTS = (
 )
 
 
-def make_page(static: Path = STATIC) -> tuple[bytes, dict[str, str]]:
-    """Return the page and its headers.
+def make_page(static: Path = STATIC, *, fine_tuning: bool = False) -> tuple[bytes, dict[str, str]]:
+    """Return the page and its headers; ``fine_tuning``: whether it asks for fine-tuning jobs.
 
     The Content-Security-Policy names the one style and the one script by their hashes and lets the page talk to this
     server only; text can become neither HTML nor script (Trusted Types), wherever it comes from.
@@ -30,6 +30,8 @@ def make_page(static: Path = STATIC) -> tuple[bytes, dict[str, str]]:
         page = page.replace(place, f"<{tag}>{content}</{tag}>")
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy[f"{tag}-src"] = f"'sha256-{digest}'"
+    if fine_tuning:
+        page = page.replace("<body>", "<body data-fine-tuning>", 1)
     policy |= {
         "base-uri": "'none'",
         "form-action": "'none'",

@@ -7,6 +7,9 @@ const POLL_MS = 1000;
 const LOST_MS = 3000;
 const PATIENCE_MS = 10000;
 const MODELS_MS = 15000;
+const JOBS_MS = 2000;
+const MOST_JOBS = 8;
+const MOST_POINTS = 240;
 
 const at = (id) => document.getElementById(id);
 const say = (id, text) => { if (at(id).textContent !== String(text)) at(id).textContent = text; };
@@ -154,6 +157,7 @@ function state(kind, text) {
 let timer = 0;
 let turn = 0;
 let modelsAt = -Infinity;
+let jobsAt = -Infinity;
 
 async function poll() {
   clearTimeout(timer);
@@ -171,6 +175,10 @@ async function poll() {
     if (performance.now() - modelsAt > MODELS_MS) {
       modelsAt = performance.now();
       await models();
+    }
+    if (performance.now() - jobsAt > JOBS_MS && "fineTuning" in document.body.dataset) {
+      jobsAt = performance.now();
+      await jobs();
     }
   } catch (problem) {
     if (mine !== turn) return;
@@ -207,6 +215,111 @@ function lost(problem) {
   return LOST_MS;
 }
 
+/* Fine-tuning */
+
+const curves = new Map(), rows = new Map();
+const ended = (job) => job.finished_at !== null;
+const JOB_STATES = { succeeded: "good", failed: "bad", cancelled: "bad" };
+
+async function jobs() {
+  const ask = async (path) => (await call("v1/fine_tuning/jobs" + path, { signal: AbortSignal.timeout(PATIENCE_MS) })).json();
+  const found = (await ask("?limit=" + MOST_JOBS)).data;
+  for (const job of found) await learn(job, ask);
+  for (const [id, row] of rows) if (!found.some((job) => job.id === id)) { row.item.remove(); rows.delete(id); curves.delete(id); }
+  for (const job of found) showJob(job);
+  const items = found.map((job) => rows.get(job.id).item);
+  if (items.some((item, i) => at("job-list").children[i] !== item)) at("job-list").replaceChildren(...items);
+  at("jobs").hidden = !found.length;
+}
+
+/* Events come newest first: those that are new since the last time are asked for, page by page. */
+async function learn(job, ask) {
+  const curve = curves.get(job.id) || { points: [], newest: "", whole: false };
+  curves.set(job.id, curve);
+  if (curve.whole) return;
+  const fresh = [];
+  for (let after = "", more = true, i = 0; more && i < 20; i += 1) {
+    const page = await ask("/" + encodeURIComponent(job.id) + "/events?limit=1000" + (after && "&after=" + encodeURIComponent(after)));
+    const known = page.data.findIndex((event) => event.id === curve.newest);
+    fresh.push(...(known < 0 ? page.data : page.data.slice(0, known)));
+    after = page.last_id;
+    more = known < 0 && page.has_more;
+  }
+  if (fresh.length) curve.newest = fresh[0].id;
+  for (const { data } of fresh.reverse())
+    if (data && typeof data.train_loss === "number" && typeof data.step === "number") curve.points.push([data.step, data.train_loss]);
+  curve.whole = ended(job);
+}
+
+function makeRow(job) {
+  const svg = (tag, name) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    element.setAttribute("class", name);
+    return element;
+  };
+  const item = make("li", "job"), name = make("span", "name"), state = make("span", "pill"), learned = make("div", "learned");
+  const bar = make("div", "bar"), note = make("p", "note"), chart = svg("svg", "chart first"), link = make("a", "", "Chat with it");
+  chart.append(svg("path", "line first"));
+  chart.setAttribute("viewBox", "0 0 120 40");
+  chart.setAttribute("preserveAspectRatio", "none");
+  chart.setAttribute("role", "img");
+  bar.setAttribute("role", "meter");
+  bar.setAttribute("aria-label", "updates done");
+  bar.setAttribute("aria-valuemin", "0");
+  bar.setAttribute("aria-valuemax", "1");
+  bar.append(make("i"));
+  learned.append(bar, note);
+  link.href = "#right";
+  link.hidden = true;
+  item.append(name, state, learned, chart, link);
+  const row = { item, name, state, bar, note, chart, link, model: "" };
+  link.addEventListener("click", (event) => {
+    event.preventDefault();
+    chatWith(row.model);
+  });
+  rows.set(job.id, row);
+  return row;
+}
+
+function showJob(job) {
+  const row = rows.get(job.id) || makeRow(job);
+  const points = curves.get(job.id).points, latest = points.at(-1);
+  const put = (element, text) => { if (element.textContent !== text) element.textContent = text; };
+  put(row.name, job.fine_tuned_model || job.user_provided_suffix || job.id);
+  put(row.state, job.status.replace("_", " "));
+  row.state.dataset.state = JOB_STATES[job.status] || "wait";
+  const share = job.total_steps ? Math.min(1, job.step / job.total_steps) : 0;
+  const facts = [job.total_steps ? "update " + count(job.step) + " of " + count(job.total_steps) : "reading its rows"];
+  if (latest) facts.push("loss " + latest[1].toPrecision(3));
+  put(row.note, job.error ? job.error.message : facts.join(", "));
+  row.bar.hidden = Boolean(job.error);
+  row.bar.firstElementChild.style.width = 100 * share + "%";
+  row.bar.setAttribute("aria-valuenow", share.toFixed(4));
+  row.bar.setAttribute("aria-valuetext", facts[0]);
+  drawLoss(row.chart, points, job.total_steps || 1);
+  row.model = job.fine_tuned_model || "";
+  row.link.hidden = !row.model;
+}
+
+function drawLoss(chart, points, steps) {
+  const every = Math.ceil(points.length / MOST_POINTS) || 1;
+  const some = points.filter((_, i) => i % every === 0 || i === points.length - 1);
+  const most = Math.max(...some.map(([, loss]) => loss), 1e-9);
+  const line = some.map(([step, loss]) => (120 * step / Math.max(steps, step)).toFixed(2) + " " + (39 - 37 * Math.max(0, loss) / most).toFixed(2));
+  chart.firstElementChild.setAttribute("d", line.length ? "M" + line.join("L") : "");
+  const told = points.length ? "training loss from " + points[0][1].toPrecision(3) + " to " + points.at(-1)[1].toPrecision(3) : "no training loss yet";
+  chart.setAttribute("aria-label", told);
+}
+
+async function chatWith(model) {
+  await models().catch(() => {});
+  const side = sides[1];
+  if (![...side.select.options].some((option) => option.value === model)) return;
+  side.select.value = model;
+  clear(side);
+  at("text").focus();
+}
+
 /* The key */
 
 function openKey(open) {
@@ -228,7 +341,7 @@ function useKey(text) {
   at("key").value = "";
   samples = [];
   last = null;
-  modelsAt = -Infinity;
+  modelsAt = jobsAt = -Infinity;
   openKey(false);
   poll();
 }

@@ -8,11 +8,15 @@ import time
 
 import api_server
 import browser
+import fake_tuning
 import httpx
 import pytest
 
+from serve.jobs import JobSpec
 from serve.server import page as page_module
 from serve.server.auth import Keys
+from serve.server.tuning import Tuning
+from serve.store.uploads import Uploads
 
 in_browser = pytest.mark.browser
 
@@ -39,11 +43,11 @@ class Mouth:
 
 
 @contextlib.contextmanager
-def ready_server(model, root, keys):
+def ready_server(model, root, keys, **options):
     names = {"ann": 0, "bob": 1}
     for name, seed in names.items():
         api_server.adapter_directory(root, name, model, seed)
-    serving = api_server.make_serving(model, root)
+    serving = api_server.make_serving(model, root, **options)
     serving.keys = keys
     serving.mouth = Mouth(serving.engine.engine)
     for name in names:
@@ -386,6 +390,9 @@ def test_the_page_is_one_small_answer_that_only_its_own_style_and_script_fit():
     assert policy["connect-src"] == "'self'"
     assert "unsafe" not in headers["Content-Security-Policy"]
     assert policy["script-src"].startswith("'sha256-")
+    tuned, same = page_module.make_page(fine_tuning=True)
+    assert tuned.replace(b" data-fine-tuning", b"") == content
+    assert same == headers
 
 
 @pytest.mark.parametrize(
@@ -399,3 +406,76 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, name, old, new):
         )
     with pytest.raises(ValueError, match="must hold"):
         page_module.make_page(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tuning_server(chromium, lively, tmp_path_factory):
+    """Return a server with fine-tuning whose jobs a test moves on."""
+    root = tmp_path_factory.mktemp("tuning")
+    jobs = fake_tuning.FakeFineTuning()
+    tuning = Tuning(jobs=jobs, uploads=Uploads(root / "files"))
+    with ready_server(lively, root, Keys({}), tuning=tuning) as (url, _):
+        yield url, jobs
+
+
+def begin_job(jobs, tmp_path, suffix, steps):
+    (tmp_path / "rows").write_text("{}")
+    spec = JobSpec(training_file="file-1", training_path=tmp_path / "rows", suffix=suffix)
+    job = jobs.create(spec, owner=None).id
+    jobs.begin(job, steps=steps)
+    return job
+
+
+@in_browser
+def test_jobs_are_shown_with_their_progress_and_losses(tuning_server, tab, tmp_path):
+    url, jobs = tuning_server
+    jobs.clear()
+    load(tab, url)
+    expect(tab.locator("#jobs")).to_be_hidden()
+    job = begin_job(jobs, tmp_path, "lamps", 4)
+    row = tab.locator(".job")
+    expect(row.locator(".name")).to_have_text("lamps")
+    expect(row.locator(".pill")).to_have_text("running")
+    for step, loss in enumerate((4.0, 2.0), 1):
+        jobs.learn(job, loss)
+        expect(row.locator(".note")).to_have_text(f"update {step} of 4, loss {loss:.2f}")
+    expect(row.locator(".bar")).to_have_attribute("aria-valuenow", "0.5000")
+    expect(row.locator(".chart")).to_have_attribute("aria-label", "training loss from 4.00 to 2.00")
+    expect(row.locator(".chart path")).to_have_attribute("d", "M30.00 2.00L60.00 20.50")
+    expect(row.get_by_role("link")).to_be_hidden()
+    other = begin_job(jobs, tmp_path, "second", 4)
+    jobs._set(other, status="failed", error={"message": HOSTILE_TEXT}, finished_at=1)
+    expect(row.nth(0).locator(".note")).to_have_text(HOSTILE_TEXT)
+    expect(row.nth(1).locator(".name")).to_have_text("lamps")
+    assert tab.evaluate("window.owned") is None
+    assert tab.complaints == []
+
+
+@in_browser
+def test_a_finished_job_leads_to_a_chat_with_its_adapter(tuning_server, tab, tmp_path):
+    url, jobs = tuning_server
+    jobs.clear()
+    job = begin_job(jobs, tmp_path, None, 1)
+    load(tab, url)
+    jobs.finish(job, "bob")
+    expect(tab.locator(".job .name")).to_have_text("bob")
+    tab.get_by_role("link", name="Chat with it").click()
+    expect(tab.locator("#right")).to_have_value("bob")
+    assert tab.evaluate("document.activeElement.id") == "text"
+    _, answer = ask(tab, "Hi")
+    assert answer == api_answer(url, "bob", [{"role": "user", "content": "Hi"}])
+
+
+@in_browser
+@pytest.mark.parametrize("width", [320, 768, 1440])
+def test_jobs_are_not_wider_than_the_window(tuning_server, tab, tmp_path, width):
+    url, jobs = tuning_server
+    jobs.clear()
+    for suffix in ("a" * 64, "b"):
+        job = begin_job(jobs, tmp_path, suffix, 1)
+        jobs.learn(job, 1.0)
+        jobs.finish(job, "c" * 120)
+    tab.set_viewport_size({"width": width, "height": 844})
+    load(tab, url)
+    expect(tab.locator(".job")).to_have_count(2)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
