@@ -175,6 +175,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--finetune-share is {args.finetune_share}; give 0 up to, not including, 1")
     if _fine_tunes(args) and args.finetune_state is None and args.state_dir is None:
         raise ConfigError("fine-tuning needs --finetune-state, or --state-dir: files and jobs are kept there")
+    if args.finetune is not None:
+        read_jobs(args.finetune)  # What is wrong with it is told before the model is loaded.
     if args.port > 65535:
         raise ConfigError(f"--port is {args.port}; give 0 to 65535")
     if args.allow_runtime_lora_updating and args.admin_key is None:

@@ -309,6 +309,7 @@ function drawLoss(chart, points, steps) {
   chart.firstElementChild.setAttribute("d", line.length ? "M" + line.join("L") : "");
   const told = points.length ? "training loss from " + points[0][1].toPrecision(3) + " to " + points.at(-1)[1].toPrecision(3) : "no training loss yet";
   chart.setAttribute("aria-label", told);
+  chart.style.visibility = points.length ? "" : "hidden";
 }
 
 async function chatWith(model) {
