@@ -276,5 +276,5 @@ class Results:
 
     def forget(self, found: OpenJob) -> None:
         """Let go of a job that has ended."""
-        self._open.pop(found.entry.record.id, None)
         self._records.forget_rows(found.entry)
+        self._open.pop(found.entry.record.id, None)
