@@ -20,7 +20,7 @@ LORA = {"rank": 8, "lora_alpha": 12.0, "learning_rate": 3e-3, "lr_scheduler_type
 REFT = LORA | {"adapter_kind": "loreft", "rank": 6, "lora_alpha": None, "positions": "f3+l2", "share_weights": False}
 """Hyperparameters with which programs are those of ``tests/train/test_coserve.py``."""
 
-PATIENCE = 60.0
+PATIENCE = 600.0
 """Seconds after which what other threads were to do will not be done."""
 
 

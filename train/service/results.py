@@ -149,9 +149,10 @@ class Results:
 
     def _kept(self, found: OpenJob, job: Job, step: int, state: Slots) -> None:
         try:
-            self._save(found, job, step, state)
+            # Served first: a crash behind the state would leave the checkpoint out.
             if found.is_served_at(step) and found.entry.record.status in OPEN:
                 self._serve_checkpoint(found, step, Adapter(job.initial.config, jax.device_get(state.params)))
+            self._save(found, job, step, state)
         finally:
             found.writing = False
 

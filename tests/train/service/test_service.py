@@ -203,7 +203,8 @@ def test_a_closed_service_goes_on_where_it_was(lively, whole, rows, make):
     (record,) = pump.to_end(job)
     assert f"Fine-tuning job started, going on after step {learned}" in messages(again, job)
     assert saved(lively, again, job).digest == whole.digest
-    assert record.trained_tokens == again.events(job.id)[3].data["trained_tokens"]
+    told = [event.data["trained_tokens"] for event in again.events(job.id) if "trained_tokens" in event.data]
+    assert (record.trained_tokens, told[1]) == (told[0], 2 * told[3]), "an epoch of two updates has as many as another"
 
 
 def test_a_paused_job_survives_a_restart_and_its_upload(lively, whole, rows, make, tmp_path):
@@ -381,7 +382,6 @@ def test_what_is_not_allowed_is_refused_before_anything_is_written(lively, rows,
     with pytest.raises(LimitError, match="there are 3 fine-tuning jobs"):
         service.create(cases.spec(rows), owner="cem")
     service.cancel(mine[0].id)
-    cases.until(lambda: mine[0].id not in service._open)
     service.create(cases.spec(rows), owner="cem")
     assert [record.status in OPEN for record in service.list()] == [True, True, True, False]
 
