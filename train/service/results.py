@@ -162,7 +162,9 @@ class Results:
             return
         try:
             save_state(found.entry, self._model, job, step, state)
-        except CheckpointError as error:
+            with self._changed:
+                self._records.write(found.entry)
+        except (CheckpointError, RecordError) as error:
             _log.error("%s", error)
             self._records.append(
                 found.entry, f"The state after step {step} could not be written; the job goes on", level="warn"

@@ -316,7 +316,8 @@ class Service:
                 self._stay(found)
             except Exception as error:
                 _log.info("the fine-tuning job %s failed", found.entry.record.id, exc_info=error)
-                self._fail(found, error if isinstance(error, JobError) else JobError("internal_error", str(error)))
+                unknown = f"the job could not be begun ({type(error).__name__}); the server's log says why"
+                self._fail(found, error if isinstance(error, JobError) else JobError("internal_error", unknown))
 
     def _next_task(self) -> tuple[Callable[[OpenJob], None], OpenJob] | None:
         """Return what the reader does next: hand a job over where there is room, or read a new one's rows."""
