@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from preft_jax.adapters.adapter import Adapter
+from preft_jax.errors import plain
 from preft_jax.models.params import Params
 from serve.engine.background import Unit
 from train.jobs import Job
@@ -370,7 +371,7 @@ class Training:
 
     def _give_up(self, job: Job, error: Exception) -> None:
         if job.failed is None:
-            job.failed = f"training failed after step {job.step}: {type(error).__name__}: {error}"
+            job.failed = f"training failed after step {job.step}: {type(error).__name__}: {plain(str(error))}"
 
     # Who is told
 

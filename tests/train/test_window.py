@@ -107,6 +107,21 @@ def test_sums_go_on_and_programs_are_few(lively, rng):
         np.testing.assert_allclose(ours, 2 * half, rtol=1e-6)
 
 
+def test_an_evaluation_is_the_loss_without_gradients_and_adds_one_program(lively, rng):
+    groups, params, batch = setting(lively, ["lora"], rng)
+    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=3))
+    sums = windowed.units(params, batch).finish(lively.params)
+    programs = windowed.num_programs
+    units = windowed.evaluation(params, batch)
+    found = units.finish(lively.params)
+    assert (found.grads, found.metrics, units.name) == ((), {}, None)
+    np.testing.assert_allclose(found.loss_J, sums.loss_J, rtol=1e-6)
+    np.testing.assert_array_equal(found.count_J, sums.count_J)
+    assert windowed.num_programs == programs + 1
+    nothing = batch._replace(weights_BS=np.zeros_like(batch.weights_BS))
+    assert windowed.evaluation(params, nothing).finish(lively.params).count_J == 0
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [({"tokens": 0}, "tokens of a window is 0"), ({"layers": 1.5}, "layers"), ({"order": "rows"}, "allowed: layers, ")],

@@ -88,6 +88,14 @@ def checkpoint_name(record: JobRecord, step: int) -> str:
     return f"{model_name(record)}:ckpt-step-{step}"
 
 
+def _made(entry: Entry) -> dict[Path, str]:
+    """Return the adapters in a job's directory, whole or not, and the names that are theirs."""
+    found = {entry.adapter: model_name(entry.record)} if entry.adapter.exists() else {}
+    for path in entry.directory.glob(f"{entry.adapter_after(0).name[:-1]}*"):
+        found[path] = checkpoint_name(entry.record, int(path.name.rpartition("-")[2]))
+    return found
+
+
 class Publisher:
     """Saves adapters and lets a store serve them: a name stands for an adapter that is whole on disk, or for nothing.
 
@@ -121,8 +129,20 @@ class Publisher:
             self._store.unregister(name)
         shutil.rmtree(path, ignore_errors=True)
 
-    def again(self, record: JobRecord, name: str, path: Path) -> None:
-        """Let requests name an adapter that was published before, if the store does not remember it.
+    def take_up(self, entry: Entry) -> None:
+        """Let requests name what a job of an earlier process has published, and delete what it was about to."""
+        record = entry.record
+        names = {entry.adapter_after(one.step_number): one.fine_tuned_model_checkpoint for one in entry.checkpoints}
+        if record.fine_tuned_model is not None:
+            names[entry.adapter] = record.fine_tuned_model
+        for path, name in _made(entry).items():
+            if path not in names:
+                self.withdraw(name, path)
+        for path, name in names.items():
+            self._again(record, name, path)
+
+    def _again(self, record: JobRecord, name: str, path: Path) -> None:
+        """Register an adapter again if the store does not remember it.
 
         A store that does, and to which the name is unknown, was told to forget it.
         """

@@ -149,9 +149,10 @@ class Results:
 
     def _kept(self, found: OpenJob, job: Job, step: int, state: Slots) -> None:
         try:
-            self._save(found, job, step, state)
+            # Served first: a crash behind the state would leave the checkpoint out.
             if found.is_served_at(step) and found.entry.record.status in OPEN:
                 self._serve_checkpoint(found, step, Adapter(job.initial.config, jax.device_get(state.params)))
+            self._save(found, job, step, state)
         finally:
             found.writing = False
 
@@ -161,7 +162,9 @@ class Results:
             return
         try:
             save_state(found.entry, self._model, job, step, state)
-        except CheckpointError as error:
+            with self._changed:
+                self._records.write(found.entry)
+        except (CheckpointError, RecordError) as error:
             _log.error("%s", error)
             self._records.append(
                 found.entry, f"The state after step {step} could not be written; the job goes on", level="warn"
@@ -276,5 +279,5 @@ class Results:
 
     def forget(self, found: OpenJob) -> None:
         """Let go of a job that has ended."""
-        self._open.pop(found.entry.record.id, None)
         self._records.forget_rows(found.entry)
+        self._open.pop(found.entry.record.id, None)

@@ -261,8 +261,8 @@ class Service:
     def _check_room(self, owner: str | None) -> None:
         if self._closed:
             raise LimitError("the server is shutting down; try again when it is back")
-        records = [found.entry.record for found in self._open.values()]
-        own = sum(record.owner == owner for record in records if record.status in OPEN)
+        records = [entry.record for entry in self._entries.values() if entry.record.status in OPEN]
+        own = sum(record.owner == owner for record in records)
         for count, most, whose in (
             (own, self.options.max_open_jobs_per_owner, "you have"),
             (len(records), self.options.max_open_jobs, "there are"),
@@ -286,11 +286,7 @@ class Service:
         for entry in self._records.load():
             record = entry.record
             self._entries[record.id] = entry
-            for checkpoint in entry.checkpoints:
-                path = entry.adapter_after(checkpoint.step_number)
-                self._publisher.again(record, checkpoint.fine_tuned_model_checkpoint, path)
-            if record.fine_tuned_model is not None:
-                self._publisher.again(record, record.fine_tuned_model, entry.adapter)
+            self._publisher.take_up(entry)
             if record.status not in OPEN:
                 self._records.forget_rows(entry)
                 continue
@@ -320,7 +316,8 @@ class Service:
                 self._stay(found)
             except Exception as error:
                 _log.info("the fine-tuning job %s failed", found.entry.record.id, exc_info=error)
-                self._fail(found, error if isinstance(error, JobError) else JobError("internal_error", str(error)))
+                unknown = f"the job could not be begun ({type(error).__name__}); the server's log says why"
+                self._fail(found, error if isinstance(error, JobError) else JobError("internal_error", unknown))
 
     def _next_task(self) -> tuple[Callable[[OpenJob], None], OpenJob] | None:
         """Return what the reader does next: hand a job over where there is room, or read a new one's rows."""

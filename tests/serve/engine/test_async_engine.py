@@ -294,3 +294,27 @@ def test_a_full_queue_leaves_each_other_tenant_a_share():
         await asyncio.gather(*taken)
 
     serve(engine, test, max_waiting=16)
+
+
+def test_an_engine_that_waits_for_requests_is_woken_for_other_work():
+    class Working(ScriptedEngine):
+        work = 0
+
+        @property
+        def pause(self):
+            return 0.0 if self.work or self.has_work else None
+
+        def step(self):
+            self.work -= 1
+            return super().step()
+
+    engine = Working(free=True)
+
+    async def test(server):
+        await asyncio.sleep(0.01)  # It waits.
+        engine.work = 2
+        server.wake()
+        await until(lambda: not engine.work)
+        return engine.num_steps
+
+    assert serve(engine, test) == 2

@@ -1,0 +1,145 @@
+"""Many jobs of many tenants, with training that only counts: who is begun when, and that all end."""
+
+import collections
+import queue
+import types
+
+import pytest
+import service_cases as cases
+
+from serve.jobs import OPEN
+from train.results import Result
+from train.service import keeping
+from train.service.options import ServiceOptions
+from train.service.service import Service
+
+pytestmark = pytest.mark.host
+
+TENANTS = 10
+EACH = 5
+GREEDY = 100 - EACH * (TENANTS - 1)
+
+
+class CountingTraining:
+    """Training whose updates do nothing; the test calls ``update``, as an engine would."""
+
+    def __init__(self, hooks, ended):
+        self.hooks, self.ended = hooks, ended
+        self.inbox = queue.SimpleQueue()
+        self.running, self.begun = [], []
+        self.most = 0
+
+    def join(self, job, state=None):
+        self.inbox.put(job)
+
+    def leave(self, job):
+        raise AssertionError("nobody is to leave")
+
+    def close(self):
+        pass
+
+    def update(self):
+        while not self.inbox.empty():
+            job = self.inbox.get()
+            self.running.append(job)
+            self.begun.append(job.name)
+            self.hooks.joined(job)
+        self.most = max(self.most, len(self.running))
+        for job in list(self.running):
+            job.step += 1
+            self.hooks.updated(Result(job, job.step, 1.0 / job.step, 0.5, 1e-3, True, {}, 10))
+            if job.step == job.total_steps:
+                self.running.remove(job)
+                self.ended(job, None)
+        return bool(self.running)
+
+
+class Names:
+    """A store that knows names only."""
+
+    durable = False
+
+    def __init__(self):
+        self.owners = {}
+
+    def check(self, config):
+        pass
+
+    def get(self, name):
+        return None
+
+    def register(self, name, path, *, owner, replace):
+        self.owners[name] = owner
+
+    def unregister(self, name):
+        self.owners.pop(name, None)
+
+
+@pytest.fixture
+def counting(tiny_text, tmp_path, monkeypatch):
+    """Return a service whose jobs have as many updates as ``max_steps``; its training; its store."""
+    monkeypatch.setattr(keeping, "save_adapter", lambda path, adapter: path.mkdir())
+    made = []
+
+    def load(entry, plan, model, options, wanted):
+        return types.SimpleNamespace(
+            name=entry.record.id, step=0, total_steps=plan.config.max_steps, failed=None, held_out=[]
+        )
+
+    store = Names()
+    service = Service(
+        tiny_text, store, tmp_path / "jobs", load=load,
+        options=ServiceOptions(max_jobs=4, max_open_jobs=100, max_open_jobs_per_owner=GREEDY),
+        make_training=lambda *args: made.append(CountingTraining(*args)) or made[0],
+    )  # fmt: skip
+    yield service, made[0], store
+    service.close()
+
+
+def test_a_hundred_jobs_of_ten_tenants_all_end_and_nobody_starves(counting, tmp_path, rng):
+    service, training, store = counting
+    rows = cases.write_rows(tmp_path / "rows.jsonl")
+    owners = ["greedy"] * GREEDY + [f"tenant-{n}" for n in range(1, TENANTS) for _ in range(EACH)]
+    jobs = [service.create(cases.spec(rows, {"max_steps": int(rng.integers(1, 6))}), owner=owner) for owner in owners]
+    by_id = {job.id: job for job in jobs}
+    cases.until(lambda: all(record.status != "validating_files" for record in service.list()))
+    woken = []
+    service.wake = lambda: woken.append(True)
+
+    def all_ended():
+        training.update()
+        return all(record.status not in OPEN for record in service.list())
+
+    cases.until(all_ended)
+    assert {record.status for record in service.list()} == {"succeeded"}
+    assert training.most == 4
+    assert sorted(training.begun) == sorted(by_id)
+    assert woken
+    turn = collections.defaultdict(list)
+    for place, job_id in enumerate(training.begun):
+        turn[by_id[job_id].owner].append(place)
+    for owner, places in turn.items():
+        begun = [job_id for job_id in training.begun if by_id[job_id].owner == owner]
+        assert begun == sorted(begun), "an owner's jobs begin in the order of their age"
+        if owner != "greedy":
+            # Four were begun before the others came; then everybody has a turn before anybody has two.
+            assert all(place < 4 + TENANTS * (k + 1) + 4 for k, place in enumerate(places))
+    for record in service.list():
+        assert record.trained_tokens == 10 * by_id[record.id].spec.hyperparameters["max_steps"]
+        assert store.owners[record.fine_tuned_model] == record.owner
+
+
+def test_a_higher_priority_is_begun_before_those_that_wait(counting, tmp_path):
+    service, training, _ = counting
+    rows = cases.write_rows(tmp_path / "rows.jsonl")
+    jobs = [service.create(cases.spec(rows, {"max_steps": 2}), owner="ann") for _ in range(8)]
+    urgent = service.create(cases.spec(rows, {"max_steps": 1}, priority=3), owner="ann")
+    cases.until(lambda: all(record.status != "validating_files" for record in service.list()))
+
+    def ended():
+        training.update()
+        return service.get(urgent.id).status == "succeeded"
+
+    cases.until(ended)
+    assert training.begun.index(urgent.id) <= 5
+    assert sum(service.get(job.id).status == "queued" for job in jobs) >= 2
