@@ -78,9 +78,12 @@ def restore(entry: Entry, model: Model, job: Job) -> Restored | None:
 
 
 def model_name(record: JobRecord) -> str:
-    """Return the name that a job's adapter is served by: ``ft:BASE:SUFFIX:ID``, the suffix its owner's name if none."""
+    """Return the name that a job's adapter is served by: ``ft:BASE:SUFFIX:ID``, the suffix its owner's name if none.
+
+    An owner with a colon, as a key without a user has, gives none.
+    """
     middle = record.spec.suffix or record.owner or ""
-    return f"ft:{record.model}:{middle if middle.isprintable() else ''}:{record.id[-8:]}"
+    return f"ft:{record.model}:{middle if middle.isprintable() and ':' not in middle else ''}:{record.id[-8:]}"
 
 
 def checkpoint_name(record: JobRecord, step: int) -> str:

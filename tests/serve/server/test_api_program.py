@@ -7,9 +7,12 @@ import api_program
 import api_server
 import jax
 import pytest
+from scripted_engine import ScriptedEngine
 
 import preft_jax
+from preft_jax.errors import LimitError
 from serve import api
+from serve.engine.async_engine import AsyncEngine
 
 
 def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
@@ -127,6 +130,40 @@ def test_adapters_of_an_earlier_run_that_are_served_no_more_are_told(caplog, tmp
     store.close()
     (record,) = caplog.records
     assert (record.getMessage(), record.facts) == ("adapter refused", {"adapter": "old", "reason": "not any more"})
+
+
+def test_what_fine_tuning_is_made_of(tmp_path, tiny):
+    """The service is loaded by name, gets the operator's jobs, and wakes the engine; without the option none is."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "jobs.yaml").write_text("jobs: [{name: given, training_file: rows.jsonl, hyperparameters: {rank: 4}}]")
+    options = ["--state-dir", str(tmp_path), "--finetune", str(tmp_path / "jobs.yaml"), "--max-open-finetune-jobs", "1",
+               "--max-upload-mib", "0.5", "--max-uploads", "7", "--upload-timeout", "9"]  # fmt: skip
+    args = api.make_parser().parse_args([*api_program.SIZES, *options])
+    store = api._make_store(args, tiny)
+    assert api._make_service(api.make_parser().parse_args([]), tiny, store, "tiny") is None
+    service = api._make_service(args, tiny, store, "tiny")
+    engine = AsyncEngine(ScriptedEngine())
+    tuning = api._make_tuning(args, service, engine)
+    try:
+        assert service.wake == engine.wake
+        (job,) = service.list()
+        assert (job.owner, job.model, job.spec.training_file, job.spec.suffix) == (
+            None,
+            "tiny",
+            "operator:given",
+            "given",
+        )
+        assert (tmp_path / "finetuning" / "jobs" / job.id).is_dir()
+        with pytest.raises(LimitError):
+            service.create(job.spec, owner=None)
+        assert (tuning.upload_seconds, tuning.uploads.limits.file_bytes, tuning.uploads.limits.owner_files) == (
+            9,
+            2**19,
+            7,
+        )
+    finally:
+        tuning.close()
+        store.close()
 
 
 def test_usage_errors_have_their_status():

@@ -8,6 +8,7 @@ import threading
 import api_program
 import api_server
 import openai
+import pytest
 
 OPTIONS = ("--max-model-len", "128", "--bank-pages", "5")
 ROWS = b"".join(
@@ -72,6 +73,7 @@ def begin(program, client, state):
     return file, job, load.answers
 
 
+@pytest.mark.slow
 def test_from_an_upload_to_the_adapters_answer(tmp_path):
     state = tmp_path / "finetuning"
     (tmp_path / "bad.jsonl").write_bytes(ROWS + b'{"prompt": 1}\n')
