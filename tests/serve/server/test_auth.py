@@ -1,7 +1,7 @@
 import pytest
 
 from preft_jax.errors import ConfigError
-from serve.server.auth import Identity, Keys, RuntimeLoading, parse_keys
+from serve.server.auth import Identity, Keys, RuntimeLoading, parse_keys, shown_owner
 from serve.server.failures import ApiError
 
 pytestmark = pytest.mark.host
@@ -67,6 +67,26 @@ def test_adapters_are_seen_by_their_owner_and_the_admin():
     assert not Identity("bob").sees("alice")
     assert not Identity().sees("alice")
     assert not Identity("admin").sees("alice")
+
+
+def test_what_a_key_makes_is_its_users_or_its_own():
+    keys = Keys({"alices-key": "alice", "alices-other": "alice", "adminlike": "admin", "nobodys-1": None,
+                 "nobodys-2": None}, ROOT)  # fmt: skip
+    alice, same, namesake, one, two, admin = (
+        keys.identify(bearer(key))
+        for key in ("alices-key", "alices-other", "adminlike", "nobodys-1", "nobodys-2", ROOT)
+    )
+    assert alice.owner == same.owner == "alice"
+    everyone = (alice, namesake, one, two, admin)
+    assert len({who.owner for who in everyone}) == 5
+    for who in everyone:
+        for owner in (other.owner for other in everyone):
+            assert who.sees(owner) == who.changes(owner) == (who is admin or owner == who.owner)
+        assert who.sees(None)
+        assert who.changes(None) == (who is admin)
+    assert (Identity().owner, Identity().changes(None), Identity().changes("alice")) == (None, True, False)
+    assert [shown_owner(owner) for owner in ("alice", None, one.owner)] == ["alice", "preft-jax", "preft-jax"]
+    assert "nobodys-1" not in str(one)
 
 
 def refused(call, *args):
