@@ -93,6 +93,12 @@ class Pump:
             if not self.unit():
                 time.sleep(0.002)
 
+    def learn(self, record, step):
+        """Run units until training has started a job's update of this number, and the service knows that it runs."""
+        trainer = self.service.training.trainer
+        self.until(lambda: any(job.name == record.id and job.step >= step for job in trainer.running))
+        until(lambda: self.service.get(record.id).status == "running")
+
     def to_end(self, *records):
         """Run units until jobs have ended; return their records as they are then."""
         ids = [record.id for record in records]
