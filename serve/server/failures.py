@@ -22,6 +22,9 @@ _LONGEST = 80
 """Characters of a wrong value that a message repeats."""
 
 
+NOT_AGAIN = {"X-Should-Retry": "false"}
+"""Keeps OpenAI's client from asking again at once where that would not help."""
+
 UNREADABLE = (
     "the body cannot be read as JSON: it is not UTF-8, nested too deeply, or holds a number of thousands of digits"
 )
@@ -74,11 +77,11 @@ def to_api_error(error: PreftError) -> ApiError:
         return ApiError(503, str(error), code="not_stored", headers=retry_after(5))
     if isinstance(error, FileTooLargeError):
         return ApiError(413, str(error), code="file_too_large", param="file")
-    if isinstance(error, LimitError):  # To ask again at once, as OpenAI's client does otherwise, would not help.
-        return ApiError(429, str(error), code="limit_reached", headers={"X-Should-Retry": "false"})
+    if isinstance(error, LimitError):
+        return ApiError(429, str(error), code="limit_reached", headers=NOT_AGAIN)
     if isinstance(error, DiskError):
         status, code = (507, "disk_full") if error.full else (500, "disk_failed")
-        return ApiError(status, str(error), code=code, headers={"X-Should-Retry": "false"})
+        return ApiError(status, str(error), code=code, headers=NOT_AGAIN)
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_request")
     if isinstance(error, AdapterError):

@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from preft_jax.errors import PreftError, did_you_mean, plain
 from serve.server.auth import Identity
-from serve.server.failures import ApiError
+from serve.server.failures import NOT_AGAIN, ApiError
 from serve.server.form import ROOM, UploadForm
 from serve.server.tuning import Tuning
 from serve.store.uploads import Upload, Uploads
@@ -211,6 +211,7 @@ def _add_each(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> Non
                     f"the job {job} has not read {upload.id} yet; cancel it, or delete the file later",
                     code="file_in_use",
                     param="file_id",
+                    headers=NOT_AGAIN,
                 )
             await tuning.disk(uploads.delete, upload)
         return {"id": upload.id, "object": "file", "deleted": True}

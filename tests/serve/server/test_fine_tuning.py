@@ -251,8 +251,9 @@ def test_a_file_stays_while_a_job_has_yet_to_read_it(people, tuning):
     held = alice.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
     job = make(alice, file, validation_file=held)
     for one in (file, held):
-        with pytest.raises(openai.ConflictError, match=job.id):
+        with pytest.raises(openai.ConflictError, match=job.id) as caught:
             alice.files.delete(one)
+        assert caught.value.response.headers["x-should-retry"] == "false"
     assert tuning.begin(job.id) == [ROWS.decode().strip()]
     alice.fine_tuning.jobs.pause(job.id)
     for one in (file, held):
