@@ -67,6 +67,19 @@ def drop_cut_programs(folder):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _compiled_quickly():
+    """On a CPU, compile the same operations to machine code that is not optimised: tests run most programs few times.
+
+    XLA's own passes, which fuse, alias and copy, run as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.default_backend() == "cpu":
+            jax.config.update("jax_disable_most_optimizations", True)
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for programs that tests start
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _kept_programs(request):
     """Keep what takes long to compile in ``.cache/programs``, for the run's other processes and for later runs.
 
