@@ -56,6 +56,13 @@ def pytest_cmdline_main(config):
         option.numprocesses = 2
     if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"
+        option.loadscopereorder = False  # It would leave files of one long test to the end.
+
+
+def pytest_collection_modifyitems(items):
+    """Put files that compile nothing last: they are short, so that two processes end together."""
+    compiling = {item.path for item in items if item.get_closest_marker("host") is None}
+    items.sort(key=lambda item: item.path not in compiling)
 
 
 def drop_cut_programs(folder):
