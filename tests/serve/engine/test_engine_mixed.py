@@ -21,7 +21,7 @@ from serve.engine.engine import Engine
 from serve.engine.observer import Observer
 
 MIXED = dataclasses.replace(ROOMY, all_token=False, mixed_tokens=64)
-NARROW = dataclasses.replace(TIGHT, all_token=False, mixed_tokens=32)
+NARROW = dataclasses.replace(TIGHT, all_token=False, prefill_tokens=64, mixed_tokens=64)
 KINDS = (None, "lora", "loreft_f3l2", "direft", "lora_r24", "lora_pattern", "lora_skip", "loreft")
 
 
