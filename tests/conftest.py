@@ -74,15 +74,19 @@ def drop_cut_programs(folder):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _compiled_quickly():
-    """On a CPU, compile the same operations to machine code that is not optimised: tests run most programs few times.
+def _compiled_quickly(request):
+    """On a CPU, let LLVM optimise nothing, a third of the time to compile: most programs run a few times only.
 
-    XLA's own passes, which fuse, alias and copy, run as ever.
+    XLA's own passes, which fuse operations and alias buffers, run as ever. Slow tests, and whoever sets
+    ``JAX_DISABLE_MOST_OPTIMIZATIONS=0``, run optimised code.
     """
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    if name in os.environ or "not slow" not in request.config.option.markexpr or jax.default_backend() != "cpu":
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
-        if jax.default_backend() == "cpu":
-            jax.config.update("jax_disable_most_optimizations", True)
-            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for programs that tests start
+        jax.config.update(name.lower(), True)
+        patch.setenv(name, "1")  # for programs that tests start
         yield
 
 
