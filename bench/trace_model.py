@@ -227,7 +227,7 @@ class World:
                     break
                 self._add(*waiting.popleft())
             if not self.flights:
-                self.now = waiting[0][1][0]
+                self._wait_until(waiting[0][1][0])
                 continue
             prepared = self._run_ahead() if len(self.calls) == 1 and self.variant.two else None
             told = self._collect(prepared) if self.calls else []
@@ -240,6 +240,10 @@ class World:
                 if sequence.status is Status.FINISHED:
                     done.append(self.flights.pop(sequence.request_id))
         return done
+
+    def _wait_until(self, arrival: float) -> None:
+        """Let the time pass until the next request comes, while there is none."""
+        self.now = arrival
 
     def _run_ahead(self) -> Step | None:
         """Start what goes behind the call under way; return a third call, if one is prepared."""

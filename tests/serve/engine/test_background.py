@@ -10,6 +10,17 @@ from fake_engine import FakeClock
 from serve.engine.background import Background, Repeated, Unit, UnitCall
 from serve.engine.engine import Engine
 from serve.engine.observer import Observer
+from serve.engine.pacing import Promise, Share
+from serve.engine.plan import Step
+
+
+STEP = Step()
+
+
+class World:
+    """No requests."""
+
+    running = prefilling = waiting = ()
 
 
 class Units:
@@ -38,31 +49,35 @@ class Units:
 @pytest.mark.parametrize(("share", "seconds", "calls"), [(0.5, 0.02, 2), (0.2, 0.02, 8), (0.2, 0.001, 1)])
 def test_beside_requests_a_unit_is_due_once_its_time_was_earned(share, seconds, calls):
     """Calls of 10 ms each; half of the device's time is 10 ms for each of them, a fifth 2.5 ms."""
-    background = Background(Units(seconds=seconds), share)
+    background = Background(Units(seconds=seconds), Share(share))
     for _ in range(3):
         for _ in range(calls):
+            background.began([STEP], 0.0, World())
             assert background.beside() is None
-            background.earn(0.01)
+            background.collected(STEP, 0.01)
+        background.began([STEP], 0.0, World())
         assert background.beside() is not None
         assert background.beside() is None, "never two between two calls"
 
 
 def test_without_a_share_nothing_is_due_beside_requests():
-    background = Background(Units(), 0.0)
-    background.earn(100.0)
+    background = Background(Units(seconds=0.0), Share(0.0))
+    background.collected(STEP, 100.0)
+    background.began([STEP], 0.0, World())
     assert background.beside() is None
 
 
 def test_time_is_not_saved_up():
-    background = Background(Units(seconds=0.02), 0.5)
-    background.earn(10.0)
-    assert background.beside() is not None
-    assert background.beside() is None
+    background = Background(Units(seconds=0.02), Share(0.5))
+    background.collected(STEP, 10.0)
+    for given in (True, False):
+        background.began([STEP], 0.0, World())
+        assert (background.beside() is not None) == given
 
 
 def test_an_idle_engine_starts_the_next_unit_as_the_last_one_ends():
     clock = FakeClock()
-    background = Background(Units(seconds=0.02), 0.0, clock)
+    background = Background(Units(seconds=0.02), Share(0.0), clock)
     assert background.pause(None) == 0
     last = UnitCall(unit=background.idle(None), arrays=None, started=clock())
     assert background.idle(last) is None
@@ -75,10 +90,10 @@ def test_an_idle_engine_starts_the_next_unit_as_the_last_one_ends():
 
 def test_there_is_nothing_to_wait_for_without_work():
     clock = FakeClock()
-    for background in (Background(None, 0.5, clock), Background(Units(count=0), 0.5, clock)):
+    for background in (Background(None, Share(0.5), clock), Background(Units(count=0), Share(0.5), clock)):
         assert background.pause(None) is None
         assert background.beside() is None
-    background = Background(Units(count=1, seconds=0.02), 0.0, clock)
+    background = Background(Units(count=1, seconds=0.02), Share(0.0), clock)
     last = UnitCall(unit=background.idle(None), arrays=None, started=clock())
     assert not background.is_over(last)
     clock.sleep(0.02)
@@ -154,7 +169,7 @@ def test_what_a_unit_took_is_known_however_late_the_engine_looks(lively):
     work, clock = Units(count=2, seconds=0.2, start=lambda params: jnp.zeros(3)), FakeClock()
     engine = Engine(lively, TIGHT, background=work, clock=clock)
     engine.step()
-    engine._calls[0].over.result()
+    engine._under_way.calls[0].over.result()
     assert engine.pause == 0, "it is over"
     clock.sleep(0.3)
     steps(engine, 4)
@@ -253,3 +268,6 @@ def test_units_under_way_go_on_when_a_call_fails(lively, rng):
 def test_a_share_is_a_part_of_the_whole(lively):
     with pytest.raises(ValueError, match="background_share is 1"):
         Engine(lively, TIGHT, background=Units(), background_share=1)
+    promise = Promise(tpot_ms=50, ttft_ms=500)
+    with pytest.raises(ValueError, match="both given"):
+        Engine(lively, TIGHT, background=Units(), background_share=0.1, background_pacing=promise)

@@ -1,0 +1,115 @@
+"""What the device works on: steps of requests, and units of other work behind them."""
+
+import collections
+from collections.abc import Callable
+
+from preft_jax.models.params import Params
+from serve.engine.background import Background, Unit, UnitCall
+from serve.engine.calls import Call, Prepared
+from serve.engine.pacing import Requests
+from serve.engine.plan import Step
+
+
+class UnderWay:
+    """Calls that were started and not collected, oldest first: two steps at most, each with units behind it.
+
+    Args:
+        background: where units come from.
+        clock: seconds.
+
+    Attributes:
+        calls: all of them.
+        prepared: a call that is started as soon as the oldest one is over.
+    """
+
+    def __init__(self, background: Background, clock: Callable[[], float]):
+        self.calls: collections.deque[Call | UnitCall] = collections.deque()
+        self.prepared: Prepared | None = None
+        self._background = background
+        self._clock = clock
+        self._results_at = 0.0
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps among them."""
+        return [call.step for call in self.calls if isinstance(call, Call)]
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds after which an engine without requests should look again; None: there is nothing to do."""
+        return self._background.pause(self._last_unit)
+
+    @property
+    def _last_unit(self) -> UnitCall | None:
+        last = self.calls[-1] if self.calls else None
+        return last if isinstance(last, UnitCall) else None
+
+    def took(self, started: float) -> float:
+        """Return what the oldest call took, which is over now."""
+        return self._took(started, self._clock())
+
+    def _took(self, started: float, now: float) -> float:
+        seconds, self._results_at = max(0.0, now - max(started, self._results_at)), now
+        return seconds
+
+    def interrupted(self) -> None:
+        """Forget steps after the engine was cut off; units go on, but not one that was just being started or ended."""
+        units = [call for call in self.calls if isinstance(call, UnitCall)]
+        self._background.interrupted(units)
+        self.calls, self.prepared = collections.deque(units), None
+
+    def forget_steps(self) -> None:
+        """Forget steps whose results are lost. Units touch nothing of the engine's: they go on."""
+        self.calls = collections.deque(call for call in self.calls if isinstance(call, UnitCall))
+        self.prepared = None
+
+    # Units
+
+    def start_beside(self, requests: Requests, params: Params) -> None:
+        """Start units behind a step that was started last, as many as there is room for."""
+        if not self.steps:
+            return
+        queue = [call.step if isinstance(call, Call) else call.unit for call in self.calls]
+        self._background.began(queue, max(self.calls[0].started, self._results_at), requests)
+        while (unit := self._background.beside()) is not None:
+            if not self._start(unit, params):
+                break
+
+    def start_idle(self, params: Params) -> None:
+        """Start a unit for an engine without requests, if the last one is over or nearly so."""
+        if len(self.calls) < 2:
+            unit = self._background.idle(self._last_unit)
+            if unit is not None:
+                self._start(unit, params)
+
+    def _start(self, unit: Unit, params: Params) -> bool:
+        call = self._background.start(unit, params)
+        if call is not None:
+            self.calls.append(call)
+        self._background.in_hand = None
+        return call is not None
+
+    def end_oldest_unit(self) -> bool:
+        """End the oldest call if it is a unit and others are behind it, or nothing is; whether it is a unit."""
+        call = self.calls[0]
+        if not isinstance(call, UnitCall):
+            return False
+        # The tokens of the call before it went out.
+        if len(self.calls) > 1 or self._background.is_over(call):
+            self._end(call)
+        return True
+
+    def _end(self, call: UnitCall) -> None:
+        """Wait for a unit, the oldest call."""
+        self._background.in_hand = call.unit
+        self.calls.popleft()
+        try:
+            assert call.over is not None
+            now = call.over.result()
+        except Exception as error:
+            self._background.failed(call.unit, error)
+        else:
+            self._background.done(call, self._took(call.started, now))
+            if self.calls:
+                self.calls[0].started = max(self.calls[0].started, now)  # Then the device began it.
+        self._background.in_hand = None
