@@ -1,4 +1,4 @@
-"""``python -m bench.coserve_model``: what other work gets beside requests by a pacing, with a model of the device's times.
+"""``python -m bench.coserve_model``: what other work gets beside requests by a pacing: a model.
 
 The simulation of ``bench.trace_model`` with units of other work in the device's queue: the real scheduler, the real
 ``Background`` and the real policies. Requests are a trace's, or arrive by a Poisson process with random lengths. The
@@ -26,6 +26,7 @@ from serve.bench.datasets import read_trace
 from serve.engine.background import Background, Unit, UnitCall
 from serve.engine.pacing import Pacing, Promise, Share
 from serve.engine.plan import Step
+from serve.engine.under_way import UnderWay
 
 Request = tuple[float, int, int]
 """Arrival in milliseconds, tokens of the prompt, tokens of the answer."""
@@ -85,10 +86,46 @@ class SharedWorld(World):
         self.background = Background(work, pacing, lambda: self.now / 1e3)
         self.unit_seconds = 0.0
         self.until = 0.0
-        self.longest_gap = 0.0
+        self.longest_gap = self._between = 0.0
         # Units on the device, with what they take and when they end, and when each call begins.
         self._units: collections.deque[tuple[UnitCall, float, float]] = collections.deque()
         self._begins: collections.deque[float] = collections.deque()
+
+    def run(self, requests: Many[Request]) -> list[_Flight]:
+        """See ``World``: as the engine goes, behind units the next step is started once tokens went out."""
+        waiting, done = collections.deque(enumerate(requests)), []
+        while waiting or self.flights:
+            for _ in range(64):
+                if not waiting or waiting[0][1][0] > self.now:
+                    break
+                self._add(*waiting.popleft())
+            if not self.flights:
+                self._wait_until(waiting[0][1][0])
+                continue
+            prepared = None
+            covered = self._covered()
+            if not self.calls and covered:
+                if self._start_another():
+                    self.now = max(self.now, self._units[0][2])
+                    self._end_units(self.now)
+                    continue
+                self._schedule()
+            elif len(self.calls) == 1 and self.variant.two and not covered:
+                prepared = self._run_ahead()
+            told = self._collect(prepared) if self.calls else []
+            if not self.calls and not (told and self._covered()):
+                self._schedule()
+            done += self._tell(told)
+        return done
+
+    def _schedule(self) -> None:
+        step = self.planner.schedule(single=self._covered())
+        if step is not None:
+            self._start(step)
+
+    def _covered(self) -> bool:
+        last = self.calls[-1][1] if self.calls else 0.0
+        return sum(call.unit.seconds for call, _, end in self._units if end > last) >= UnderWay.COVER
 
     def _add(self, number: int, request: Request) -> None:
         super()._add(number, request)
@@ -106,22 +143,38 @@ class SharedWorld(World):
         self.now = max(self.now, arrival)
 
     def _start(self, step: Step, prepared: bool = False) -> None:
+        self._between = 0.0
         self._begins.append(max(self.now, self.free))
         super()._start(step, prepared)
+        self._open()
+        while not self._covered() and (unit := self.background.beside()) is not None:
+            self._start_unit(unit)
+
+    def _start_another(self) -> bool:
+        """Start a unit behind others, as ``UnderWay`` does it."""
+        if len(self._units) > 1:
+            return True
+        self._open()
+        unit = self.background.beside()
+        if unit is not None:
+            self._start_unit(unit)
+        return unit is not None
+
+    def _open(self) -> None:
         items = [(end, own) for own, end in self.calls] + [(end, call.unit) for call, _, end in self._units]
         queue = [own for _, own in sorted(items, key=lambda item: item[0])]
-        first = min([self._begins[0]] + [end - takes for _, takes, end in self._units])
-        self.background.began(queue, first / 1e3, self.planner)
-        before = self.free
-        while (unit := self.background.beside()) is not None:
-            self._start_unit(unit)
-        self.longest_gap = max(self.longest_gap, self.free - before)
+        first = min([*list(self._begins)[:1], *(end - takes for _, takes, end in self._units)])
+        self.background.opened(queue, first / 1e3, self.planner)
 
     def _start_unit(self, unit: Unit) -> None:
         assert isinstance(unit, _Timed)
         takes = 1e3 * unit.takes
-        self.free = max(self.now, self.free) + takes
+        self.free = self._dispatch() + takes
+        self.ends.append(self.free)
         self.unit_seconds += unit.takes * (self.free <= self.until)
+        if self.flights:
+            self._between += takes
+            self.longest_gap = max(self.longest_gap, self._between)
         self._units.append((UnitCall(unit=unit, arrays=None, started=self.now / 1e3), takes, self.free))
 
     def _end_units(self, end: float) -> None:
@@ -226,7 +279,9 @@ def main(argv: Many[str] | None = None) -> int:
     args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     rows = list[dict[str, Any]]()
     variant = dataclasses.replace(NOW, decode_steps=args.decode_steps)
-    print(f"{'policy':14} {'req/s':>6} {'units':>7} {'of most':>8} {'kept':>7} {'alone':>7} {'TPOT p97':>9} {'gap ms':>7}")
+    print(
+        f"{'policy':14} {'req/s':>6} {'units':>7} {'of most':>8} {'kept':>7} {'alone':>7} {'TPOT p97':>9} {'gap ms':>7}"
+    )
     for rate in map(float, args.rates.split(",")):
         requests = requests_of(args, rate)
         alone, flights = serve(requests, Share(0.0), None, gpu=GPUS[args.gpu], variant=variant)

@@ -131,11 +131,11 @@ class Background:
         if self._work is not None:
             self.pacing.arrived(sequences, self._clock())
 
-    def began(self, queue: Many["Step | Unit"], since: float, requests: Requests) -> None:
-        """Note that a step was started; arguments as ``Pacing.began`` has them, with units themselves."""
+    def opened(self, queue: Many[Step | Unit], since: float, requests: Requests) -> None:
+        """Look for room; arguments as ``Pacing.opened`` has them, with units themselves."""
         if self._peek() is not None:
             seconds = [one if isinstance(one, Step) else one.seconds for one in queue]
-            self.pacing.began(seconds, since, requests, self._clock())
+            self.pacing.opened(seconds, since, requests, self._clock())
 
     def collected(self, step: Step, seconds: float) -> None:
         """Note that a step is over, how long it took, and that its tokens are known."""
@@ -143,7 +143,7 @@ class Background:
             self.pacing.collected(step, seconds, self._clock())
 
     def beside(self) -> Unit | None:
-        """Return a unit to start behind the step that began last, if there is room for it."""
+        """Return a unit to start behind what was queued when ``opened`` was called, if there is room for it."""
         unit = self._peek()
         return self._take() if unit is not None and self.pacing.takes(unit.seconds) else None
 

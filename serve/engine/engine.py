@@ -257,31 +257,45 @@ class Engine:
         with self._compiles:
             self._take_loaded()
             self._expire()
-            if self._goes_ahead and not self._recovery.apart:
-                self._run_ahead()
+            if self._goes_ahead and not self._recovery.apart and self._run_ahead():
+                return self._outputs([])
             deltas = self._collect()
-            if not self.under_way:
-                step = self.scheduler.schedule()
-                self._run(step)
+            # Behind units there is time: tokens go out first.
+            if not self.under_way and not (deltas and self._under_way.covers):
+                step = self._schedule()
                 if step is None and not deltas:
                     self._run_idle()
             return self._outputs(deltas)
+
+    def _schedule(self) -> Step | None:
+        """Plan and start a step while none is under way."""
+        # What hides the host's time behind several steps of a call is done by units.
+        step = self.scheduler.schedule(single=self._under_way.covers)
+        self._run(step)
+        return step
 
     def _expire(self) -> None:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
             self.cancel(heapq.heappop(self._deadlines)[1], "its deadline passed")
 
-    def _run_ahead(self) -> None:
-        """Start calls behind the one under way, so that the device need not wait for the host."""
-        if len(self.under_way) != 1:
-            return
+    def _run_ahead(self) -> bool:
+        """Start calls behind the one under way, or behind units, so that the device need not wait for the host.
+
+        Returns whether a step was started behind units alone: there is nothing else to do now.
+        """
+        covered = self._under_way.covers
+        if self._live and not self.under_way and covered:
+            another = self._under_way.start_another(self.scheduler, self.runner.params)
+            return not another and self._schedule() is not None
+        if len(self.under_way) != 1 or covered:
+            return False
         (under_way,) = self.under_way
         step = ahead(self.scheduler, under_way)
         full = full_prefill(self.scheduler) if under_way.chunks else None
         if step is None or full is None:
             self._run(step or full)
-            return
+            return False
         # Its arguments go to the device before copies that begin behind the step's start, or they would be held up;
         # it is started when the oldest call is over: a GPU's queue holds the kernels of two calls, hardly of three.
         with self._recovering(full):
@@ -291,6 +305,7 @@ class Engine:
             if self.under_way:
                 prepared.begin_copies()
                 self._under_way.prepared = prepared
+        return False
 
     def _run(self, step: Step | None, *, copies: bool = True) -> None:
         """Start a step on the device; ``copies``: see ``Starter.start``."""

@@ -30,7 +30,6 @@ far as the percentile allows those that it makes late.
 
 import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Many
@@ -67,8 +66,8 @@ class Pacing(Protocol):
         """Note samples of a request that was taken."""
         ...
 
-    def began(self, queue: Many[Step | float], since: float, requests: Requests, now: float) -> None:
-        """Note that a step was started, and look how many units may go behind it.
+    def opened(self, queue: Many[Step | float], since: float, requests: Requests, now: float) -> None:
+        """Look how many units may go behind what is queued: behind a step that was just started, or behind units.
 
         Args:
             queue: what the device works on, oldest first: steps, and the expected seconds of units.
@@ -111,9 +110,9 @@ class Share:
     def arrived(self, sequences: Iterable[Sequence], now: float) -> None:
         """See ``Pacing``: it makes no difference."""
 
-    def began(self, queue: Many[Step | float], since: float, requests: Requests, now: float) -> None:
+    def opened(self, queue: Many[Step | float], since: float, requests: Requests, now: float) -> None:
         """See ``Pacing``."""
-        self._is_open = self._rate > 0
+        self._is_open = self._rate > 0 and isinstance(queue[-1], Step)
 
     def takes(self, seconds: float) -> bool:
         """See ``Pacing``."""
@@ -136,6 +135,10 @@ class Reserve:
     Args:
         tail: the part of all values that may lie above.
         step: by how much it is raised for a request that broke its promise through units.
+
+    Attributes:
+        found: the quantile, in seconds.
+        raised: what broken promises added, in seconds.
     """
 
     RECENT, LONG, EVERY = 256, 2048, 16
@@ -146,13 +149,13 @@ class Reserve:
         self._recent: collections.deque[float] = collections.deque(maxlen=self.RECENT)
         self._long: collections.deque[float] = collections.deque(maxlen=self.LONG)
         self._count = 0
-        self._found = 0.0
-        self._raised = 0.0
+        self.found = 0.0
+        self.raised = 0.0
 
     @property
     def seconds(self) -> float:
         """What is to be kept back."""
-        return self._found + self._raised
+        return self.found + self.raised
 
     def add(self, value: float) -> None:
         """Note a value."""
@@ -161,11 +164,11 @@ class Reserve:
             self._long.append(value)
         self._count += 1
         if self._count <= self.EVERY or self._count % self.EVERY == 0:
-            self._found = max(_quantile(values, 1 - self._tail) for values in (self._recent, self._long))
+            self.found = max(_quantile(values, 1 - self._tail) for values in (self._recent, self._long))
 
     def ended(self, *, broke: bool) -> None:
         """Note a request that ended, and whether it broke its promise through units."""
-        self._raised = max(0.0, self._raised + (broke - self._tail) * self._step)
+        self.raised = max(0.0, self.raised + (broke - self._tail) * self._step)
 
 
 def _quantile(values: Iterable[float], q: float) -> float:
@@ -181,18 +184,13 @@ class CallTimes:
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], float] = {}
         self._repeats = 1
-        self._prompt_seconds = self._prompt_tokens = 0.0
 
     def add(self, step: Step, seconds: float) -> None:
         """Note what a step took."""
         key, each = self._key(step), seconds / step.repeats
         before = self._seconds.get(key, each)
         self._seconds[key] = before + self.OF_THE_NEW * (each - before)
-        if step.chunks:
-            keep = 1 - self.OF_THE_NEW
-            self._prompt_seconds = keep * self._prompt_seconds + seconds
-            self._prompt_tokens = keep * self._prompt_tokens + step.num_tokens
-        else:
+        if not step.chunks:
             self._repeats = step.repeats
 
     def of(self, step: Step) -> float:
@@ -202,15 +200,6 @@ class CallTimes:
     def next_decode(self, rows: int) -> float:
         """Return what the next decode call of so many rows is expected to take, of as many steps as the last one."""
         return self._repeats * self._nearest("decode", rows.bit_length())
-
-    @property
-    def repeats(self) -> int:
-        """Steps of the last decode call."""
-        return self._repeats
-
-    def prompt(self, tokens: int) -> float:
-        """Return what so many prompt tokens are expected to take."""
-        return tokens * self._prompt_seconds / self._prompt_tokens if self._prompt_tokens else 0.0
 
     @staticmethod
     def _key(step: Step) -> tuple[str, int]:
@@ -258,7 +247,7 @@ class Promise:
     """Seconds without a unit after which requests may be made late, as far as the percentile allows."""
 
     GAP = 2.0
-    """Promised TPOTs that units between two calls take at most, for each step of a decode call."""
+    """Promised TPOTs that units between two calls take at most, unless it is one unit."""
 
     def __init__(self, *, tpot_ms: float, ttft_ms: float, percentile: float = 0.97, slowdown: float | None = None):
         for name, value in (("tpot_ms", tpot_ms), ("ttft_ms", ttft_ms), ("slowdown", slowdown)):
@@ -287,7 +276,7 @@ class Promise:
         # Requests that may yet be made late.
         self._credit = 0.0
         self._last_unit = -math.inf
-        self._now = self._room = self._given = self._most = 0.0
+        self._now = self._room = self._given = 0.0
 
     # What happened
 
@@ -356,11 +345,15 @@ class Promise:
 
     # What may run
 
-    def began(self, queue: Many[Step | float], since: float, requests: Requests, now: float) -> None:
+    def opened(self, queue: Many[Step | float], since: float, requests: Requests, now: float) -> None:
         """See ``Pacing``."""
         self._sweep()
-        self._now, self._given = now, 0.0
-        self._most = self.GAP * self.tpot * self._times.repeats
+        self._now = now
+        if isinstance(queue[-1], Step):
+            self._given = 0.0
+        self._room = 0.0
+        if requests.prefilling or next(iter(requests.waiting), None) is not None:
+            return  # Prompts go first.
         units, at = 0.0, since
         firsts: dict[Sequence, float] = {}
         for one in queue:
@@ -370,52 +363,32 @@ class Promise:
             else:
                 at += self._honesty * one
                 units += self._honesty * one
-        late = max(0.0, now - at)  # Something takes longer than expected.
-        decode = self._times.next_decode(len(requests.running))
-        room = self._room_of_prompts(requests, at + late, units, decode)
-        if room > 0:
-            room = min(room, self._room_of_running(requests, at + late, decode, units, firsts))
-        self._room = room
+        # Who comes now waits for all of this.
+        ends = max(now, at)
+        room = self.ttft - self._waits.seconds - (ends - now)
+        self._room = min(room, self._room_of_running(requests, ends, units, firsts))
 
     def takes(self, seconds: float) -> bool:
         """See ``Pacing``."""
         expected = self._honesty * seconds
-        if expected > self._room or (self._given and self._given + expected > self._most):
+        if expected > self._room or (self._given and self._given + expected > self.GAP * self.tpot):
             return False
         self._room -= expected
         self._given += expected
         self._last_unit = self._now
         return True
 
-    def _room_of_prompts(self, requests: Requests, at: float, units: float, decode: float) -> float:
-        """Return how long units may take so that first tokens come as promised.
+    def _room_of_running(self, requests: Requests, at: float, units: float, firsts: Mapping[Sequence, float]) -> float:
+        """Return how long units may take so that running requests keep their promise.
 
         Args:
             requests: all of them.
             at: when the queue is expected to be done.
             units: seconds of units in the queue.
-            decode: what a decode call takes.
+            firsts: when first tokens are expected that the queue brings.
         """
-        room = self.ttft - self._waits.seconds - units
-        pending = 0.0
-        for sequence in itertools.chain(requests.prefilling, requests.waiting):
-            pending += self._times.prompt(len(sequence.tokens) - sequence.started)
-            if pending > self.tpot:
-                return 0.0  # A burst.
-            if sequence in self._arrived:
-                slack = self._arrived[sequence][0] + self.ttft - (at + pending + decode)
-                if slack > 0:  # Else it is late in any case.
-                    room = min(room, slack)
-        return room
-
-    def _room_of_running(
-        self, requests: Requests, at: float, decode: float, units: float, firsts: Mapping[Sequence, float]
-    ) -> float:
-        """Return how long units may take so that running requests keep their promise.
-
-        Arguments are as above; ``firsts``: when first tokens are expected that the queue brings.
-        """
-        reserve, each = self._lags.seconds, self._each or 0.0
+        decode = self._times.next_decode(len(requests.running))
+        each = self._each or 0.0
         rooms = []
         for sequence in requests.running:
             if sequence.undrawn <= 0:
@@ -426,7 +399,7 @@ class Promise:
             slack = first + tokens * self.tpot - (at + decode)
             if slack + (sequence.undrawn - 1) * (self.tpot - each) < 0:
                 continue  # It cannot catch up.
-            room = slack - min(reserve, tokens * (self.tpot - each) / 2)
+            room = slack - self._lags.raised - min(self._lags.found, tokens * (self.tpot - each) / 2)
             if self.slowdown is not None:
                 delay = units if own is None else units + self._units - own.units
                 room = min(room, self.slowdown * tokens * each - delay)
@@ -435,5 +408,5 @@ class Promise:
             return 0.0  # Serving alone keeps no promise now.
         rooms.sort()
         if self._credit >= 1 and self._now - self._last_unit > self.PATIENCE:
-            rooms, self._most = rooms[int(self._credit) :], 0.0
+            rooms = rooms[int(self._credit) :]
         return rooms[0] if rooms else math.inf

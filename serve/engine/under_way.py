@@ -1,6 +1,7 @@
 """What the device works on: steps of requests, and units of other work behind them."""
 
 import collections
+import itertools
 from collections.abc import Callable
 
 from preft_jax.models.params import Params
@@ -17,10 +18,19 @@ class UnderWay:
         background: where units come from.
         clock: seconds.
 
+    Units that are long enough hide what the host does between two steps. So a step behind them is planned late: once
+    the tokens of the step before went out, and no further unit has room.
+
     Attributes:
         calls: all of them.
         prepared: a call that is started as soon as the oldest one is over.
     """
+
+    COVER = 0.004
+    """Seconds of units behind a step that give the host the time to start the next one."""
+
+    MOST = 8
+    """Units that are started behind a step at once, however short they are."""
 
     def __init__(self, background: Background, clock: Callable[[], float]):
         self.calls: collections.deque[Call | UnitCall] = collections.deque()
@@ -33,6 +43,12 @@ class UnderWay:
     def steps(self) -> list[Step]:
         """The steps among them."""
         return [call.step for call in self.calls if isinstance(call, Call)]
+
+    @property
+    def covers(self) -> bool:
+        """Whether units behind the last step, or alone, keep the device busy until a step is started behind them."""
+        units = itertools.takewhile(lambda call: isinstance(call, UnitCall), reversed(self.calls))
+        return sum(call.unit.seconds for call in units if isinstance(call, UnitCall)) >= self.COVER
 
     @property
     def pause(self) -> float | None:
@@ -66,23 +82,32 @@ class UnderWay:
     # Units
 
     def start_beside(self, requests: Requests, params: Params) -> None:
-        """Start units behind a step that was started last, as many as there is room for."""
-        if not self.steps:
-            return
+        """Start units behind a step that was started last, if there is room: one, or as many short ones as cover."""
+        if self.steps:
+            self._open(requests)
+            for _ in range(self.MOST):
+                if self.covers or not self._start(self._background.beside(), params):
+                    break
+
+    def start_another(self, requests: Requests, params: Params) -> bool:
+        """Start a unit behind others while no step is under way, if there is room; whether to wait for a unit now."""
+        if len(self.calls) > 1:
+            return True
+        self._open(requests)
+        return self._start(self._background.beside(), params)
+
+    def _open(self, requests: Requests) -> None:
         queue = [call.step if isinstance(call, Call) else call.unit for call in self.calls]
-        self._background.began(queue, max(self.calls[0].started, self._results_at), requests)
-        while (unit := self._background.beside()) is not None:
-            if not self._start(unit, params):
-                break
+        self._background.opened(queue, max(self.calls[0].started, self._results_at), requests)
 
     def start_idle(self, params: Params) -> None:
         """Start a unit for an engine without requests, if the last one is over or nearly so."""
         if len(self.calls) < 2:
-            unit = self._background.idle(self._last_unit)
-            if unit is not None:
-                self._start(unit, params)
+            self._start(self._background.idle(self._last_unit), params)
 
-    def _start(self, unit: Unit, params: Params) -> bool:
+    def _start(self, unit: Unit | None, params: Params) -> bool:
+        if unit is None:
+            return False
         call = self._background.start(unit, params)
         if call is not None:
             self.calls.append(call)

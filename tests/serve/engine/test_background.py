@@ -13,7 +13,6 @@ from serve.engine.observer import Observer
 from serve.engine.pacing import Promise, Share
 from serve.engine.plan import Step
 
-
 STEP = Step()
 
 
@@ -52,10 +51,10 @@ def test_beside_requests_a_unit_is_due_once_its_time_was_earned(share, seconds, 
     background = Background(Units(seconds=seconds), Share(share))
     for _ in range(3):
         for _ in range(calls):
-            background.began([STEP], 0.0, World())
+            background.opened([STEP], 0.0, World())
             assert background.beside() is None
             background.collected(STEP, 0.01)
-        background.began([STEP], 0.0, World())
+        background.opened([STEP], 0.0, World())
         assert background.beside() is not None
         assert background.beside() is None, "never two between two calls"
 
@@ -63,7 +62,7 @@ def test_beside_requests_a_unit_is_due_once_its_time_was_earned(share, seconds, 
 def test_without_a_share_nothing_is_due_beside_requests():
     background = Background(Units(seconds=0.0), Share(0.0))
     background.collected(STEP, 100.0)
-    background.began([STEP], 0.0, World())
+    background.opened([STEP], 0.0, World())
     assert background.beside() is None
 
 
@@ -71,7 +70,7 @@ def test_time_is_not_saved_up():
     background = Background(Units(seconds=0.02), Share(0.5))
     background.collected(STEP, 10.0)
     for given in (True, False):
-        background.began([STEP], 0.0, World())
+        background.opened([STEP], 0.0, World())
         assert (background.beside() is not None) == given
 
 
