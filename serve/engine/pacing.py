@@ -388,11 +388,14 @@ class Promise:
             firsts: when first tokens are expected that the queue brings.
         """
         decode = self._times.next_decode(len(requests.running))
-        each = self._each or 0.0
+        running = [sequence for sequence in requests.running if sequence.undrawn > 0]
+        if not running:
+            return math.inf
+        each = self._each
+        if each is None or each >= self.tpot:
+            return 0.0  # Nothing is known of serving alone, or it keeps no promise now.
         rooms = []
-        for sequence in requests.running:
-            if sequence.undrawn <= 0:
-                continue
+        for sequence in running:
             tokens = sequence.generated + sequence.drawing
             own = self._own.get(sequence)
             first = firsts.get(sequence, at) if own is None else own.first
@@ -404,8 +407,6 @@ class Promise:
                 delay = units if own is None else units + self._units - own.units
                 room = min(room, self.slowdown * tokens * each - delay)
             rooms.append(room)
-        if each >= self.tpot:
-            return 0.0  # Serving alone keeps no promise now.
         rooms.sort()
         if self._credit >= 1 and self._now - self._last_unit > self.PATIENCE:
             rooms = rooms[int(self._credit) :]
