@@ -179,11 +179,14 @@ def make_machine(args: argparse.Namespace, served: Sequence[Trace], console: Con
     steps = WholeSteps(make_trainer(model, **options, remat=args.remat))
     turns = Turns()
     engine = WatchedEngine(model, config, background=turns, background_pacing=turns)
+    windows.memory = engine.memory
     engine.warm_up()
     console.print(f"engine ready in {time.perf_counter() - start:.0f} s", soft_wrap=True)
     turns.takes_turn(windows)
-    run_for(engine, math.inf, lambda: turns.error is not None or names(turns).count("update") > 2)
+    run_for(engine, math.inf, lambda: bool(turns.error or windows.waits) or names(turns).count("update") > 2)
     fail(turns)
+    if windows.waits:
+        raise ConfigError(f"--reserved-gib is {args.reserved_gib:g}, too little to train: {windows.waits}")
     # What comes before the second update is an update and what follows it.
     ends = [n for n, name in enumerate(names(turns)) if name == "update"]
     units = ends[1] - ends[0]

@@ -110,6 +110,9 @@ class Background:
     MARGIN = 0.001
     """Seconds before the expected end of a unit at which an idle engine starts the next one behind it."""
 
+    LONGEST_PAUSE = 0.05
+    """Seconds after which an idle engine looks again in any case: a unit may end sooner than expected."""
+
     def __init__(
         self,
         work: Work | None,
@@ -157,7 +160,8 @@ class Background:
             return None
         if last is None or last.is_over:
             return 0.0
-        return max(0.0, last.started + last.unit.seconds - self.MARGIN - self._clock())
+        left = last.started + last.unit.seconds - self.MARGIN - self._clock()
+        return min(max(0.0, left), self.LONGEST_PAUSE)
 
     def is_over(self, call: UnitCall) -> bool:
         """Whether an idle engine should wait for a unit now: it is nearly over and no other comes behind it."""
