@@ -160,6 +160,21 @@ def test_it_is_rope_kv_then_paged_attention(name, implementation, rng):
     np.testing.assert_allclose(f64(pool), f64(written), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["mixed", "split", "window"])
+def test_a_key_that_is_no_number_shows_in_its_row_alone(name, implementation, rng):
+    """What a broken adapter left in the cache must end its request, and not be left out in silence."""
+    case, arguments = draw(name, rng)
+    table, position = np.asarray(arguments[4]), np.asarray(arguments[5])
+    row = int(position.argmax())
+    at = position[row] - 1
+    kv = np.array(arguments[3])
+    kv[table[row, at // case.page_size], at % case.page_size, ::2] = np.nan  # Keys of all heads.
+    out, _ = attend(implementation, case.scale, case.window, (*arguments[:3], jnp.asarray(kv), *arguments[4:]))
+    found = np.isnan(f64(out)).reshape(len(position), -1)
+    assert found[row].all()
+    assert not np.delete(found, row, axis=0).any()
+
+
 def test_wrong_arguments_are_named(rng):
     _, (qkv, cos, sin, kv, table, position) = draw("mixed", rng)
     for change, text in (

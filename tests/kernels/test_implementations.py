@@ -170,6 +170,22 @@ def test_attention(case, implementation, rng):
     assert_close(ours, reference.paged_attention(inputs, case.scale, case.window), case.dtype)
 
 
+@over([c for c in ATTENTION if not (c.window or c.padding or c.shared_pages or "odd" in c.tags)])
+def test_a_key_that_is_no_number_shows_in_its_request_alone(case, implementation, rng):
+    """What a broken adapter left in the cache must end its request, and not be left out in silence."""
+    inputs = spoil_slots(case.inputs(rng))
+    request = int(np.asarray(inputs.kv_len_B).argmax())
+    kv = np.array(inputs.kv_PSJC)
+    kv[np.asarray(inputs.page_table_BP)[request, 0], 0, ::2] = np.nan  # The first key of all heads.
+    longest = case.max_query_len or max(case.query_lens)
+    inputs = inputs._replace(kv_PSJC=jnp.asarray(kv))
+    found = np.isnan(f64(attention_program(implementation, longest, case.scale, None, inputs)))
+    start = np.asarray(inputs.query_start_B1)
+    assert found[start[request] : start[request + 1]].all()
+    assert not found[: start[request]].any()
+    assert not found[start[request + 1] :].any()
+
+
 @over(edits("lowrank_edit"))
 def test_gradients_through_the_api(case, implementation, rng):
     inputs = spoil_pages(case.inputs(rng))

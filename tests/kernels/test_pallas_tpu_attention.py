@@ -53,11 +53,14 @@ class Ragged:
         self.most = max(1, *(queries for queries, _ in requests))
         self.scale = channels**-0.5
 
-    def check(self):
-        ours = interpreted(
+    def run(self):
+        return interpreted(
             api.paged_attention, self.q, self.kv, jnp.asarray(self.table), jnp.asarray(self.start),
             jnp.asarray(self.kv_len), max_query_len=self.most, implementation="pallas_tpu",
         )  # fmt: skip
+
+    def check(self):
+        ours = self.run()
         dtype = self.q.dtype.name
         assert ours.dtype == self.q.dtype
         close(ours, attention64(self.q, self.kv, self.table, self.start, self.kv_len, self.scale), dtype)
@@ -101,6 +104,16 @@ def test_our_attention(heads, size, dtype, requests, options, rng):
 @pytest.mark.usefixtures("several_steps")
 def test_our_attention_without_any_query(rng):
     Ragged(rng, [(0, 0), (0, 3)], 4, 2, 64, 16, padding=4).check()
+
+
+@pytest.mark.usefixtures("several_steps")
+def test_a_key_that_is_no_number_shows_in_its_request_alone(rng):
+    ragged = Ragged(rng, CHUNKS, *HEADS["tiny"], 8)
+    ragged.kv = ragged.kv.at[ragged.table[1, 0], 0, ::2].set(jnp.nan)
+    found = np.isnan(f64(ragged.run()))
+    first, end = ragged.start[1], ragged.start[2]
+    assert found[first:end].all()
+    assert not np.delete(found, np.s_[first:end], axis=0).any()
 
 
 class Loaded:

@@ -105,13 +105,12 @@ def attend_kernel(
             q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True, WINDOW
         )
     if SPLITS > 1:
-        seen = best > -1.0e29
         at_split = (split.to(tl.int64) * T * H) + row
         tl.store(out_ptr + at_split[:, None] * C + c[None, :], acc, mask=live[:, None])
-        tl.store(lse_ptr + at_split * 2, tl.where(seen, best, -1.0e30), mask=live)
-        tl.store(lse_ptr + at_split * 2 + 1, tl.where(seen, total, 0.0), mask=live)
+        tl.store(lse_ptr + at_split * 2, best, mask=live)
+        tl.store(lse_ptr + at_split * 2 + 1, total, mask=live)
     else:
-        acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
+        acc = tl.where(total[:, None] == 0, 0.0, acc / total[:, None])  # NaN stays: a request must fail by it.
         tl.store(out_ptr + row[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
@@ -204,7 +203,7 @@ def decode_attend_kernel(
         tl.store(lse_ptr + at_split * 2, best, mask=live)
         tl.store(lse_ptr + at_split * 2 + 1, total, mask=live)
     else:
-        acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
+        acc = tl.where(total[:, None] == 0, 0.0, acc / total[:, None])  # NaN stays: a request must fail by it.
         tl.store(out_ptr + at_out[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
@@ -219,9 +218,9 @@ def combine_kernel(part_ptr, lse_ptr, out_ptr, ROWS: tl.constexpr, C: tl.constex
     at = split * ROWS + row
     best = tl.load(lse_ptr + at * 2, mask=here, other=-1.0e30)
     total = tl.load(lse_ptr + at * 2 + 1, mask=here, other=0.0)
-    scale = tl.where(total > 0, tl.exp2(best - tl.max(best, 0)), 0.0)
+    scale = tl.where(total == 0, 0.0, tl.exp2(best - tl.max(best, 0)))
     part = tl.load(part_ptr + at[:, None] * C + c[None, :], mask=here[:, None], other=0.0)
-    part = tl.where((total > 0)[:, None], part * scale[:, None], 0.0)
+    part = tl.where((total == 0)[:, None], 0.0, part * scale[:, None])
     weight = tl.sum(total * scale, 0)
-    out = tl.where(weight > 0, tl.sum(part, 0) / weight, 0.0)
+    out = tl.where(weight == 0, 0.0, tl.sum(part, 0) / weight)
     tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty))

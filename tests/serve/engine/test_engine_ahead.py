@@ -200,6 +200,7 @@ def test_penalties_bias_seeds_and_log_probabilities_go_on_from_call_to_call(watc
     assert watched.count("further", "further") > 5
 
 
+@pytest.mark.usefixtures("rows_apart")
 @pytest.mark.parametrize("merged", [False, True])
 def test_all_token_adapters_and_plain_rows_go_on_together_and_apart(merged, watched, lively, adapters, rng):
     kinds = (None, "lora_all", "lora", "loreft_all")

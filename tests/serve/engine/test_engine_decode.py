@@ -86,6 +86,7 @@ class Asked(dict):
         return self.programs[name]
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_a_batch_without_all_token_adapters_never_calls_a_program_that_reads_the_bank(lively, adapters, rng):
     def asked(names):
         engine = Engine(lively, ROOMY)

@@ -25,7 +25,7 @@ def plainly(monkeypatch):
 
     def gpu_programs(self):
         choose(self)
-        self.draws_plainly, self.draw_counts = True, self.row_counts[-1:]
+        self.draws_plainly, self.draw_counts = True, [self.config.max_num_seqs]
         self.row_counts, self.adapted_row_counts = self.row_counts[:1], [4, 6]
 
     def named(self, name, rows, pages=None):

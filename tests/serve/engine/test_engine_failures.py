@@ -20,6 +20,8 @@ from serve.engine.residency import Load
 from serve.engine.runner import Runner
 from serve.store.host_copy import pack
 
+pytestmark = pytest.mark.usefixtures("rows_apart")
+
 
 class BrokenError(RuntimeError):
     """What a device raises here."""

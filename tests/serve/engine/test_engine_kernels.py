@@ -40,6 +40,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(dispatch, "load", load)
     monkeypatch.setattr(programs, "_shared", {})
+    jax.clear_caches()  # What was traced before would not be traced again.
     return found, refused
 
 

@@ -23,8 +23,10 @@ def engine(tiny):
 
 @pytest.fixture(scope="module")
 def compiled(engine, compiled_here):
-    """Return the optimised HLO of each program."""
-    return {name: engine.runner.programs.trace(name).lower().compile().as_text() for name in NAMES}
+    """Return the optimised HLO of each program; a GPU's engine has other numbers of rows."""
+    programs = engine.runner.programs
+    names = {name: name if name in programs else f"decode-{engine.runner.row_counts[-1]}" for name in NAMES}
+    return {name: programs.trace(own).lower().compile().as_text() for name, own in names.items()}
 
 
 def shape_of(array):

@@ -85,7 +85,11 @@ def test_what_is_published_from_memory_is_what_its_file_holds(lively, saved, ada
     """Every kind is folded once, and served also after it left host memory."""
     folds = []
     monkeypatch.setattr(pages, "fold_on_host", lambda *args: folds.append(args) or fold_on_host(*args))
-    store = make_store(lively, kept=tmp_path / "kept", host_bytes=600_000)
+    store = make_store(lively)
+    host_bytes = 3 * max(store.publish(name, one).num_bytes for name, one in adapters.items())
+    store.close()
+    folds.clear()
+    store = make_store(lively, kept=tmp_path / "kept", host_bytes=host_bytes)
     named = [store.publish(name, Adapter(one.config, one.params)) for name, one in adapters.items()]
     requests = [request(some(rng, 6 + i), one, max_tokens=5) for i, one in enumerate(named)]
     served = run_all(Engine(lively, TIGHT, store=store), requests)
@@ -235,9 +239,9 @@ def test_a_reload_under_load_never_mixes_digests(source, lively, adapters, tmp_p
     for number, one in asked.items():
         assert_as_alone(lively, one, [whole(wholes[number])])
     store.unregister("changing")
-    assert list((tmp_path / "kept").glob("*")) == []
     assert store.tiers()["host_bytes"] == 0
-    store.close()
+    store.close()  # Deletes what is still to be deleted.
+    assert list((tmp_path / "kept").glob("*")) == []
 
 
 def test_kept_rank_pages_serve_without_the_directory(lively, saved, tmp_path, rng):
