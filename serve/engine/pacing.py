@@ -13,19 +13,18 @@ A unit delays all running requests by its length. It may begin if the slack of e
 a *reserve* is left. The reserve is for what serving does by itself, such as the prefill of a prompt that comes next:
 after it, requests without slack are late for some tokens. How late follows from the times of serving alone, which are
 the measured ones less those of units: ``lag = max(0, lag + time - TPOT)`` at each token. The reserve is a high quantile
-of the lag. A young request has not earned that much yet; half of what it has earned is kept. Slack that was
-saved up is not spent at once: units between two calls take two promised times of each token of a call at most, or are
-one unit. So a gap between two tokens stays short, and the mean is kept as well.
+of the lag. A young request has not earned that much yet; half of what it has earned is kept. Slack that was saved up is
+not spent at once: units between two calls take two promised TPOTs at most, or are one unit. So a gap between two tokens
+stays short, and the mean is kept as well.
 
-Prompts have slack too, up to their expected first token. Who is still to come waits behind all that is queued, and then
-as long as serving alone lets nearly all wait. While the prompts that wait will hold decoding up for longer than a
-promised TPOT, there is a burst, and no unit runs.
+Prompts go first: no unit begins while one waits that no call under way takes, so none does while a burst lasts. Who is
+still to come waits behind all that is queued, and then as long as serving alone lets nearly all wait; both together
+stay within the promised TTFT. While serving alone takes the promised TPOT for a token, no unit runs.
 
 Errors of all these estimates show in requests that break their promise and would not have broken it alone. Each of them
-raises the reserve, and each other request lowers it a little: in the long run as many break it as the
-percentile allows, whatever the estimates are. Requests that are late without units, and cannot catch up, hold up
-nobody. Where requests are so short that their slack never takes a unit, a unit is started now and then all the same, as
-far as the percentile allows those that it makes late.
+raises the reserve, and each other request lowers it a little: in the long run as many break it as the percentile
+allows, whatever the estimates are. Requests that are late without units, and cannot catch up, hold up nobody. A unit
+that is longer than any slack runs while nothing is asked for.
 """
 
 import collections
@@ -243,9 +242,6 @@ class Promise:
         broken: those of them that broke a promise which they would have kept without units.
     """
 
-    PATIENCE = 1.0
-    """Seconds without a unit after which requests may be made late, as far as the percentile allows."""
-
     GAP = 2.0
     """Promised TPOTs that units between two calls take at most, unless it is one unit."""
 
@@ -273,10 +269,7 @@ class Promise:
         self._each: float | None = None
         # How far units are from what they are expected to take.
         self._honesty = 1.0
-        # Requests that may yet be made late.
-        self._credit = 0.0
-        self._last_unit = -math.inf
-        self._now = self._room = self._given = 0.0
+        self._room = self._given = 0.0
 
     # What happened
 
@@ -287,7 +280,6 @@ class Promise:
     def unit_over(self, expected: float, seconds: float, now: float) -> None:
         """See ``Pacing``."""
         self._units += seconds
-        self._last_unit = now
         if expected > 0:
             ratio = min(max(seconds / expected, 0.1), 10.0)
             self._honesty += 0.1 * (ratio - self._honesty)
@@ -341,14 +333,12 @@ class Promise:
             self.ended += 1
             self.broken += broke
             self._lags.ended(broke=broke)
-            self._credit = min(self._credit + (1 - self.percentile) - (took > promised), 8.0)
 
     # What may run
 
     def opened(self, queue: Many[Step | float], since: float, requests: Requests, now: float) -> None:
         """See ``Pacing``."""
         self._sweep()
-        self._now = now
         if isinstance(queue[-1], Step):
             self._given = 0.0
         self._room = 0.0
@@ -375,7 +365,6 @@ class Promise:
             return False
         self._room -= expected
         self._given += expected
-        self._last_unit = self._now
         return True
 
     def _room_of_running(self, requests: Requests, at: float, units: float, firsts: Mapping[Sequence, float]) -> float:
@@ -407,7 +396,4 @@ class Promise:
                 delay = units if own is None else units + self._units - own.units
                 room = min(room, self.slowdown * tokens * each - delay)
             rooms.append(room)
-        rooms.sort()
-        if self._credit >= 1 and self._now - self._last_unit > self.PATIENCE:
-            rooms = rooms[int(self._credit) :]
-        return rooms[0] if rooms else math.inf
+        return min(rooms, default=math.inf)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from bench.coserve_model import SharedWorld, Units, kept, most, poisson, serve
-from bench.trace_model import GPUS, NOW
+from bench.coserve_model import Units, kept, most, poisson, serve
 from preft_jax.errors import ConfigError
 from serve.engine.pacing import CallTimes, Promise, Reserve, Share
 from serve.engine.plan import Chunk, Row, Step
@@ -252,11 +251,9 @@ def test_a_unit_longer_than_any_slack_runs_while_nothing_is_asked_for():
     assert world.unit_seconds > 20
 
 
-def test_answers_too_short_for_any_unit_do_not_starve_it_for_ever():
-    """Answers of three tokens earn 110 ms of slack, units take 150, and somebody is always there."""
-    requests = [(20.0 * n, 100, 3) for n in range(4000)]
-    world = SharedWorld(NOW, GPUS["h200"], Units([0.15]), Promise(tpot_ms=TPOT, ttft_ms=TTFT))
-    world.until = requests[-1][0]
-    flights = world.run(requests)
+def test_answers_too_short_for_any_unit_leave_it_the_moments_without_requests():
+    """Answers of three tokens earn 110 ms of slack at most, and units take 150."""
+    requests = [(20.0 * n, 100, 3) for n in range(2000)]
+    world, flights = serve(requests, Promise(tpot_ms=TPOT, ttft_ms=TTFT), Units([0.15]))
     assert kept(flights, TPOT, TTFT) >= 0.97
     assert world.unit_seconds > 1
