@@ -56,6 +56,13 @@ def pytest_cmdline_main(config):
         option.numprocesses = 2
     if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"
+        option.loadscopereorder = False  # It would leave files of one long test to the end.
+
+
+def pytest_collection_modifyitems(items):
+    """Put files that compile nothing last: they are short, so that two processes end together."""
+    compiling = {item.path for item in items if item.get_closest_marker("host") is None}
+    items.sort(key=lambda item: item.path not in compiling)
 
 
 def drop_cut_programs(folder):
@@ -64,6 +71,23 @@ def drop_cut_programs(folder):
         for path in folder.glob("*-cache"):
             if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():
                 path.unlink()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_quickly(request):
+    """On a CPU, let LLVM optimise nothing, a third of the time to compile: most programs run a few times only.
+
+    XLA's own passes, which fuse operations and alias buffers, run as ever. Slow tests, and whoever sets
+    ``JAX_DISABLE_MOST_OPTIMIZATIONS=0``, run optimised code.
+    """
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    if name in os.environ or "not slow" not in request.config.option.markexpr or jax.default_backend() != "cpu":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        jax.config.update(name.lower(), True)
+        patch.setenv(name, "1")  # for programs that tests start
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -39,6 +39,9 @@ TIGHT = EngineConfig(
 )  # fmt: skip
 """Prompts come in chunks of two pages; two long sequences fill the cache; three rank pages hold few adapters."""
 
+LONGEST_SAMPLE = 64
+"""Tokens of a sample that the reference checks, at most."""
+
 STEPS = 3000
 """No schedule here needs a tenth of these; one that takes them all is stuck."""
 
@@ -127,7 +130,7 @@ def chances(model, one, index, token_ids):
     first, count = len(prompt), len(token_ids)
     mask = reference.adapter_mask(one.adapter, first, count, one.prompt.unedited_spans)
     logits = reference.forward(model.config, model.params, [*prompt, *token_ids], one.adapter, mask)[first - 1 : -1]
-    places = np.arange(first, first + one.max_tokens)
+    places = np.arange(first, first + LONGEST_SAMPLE)  # of one length: one program
     noise = np.asarray(_noise(np.uint32(seed_of(one, index)), places, logits.shape[1]), np.float64)[:count]
     drawn_from, chosen_by = np.full_like(logits, -np.inf), np.full_like(logits, -np.inf)
     for step, row in enumerate(logits.copy()):

@@ -41,6 +41,13 @@ def test_what_does_not_divide_stays_whole():
     assert spec(FSDP, (64, 6), AXES["q"]) == PartitionSpec(None, None)
 
 
+def test_one_axis_of_the_mesh_cuts_one_axis_of_an_array_the_first_that_divides():
+    assert spec(FSDP, (8, 12), ("heads", "mlp")) == PartitionSpec("fsdp", None)
+    assert spec(FSDP, (6, 12), ("heads", "mlp")) == PartitionSpec(None, "fsdp")
+    both = AbstractMesh((2, 4), ("tensor", "fsdp"))
+    assert spec(both, (8, 12, 16), ("heads", "mlp", "vocab")) == PartitionSpec("tensor", "fsdp", None)
+
+
 def test_kv_and_rank_pages_are_cut_as_their_linears(tiny):
     assert spec(TENSOR, (9, 16, 4, 32), KV_AXES) == PartitionSpec(None, None, "tensor", None)
     bank = init_bank(tiny.config, 2, jnp.float32)

@@ -19,6 +19,7 @@ from engine_outputs import (
     run_one,
     some,
 )
+from engine_runs import ROOMY
 
 from preft_jax import AdapterConfig, SamplingParams, random_adapter
 from preft_jax.device import programs
@@ -66,9 +67,12 @@ def test_more_adapters_than_the_bank_holds(lively, many, adapters, rng):
 
 @pytest.mark.parametrize("sites", [LINEAR_SITES, ("v", "q")])
 def test_an_engine_for_some_sites_serves_their_adapters_and_refuses_others(sites, lively, rng):
-    engine = Engine(lively, dataclasses.replace(TIGHT, bank_sites=sites))
+    all_token = len(sites) == 2  # In one of both: it takes a program of its own.
+    engine = Engine(lively, dataclasses.replace(TIGHT, bank_sites=sites, all_token=all_token))
     assert set(engine.runner.bank.sites) == set(sites)
-    kinds = [AdapterConfig(rank=8, targets=sites, positions=positions) for positions in ("prompt", "all")]
+    kinds = [
+        AdapterConfig(rank=8, targets=sites, positions=positions) for positions in ("prompt", "all")[: 1 + all_token]
+    ]
     own = [random_adapter(kind, lively.config, jax.random.key(i), strength=0.7) for i, kind in enumerate(kinds)]
     requests = [request(some(rng, 9), adapter, max_tokens=5) for adapter in (*own, None)]
     for one, samples in zip(requests, run_all(engine, requests), strict=True):
@@ -208,10 +212,7 @@ def test_an_engine_with_requests_is_not_warmed_up(lively, rng):
 @pytest.mark.parametrize("bank_pages", [3, 5])
 def test_in_a_stream_of_prompts_only_the_first_call_waits_for_its_adapters(max_tokens, bank_pages, lively, many, rng):
     """Each call brings two adapters and the bank holds two or four: those of the next call are copied beside it."""
-    config = EngineConfig(
-        max_num_seqs=16, max_model_len=64, prefill_tokens=64, prefill_seqs=2, tile=32, max_rank=16,
-        bank_pages=bank_pages, page_size=8, prefix_caching=False,
-    )  # fmt: skip
+    config = dataclasses.replace(ROOMY, all_token=False, prefill_seqs=2, bank_pages=bank_pages, prefix_caching=False)
     engine = Engine(lively, config)
     requests = [request(some(rng, 20), many[i % len(many)], max_tokens=max_tokens) for i in range(40)]
     run_all(engine, requests)

@@ -20,7 +20,7 @@ from engine_outputs import (
     run_one,
     some,
 )  # fmt: skip
-from engine_runs import STEPS, assert_is_reference
+from engine_runs import ROOMY, STEPS, assert_is_reference
 
 from preft_jax import SamplingParams
 from serve.engine.arrays import MAX_STOP_IDS, Arrays
@@ -172,7 +172,7 @@ def test_prompts_that_fill_prefill_calls(lively, adapters, rng):
                 sampling=SamplingParams(temperature=0.5 * (i % 3)))
         for i in range(18)
     ]  # fmt: skip
-    watched = Watched(lively, dataclasses.replace(TIGHT, max_num_seqs=8, num_kv_pages=60, bank_pages=9))
+    watched = Watched(lively, dataclasses.replace(ROOMY, prefill_tokens=32, chunk_tokens=16))
     assert_as_alone(lively, requests, watched.serve(requests))
     assert watched.behind_two > 1
     assert watched.copied == {adapters[kind].digest: 1 for kind in kinds if kind is not None}

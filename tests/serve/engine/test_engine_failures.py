@@ -359,8 +359,7 @@ def test_a_load_of_an_adapter_that_had_to_go_again_is_not_carried_out(lively, ti
     assert [entry.digest for entry in engine.adapters.unwritten] == [second]
 
 
-@pytest.mark.parametrize("writes", [1, 8])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "writes"), [("float32", 1), ("bfloat16", 8)])
 def test_pages_written_together_are_those_written_one_by_one(writes, dtype, tiny, adapters):
     """Five adapters of many kinds at once, as on an accelerator; c keeps its float32 bits in a bfloat16 bank."""
     model = tiny if dtype == "float32" else load_model("tiny", dtype=dtype)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -142,11 +143,14 @@ def test_a_mixed_forward_pass_is_a_prefill_and_a_decode(lively, adapters, rng):
     tokens, positions = np.zeros(20, np.int32), np.full(20, -1, np.int32)
     tokens[5:7], positions[5:7] = rng.integers(0, 250, 2), (11, 7)
     rows = DecodeBatch(tokens, positions, pages)
-    args = config, lively.params, bank
-    _, cache = forward.prefill(*args, init_cache(config, 8, page, np.float32), pack(*decoding), max_query_len=32)
-    chunks_BV, apart = forward.prefill(*args, cache, pack(*coming), max_query_len=32)
-    rows_BV, apart = forward.decode(config, lively.params, apart, rows)
-    ours_rows, ours_chunks, together = forward.mixed(*args, cache, pack(*coming), rows, max_query_len=32)
+    args = lively.params, bank
+    prefill, mixed = (
+        jax.jit(functools.partial(program, config, max_query_len=32)) for program in (forward.prefill, forward.mixed)
+    )
+    _, cache = prefill(*args, init_cache(config, 8, page, np.float32), pack(*decoding))
+    chunks_BV, apart = prefill(*args, cache, pack(*coming))
+    rows_BV, apart = jax.jit(functools.partial(forward.decode, config))(lively.params, apart, rows)
+    ours_rows, ours_chunks, together = mixed(*args, cache, pack(*coming), rows)
     np.testing.assert_allclose(ours_rows[5:7], rows_BV[5:7], atol=1e-4)
     np.testing.assert_allclose(ours_chunks[:2], chunks_BV[:2], atol=1e-4)
     for ours, other in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):

@@ -1,7 +1,5 @@
 """A KeyboardInterrupt at every line that the engine reaches: it begins anew, and says what was lost."""
 
-import dataclasses
-
 import pytest
 from engine_outputs import drain, some
 from engine_runs import TIGHT, request
@@ -12,12 +10,11 @@ from serve.engine.engine import Engine
 from serve.engine.whole import INTERRUPTED
 
 GREEDY = SamplingParams(temperature=0.0)
-CONFIG = dataclasses.replace(TIGHT, bank_pages=6)
 
 
 @pytest.fixture(scope="module")
 def engine(lively):
-    engine = Engine(lively, CONFIG)
+    engine = Engine(lively, TIGHT)
     engine.warm_up()
     return engine
 
@@ -151,7 +148,7 @@ def test_an_interrupted_generate_leaves_an_engine_that_serves(engine, asked, who
 
 
 def test_adapters_that_are_kept_stay_kept(lively, adapters, rng, monkeypatch):
-    engine = Engine(lively, CONFIG)
+    engine = Engine(lively, TIGHT)
     engine.load_adapters([adapters["lora"]])
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "prefill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
