@@ -159,3 +159,33 @@ def headline_summary(figures: dict[str, Any]) -> str:
     options = figures["options"]
     header = [f"{options['model']}, up to 512 requests at a time", "output tokens/s", "mean TPOT, ms", "at a time"]
     return f"{markdown(header, rows)}\n{machine(figures)}; all-token: {machine(every)}.\n"
+
+
+def coserve(figures: dict[str, Any]) -> str:
+    """Each contender of ``bench.coserve`` at each request rate: tokens trained, promises kept, times per token."""
+    options, rows = figures["options"], []
+    for row in figures["rows"]:
+        share, kept, beside = row.get("of_standalone"), row.get("attainment", {}), row.get("over_alone", {})
+        tpot, ttft = row.get("p95_tpot_ms"), row.get("p95_ttft_ms")
+        rows.append(
+            [
+                row["contender"],
+                "" if row["request_rate"] is None else f"{row['request_rate']:g}",
+                "" if row["contender"] == "alone" else f"{row['fine_tuning_tokens_per_s']:,.0f}",
+                "" if share is None else f"**{share:.2f}**" if row["contender"] == "coserve" else f"{share:.2f}",
+                *(f"{kept[name]:.1%}" if kept else "" for name in ("flexllm", "loquetier", "deltaserve")),
+                "" if tpot is None else f"{row['mean_tpot_ms']:.1f} ({tpot:.1f})",
+                "" if ttft is None else f"{row['mean_ttft_ms']:,.0f} ({ttft:,.0f})",
+                f"{beside['mean_e2el']:.2f}" if beside else "",
+            ]
+        )
+    header = [
+        f"{options['model']}, {options['jobs']} LoRA r{options['rank']}, {options['seq']:,} tokens a row", "requests/s",
+        "tokens/s trained", "of alone", "FlexLLM", "Loquetier", "DeltaServe", "TPOT (p95), ms", "TTFT (p95), ms",
+        "time of a request over alone",
+    ]  # fmt: skip
+    bounds = f"FlexLLM: TPOT {options['tpot_ms']:g} ms and TTFT {options['ttft_ms'] / 1e3:g} s"
+    return (
+        f"{markdown(header, rows)}\n{bounds}; Loquetier: first token within 6 s; "
+        f"DeltaServe: TTFT 400 ms and TPOT 120 ms; {machine(figures)}.\n"
+    )

@@ -157,9 +157,9 @@ class Planner(Scheduler):
         )  # fmt: skip
         self._sizes = self._prefill_sizes, self._prefill_tokens
 
-    def schedule(self) -> Step | None:
+    def schedule(self, *, single: bool = False) -> Step | None:
         """See ``Scheduler``; mixed steps come first."""
-        return self.mixed_step() or super().schedule()
+        return self.mixed_step() or super().schedule(single=single)
 
     def mixed_step(self) -> Step | None:
         """Return a step of chunks in which all rows ride that may draw more; None if no prompt finds room."""
@@ -227,19 +227,29 @@ class World:
                     break
                 self._add(*waiting.popleft())
             if not self.flights:
-                self.now = waiting[0][1][0]
+                self._wait_until(waiting[0][1][0])
                 continue
             prepared = self._run_ahead() if len(self.calls) == 1 and self.variant.two else None
             told = self._collect(prepared) if self.calls else []
             if not self.calls and (step := self.planner.schedule()):
                 self._start(step)
-            self.now += self.host.token * sum(count for _, count in told)
-            for sequence, _ in told:
-                flight = self.flights[sequence.request_id]
-                flight.first, flight.last = (self.now if flight.first < 0 else flight.first), self.now
-                if sequence.status is Status.FINISHED:
-                    done.append(self.flights.pop(sequence.request_id))
+            done += self._tell(told)
         return done
+
+    def _tell(self, told: Many[tuple[Sequence, int]]) -> list[_Flight]:
+        """Send tokens out; return those that have all."""
+        done = []
+        self.now += self.host.token * sum(count for _, count in told)
+        for sequence, _ in told:
+            flight = self.flights[sequence.request_id]
+            flight.first, flight.last = (self.now if flight.first < 0 else flight.first), self.now
+            if sequence.status is Status.FINISHED:
+                done.append(self.flights.pop(sequence.request_id))
+        return done
+
+    def _wait_until(self, arrival: float) -> None:
+        """Let the time pass until the next request comes, while there is none."""
+        self.now = arrival
 
     def _run_ahead(self) -> Step | None:
         """Start what goes behind the call under way; return a third call, if one is prepared."""
@@ -271,18 +281,22 @@ class World:
         self.now += (not prepared) * (self.host.prefill if step.chunks else self.host.decode)
         kind = "mixed" if step.chunks and step.rows else "prefill" if step.chunks else "decode"
         for repeat in range(step.repeats):
-            self.now += self.host.dispatch
-            while self.ends and self.ends[0] <= self.now:
-                self.ends.popleft()
-            if len(self.ends) >= self.host.queue:
-                self.now = max(self.now, self.ends[len(self.ends) - self.host.queue])
-            begin = max(self.now, self.free)
+            begin = self._dispatch()
             self.spent["idle"] += begin - self.free
             self.free = begin + self._seconds(step, repeat)
             self.spent[kind] += self.free - begin
             self.counts[f"{kind} programs"] += 1
             self.ends.append(self.free)
         self.calls.append((step, self.free))
+
+    def _dispatch(self) -> float:
+        """Let the host start a program, once the device's queue has room; return when the device begins with it."""
+        self.now += self.host.dispatch
+        while self.ends and self.ends[0] <= self.now:
+            self.ends.popleft()
+        if len(self.ends) >= self.host.queue:
+            self.now = max(self.now, self.ends[len(self.ends) - self.host.queue])
+        return max(self.now, self.free)
 
     def _seconds(self, step: Step, repeat: int) -> float:
         variant, count = self.variant, len(step.rows)

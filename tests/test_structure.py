@@ -32,6 +32,7 @@ WITHOUT_JAX = (
     "serve.engine.fairness",
     "serve.engine.lookahead",
     "serve.engine.observer",
+    "serve.engine.pacing",
     "serve.engine.packing",
     "serve.engine.pages",
     "serve.engine.plan",

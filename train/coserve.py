@@ -10,6 +10,10 @@ and what units of its name are expected to take follows.
 
 A unit that fails costs the update that it belongs to. Its jobs are then trained apart, one an update, so that the one
 at fault is found and given up; no other job and no request ends with it.
+
+What a micro-batch holds on the device is leased from the engine's budget (``training.memory = engine.memory``), and
+given back after the update. Without room for it training waits. Who needs that memory gets it at once: the micro-batch
+is dropped, and begins anew later.
 """
 
 import collections
@@ -17,16 +21,19 @@ import dataclasses
 import functools
 import logging
 import queue
+import statistics
 import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from preft_jax.adapters.adapter import Adapter
+from preft_jax.device.memory import Budget
 from preft_jax.errors import plain
 from preft_jax.models.params import Params
 from serve.engine.background import Unit
 from train.jobs import Job
 from train.micro import micro_batches
+from train.room import Room
 from train.step import Slots
 from train.trainer import Result, StepResult, Trainer
 from train.window import Windowed, WindowOptions
@@ -36,18 +43,27 @@ _log = logging.getLogger("preft.train")
 _FIRST_SECONDS = 0.01
 """What a unit is expected to take before one of its name was measured."""
 
-_OF_THE_NEW = 0.25
-"""How much of what is expected is the latest measurement."""
+_MEASURED = 5
+"""Measurements of which the median is expected: one that was held up by something else says nothing."""
+
+_WAITS = "waits"
+"""In place of a unit's name: there is no room for the next micro-batch."""
 
 _windowed = functools.lru_cache(maxsize=16)(Windowed)
 """The programs of units, kept while jobs come and go: the same groups come back."""
 
 
 class _Update:
-    """An update under way: whose, the units that are left, the next one's name (None: none is left), and its arrays."""
+    """An update under way: whose, the units that are left, the next one's name (None: none is left), and its arrays.
+
+    ``gathered`` counts the micro-batches of each job whose gradients are there, and ``tokens`` their tokens.
+    """
 
     def __init__(self, jobs: list[Job]):
         self.jobs = jobs
+        self.gathered: collections.Counter[Job] = collections.Counter()
+        self.tokens: collections.Counter[Job] = collections.Counter()
+        self.windowed: Windowed | None = None
         self.units: Iterator[str] = iter(())
         self.name: str | None = None
         self.base: Params = {}
@@ -106,6 +122,7 @@ class Training:
         error: what the last unit that failed was stopped by, or None.
         paused: while it is set no unit is given; any thread may set it. An engine that waits for requests has to be
             woken once it is no longer set (``AsyncEngine.wake``); so it has when a job is to join or to leave.
+        restarts: micro-batches that were dropped because others needed their memory.
     """
 
     def __init__(
@@ -123,10 +140,14 @@ class Training:
         self.updates = 0
         self.error: Exception | None = None
         self.paused = False
+        self.restarts = 0
+        self._room = Room(self.give_back)
+        self._thread: int | None = None
+        self._is_asked_back = False
         self._windows = windows
         self._ask_updated = updated
         self._ask_ended = ended
-        self._measured: set[str] = set()
+        self._took: dict[str, collections.deque[float]] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._update: _Update | None = None
         # Trained one an update, for an update of several of them failed.
@@ -137,6 +158,20 @@ class Training:
         # The engine's thread holds it while it is in here, and ``close`` while it ends all.
         self._lock = threading.RLock()
         self._closed = False
+
+    @property
+    def memory(self) -> Budget | None:
+        """The budget of which the memory of a micro-batch is leased; None: nothing is leased, as on a CPU."""
+        return self._room.budget
+
+    @memory.setter
+    def memory(self, budget: Budget | None) -> None:
+        self._room.budget = budget
+
+    @property
+    def waits(self) -> str | None:
+        """Why training waits for memory, or None."""
+        return self._room.waits
 
     # From any thread
 
@@ -157,6 +192,7 @@ class Training:
             if self._closed:
                 return
             self._closed, self._update = True, None
+            self._room.give_back()
             try:
                 self._read_inbox()
                 self.trainer.forget_gathered()
@@ -171,6 +207,9 @@ class Training:
     def next(self) -> Unit | None:
         """Return the unit that comes next; None while paused, and while no job has an update left."""
         with self._lock:
+            self._thread = threading.get_ident()
+            if self._is_asked_back:
+                self._drop()
             if self._closed:
                 return None
             while self._update is None or self._update.name is None:
@@ -182,21 +221,27 @@ class Training:
             if self.paused:
                 return None
             update = self._update
-            assert update.name is not None
+            if update.name == _WAITS:
+                self._go_on(update)
+                update = self._update
+            if update is None or update.name is None or update.name == _WAITS:
+                return None
             seconds = self.seconds.get(update.name, _FIRST_SECONDS)
-            start = functools.partial(self._start, update)
+            start = functools.partial(self._start, update, update.units)
             return TrainingUnit(start=start, seconds=seconds, name=update.name, update=update)
 
     def done(self, unit: Unit, seconds: float) -> None:
-        """Expect of units of this name what was expected before, and a part of what this one took.
+        """Expect of units of this name the median of what the latest ones took.
 
         The first of a name may have been compiled: what it took says nothing.
         """
         assert isinstance(unit, TrainingUnit)
-        if unit.name in self._measured:
-            before = self.seconds.get(unit.name, seconds)
-            self.seconds[unit.name] = before + _OF_THE_NEW * (seconds - before)
-        self._measured.add(unit.name)
+        if unit.name not in self._took:
+            self._took[unit.name] = collections.deque(maxlen=_MEASURED)
+            return
+        took = self._took[unit.name]
+        took.append(seconds)
+        self.seconds[unit.name] = statistics.median_low(took)
 
     def failed(self, unit: Unit, error: Exception) -> None:
         """Give up the update of a unit, and its job if it is the only one; others begin theirs again."""
@@ -207,10 +252,10 @@ class Training:
 
     # Updates
 
-    def _start(self, update: _Update, base: Params) -> Any:
+    def _start(self, update: _Update, units: Iterator[str], base: Params) -> Any:
         """Start the unit of an update that comes next and return its arrays."""
         with self._lock:
-            if update is not self._update:  # A unit before this one failed.
+            if update is not self._update or units is not update.units:  # One before it failed, or all were dropped.
                 return None
             update.base = base
             update.name = next(update.units, None)
@@ -230,12 +275,16 @@ class Training:
         if not jobs:
             return False
         update = self._update = _Update(jobs)
+        update.units = self._units(update)
+        self._go_on(update)
+        return True
+
+    def _go_on(self, update: _Update) -> None:
+        """Plan an update's next unit, or the one after it waited."""
         try:
-            update.units = self._units(update)
             update.name = next(update.units)
         except Exception as error:
             self._recover(update, error)
-        return True
 
     def _turn(self) -> list[Job]:
         """Return the jobs of the next update: all those that are not trained apart, or one of the others."""
@@ -247,17 +296,20 @@ class Training:
 
     def _units(self, update: _Update) -> Generator[str, None, None]:
         """Yield the name of each unit of an update, and start it when asked for the next one."""
-        jobs, tokens = update.jobs, collections.Counter[Job]()
-        windowed: Windowed | None = None
-        for rows in micro_batches(jobs):
+        jobs, tokens = update.jobs, update.tokens
+        dtype = self.trainer.model.params["embed"].dtype
+        for rows in micro_batches(jobs, dict(update.gathered)):
             micro = self.trainer.prepare(rows)
-            windowed = _windowed(self.trainer.model.config, micro.groups, self._windows)
+            windowed = update.windowed = _windowed(self.trainer.model.config, micro.groups, self._windows)
+            while not self._room.has(windowed, micro, dtype):
+                yield _WAITS
             units = windowed.units(micro.params, micro.batch, micro.dropout_J, micro.loss, micro.sums)
             while units.name is not None:
                 yield units.name
                 update.arrays = units.start(update.base)
             assert units.sums is not None
             self.trainer.gather(micro, units.sums)
+            update.gathered.update(micro.jobs)
             for job, own in rows.items():
                 tokens[job] += sum(len(document) for row in own for document in row)
         yield "update"
@@ -265,13 +317,14 @@ class Training:
         self._tokens |= {(job, job.step + 1): tokens[job] for job in jobs}
         self._tell(self.trainer.optim_step(jobs))
         update.arrays = self.trainer.started
+        self._room.give_back()
         for job in jobs:
             if job.failed is None and self._asked("keeps", job):
                 self._snapshots[job, job.step] = self.trainer.snapshot(job)
         for job in jobs:
             if job.failed is None and job.held_out and self._asked("evaluates", job):
-                assert windowed is not None
-                yield from self._evaluation(update, job, windowed)
+                assert update.windowed is not None
+                yield from self._evaluation(update, job, update.windowed)
 
     def _evaluation(self, update: _Update, job: Job, windowed: Windowed) -> Generator[str, None, None]:
         """Yield the name of each unit of an evaluation pass, and start it when asked for the next one."""
@@ -284,6 +337,31 @@ class Training:
             assert units.sums is not None
             loss, count = loss + units.sums.loss_J[slot], count + units.sums.count_J[slot]
         self._evaluations.append((job, job.step, loss, count))
+
+    # Memory
+
+    def give_back(self) -> None:
+        """Give the memory of a micro-batch back, whose gradients are computed anew later; nothing else is lost.
+
+        It is given back at once if the engine's thread asks, else before the next unit.
+        """
+        if self._thread in (None, threading.get_ident()):
+            self._drop()
+        else:
+            self._is_asked_back = True
+
+    def _drop(self) -> None:
+        with self._lock:
+            self._is_asked_back = False
+            if not self._room.is_held:
+                return
+            self._room.give_back()
+            update = self._update
+            if update is not None:
+                self.restarts += 1
+                update.arrays = None
+                # Without a unit in between: the generator is at the beginning of the micro-batch again.
+                update.units, update.name = self._units(update), _WAITS
 
     # Jobs come and go, between updates
 
@@ -348,6 +426,7 @@ class Training:
         interrupted = isinstance(error, InterruptedError)
         _log.warning("an update of %s failed: %s", ", ".join(job.name for job in update.jobs), error, exc_info=error)
         self.error, self._update = error, None
+        self._room.give_back()
         self.trainer.forget_gathered()
         if len(update.jobs) == 1 and not interrupted:
             self._give_up(update.jobs[0], error)

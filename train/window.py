@@ -145,6 +145,29 @@ class Windowed:
         width = runs * config.hidden_size + 2 * config.num_hidden_layers * config.kv_size
         return tokens * width * jnp.dtype(dtype).itemsize
 
+    def held_bytes(self, rows: int, length: int, params: int, dtype: Any) -> int:
+        """Return the bytes of a device that a micro-batch's units take, computed from shapes and a bit too many.
+
+        That is what is kept of its tokens, cotangents of streams, keys and values, edits with their gradients, and what
+        one backward unit works in.
+
+        Args:
+            rows, length: of the micro-batch.
+            params: trainable ones of all jobs.
+            dtype: of the stream.
+        """
+        config, options, size = self.config, self.options, jnp.dtype(dtype).itemsize
+        layers = min(options.layers, config.num_hidden_layers)
+        by_layers = options.order == "layers"
+        window = min(options.tokens, length)
+        # Cotangents of keys and values gather in float32.
+        d_kv = 2 * 4 * config.kv_size * (layers if by_layers else config.num_hidden_layers) * rows * length
+        streams = 2 * config.hidden_size * size * rows * (length if by_layers else window)
+        edits = params * (size + 3 * 4)
+        unit = layers * rows * window * (6 * config.hidden_size + 4 * config.intermediate_size) * size
+        scores = (layers + 2) * rows * config.num_attention_heads * window * length * 4
+        return self.kept_bytes(rows * length, dtype) + d_kv + streams + edits + unit + scores
+
     def units(
         self,
         params: tuple[Any, ...],

@@ -3,8 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
+
+from serve.engine.pacing import Pacing, Requests
+from serve.engine.plan import Step
+from serve.engine.sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,14 +98,11 @@ class UnitCall:
 
 
 class Background:
-    """Decides when a unit is started: while nothing is asked for, always; beside requests, as its share allows.
-
-    Beside requests it earns time: of each second that their calls take, so many that units take ``share`` of the whole.
-    One is started once what it is expected to take has been earned, and never two between two calls.
+    """Starts units: while nothing is asked for, always; beside requests, as a ``Pacing`` allows.
 
     Args:
         work: where units come from; None: there is none.
-        share: part of the device's time, from 0 up to, not including, 1, while requests run.
+        pacing: says when a unit runs beside requests.
         clock: seconds.
         wait: waits for arrays; called by a thread that notes when a unit is over, for the engine may look much later.
     """
@@ -108,35 +110,45 @@ class Background:
     MARGIN = 0.001
     """Seconds before the expected end of a unit at which an idle engine starts the next one behind it."""
 
+    LONGEST_PAUSE = 0.05
+    """Seconds after which an idle engine looks again in any case: a unit may end sooner than expected."""
+
     def __init__(
         self,
         work: Work | None,
-        share: float,
+        pacing: Pacing,
         clock: Callable[[], float] = time.perf_counter,
         wait: Callable[[Any], object] = lambda arrays: None,
     ):
+        self.pacing = pacing
         self._work = work
         self._wait = wait
         self._watch = ThreadPoolExecutor(1, "unit-watch")
-        self._rate = share / (1 - share)
         self._clock = clock
-        self._earned = 0.0
         self._next: Unit | None = None
         # A unit that is between its queue and the calls under way.
         self.in_hand: Unit | None = None
 
-    def earn(self, seconds: float) -> None:
-        """Note that a call of requests took so long. Time is not saved up beyond what the next unit takes."""
-        unit = self._peek()
-        self._earned = 0.0 if unit is None else min(self._earned + self._rate * seconds, unit.seconds)
+    def arrived(self, sequences: Iterable[Sequence]) -> None:
+        """Note samples of a request that was taken."""
+        if self._work is not None:
+            self.pacing.arrived(sequences, self._clock())
+
+    def opened(self, queue: Many[Step | Unit], since: float, requests: Requests) -> None:
+        """Look for room; arguments as ``Pacing.opened`` has them, with units themselves."""
+        if self._peek() is not None:
+            seconds = [one if isinstance(one, Step) else one.seconds for one in queue]
+            self.pacing.opened(seconds, since, requests, self._clock())
+
+    def collected(self, step: Step, seconds: float) -> None:
+        """Note that a step is over, how long it took, and that its tokens are known."""
+        if self._work is not None:
+            self.pacing.collected(step, seconds, self._clock())
 
     def beside(self) -> Unit | None:
-        """Return a unit to start beside requests, if one is due."""
-        unit = self._peek() if self._rate > 0 else None
-        if unit is None or self._earned < unit.seconds:
-            return None
-        self._earned = 0.0
-        return self._take()
+        """Return a unit to start behind what was queued when ``opened`` was called, if there is room for it."""
+        unit = self._peek()
+        return self._take() if unit is not None and self.pacing.takes(unit.seconds) else None
 
     def idle(self, last: UnitCall | None) -> Unit | None:
         """Return a unit to start while nothing is asked for, if the last one is over or nearly so."""
@@ -148,7 +160,8 @@ class Background:
             return None
         if last is None or last.is_over:
             return 0.0
-        return max(0.0, last.started + last.unit.seconds - self.MARGIN - self._clock())
+        left = last.started + last.unit.seconds - self.MARGIN - self._clock()
+        return min(max(0.0, left), self.LONGEST_PAUSE)
 
     def is_over(self, call: UnitCall) -> bool:
         """Whether an idle engine should wait for a unit now: it is nearly over and no other comes behind it."""
@@ -157,6 +170,7 @@ class Background:
     def done(self, call: UnitCall, seconds: float) -> None:
         """Note that a unit is over."""
         assert self._work is not None
+        self.pacing.unit_over(call.unit.seconds, seconds, self._clock())
         self._work.done(call.unit, seconds)
 
     def failed(self, unit: Unit, error: Exception) -> None:

@@ -4,7 +4,6 @@ Prompts are prefilled with their adapters' edits and decoded by a program that k
 the device computed, plans and starts the next call, and only then turns tokens into text, while the device works.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -24,13 +23,14 @@ from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
 from preft_jax.sampling.rows import Drawn
 from serve.engine.admission import encoded
-from serve.engine.background import Background, Unit, UnitCall, Work
-from serve.engine.calls import Call, Prepared
+from serve.engine.background import Background, Work
+from serve.engine.calls import Call
 from serve.engine.completion import Completion, complete
 from serve.engine.config import EngineConfig
 from serve.engine.lookahead import ahead, full_prefill
 from serve.engine.observer import Observer
 from serve.engine.outputs import Delta, Sample, keep_scores, read, to_output
+from serve.engine.pacing import Pacing, Share
 from serve.engine.parts import Parts, make_parts
 from serve.engine.plan import Step
 from serve.engine.recovery import STRIKES, Recovery, format_error
@@ -39,6 +39,7 @@ from serve.engine.runner import Runner
 from serve.engine.sequence import Sequence, Status
 from serve.engine.staging import WriteError
 from serve.engine.stats import Stats
+from serve.engine.under_way import UnderWay
 from serve.engine.whole import Ledger, whole, whole_step
 from serve.store.host import AdapterStore
 from serve.store.host_copy import Known, pack, pin
@@ -57,6 +58,7 @@ class Engine:
         background: other device work (``Work``), in units that are calls in the engine's own queue. It has the device
             to itself while no request is there.
         background_share: part of the device's time that it gets while requests run, from 0 up to, not including, 1.
+        background_pacing: says how much it gets while requests run, in place of a share: such as ``pacing.Promise``.
         observer: told what the engine does.
         goes_ahead: whether a call is started while the one before it is under way; without, results are the same.
         seed: of the seeds that requests without one get, in the order of their arrival.
@@ -71,6 +73,7 @@ class Engine:
         store: AdapterStore | None = None,
         background: Work | None = None,
         background_share: float = 0.0,
+        background_pacing: Pacing | None = None,
         observer: Observer | None = None,
         goes_ahead: bool = True,
         seed: int = 0,
@@ -81,8 +84,8 @@ class Engine:
                 f"max_model_len {config.max_model_len} is longer than the model's "
                 f"{model.config.max_position_embeddings} positions"
             )
-        if not 0 <= background_share < 1:
-            raise ConfigError(f"background_share is {background_share!r}; give 0 up to, not including, 1")
+        if background_pacing is not None and background_share:
+            raise ConfigError("background_share and background_pacing are both given; give one of them")
         self.model = model
         self.config = config = config.resolve(jax.default_backend())
         self.runner = Runner(model, config)
@@ -95,7 +98,9 @@ class Engine:
         self._take_parts(self._make_parts())
         self._ledger = Ledger()
         self._aborted: list[Output] = []
-        self._background = Background(background, background_share, clock, jax.block_until_ready)
+        pacing = background_pacing or Share(background_share)
+        self._background = Background(background, pacing, clock, jax.block_until_ready)
+        self._under_way = UnderWay(self._background, clock)
         self._clock = clock
         self._stats = Stats()
         self._compiles = CompileCounter()
@@ -103,12 +108,7 @@ class Engine:
         self._samples: dict[Sequence, Sample] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._early: list[Delta] = []
-        # What the device works on, oldest first: two steps at most, and units of other work between them.
-        self._calls: collections.deque[Call | UnitCall] = collections.deque()
-        # A call that is started as soon as the oldest one is over.
-        self._prepared: Prepared | None = None
         self._goes_ahead = goes_ahead
-        self._results_at = 0.0
         self._asleep = False
         self._recovery = Recovery()
         self._mixed_failures = 0
@@ -169,13 +169,12 @@ class Engine:
         """Seconds after which ``step`` has something to do though no request came; None: nothing until one comes."""
         if self.has_work:
             return 0.0
-        last = self._calls[-1] if self._calls else None
-        return self._background.pause(last if isinstance(last, UnitCall) else None)
+        return self._under_way.pause
 
     @property
     def under_way(self) -> list[Step]:
         """The steps that the device works on, oldest first."""
-        return [call.step for call in self._calls if isinstance(call, Call)]
+        return self._under_way.steps
 
     @property
     def stats(self) -> Stats:
@@ -207,6 +206,7 @@ class Engine:
             heapq.heappush(self._deadlines, (self._clock() + request.deadline, request_id))
         if is_here:
             self.scheduler.add(sequences[0])
+        self._background.arrived(sequences)
         self._ledger.opened((request_id, index) for index in range(request.n))
         return request_id
 
@@ -257,31 +257,45 @@ class Engine:
         with self._compiles:
             self._take_loaded()
             self._expire()
-            if self._goes_ahead and not self._recovery.apart:
-                self._run_ahead()
+            if self._goes_ahead and not self._recovery.apart and self._run_ahead():
+                return self._outputs([])
             deltas = self._collect()
-            if not self.under_way:
-                step = self.scheduler.schedule()
-                self._run(step)
+            # Behind units there is time: tokens go out first.
+            if not self.under_way and not (deltas and self._under_way.covers):
+                step = self._schedule()
                 if step is None and not deltas:
                     self._run_idle()
             return self._outputs(deltas)
+
+    def _schedule(self) -> Step | None:
+        """Plan and start a step while none is under way."""
+        # What hides the host's time behind several steps of a call is done by units.
+        step = self.scheduler.schedule(single=self._under_way.covers)
+        self._run(step)
+        return step
 
     def _expire(self) -> None:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
             self.cancel(heapq.heappop(self._deadlines)[1], "its deadline passed")
 
-    def _run_ahead(self) -> None:
-        """Start calls behind the one under way, so that the device need not wait for the host."""
-        if len(self.under_way) != 1:
-            return
+    def _run_ahead(self) -> bool:
+        """Start calls behind the one under way, or behind units, so that the device need not wait for the host.
+
+        Returns whether a step was started behind units alone: there is nothing else to do now.
+        """
+        covered = self._under_way.covers
+        if self._live and not self.under_way and covered:
+            another = self._under_way.start_another(self.scheduler, self.runner.params)
+            return not another and self._schedule() is not None
+        if len(self.under_way) != 1 or covered:
+            return False
         (under_way,) = self.under_way
         step = ahead(self.scheduler, under_way)
         full = full_prefill(self.scheduler) if under_way.chunks else None
         if step is None or full is None:
             self._run(step or full)
-            return
+            return False
         # Its arguments go to the device before copies that begin behind the step's start, or they would be held up;
         # it is started when the oldest call is over: a GPU's queue holds the kernels of two calls, hardly of three.
         with self._recovering(full):
@@ -290,7 +304,8 @@ class Engine:
             self._run(step, copies=False)
             if self.under_way:
                 prepared.begin_copies()
-                self._prepared = prepared
+                self._under_way.prepared = prepared
+        return False
 
     def _run(self, step: Step | None, *, copies: bool = True) -> None:
         """Start a step on the device; ``copies``: see ``Starter.start``."""
@@ -303,11 +318,10 @@ class Engine:
             started = self._clock()
             call = start()
             call.started = started
-            self._calls.append(call)
+            self._under_way.calls.append(call)
             self._stats.started(step)
             self._staging.settle(self.scheduler.next_adapters(2))
-        if self.under_way:
-            self._start_unit(self._background.beside())
+        self._under_way.start_beside(self.scheduler, self.runner.params)
 
     @contextlib.contextmanager
     def _recovering(self, step: Step) -> Iterator[None]:
@@ -327,33 +341,7 @@ class Engine:
             if self.adapters.loading and not self._early:
                 self.adapters.wait(_LOADING_SECONDS)
         elif not self._early:
-            last = self._calls[-1] if self._calls else None
-            if len(self._calls) < 2:
-                self._start_unit(self._background.idle(last if isinstance(last, UnitCall) else None))
-
-    def _start_unit(self, unit: Unit | None) -> None:
-        if unit is None:
-            return
-        call = self._background.start(unit, self.runner.params)
-        if call is not None:
-            self._calls.append(call)
-        self._background.in_hand = None
-
-    def _end_unit(self, call: UnitCall) -> None:
-        """Wait for a unit, the oldest call under way."""
-        self._background.in_hand = call.unit
-        self._calls.popleft()
-        try:
-            assert call.over is not None
-            now = call.over.result()
-        except Exception as error:
-            self._background.failed(call.unit, error)
-        else:
-            seconds, self._results_at = max(0.0, now - max(call.started, self._results_at)), now
-            self._background.done(call, seconds)
-            if self._calls:
-                self._calls[0].started = max(self._calls[0].started, now)  # Then the device began it.
-        self._background.in_hand = None
+            self._under_way.start_idle(self.runner.params)
 
     def _begin_anew(self) -> None:
         """After a call of the engine that was cut off: end all requests and make the host's and device's state anew."""
@@ -361,10 +349,8 @@ class Engine:
         parts.inherit(self._parts)
         self._take_parts(parts)
         self._live, self._samples, self._deadlines, self._early = {}, {}, [], []
-        self._recovery, self._mixed_failures, self._prepared = Recovery(), 0, None
-        units = [call for call in self._calls if isinstance(call, UnitCall)]
-        self._background.interrupted(units)
-        self._calls = collections.deque(units)
+        self._recovery, self._mixed_failures = Recovery(), 0
+        self._under_way.interrupted()
         self._compiles = self._compiles.successor()
         self.runner.reset()
         self._asleep = False
@@ -376,15 +362,11 @@ class Engine:
     def _collect(self) -> list[Delta]:
         """Wait for the oldest call and give each sequence what it drew."""
         deltas = self._take_early()
-        if not self._calls:
+        calls = self._under_way.calls
+        if not calls or self._under_way.end_oldest_unit():
             return deltas
-        call = self._calls[0]
-        if isinstance(call, UnitCall):
-            # The tokens of the call before it went out.
-            if len(self._calls) > 1 or self._background.is_over(call):
-                self._end_unit(call)
-            return deltas
-        self._calls.popleft()
+        call = calls.popleft()
+        assert isinstance(call, Call)
         try:
             self._observer.collecting(call.step)
             drawn, scores = call.results()
@@ -392,13 +374,14 @@ class Engine:
         except Exception as error:
             self._recover([call.step], error)
             return deltas + self._take_early()
-        if self._prepared is not None:
-            prepared, self._prepared = self._prepared, None
+        prepared, self._under_way.prepared = self._under_way.prepared, None
+        if prepared is not None:
             self._launch(prepared.step, prepared.start)
             if not self.under_way:  # It failed, and what was computed is lost.
                 return deltas + self._take_early()
         self._recovery.trust(call.step, (s for group in self._live.values() for s in group))
-        self._account(call, drawn)
+        seconds = self._under_way.took(call.started)
+        self._stats.over(call.step, seconds, drawn)
         if scores is not None:
             for chunk in call.step.chunks:
                 if chunk.sequence.score and chunk.sequence.status is not Status.FINISHED:
@@ -406,14 +389,8 @@ class Engine:
         self.scheduler.computed(call.step)
         for part, d in zip(call.parts, drawn, strict=True):
             deltas += self._append(part.sequences, d)
+        self._background.collected(call.step, seconds)
         return deltas
-
-    def _account(self, call: Call, drawn: list[Drawn]) -> None:
-        """Add a call to the counters."""
-        now = self._clock()
-        seconds, self._results_at = now - max(call.started, self._results_at), now
-        self._background.earn(seconds)
-        self._stats.over(call.step, seconds, drawn)
 
     def _append(self, sequences: Many[Sequence], drawn: Drawn) -> list[Delta]:
         """Give sequences the tokens that they drew; those that end free what they hold."""
@@ -442,9 +419,7 @@ class Engine:
         self.runner.reset()
 
     def _forget_device(self) -> None:
-        # Units of other work touch nothing of the engine's: they go on.
-        self._calls = collections.deque(call for call in self._calls if isinstance(call, UnitCall))
-        self._prepared = None
+        self._under_way.forget_steps()
         self.adapters.reset()
         self.scheduler.reset()
 

@@ -11,6 +11,7 @@ it changes nothing here.
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Many
@@ -119,13 +120,17 @@ class Scheduler:
         sequence.status = Status.WAITING
         self._waiting.add(sequence)
 
-    def schedule(self) -> Step | None:
-        """Return the next step while nothing is under way, or None if there is nothing to do."""
+    def schedule(self, *, single: bool = False) -> Step | None:
+        """Return the next step while nothing is under way, or None if there is nothing to do.
+
+        ``single``: a decode call takes one step though nobody waits.
+        """
         if self.mixes and (step := self.plan_mixed()):
             return step
         decode_first = self._decode_is_next and bool(self._running)
         self._decode_is_next = False
-        plans = (self._plan_decode, self.plan_prefill) if decode_first else (self.plan_prefill, self._plan_decode)
+        decode = functools.partial(self._plan_decode, 1 if single else self._quiet_steps)
+        plans = (decode, self.plan_prefill) if decode_first else (self.plan_prefill, decode)
         # Decoding may preempt all that it would run: a prompt can then go on.
         step = plans[0]() or plans[1]() or plans[0]()
         self.take_turns(step)
@@ -403,11 +408,11 @@ class Scheduler:
 
     # Decode
 
-    def _plan_decode(self) -> Step | None:
+    def _plan_decode(self, most: int) -> Step | None:
         while self._running:
             cohort = next((s.cohort for s in self._running if s.cohort is not None), None)
             rows = [s for s in self._running if s.cohort == cohort]
-            for repeats in dict.fromkeys((self.repeats_for(s.undrawn for s in rows), 1)):
+            for repeats in dict.fromkeys((min(most, self.repeats_for(s.undrawn for s in rows)), 1)):
                 step = self.plan_rows(rows, repeats)
                 if step is not None:
                     return step

@@ -238,7 +238,7 @@ def test_a_request_can_be_cancelled_at_any_time(lively, adapters, rng):
         engine = Engine(lively, TIGHT)
         kept, given_up = engine.add(other), engine.add(one)
         wholes = advance(engine, {}, steps)
-        seen |= {(s.status, bool(engine._calls)) for s in engine._live.get(given_up, [])}
+        seen |= {(s.status, bool(engine._under_way.calls)) for s in engine._live.get(given_up, [])}
         engine.cancel(given_up)
         engine.cancel(given_up)
         engine.cancel(12345)
