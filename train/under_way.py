@@ -17,7 +17,8 @@ WAITS = "waits"
 class Update:
     """An update under way: whose, its programs, the units that are left, the next one's name, and its arrays.
 
-    No name: no unit is left. ``gathered`` counts the micro-batches of each job whose gradients are there, and ``tokens`` their tokens.
+    No name: no unit is left. ``gathered`` counts the micro-batches of each job whose gradients are there, and
+    ``tokens`` their tokens.
     """
 
     def __init__(self, jobs: list[Job], windowed: Windowed):

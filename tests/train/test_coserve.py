@@ -14,6 +14,7 @@ import train_cases as cases
 from conftest import ADAPTER_CONFIGS
 from engine_outputs import TIGHT, advance, assert_as_alone, assert_released, request, some
 
+from preft_jax.device.ahead import Rehearsal
 from preft_jax.device.memory import Budget
 from serve.engine.background import Unit
 from serve.engine.engine import Engine
@@ -297,3 +298,100 @@ def test_memory_that_another_thread_asks_for_is_given_back_before_the_next_unit(
     assert budget.shares()["training"] > 0
     assert training.next().name == unit.name, "it began anew"
     assert training.restarts == 1
+
+
+def compiling_threads():
+    """Return a list that gets the thread of each compilation, and a function that ends that."""
+    threads = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            threads.append(threading.get_ident())
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return threads, lambda: jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_in_the_engines_thread_while_jobs_join_under_load(lively, rng, monkeypatch):
+    """Others go on with their programs meanwhile: compiling waits here until they have."""
+    first = cases.job(
+        lively, ADAPTER_CONFIGS["lora_r24"], cases.examples(ADAPTER_CONFIGS["lora_r24"], rng, 6), name="first",
+        held_out=cases.examples(ADAPTER_CONFIGS["lora_r24"], rng, 3), max_steps=1000, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    later = [
+        cases.job(lively, ADAPTER_CONFIGS["loreft"], cases.examples(ADAPTER_CONFIGS["loreft"], rng, 6), name=f"later-{n}",
+                  max_steps=2 + n)
+        for n in range(2)
+    ]  # fmt: skip
+    evaluated, left, ended = [], [], []
+    hooks = Hooks(
+        keeps=lambda job: True,
+        evaluates=lambda job: job.step == 1,
+        evaluated=lambda *args: evaluated.append(args),
+        left=lambda job, state: left.append(job),
+    )
+    training = Training(Trainer(lively), WINDOWS, ended=lambda job, adapter: ended.append(job), hooks=hooks)
+    engine = Engine(lively, TIGHT, background=training, background_share=0.5)
+    engine.warm_up()
+
+    def step():
+        if not engine.has_work:
+            engine.add(request(some(rng, 5), max_tokens=9))
+        engine.step()
+
+    while not engine.stats.finished:
+        step()
+    compiled = Rehearsal.compile
+
+    def compile_later(rehearsal):
+        enough = first.step + 2 if first.step else 0
+        while first.step < enough:
+            time.sleep(0.001)
+        compiled(rehearsal)
+
+    monkeypatch.setattr(Rehearsal, "compile", compile_later)
+    threads, end = compiling_threads()
+    try:
+        training.join(first)
+        while first.step < 2:
+            step()
+        for job in later:
+            training.join(job)
+        threads_of_joins = threads.count(threading.get_ident())  # ``join`` was called in this thread.
+        while len(ended) < 2:
+            step()
+        training.leave(first)
+        while not left:
+            step()
+    finally:
+        end()
+    assert threads.count(threading.get_ident()) == threads_of_joins
+    assert len(threads) > threads_of_joins
+    assert engine.stats.recompiles == 0
+    assert [job.failed for job in (first, *later)] == [None] * 3
+    assert (len(evaluated), training.error) == (1, None)
+    assert training.compile_seconds.keys() >= {"forward", "backward", "loss", "fold", "update", "grow", "take"}
+
+
+def test_a_job_whose_programs_cannot_be_compiled_is_given_up_and_nobody_else(lively, alone, rng, monkeypatch):
+    lora, reft = jobs(lively)
+    ended = {}
+    training = Training(Trainer(lively), WINDOWS, ended=lambda job, adapter: ended.update({job: adapter}))
+    compiled = Rehearsal.compile
+
+    def fails(rehearsal):
+        if reft in training.trainer.jobs:
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory to compile in")
+        compiled(rehearsal)
+
+    monkeypatch.setattr(Rehearsal, "compile", fails)
+    training.join(lora)
+    training.join(reft)
+    one = request(some(rng, 6))
+    (sample,) = serve(Engine(lively, TIGHT, background=training, background_share=0.5), [one], rng)
+    assert "no memory to compile in" in reft.failed
+    assert ended[reft] is reft.initial
+    assert lora.failed is None
+    for ours, other in zip(cases.leaves(ended[lora]), cases.leaves(alone[0]["lora"]), strict=True):
+        np.testing.assert_allclose(ours, other, atol=2e-4)
+    assert_as_alone(lively, one, sample)
