@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,15 +74,8 @@ def _key(job: Job) -> tuple[AdapterConfig, str]:
     return fold_config(job.initial.config), job.config.optimizer.optim
 
 
-def _first(own: Slots) -> Slots:
-    """Return a group of one."""
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
-        return jnp.asarray(np.array(leaf)[None])
-
-    return jax.tree.map(one, own)
+def _alone(own: Slots) -> Slots:
+    return jax.tree.map(lambda leaf: leaf[None], own)
 
 
 def _grown(slots: Slots, own: Slots) -> Slots:
@@ -93,6 +86,7 @@ def _with(slots: Slots, own: Slots, slot: jax.Array) -> Slots:
     return jax.tree.map(lambda stack, leaf: stack.at[slot].set(leaf), slots, own)
 
 
+_first = Program(_alone, name="first")
 _grow = Program(_grown, name="grow")
 _put = Program(_with, name="put")
 _take = Program(unstacked, name="take")

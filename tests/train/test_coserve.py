@@ -21,6 +21,7 @@ from serve.engine.engine import Engine
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.names import Registry
+from train import ahead
 from train.coserve import Hooks, Training
 from train.trainer import Trainer
 from train.window import WindowOptions
@@ -318,11 +319,8 @@ def test_nothing_is_compiled_in_the_engines_thread_while_jobs_join_under_load(li
         lively, ADAPTER_CONFIGS["lora_r24"], cases.examples(ADAPTER_CONFIGS["lora_r24"], rng, 6), name="first",
         held_out=cases.examples(ADAPTER_CONFIGS["lora_r24"], rng, 3), max_steps=1000, gradient_accumulation_steps=2,
     )  # fmt: skip
-    later = [
-        cases.job(lively, ADAPTER_CONFIGS["loreft"], cases.examples(ADAPTER_CONFIGS["loreft"], rng, 6), name=f"later-{n}",
-                  max_steps=2 + n)
-        for n in range(2)
-    ]  # fmt: skip
+    data = cases.examples(ADAPTER_CONFIGS["loreft"], rng, 6)
+    later = [cases.job(lively, ADAPTER_CONFIGS["loreft"], data, name=f"later-{n}", max_steps=2 + n) for n in range(2)]
     evaluated, left, ended = [], [], []
     hooks = Hooks(
         keeps=lambda job: True,
@@ -339,7 +337,12 @@ def test_nothing_is_compiled_in_the_engines_thread_while_jobs_join_under_load(li
             engine.add(request(some(rng, 5), max_tokens=9))
         engine.step()
 
-    while not engine.stats.finished:
+    def join(job):
+        thread = threading.Thread(target=training.join, args=(job,))
+        thread.start()
+        thread.join()
+
+    while engine.stats.generated_tokens < 9:
         step()
     compiled = Rehearsal.compile
 
@@ -352,12 +355,11 @@ def test_nothing_is_compiled_in_the_engines_thread_while_jobs_join_under_load(li
     monkeypatch.setattr(Rehearsal, "compile", compile_later)
     threads, end = compiling_threads()
     try:
-        training.join(first)
+        join(first)
         while first.step < 2:
             step()
         for job in later:
-            training.join(job)
-        threads_of_joins = threads.count(threading.get_ident())  # ``join`` was called in this thread.
+            join(job)
         while len(ended) < 2:
             step()
         training.leave(first)
@@ -365,8 +367,8 @@ def test_nothing_is_compiled_in_the_engines_thread_while_jobs_join_under_load(li
             step()
     finally:
         end()
-    assert threads.count(threading.get_ident()) == threads_of_joins
-    assert len(threads) > threads_of_joins
+    assert threads
+    assert threading.get_ident() not in threads
     assert engine.stats.recompiles == 0
     assert [job.failed for job in (first, *later)] == [None] * 3
     assert (len(evaluated), training.error) == (1, None)
@@ -377,14 +379,14 @@ def test_a_job_whose_programs_cannot_be_compiled_is_given_up_and_nobody_else(liv
     lora, reft = jobs(lively)
     ended = {}
     training = Training(Trainer(lively), WINDOWS, ended=lambda job, adapter: ended.update({job: adapter}))
-    compiled = Rehearsal.compile
+    rehearsed = ahead.rehearse
 
-    def fails(rehearsal):
-        if reft in training.trainer.jobs:
+    def fails(shapes, *args):
+        if any(group.config.kind == "loreft" for group in shapes.groups):
             raise RuntimeError("RESOURCE_EXHAUSTED: no memory to compile in")
-        compiled(rehearsal)
+        rehearsed(shapes, *args)
 
-    monkeypatch.setattr(Rehearsal, "compile", fails)
+    monkeypatch.setattr(ahead, "rehearse", fails)
     training.join(lora)
     training.join(reft)
     one = request(some(rng, 6))
