@@ -8,7 +8,7 @@ from bench import background
 
 SMALL = [
     "--model", "tiny", "--size", "64", "--rows", "2", "--requests", "2", "--idle-seconds", "0.2", "--input-len", "16",
-    "--output-len", "16", "--prefill-tokens", "32", "--units", "2",
+    "--output-len", "16", "--prefill-tokens", "64", "--units", "2",
 ]  # fmt: skip
 
 
