@@ -174,7 +174,6 @@ class Training:
                 return
             self._closed, self._update = True, None
             self._ahead.close()
-            self._room.give_back()
             try:
                 self._read_inbox()
                 self.trainer.forget_gathered()
@@ -183,6 +182,7 @@ class Training:
                 self._let_go()
             except Exception as error:
                 self._forget_states(error)
+        self._room.give_back()  # Not under the lock: who asks for memory back holds the budget, and then waits for it.
 
     # What the engine asks for
 
