@@ -139,7 +139,7 @@ class Training:
     @property
     def pause(self) -> float | None:
         """Seconds after which to ask for a unit again, for programs are being compiled; None: they are not."""
-        return _PAUSE if self._compiles and not self.paused else None
+        return _PAUSE if self._compiles and not (self.paused or self._closed) else None
 
     @property
     def compile_seconds(self) -> dict[str, list[float]]:
