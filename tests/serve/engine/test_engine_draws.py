@@ -7,6 +7,7 @@ import pytest
 from engine_runs import TIGHT, alone, serve
 from engine_runs import request as make
 
+from preft_jax.sampling.arrays import PlainSampling
 from preft_jax.sampling.parameters import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
@@ -29,13 +30,13 @@ def plainly(monkeypatch):
         self.row_counts, self.adapted_row_counts = self.row_counts[:1], [4, 6]
 
     def named(self, name, rows, pages=None):
-        if np.asarray(rows.alive_B).any():
+        if (np.asarray(rows.slot_B) < self.config.max_num_seqs).any():
             calls.append(name)
         return decode(self, name, rows, pages)
 
-    def counted(self, picks, sampling, texts=None, *, plainly=False):
-        calls.append("plain" if plainly else "full")
-        return draw(self, picks, sampling, texts, plainly=plainly)
+    def counted(self, picks, sampling, texts=None):
+        calls.append("plain" if isinstance(sampling, PlainSampling) else "full")
+        return draw(self, picks, sampling, texts)
 
     monkeypatch.setattr(Runner, "_choose_programs", gpu_programs)
     monkeypatch.setattr(Runner, "draw", counted)
