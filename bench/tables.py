@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from bench.table_parts import RESULTS, ROOT, contender, interval, machine, markdown
-from bench.tables_device import coserve, decode, headline, headline_summary, kernels, prefill, tpu_programs
+from bench.tables_device import (
+    background,
+    before_after,
+    coserve,
+    decode,
+    headline,
+    headline_summary,
+    kernels,
+    prefill,
+    tpu_programs,
+)
 
 _BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -331,6 +341,8 @@ TABLES = {
     "h100-sft-remat": sft,
     "h100-tiers": tiers,
     "h100-trace": trace,
+    "h200-background": background,
+    "h200-before-after": before_after,
     "h200-coserve": coserve,
     "h200-trace": trace,
     "tpu-programs": tpu_programs,

@@ -1,6 +1,7 @@
 """Tables of single programs and of the headline, which stand beside their floors."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,47 @@ def decode(figures: dict[str, Any]) -> str:
     ]
     header = [f"{figures['options']['model']}, rows x context", "step, ms", "floor", "over floor", *kinds, "idle"]
     return f"{markdown([*header, 'kernels'], rows)}\n{machine(figures)}; ceilings: {_ceilings(figures)}.\n"
+
+
+def before_after(figures: dict[str, Any]) -> str:
+    """The same programs at two commits, in turn on one machine: medians of runs."""
+    rows = []
+    for case in figures["cases"]:
+        before, after = statistics.median(case["before"]), statistics.median(case["after"])
+        runs = f"{len(case['before'])} and {len(case['after'])}"
+        rows.append([case["what"], f"{before:,.2f}", f"{after:,.2f}", f"**{after / before:.3f}**", runs])
+    header = ["", f"before ({figures['before_commit']})", "after", "after over before", "runs"]
+    return f"{markdown(header, rows)}\n{machine(figures)}.\n"
+
+
+def background(figures: dict[str, Any]) -> str:
+    """Units of other work beside requests, by their size."""
+    rows = []
+    for row in figures["rows"]:
+        first, tpot, gap = row["ttft_ms"], row["tpot_ms"], row["gap_ms"]["p99"]
+        rows.append(
+            [
+                f"{row['unit_ms']:.1f}",
+                f"{row['idle_share']:.3f}",
+                f"{first['alone']:.1f}",
+                f"{first['median']:.1f} ({first['most']:.1f})",
+                f"{tpot['alone']:.1f}",
+                f"{tpot['beside']:.1f}",
+                f"{gap['alone']:.1f}",
+                f"{gap['beside']:.1f}",
+                f"{row['ahead']:.3f}",
+            ]
+        )
+    header = [
+        "unit, ms",
+        "of an idle device",
+        "TTFT alone, ms",
+        "beside units (most)",
+        "TPOT alone, ms",
+        "beside units",
+    ]
+    header += ["gap alone, p99", "beside units", "decode calls started ahead"]
+    return f"{markdown(header, rows)}\n{machine(figures)}.\n"
 
 
 def _profiled(row: dict[str, Any], kinds: Sequence[str]) -> list[str]:

@@ -30,6 +30,7 @@ from preft_jax.shapes import DTYPES, RANK_PAGE, SITES
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.pacing import Pacing, Promise, Share
 from serve.finetune import Service, make_service, read_jobs, start_jobs
 from serve.server.app import make_app
 from serve.server.auth import Keys, RuntimeLoading, parse_keys
@@ -46,6 +47,8 @@ from serve.store.uploads import UploadLimits, Uploads
 
 _log = logging.getLogger("preft.server")
 
+_SHARE, _TTFT_MS = 0.3, 2000.0
+"""What fine-tuning gets of the device beside requests, and by when first tokens are promised, unless told otherwise."""
 _BACKLOG = 2048
 """Connections that wait to be accepted."""
 
@@ -136,7 +139,22 @@ def _add_fine_tuning(parser: argparse.ArgumentParser) -> None:
         help="remembers files and jobs over restarts (default: finetuning in --state-dir)",
     )
     add(
-        "--finetune-share", type=float, default=0.3, help="of the device's time, beside requests (default: %(default)s)"
+        "--finetune-share",
+        type=float,
+        default=None,
+        help="of the device's time, beside requests (default: 0.3, unless a promise is given)",
+    )
+    add(
+        "--finetune-tpot-ms",
+        type=float,
+        default=None,
+        help="in place of a share: as much as nearly all requests have to spare of so many milliseconds per token",
+    )
+    add(
+        "--finetune-ttft-ms",
+        type=float,
+        default=None,
+        help="the same for the first token (default: 2000, with --finetune-tpot-ms)",
     )
     add(
         "--finetune-memory-gib",
@@ -171,8 +189,15 @@ def _check(args: argparse.Namespace) -> None:
     ):  # fmt: skip
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give a number above 0")
-    if not 0 <= args.finetune_share < 1:
+    if args.finetune_share is not None and not 0 <= args.finetune_share < 1:
         raise ConfigError(f"--finetune-share is {args.finetune_share}; give 0 up to, not including, 1")
+    for name in ("finetune_tpot_ms", "finetune_ttft_ms"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give a number above 0")
+    if args.finetune_tpot_ms is not None and args.finetune_share is not None:
+        raise ConfigError("--finetune-share and --finetune-tpot-ms are both given; give one of them")
+    if args.finetune_ttft_ms is not None and args.finetune_tpot_ms is None:
+        raise ConfigError("--finetune-ttft-ms is given without --finetune-tpot-ms; give both, or a --finetune-share")
     if _fine_tunes(args) and args.finetune_state is None and args.state_dir is None:
         raise ConfigError("fine-tuning needs --finetune-state, or --state-dir: files and jobs are kept there")
     if args.finetune is not None:
@@ -381,6 +406,13 @@ def make_server(
     return DrainingServer(config, serving.engine, drain_seconds)
 
 
+def _pacing(args: argparse.Namespace) -> Pacing:
+    """Return how much fine-tuning gets beside requests."""
+    if args.finetune_tpot_ms is not None:
+        return Promise(tpot_ms=args.finetune_tpot_ms, ttft_ms=args.finetune_ttft_ms or _TTFT_MS)
+    return Share(_SHARE if args.finetune_share is None else args.finetune_share)
+
+
 def make_serving(args: argparse.Namespace) -> Serving:
     """Load what the command line names."""
     keys = Keys(parse_keys(args.api_key), args.admin_key)
@@ -391,8 +423,9 @@ def make_serving(args: argparse.Namespace) -> Serving:
     store = _make_store(args, model)
     service = _make_service(args, model, store, names[0])
     background = None if service is None else service.training
-    share = 0.0 if service is None else args.finetune_share
-    engine = Engine(model, config, store=store, background=background, background_share=share)
+    engine = Engine(model, config, store=store, background=background, background_pacing=_pacing(args))
+    if service is not None:
+        service.training.memory = engine.memory
     running = AsyncEngine(engine, max_waiting=args.max_waiting)
     _register(store, args, names)
     directory = None if args.adapter_dir is None else AdapterDirectory(store, args.adapter_dir, taken=names)

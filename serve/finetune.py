@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError, reject_unknown, shown
 from preft_jax.loading import Model
 from serve.engine.background import Work
@@ -28,6 +29,12 @@ _FIELDS = (
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
+class TrainingWork(Work, Protocol):
+    """Training as background work; ``memory`` is the budget of which it leases what it holds on the device."""
+
+    memory: Budget | None
+
+
 class Service(FineTuning, Protocol):
     """What runs jobs in the process of an engine.
 
@@ -36,7 +43,7 @@ class Service(FineTuning, Protocol):
         wake: is called when there is such work again.
     """
 
-    training: Work
+    training: TrainingWork
     wake: Callable[[], object]
 
 

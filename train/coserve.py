@@ -192,7 +192,6 @@ class Training:
             if self._closed:
                 return
             self._closed, self._update = True, None
-            self._room.give_back()
             try:
                 self._read_inbox()
                 self.trainer.forget_gathered()
@@ -201,6 +200,7 @@ class Training:
                 self._let_go()
             except Exception as error:
                 self._forget_states(error)
+        self._room.give_back()  # Not under the lock: who asks for memory back holds the budget, and then waits for it.
 
     # What the engine asks for
 
