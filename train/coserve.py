@@ -8,6 +8,8 @@ A unit is some layers on a window of tokens (``train/window.py``), or an update.
 of requests, or at once where there are none; the base's weights are the engine's own. What a unit takes is measured,
 and what units of its name are expected to take follows.
 
+Programs are compiled before a job joins, in a thread of their own (``train/ahead.py``): others go on with theirs.
+
 A unit that fails costs the update that it belongs to. Its jobs are then trained apart, one an update, so that the one
 at fault is found and given up; no other job and no request ends with it.
 
@@ -17,7 +19,6 @@ is dropped, and begins anew later.
 """
 
 import collections
-import dataclasses
 import functools
 import logging
 import queue
@@ -26,17 +27,25 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import jax
+
 from preft_jax.adapters.adapter import Adapter
+from preft_jax.device.compiles import expected_compiles
 from preft_jax.device.memory import Budget
 from preft_jax.errors import plain
 from preft_jax.models.params import Params
 from serve.engine.background import Unit
-from train.jobs import Job
+from train.ahead import Ahead
+from train.hooks import Hooks
+from train.jobs import Job, first_state
 from train.micro import micro_batches
 from train.room import Room
 from train.step import Slots
 from train.trainer import Result, StepResult, Trainer
-from train.window import Windowed, WindowOptions
+from train.under_way import WAITS, TrainingUnit, Update
+from train.window import WindowOptions
+
+__all__ = ["Hooks", "Training", "TrainingUnit"]
 
 _log = logging.getLogger("preft.train")
 
@@ -46,63 +55,11 @@ _FIRST_SECONDS = 0.01
 _MEASURED = 5
 """Measurements of which the median is expected: one that was held up by something else says nothing."""
 
-_WAITS = "waits"
-"""In place of a unit's name: there is no room for the next micro-batch."""
+_LOOK = "weights"
+"""Name of the first unit, which only looks how the engine's weights lie."""
 
-_windowed = functools.lru_cache(maxsize=16)(Windowed)
-"""The programs of units, kept while jobs come and go: the same groups come back."""
-
-
-class _Update:
-    """An update under way: whose, the units that are left, the next one's name (None: none is left), and its arrays.
-
-    ``gathered`` counts the micro-batches of each job whose gradients are there, and ``tokens`` their tokens.
-    """
-
-    def __init__(self, jobs: list[Job]):
-        self.jobs = jobs
-        self.gathered: collections.Counter[Job] = collections.Counter()
-        self.tokens: collections.Counter[Job] = collections.Counter()
-        self.windowed: Windowed | None = None
-        self.units: Iterator[str] = iter(())
-        self.name: str | None = None
-        self.base: Params = {}
-        self.arrays: Any = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingUnit(Unit):
-    """A unit with the name of its program, and the update that it is of."""
-
-    name: str
-    update: _Update
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """Whom training tells of what, and whom it asks. The thread that runs the engine calls them, so they do not wait.
-
-    What a hook raises is logged, and changes nothing.
-
-    Attributes:
-        joined: told of a job that has a slot now.
-        updated: told what an update gave a job, one update later.
-        keeps: asked after each update of a job whether its state is wanted; ``kept`` gets it.
-        kept: told a job's state after so many updates, in arrays of the device that nothing changes.
-        evaluates: asked after each update of a job whether its held-out rows are evaluated on; ``evaluated`` is told.
-        evaluated: told the mean loss on held-out rows after so many updates, and how many tokens it is the mean of.
-        left: told of a job that left, as it was asked to, and its state, with which it may join again.
-        lost: told of jobs that left because a failed update has spoiled their states; None: they are given up.
-    """
-
-    joined: Callable[[Job], object] = lambda job: None
-    updated: Callable[[Result], object] = lambda result: None
-    keeps: Callable[[Job], bool] = lambda job: False
-    kept: Callable[[Job, int, Slots], object] = lambda job, step, state: None
-    evaluates: Callable[[Job], bool] = lambda job: False
-    evaluated: Callable[[Job, int, float, int], object] = lambda job, step, loss, tokens: None
-    left: Callable[[Job, Slots], object] = lambda job, state: None
-    lost: Callable[[Job], object] | None = None
+_PAUSE = 0.05
+"""Seconds after which an engine that has nothing else to do asks whether programs are compiled."""
 
 
 class Training:
@@ -132,32 +89,38 @@ class Training:
         *,
         updated: Callable[[Result], object] = lambda result: None,
         ended: Callable[[Job, Adapter], object] = lambda job, adapter: None,
-        hooks: Hooks = Hooks(),
+        hooks: Hooks | None = None,
     ):
         self.trainer = trainer
-        self.hooks = hooks
+        self.hooks = hooks or Hooks()
         self.seconds: dict[str, float] = {}
         self.updates = 0
         self.error: Exception | None = None
         self.paused = False
         self.restarts = 0
+        self._ahead = Ahead(trainer, windows)
         self._room = Room(self.give_back)
         self._thread: int | None = None
         self._is_asked_back = False
-        self._windows = windows
         self._ask_updated = updated
         self._ask_ended = ended
         self._took: dict[str, collections.deque[float]] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._update: _Update | None = None
+        self._update: Update | None = None
         # Trained one an update, for an update of several of them failed.
         self._apart: set[Job] = set()
+        # Waiting jobs whose programs are compiled, with which they join.
+        self._entering: list[Job] = []
+        self._one_by_one = False
+        self._compiles = False
         self._tokens: dict[tuple[Job, int], int] = {}
         self._snapshots: dict[tuple[Job, int], Slots] = {}
-        self._evaluations: list[tuple[Job, int, Any, Any]] = []
+        self._evaluations: list[tuple[Job, int, int, list[Any]]] = []
         # The engine's thread holds it while it is in here, and ``close`` while it ends all.
         self._lock = threading.RLock()
         self._closed = False
+        for job in trainer.jobs:
+            self._ahead.learn(job)
 
     @property
     def memory(self) -> Budget | None:
@@ -173,13 +136,31 @@ class Training:
         """Why training waits for memory, or None."""
         return self._room.waits
 
+    @property
+    def pause(self) -> float | None:
+        """Seconds after which to ask for a unit again, for programs are being compiled; None: they are not."""
+        return _PAUSE if self._compiles and not (self.paused or self._closed) else None
+
+    @property
+    def compile_seconds(self) -> dict[str, list[float]]:
+        """Seconds that compiling took, by names of programs: one number for each shape."""
+        return self._ahead.seconds
+
     # From any thread
 
     def join(self, job: Job, state: Slots | None = None) -> None:
-        """Let a job join before the next update; ``state`` is what it left with, ``job.step`` its updates so far.
+        """Let a job join before an update; ``state`` is what it left with, ``job.step`` its updates so far.
 
-        A job that cannot join, for want of memory for one, is given up.
+        All its examples are looked at, in the caller's thread. It joins once the programs that are new with it are
+        compiled. A job that cannot join, for want of memory for one, is given up.
         """
+        try:
+            with expected_compiles():
+                state = jax.device_get(first_state(job) if state is None else state)
+            self._ahead.learn(job)
+        except Exception as error:
+            self._inbox.put(functools.partial(self._refuse, job, error))
+            return
         self._inbox.put(functools.partial(self._join, job, state))
 
     def leave(self, job: Job) -> None:
@@ -192,6 +173,7 @@ class Training:
             if self._closed:
                 return
             self._closed, self._update = True, None
+            self._ahead.close()
             try:
                 self._read_inbox()
                 self.trainer.forget_gathered()
@@ -215,31 +197,27 @@ class Training:
             while self._update is None or self._update.name is None:
                 try:
                     if not self._begin():
-                        return None
+                        return self._look()
                 except Exception as error:  # Nobody's in particular: the device has lost the jobs' states.
                     self._forget_states(error)
             if self.paused:
                 return None
             update = self._update
-            if update.name == _WAITS:
+            if update.name == WAITS:
                 self._go_on(update)
                 update = self._update
-            if update is None or update.name is None or update.name == _WAITS:
+            if update is None or update.name is None or update.name == WAITS:
                 return None
             seconds = self.seconds.get(update.name, _FIRST_SECONDS)
             start = functools.partial(self._start, update, update.units)
             return TrainingUnit(start=start, seconds=seconds, name=update.name, update=update)
 
     def done(self, unit: Unit, seconds: float) -> None:
-        """Expect of units of this name the median of what the latest ones took.
-
-        The first of a name may have been compiled: what it took says nothing.
-        """
+        """Expect of units of this name the median of what the latest ones took."""
         assert isinstance(unit, TrainingUnit)
-        if unit.name not in self._took:
-            self._took[unit.name] = collections.deque(maxlen=_MEASURED)
+        if unit.update is None:
             return
-        took = self._took[unit.name]
+        took = self._took.setdefault(unit.name, collections.deque(maxlen=_MEASURED))
         took.append(seconds)
         self.seconds[unit.name] = statistics.median_low(took)
 
@@ -247,12 +225,23 @@ class Training:
         """Give up the update of a unit, and its job if it is the only one; others begin theirs again."""
         assert isinstance(unit, TrainingUnit)
         with self._lock:
-            if unit.update is self._update:
+            if unit.update is not None and unit.update is self._update:
                 self._recover(unit.update, error)
 
     # Updates
 
-    def _start(self, update: _Update, units: Iterator[str], base: Params) -> Any:
+    def _look(self) -> Unit | None:
+        """Return a unit that notes how the engine's weights lie, if jobs wait and nobody has."""
+        if self._ahead.base is not None or self.paused or not self.trainer.jobs:
+            return None
+
+        def look(base: Params) -> tuple[()]:
+            self._ahead.look(base)
+            return ()
+
+        return TrainingUnit(start=look, seconds=0.0, name=_LOOK)
+
+    def _start(self, update: Update, units: Iterator[str], base: Params) -> Any:
         """Start the unit of an update that comes next and return its arrays."""
         with self._lock:
             if update is not self._update or units is not update.units:  # One before it failed, or all were dropped.
@@ -263,7 +252,7 @@ class Training:
 
     def _begin(self) -> bool:
         """Plan the next update of jobs that have one, after letting go of those that have none; return if there is."""
-        self._update = None
+        self._update, self._compiles = None, False
         self._read_inbox()
         if self.paused:
             return False
@@ -274,12 +263,16 @@ class Training:
         jobs = self._turn()
         if not jobs:
             return False
-        update = self._update = _Update(jobs)
+        windowed = self._ahead.has()  # Others may have left, and what is left has other shapes.
+        if windowed is None:
+            self._compiles = True
+            return False
+        update = self._update = Update(jobs, windowed)
         update.units = self._units(update)
         self._go_on(update)
         return True
 
-    def _go_on(self, update: _Update) -> None:
+    def _go_on(self, update: Update) -> None:
         """Plan an update's next unit, or the one after it waited."""
         try:
             update.name = next(update.units)
@@ -294,16 +287,15 @@ class Training:
         turns = [*([together] if together else []), *([job] for job in running if job in self._apart)]
         return turns[self.updates % len(turns)] if turns else []
 
-    def _units(self, update: _Update) -> Generator[str, None, None]:
+    def _units(self, update: Update) -> Generator[str, None, None]:
         """Yield the name of each unit of an update, and start it when asked for the next one."""
         jobs, tokens = update.jobs, update.tokens
         dtype = self.trainer.model.params["embed"].dtype
         for rows in micro_batches(jobs, dict(update.gathered)):
             micro = self.trainer.prepare(rows)
-            windowed = update.windowed = _windowed(self.trainer.model.config, micro.groups, self._windows)
-            while not self._room.has(windowed, micro, dtype):
-                yield _WAITS
-            units = windowed.units(micro.params, micro.batch, micro.dropout_J, micro.loss, micro.sums)
+            while not self._room.has(update.windowed, micro, dtype):
+                yield WAITS
+            units = update.windowed.units(micro.params, micro.batch, micro.dropout_J, micro.loss, micro.sums)
             while units.name is not None:
                 yield units.name
                 update.arrays = units.start(update.base)
@@ -323,20 +315,19 @@ class Training:
                 self._snapshots[job, job.step] = self.trainer.snapshot(job)
         for job in jobs:
             if job.failed is None and job.held_out and self._asked("evaluates", job):
-                assert update.windowed is not None
-                yield from self._evaluation(update, job, update.windowed)
+                yield from self._evaluation(update, job)
 
-    def _evaluation(self, update: _Update, job: Job, windowed: Windowed) -> Generator[str, None, None]:
+    def _evaluation(self, update: Update, job: Job) -> Generator[str, None, None]:
         """Yield the name of each unit of an evaluation pass, and start it when asked for the next one."""
-        slot, loss, count = self.trainer.slot_of(job), 0.0, 0.0
+        found: list[Any] = []
         for params, batch in self.trainer.evaluation(job, job.held_out):
-            units = windowed.evaluation(params, batch)
+            units = update.windowed.evaluation(params, batch)
             while units.name is not None:
                 yield units.name
                 update.arrays = units.start(update.base)
             assert units.sums is not None
-            loss, count = loss + units.sums.loss_J[slot], count + units.sums.count_J[slot]
-        self._evaluations.append((job, job.step, loss, count))
+            found.append((units.sums.loss_J, units.sums.count_J))
+        self._evaluations.append((job, job.step, self.trainer.slot_of(job), found))
 
     # Memory
 
@@ -361,7 +352,7 @@ class Training:
                 self.restarts += 1
                 update.arrays = None
                 # Without a unit in between: the generator is at the beginning of the micro-batch again.
-                update.units, update.name = self._units(update), _WAITS
+                update.units, update.name = self._units(update), WAITS
 
     # Jobs come and go, between updates
 
@@ -377,29 +368,38 @@ class Training:
         try:
             self.trainer.add(job, state)
         except Exception as error:
-            self._give_up(job, error)
-            self._tell_ended(job, job.initial)
-            return
-        if not self._closed:
-            self._admit()
+            self._refuse(job, error)
+
+    def _refuse(self, job: Job, error: Exception) -> None:
+        """Give up a job that cannot join."""
+        if job in self.trainer.jobs:
+            self.trainer.release(job)
+        self._give_up(job, error)
+        self._tell_ended(job, job.initial)
 
     def _admit(self) -> None:
-        """Give slots to jobs that wait; one with which that fails is given up."""
-        before = set(self.trainer.running)
-        while True:
+        """Give slots to jobs that wait, once their programs are compiled; one with which that fails is given up."""
+        while waiting := self.trainer.entering():
+            # More may have come while programs were compiled for these.
+            if not self._entering or self._entering != waiting[: len(self._entering)]:
+                self._entering = waiting[:1] if self._one_by_one else waiting
+            jobs = self._entering
             try:
-                self.trainer.admit()
-                break
+                if self._ahead.has(jobs) is None:
+                    self._compiles = True
+                    return
+                self.trainer.admit(len(jobs))
             except Exception as error:
-                waiting = [job for job in self.trainer.jobs if job not in before]
-                if not waiting:
-                    raise
-                self._give_up(waiting[0], error)
-                self.trainer.release(waiting[0])
-                self._tell_ended(waiting[0], waiting[0].initial)
-        for job in self.trainer.running:
-            if job not in before:
+                self._entering = []
+                if len(jobs) > 1:  # To find the one at fault.
+                    self._one_by_one = True
+                else:
+                    self._refuse(jobs[0], error)
+                continue
+            self._entering = []
+            for job in jobs:
                 self._call(self.hooks.joined, job)
+        self._one_by_one = False
 
     def _leave(self, job: Job) -> None:
         if job in self.trainer.jobs:
@@ -421,7 +421,7 @@ class Training:
 
     # Failures
 
-    def _recover(self, update: _Update, error: Exception) -> None:
+    def _recover(self, update: Update, error: Exception) -> None:
         """Begin anew after an update that failed: nothing is left of it, unless it spoiled the jobs' states."""
         interrupted = isinstance(error, InterruptedError)
         _log.warning("an update of %s failed: %s", ", ".join(job.name for job in update.jobs), error, exc_info=error)
@@ -475,9 +475,13 @@ class Training:
             for hook in (self._ask_updated, self.hooks.updated):
                 self._call(hook, result)
         evaluations, self._evaluations = self._evaluations, []
-        for job, step, loss, count in evaluations:
-            if job.failed is None and float(count):
-                self._call(self.hooks.evaluated, job, step, float(loss) / float(count), int(count))
+        for job, step, slot, found in evaluations:
+            if job.failed is None:
+                loss, count = (
+                    sum(own_J[slot] for own_J in all_J) for all_J in zip(*jax.device_get(found), strict=True)
+                )
+                if count:
+                    self._call(self.hooks.evaluated, job, step, float(loss) / float(count), int(count))
         for result in told:
             key = result.job, result.step
             snapshot = self._snapshots.pop(key, None)

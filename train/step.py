@@ -19,12 +19,13 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from kernels.types import PagePool, TilePages
+from kernels.types import Array, PagePool, TilePages
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.edits import Dropout, Edits, FoldedEdits, RowsEdits
 from preft_jax.adapters.fold import fold_params
 from preft_jax.adapters.pages import adapter_page_counts, cut_edit
 from preft_jax.config import ModelConfig
+from preft_jax.device.ahead import Program
 from preft_jax.errors import ConfigError
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.forward import hidden_states
@@ -87,8 +88,8 @@ class Sums(NamedTuple):
     """
 
     grads: Any
-    loss_J: jax.Array
-    count_J: jax.Array
+    loss_J: Array
+    count_J: Array
     metrics: dict[str, Means]
 
 
@@ -378,7 +379,6 @@ class Programs:
         self,
         config: ModelConfig,
         groups: tuple[Group, ...],
-        *,
         attention: DenseKernel,
         remat: Remat,
         replicated: NamedSharding | None = None,
@@ -389,5 +389,7 @@ class Programs:
             static_argnames=("loss",),
             out_shardings=replicated,
         )
-        self.update = jax.jit(functools.partial(update, groups), donate_argnames=("state",), out_shardings=replicated)
+        self.update = Program(
+            functools.partial(update, groups), name="update", donate=("state",), out_shardings=replicated
+        )
         self.evaluate = jax.jit(functools.partial(evaluate, config, groups, attention))

@@ -5,10 +5,9 @@ Training has two halves: ``Trainer.forward_backward`` adds up gradients, ``Train
 """
 
 import collections
-import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +25,12 @@ from preft_jax.models.layout import fused_layout
 from train.data.batches import Batch, Rows, collate
 from train.data.rows import Example
 from train.jobs import Job, first_state
+from train.layout import Layout, moved, take
 from train.losses import Loss, find_loss
 from train.micro import DocumentRow, MicroBatch, check_rows, micro_batches
 from train.optimizer import Numbers
 from train.results import Entries, Pending, Result, StepResult, results_of
-from train.step import Group, Means, Programs, Report, Slots, Sums, fold_config, unstacked
+from train.step import Means, Programs, Report, Slots, State, Sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,8 @@ class TrainOptions:
     attention: DenseKernel | None = None
 
 
-class _Place(NamedTuple):
-    group: int
-    slot: int
+_programs = functools.lru_cache(maxsize=64)(Programs)
+"""Kept while jobs come and go: the same groups come back."""
 
 
 class _Own(NamedTuple):
@@ -86,8 +85,8 @@ class Trainer:
         self._placement = placement or Placement.single()
         self._base = self._placement.put_params(fused_layout(model.params, transpose=False))
         self._waiting: collections.deque[Job] = collections.deque()
-        self._places: dict[Job, _Place] = {}
-        self._groups: list[Group] = []
+        self.layout = Layout()
+        self.programs = self.programs_of(self.layout)
         self._state: tuple[Slots, ...] = ()
         self._restored: dict[Job, Slots] = {}
         # Updates whose results are still to be fetched, oldest first.
@@ -109,75 +108,51 @@ class Trainer:
     @property
     def jobs(self) -> list[Job]:
         """Jobs that are trained or wait."""
-        return [*self._places, *self._waiting]
+        return [*self.layout.places, *self._waiting]
 
     @property
     def running(self) -> list[Job]:
         """Jobs that have a slot: those that are trained, and those that are done and not released."""
-        return list(self._places)
+        return list(self.layout.places)
 
     def add(self, job: Job, state: Slots | None = None) -> None:
         """Let a job join, now or once there is room; ``state`` is what ``state_of`` gave for it earlier."""
         if job.name in {other.name for other in self.jobs}:
             raise ConfigError(f"two jobs have the name {job.name!r}; give each its own")
-        if state is not None:
-            self._restored[job] = state
+        self._restored[job] = jax.device_get(first_state(job) if state is None else state)
         self._waiting.append(job)
 
-    def admit(self) -> None:
-        """Give waiting jobs a slot, as many as may be trained at a time: a free one of their group, or a new one."""
+    def entering(self) -> list[Job]:
+        """Return the waiting jobs for which there is room, in their order."""
+        room = self.options.max_jobs - len(self.running) if self.options.max_jobs else len(self._waiting)
+        return list(self._waiting)[: max(0, room)]
+
+    def admit(self, most: int | None = None) -> None:
+        """Give waiting jobs a slot, ``most`` of them and as many as may be trained at a time."""
         self._settle()
-        if not self._waiting:
+        jobs = self.entering()[:most]
+        if not jobs:
             return
-        names = "_waiting", "_places", "_groups", "_state", "_restored", "_sums", "_programs"
-        held = {name: vars(self)[name] for name in names if name in vars(self)}
-        before = {n: copy.copy(x) if isinstance(x, dict | list | collections.deque) else x for n, x in held.items()}
-        try:
-            self._admit()
-        except BaseException:
-            vars(self).update(before)  # Nobody was admitted, or all.
-            raise
+        gathered = {job: self._own_sums(job) for job in self._gathered}
+        layout, state = self.layout, self._state
+        for job in jobs:
+            before, layout = layout, layout.with_job(job)
+            state = moved(before, layout, job, state, self._restored[job])
+        after: dict[str, Any] = {"layout": layout, "_state": state}
+        if layout.groups != self.layout.groups:
+            after["_state"] = tuple(self._placement.put_replicated(slots) for slots in state)
+            after["programs"] = self.programs_of(layout)
+            after["_sums"] = self._placement.put_replicated(self._joined(gathered, layout, state)) if gathered else None
+        waiting = collections.deque(job for job in self._waiting if job not in jobs)
+        restored = {job: own for job, own in self._restored.items() if job not in jobs}
+        vars(self).update(after, _waiting=waiting, _restored=restored)  # Nobody was admitted before, and now all are.
 
-    def _admit(self) -> None:
-        grown = False
-        gathered = {job: self._own_sums(job) for job in self._gathered} if self._waiting else {}
-        while self._waiting and (not self.options.max_jobs or len(self._places) < self.options.max_jobs):
-            job = self._waiting.popleft()
-            key = fold_config(job.initial.config), job.config.optimizer.optim
-            group = next((i for i, g in enumerate(self._groups) if (g.config, g.optim) == key), None)
-            state = self._restored.pop(job, None) or first_state(job)
-            if group is None:
-                self._drop_empty_groups()  # The programs are made anew in any case.
-                group = len(self._groups)
-                self._groups.append(Group(*key, 0))
-                self._state = (*self._state, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None][:0], state))
-            taken = {place.slot for place in self._places.values() if place.group == group}
-            slot = next(i for i in range(len(taken) + 1) if i not in taken)
-            if slot == self._groups[group].size:
-                grown = True
-                self._groups[group] = dataclasses.replace(self._groups[group], size=slot + 1)
-                new = jax.tree.map(
-                    lambda stack, own: jnp.concatenate([stack, jnp.asarray(own)[None]]), self._state[group], state
-                )
-            else:
-                new = jax.tree.map(lambda stack, own, slot=slot: stack.at[slot].set(own), self._state[group], state)
-            self._state = (*self._state[:group], new, *self._state[group + 1 :])
-            self._places[job] = _Place(group, slot)
-        if grown:
-            self._state = tuple(self._placement.put_replicated(slots) for slots in self._state)
-            self._programs = Programs(
-                self.model.config,
-                tuple(self._groups),
-                attention=self._attention(),
-                remat=self.options.gradient_checkpointing,
-                replicated=self._placement.replicated,
-            )
-            self._sums = self._placement.put_replicated(self._joined(gathered)) if gathered else None
-
-    def _drop_empty_groups(self) -> None:
-        kept = sorted({place.group for place in self._places.values()})
-        self._groups, self._state = [self._groups[i] for i in kept], tuple(self._state[i] for i in kept)
-        self._places = {job: place._replace(group=kept.index(place.group)) for job, place in self._places.items()}
+    def programs_of(self, layout: Layout) -> Programs:
+        """Return the programs over the slots of a layout; those of the same groups are the same ones."""
+        return _programs(
+            self.model.config, layout.groups, self._attention(), self.options.gradient_checkpointing,
+            self._placement.replicated,
+        )  # fmt: skip
 
     def _attention(self) -> DenseKernel:
         if self.options.attention is not None:
@@ -186,21 +161,17 @@ class Trainer:
 
     def slot_of(self, job: Job) -> int:
         """Return a running job's slot among those of all groups."""
-        place = self._places[job]
-        return sum(group.size for group in self._groups[: place.group]) + place.slot
+        return self.layout.slot_of(job)
 
     def snapshot(self, job: Job) -> Slots:
         """Return a running job's state as it is after the last update started, without waiting for it."""
         self._settle()
-        place = self._places[job]
-        return unstacked(self._state[place.group], place.slot)
+        place = self.layout.places[job]
+        return take(self._state[place.group], place.slot)
 
     def state_of(self, job: Job) -> Slots:
         """Return a running or waiting job's parameters and optimizer state, in NumPy arrays."""
-        self._settle()
-        if job in self._places:
-            return jax.device_get(self.snapshot(job))
-        return self._restored.get(job) or jax.device_get(first_state(job))
+        return jax.device_get(self.snapshot(job)) if job in self.layout.places else self._restored[job]
 
     def adapter_of(self, job: Job) -> Adapter:
         """Return a job's adapter as it is now."""
@@ -221,9 +192,10 @@ class Trainer:
         Raises:
             ConfigError: if there is no such loss, a job is not running, or a row does not fit.
         """
+        self.admit()
         micro = self.prepare(rows, loss)
         args = self._base, micro.params, micro.sums, micro.batch, micro.dropout_J
-        accumulate, after = functools.partial(self._programs.accumulate, loss=micro.loss), self._after(micro)
+        accumulate, after = functools.partial(self.programs.accumulate, loss=micro.loss), self._after(micro)
         # As in ``optim_step``: the sums are donated.
         self._sums, self._gathered, self._tokens, self._padded_tokens = accumulate(*args), *after
 
@@ -233,7 +205,7 @@ class Trainer:
         One at a time: ``gather`` takes its sums, before anything else is prepared or an update is started.
         """
         found = find_loss(loss)
-        self.admit()
+        self._settle()
         for job, own in rows.items():
             self._check_rows(job, own, found)
         parts = [
@@ -245,7 +217,7 @@ class Trainer:
         params = tuple(slots.params for slots in self._state)
         tokens = sum(len(document) for part in parts for row in part.rows for document in row)
         return MicroBatch(
-            tuple(self._groups), params, self._collate(parts, found), self._dropout(), found, self._sums, list(rows),
+            self.layout.groups, params, self._collate(parts, found), self._dropout(), found, self._sums, list(rows),
             tokens,
         )  # fmt: skip
 
@@ -285,7 +257,7 @@ class Trainer:
             "_entries": Entries(entries, self._tokens, self._padded_tokens),
         }  # fmt: skip
         # The state is donated: the call and what follows from it are one line, so that nothing comes between them.
-        vars(self).update(after, _updated=self._programs.update(*args))
+        vars(self).update(after, _updated=self.programs.update(*args))
         self._settle()
         return self._fetched(self._pending[:-1])
 
@@ -322,7 +294,7 @@ class Trainer:
             ConfigError: if a job has no examples of its own.
         """
         self.admit()
-        jobs = [job for job in self._places if not job.done]
+        jobs = [job for job in self.layout.places if not job.done]
         if not jobs:
             return self.finish()
         clocks = {job: job.step for job in jobs}
@@ -342,9 +314,11 @@ class Trainer:
         """Let a job leave, running or waiting, and return its state; what it has gathered is dropped."""
         state = self.state_of(job)
         self._drop_sums(job)
-        if self._places.pop(job, None) is None:
+        if job in self.layout.places:
+            self.layout = self.layout.without(job)
+        else:
             self._waiting.remove(job)
-            self._restored.pop(job, None)
+            del self._restored[job]
         return state
 
     def forget_gathered(self) -> None:
@@ -358,8 +332,8 @@ class Trainer:
 
     def forget_states(self) -> list[Job]:
         """Let the running jobs leave without their states, which a failed update has spoiled; return the jobs."""
-        jobs = list(self._places)
-        self._places, self._groups, self._state, self._pending, self._updated = {}, [], (), (), None
+        jobs = self.running
+        self.layout, self._state, self._pending, self._updated = Layout(), (), (), None
         self.forget_gathered()
         return jobs
 
@@ -392,10 +366,10 @@ class Trainer:
         self._drop_sums(result.job)
 
     def _check_rows(self, job: Job, rows: Sequence[DocumentRow], loss: Loss) -> None:
-        if job not in self._places:
+        if job not in self.layout.places:
             raise ConfigError(
                 f"{job.name!r} has no slot: it was not added, was released, or waits because max_jobs is "
-                f"{self.options.max_jobs}; running: {', '.join(one.name for one in self._places) or 'none'}"
+                f"{self.options.max_jobs}; running: {', '.join(one.name for one in self.layout.places) or 'none'}"
             )
         check_rows(job, rows, loss, self.model.config.vocab_size)
 
@@ -403,17 +377,17 @@ class Trainer:
 
     def _own_sums(self, job: Job) -> _Own:
         assert self._sums is not None
-        place, slot, sums = self._places[job], self.slot_of(job), self._sums
+        place, slot, sums = self.layout.places[job], self.slot_of(job), self._sums
         grads = jax.tree.map(lambda leaf: leaf[place.slot], sums.grads[place.group])
         return _Own(grads, *jax.tree.map(lambda leaf_J: leaf_J[slot], tuple(sums[1:])))
 
-    def _joined(self, own: Mapping[Job, _Own]) -> Sums:
-        """Return the sums of the slots as they are now, from those of each job; zeros elsewhere."""
-        num_slots = sum(group.size for group in self._groups)
-        grads = [jax.tree.map(jnp.zeros_like, slots.params) for slots in self._state]
+    def _joined(self, own: Mapping[Job, _Own], layout: Layout, state: State) -> Sums:
+        """Return the sums of the slots of a layout, from those of each job; zeros elsewhere."""
+        num_slots = sum(group.size for group in layout.groups)
+        grads = [jax.tree.map(jnp.zeros_like, slots.params) for slots in state]
         rest = jax.tree.map(lambda leaf: jnp.zeros(num_slots, leaf.dtype), next(iter(own.values()))[1:])
         for job, some in own.items():
-            place, slot = self._places[job], self.slot_of(job)
+            place, slot = layout.places[job], layout.slot_of(job)
             grads[place.group] = jax.tree.map(
                 lambda stack, leaf, at=place.slot: stack.at[at].set(leaf), grads[place.group], some.grads
             )
@@ -429,7 +403,7 @@ class Trainer:
             # A slot whose count is zero keeps what it has.
             stays_J = np.isin(np.arange(len(sums.count_J)), [self.slot_of(job) for job in others])
             sums = sums._replace(count_J=jnp.where(stays_J, 0.0, sums.count_J))
-        rest = self._placement.put_replicated(self._joined(others)) if others else None
+        rest = self._placement.put_replicated(self._joined(others, self.layout, self._state)) if others else None
         return sums, rest, {job: count for job, count in self._gathered.items() if job in others}
 
     def _drop_sums(self, job: Job) -> None:
@@ -438,38 +412,48 @@ class Trainer:
 
     # Arrays
 
-    def _collate(self, parts: Sequence[Rows], loss: Loss) -> Batch:
-        need = sum(job.config.batches.batch_size for job in self._places)
-        given = sum(len(part.rows) for part in parts)
+    def num_rows(self, jobs: Iterable[Job], given: int = 0) -> tuple[int, int]:
+        """Return the rows of a micro-batch while these jobs run, and the most that one has had.
+
+        ``given``: rows that it must have room for. There are few sizes: a job that ends makes no program each time.
+        """
+        need, shards = sum(job.config.batches.batch_size for job in jobs), self._placement.num_shards
         need = need if given <= need else bucket(given)
-        need = -(-need // self._placement.num_shards) * self._placement.num_shards
-        self._most_rows = max(self._most_rows, need)
-        # Few sizes, so that a job that ends does not make a new program each time.
-        num_rows = self._most_rows if 2 * need > self._most_rows else bucket(need, self._placement.num_shards)
+        need = -(-need // shards) * shards
+        most = max(self._most_rows, need)
+        return most if 2 * need > most else bucket(need, shards), most
+
+    @property
+    def state(self) -> State:
+        """The groups' states, on the device; an update that is started donates them."""
+        return self._state
+
+    def _collate(self, parts: Sequence[Rows], loss: Loss) -> Batch:
+        num_rows, self._most_rows = self.num_rows(self.running, sum(len(part.rows) for part in parts))
         batch = collate(
             parts,
             num_rows=num_rows,
-            max_length=max(job.config.batches.max_length for job in self._places),
-            packed=any(job.config.batches.packing for job in self._places)
+            max_length=max(job.config.batches.max_length for job in self.layout.places),
+            packed=any(job.config.batches.packing for job in self.layout.places)
             or any(len(row) > 1 for part in parts for row in part.rows),
             fields=loss.needs,
         )
         return self._placement.put_rows(batch)
 
     def _dropout(self) -> np.ndarray | None:
-        rates = {job: job.initial.config.dropout for job in self._places}
+        rates = {job: job.initial.config.dropout for job in self.running}
         if not any(rates.values()):
             return None
-        dropout = np.zeros(sum(group.size for group in self._groups), np.float32)
+        dropout = np.zeros(sum(group.size for group in self.layout.groups), np.float32)
         for job, rate in rates.items():
             dropout[self.slot_of(job)] = rate
         return dropout
 
     def _stacked(self, numbers: Mapping[Job, Numbers]) -> tuple[Numbers, ...]:
         """Return each group's numbers, ``[n]``; those of slots that do not step do not matter."""
-        stacked = [[Numbers(*[np.float32(1)] * len(Numbers._fields))] * group.size for group in self._groups]
+        stacked = [[Numbers(*[np.float32(1)] * len(Numbers._fields))] * group.size for group in self.layout.groups]
         for job, own in numbers.items():
-            stacked[self._places[job].group][self._places[job].slot] = own
+            stacked[self.layout.places[job].group][self.layout.places[job].slot] = own
         return tuple(Numbers(*map(np.stack, zip(*some, strict=True))) for some in stacked)
 
     # Evaluation
@@ -479,7 +463,7 @@ class Trainer:
         total = count = 0.0
         slot = self.slot_of(job)
         for params, batch in self.evaluation(job, examples):
-            loss_J, count_J = jax.device_get(self._programs.evaluate(self._base, params, batch))
+            loss_J, count_J = jax.device_get(self.programs.evaluate(self._base, params, batch))
             total, count = total + float(loss_J[slot]), count + float(count_J[slot])
         return total / max(count, 1), int(count)
 

@@ -26,6 +26,7 @@ import numpy as np
 from kernels.xla.fused import rms_norm
 from preft_jax.adapters.edits import NoEdits
 from preft_jax.config import ModelConfig
+from preft_jax.device.ahead import Program
 from preft_jax.errors import ConfigError
 from preft_jax.models.batch import bucket
 from preft_jax.models.forward import rope_table
@@ -70,6 +71,10 @@ class KV(NamedTuple):
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+
+
+def _zeros(*, shape: tuple[int, ...], dtype: Any, layers: int) -> KV:
+    return KV(*(tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in KV._fields))
 
 
 class _Window(NamedTuple):
@@ -120,23 +125,28 @@ class Windowed:
         self.config = config
         self.groups = groups
         self.options = options
-        self._embed = jax.jit(lambda embed, tokens_BW: embed[tokens_BW])
-        self._edits = jax.jit(self._make_edits)
-        self._forward = jax.jit(self._forward_unit, donate_argnames=("kv",), static_argnames=("past", "edited"))
-        self._backward = jax.jit(
-            self._backward_unit, donate_argnames=("d_kv", "d_edits"), static_argnames=("past", "edited")
-        )
-        self._loss = jax.jit(self._loss_unit, static_argnames=("loss",))
-        self._only_loss = jax.jit(self._only_loss_unit)
-        self._fold = jax.jit(self._fold_unit)
+        static = "past", "edited"
+        self._embed = Program(lambda embed, tokens_BW: embed[tokens_BW], name="embed")
+        self._zeros_like = Program(jnp.zeros_like, name="zeros-like")
+        self._zeros = Program(_zeros, name="zeros", static=("shape", "dtype", "layers"))
+        self._no_grads = Program(self._no_grads_of, name="no-gradients")
+        self._edits = Program(self._make_edits, name="edits")
+        self._forward = Program(self._forward_unit, name="forward", donate=("kv",), static=static)
+        self._backward = Program(self._backward_unit, name="backward", donate=("d_kv", "d_edits"), static=static)
+        self._loss = Program(self._loss_unit, name="loss", static=("loss",))
+        self._only_loss = Program(self._only_loss_unit, name="evaluate")
+        self._fold = Program(self._fold_unit, name="fold")
+        self._add = Program(add_sums, name="add")
+
+    @property
+    def programs(self) -> list[Program]:
+        """The programs, each of which is compiled for some shapes."""
+        return [own for own in vars(self).values() if isinstance(own, Program)]
 
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        jitted: tuple[Any, ...] = (
-            self._embed, self._edits, self._forward, self._backward, self._loss, self._only_loss, self._fold,
-        )  # fmt: skip
-        return sum(program._cache_size() for program in jitted)
+        return sum(program.num_compiled for program in self.programs)
 
     def kept_bytes(self, tokens: int, dtype: Any) -> int:
         """Return the bytes that are kept of so many tokens between forward and backward."""
@@ -186,15 +196,14 @@ class Windowed:
         """
         return Units(lambda units: self._evaluation_plan(units, params, batch))
 
-    # The plan, on the host
+    # The plan, on the host: names of units, each of which is started when the next one is asked for
 
     def _evaluation_plan(self, units: "Units", params: tuple[Any, ...], batch: Batch) -> Generator[str, None, Sums]:
-        """Yield the name of each unit, and start it when asked for the next one."""
         batch, size, starts, learned = self._cut(batch)
         yield "edits"
         edits = units.arrays = self._edits(params, units.base["embed"])
         run = _Run(self, units, batch, size, edits, None)
-        total_J = count_J = jnp.zeros(sum(group.size for group in self.groups))
+        total_J = count_J = np.zeros(sum(group.size for group in self.groups), jnp.float32)
         for at in starts:
             yield from run.forward(at, keep=False)
             h_BWD = run.outputs.pop(at)
@@ -215,15 +224,14 @@ class Windowed:
     def _plan(
         self, units: "Units", params: tuple[Any, ...], batch: Batch, dropout_J: Any, loss: Loss, sums: Sums | None
     ) -> Generator[str, None, Sums]:
-        """Yield the name of each unit, and start it when asked for the next one."""
         batch, size, starts, learned = self._cut(batch)
         edited = {at for at in starts if batch.edit_mask_BSG[:, at : at + size].any()}
         yield "edits"
         embed = units.base["embed"]
         edits = units.arrays = self._edits(params, embed)
         run = _Run(self, units, batch, size, edits, dropout_J)
-        nothing_J = jnp.zeros(sum(group.size for group in self.groups))
-        found: tuple[jax.Array, jax.Array, dict[str, Means]] | None = None
+        nothing_J = np.zeros(sum(group.size for group in self.groups), jnp.float32)
+        found: tuple[Any, Any, dict[str, Means]] | None = None
         cotangents: dict[int, jax.Array] = {}
         for at in starts:
             yield from run.forward(at)
@@ -242,9 +250,14 @@ class Windowed:
         yield "fold"
         grads = units.arrays = self._fold(params, embed, run.d_edits)
         loss_J, count_J, metrics = found or (nothing_J, nothing_J, {})
-        return add_sums(sums, Sums(grads, loss_J, count_J, metrics))
+        new = Sums(grads, loss_J, count_J, metrics)
+        return new if sums is None else self._add(sums, new)
 
     # Programs
+
+    def _no_grads_of(self, edits: list[Any]) -> list[tuple[jax.Array, ...]]:
+        """Return zeros for the gradients of edits: they gather in float32 whatever the stream's dtype."""
+        return [tuple(jnp.zeros(x.shape, jnp.float32) for x in _floats(own)) for own in edits]
 
     def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Any]:
         return edits_by_layer(self.config, self.groups, params, embed.dtype)
@@ -395,14 +408,11 @@ class _Run:
         self._kv = [self._zeros(run, units.base["embed"].dtype) for run in self._runs]
         self._inputs: dict[tuple[int, int], jax.Array] = {}
         self.outputs: dict[int, jax.Array] = {}
-        # Cotangents gather in float32 whatever the stream's dtype: many windows add to them.
-        self.d_edits = [tuple(jnp.zeros(x.shape, jnp.float32) for x in _floats(own)) for own in edits]
+        # Many windows add to them.
+        self.d_edits = owner._no_grads(edits)
 
     def _zeros(self, run: range, dtype: Any) -> KV:
-        def one() -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros(self._shape, dtype) for _ in run)
-
-        return KV(one(), one())
+        return self._owner._zeros(shape=self._shape, dtype=jnp.dtype(dtype), layers=len(run))
 
     def window(self, at: int) -> _Window:
         """Return the window that begins at a token."""
@@ -462,7 +472,7 @@ class _Run:
                 d_kv = self._zeros(self._runs[n], jnp.float32)
             h_BWD, dh_BWD = self._inputs.pop((n, at)), cotangents.pop(at, None)
             if dh_BWD is None:  # Nothing is learned from the window itself.
-                dh_BWD = jnp.zeros_like(h_BWD)
+                dh_BWD = self._owner._zeros_like(h_BWD)
             run = self._runs[n]
             cotangents[at], d_kv, d_edits = self._owner._backward(
                 *self._arguments(n), h_BWD, self._kv[n], self.window(at), self._dropout_J, dh_BWD, d_kv,

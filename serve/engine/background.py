@@ -30,6 +30,9 @@ class Unit:
 class Work(Protocol):
     """Where units come from. All calls are made by the engine's thread.
 
+    Work that makes its units ready in another thread may have an attribute ``pause``: the seconds, above 0, after which
+    an engine without requests is to ask for a unit again, or None.
+
     class Training:
         def next(self): return Unit(start=self.backward, seconds=self.measured)
         def done(self, unit, seconds): self.measured = 0.8 * self.measured + 0.2 * seconds
@@ -161,7 +164,7 @@ class Background:
     def pause(self, last: UnitCall | None) -> float | None:
         """Return the seconds after which an idle engine should look again; None: there is nothing to do."""
         if self._peek() is None and last is None:
-            return None
+            return getattr(self._work, "pause", None)
         if last is None or last.is_over:
             return 0.0
         left = last.started + last.unit.seconds - self.MARGIN - self._clock()

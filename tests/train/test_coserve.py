@@ -14,12 +14,14 @@ import train_cases as cases
 from conftest import ADAPTER_CONFIGS
 from engine_outputs import TIGHT, advance, assert_as_alone, assert_released, request, some
 
+from preft_jax.device.ahead import Rehearsal
 from preft_jax.device.memory import Budget
 from serve.engine.background import Unit
 from serve.engine.engine import Engine
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.names import Registry
+from train import ahead
 from train.coserve import Hooks, Training
 from train.trainer import Trainer
 from train.window import WindowOptions
@@ -51,6 +53,16 @@ def serve(engine, requests, rng, steps=2000):
             time.sleep(engine.pause)
     assert_released(engine)
     return [[wholes[number, 0]] for number in ids]
+
+
+def first_unit(training, params):
+    """Return the first unit of an update, once its programs are compiled."""
+    while (unit := training.next()) is None or unit.name == "weights":
+        if unit is None:
+            time.sleep(training.pause)
+        else:
+            unit.start(params)
+    return unit
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +130,7 @@ def test_a_job_whose_units_fail_is_given_up_and_spoils_nothing(where, lively, al
     trainer, ended = Trainer(lively, jobs(lively)), {}
     training = Training(trainer, WINDOWS, ended=lambda job, adapter: ended.update({job.name: (job, adapter)}))
     engine = Engine(lively, TIGHT, background=training, background_share=0.5)
-    for _ in range(9):
+    while training.updates < 1:
         engine.step()
     bad, given = trainer.running[1], getattr(trainer, where)
 
@@ -235,11 +247,9 @@ def test_closed_training_hands_out_what_was_learned_and_gives_no_unit(lively, rn
 
 def test_what_a_unit_is_expected_to_take_follows_what_was_measured(lively):
     training = Training(Trainer(lively, jobs(lively)[:1]), WINDOWS)
-    first = training.next()
+    first = first_unit(training, lively.params)
     assert isinstance(first, Unit)
     assert first.seconds == 0.01
-    training.done(first, 9.0)  # It was compiled.
-    assert training.next().seconds == 0.01
     training.done(first, 0.2)
     assert training.next().seconds == 0.2
     training.done(first, 0.4)
@@ -258,7 +268,7 @@ def test_memory_of_a_micro_batch_is_leased_and_given_back_when_others_need_it(li
     engine = Engine(lively, TIGHT, background=training)
     training.memory = budget = Budget(1 << 30)
     with budget.lease("others", budget.total):
-        for _ in range(5):
+        while training.waits is None:
             engine.step()
         assert (training.next(), engine.pause) == (None, None)
         assert "training needs" in training.waits
@@ -282,10 +292,108 @@ def test_memory_of_a_micro_batch_is_leased_and_given_back_when_others_need_it(li
 def test_memory_that_another_thread_asks_for_is_given_back_before_the_next_unit(lively):
     training = Training(Trainer(lively, jobs(lively)[:1]), WINDOWS)
     training.memory = budget = Budget(1 << 30)
-    unit = training.next()
+    unit = first_unit(training, lively.params)
     asks = threading.Thread(target=training.give_back)
     asks.start()
     asks.join()
     assert budget.shares()["training"] > 0
     assert training.next().name == unit.name, "it began anew"
     assert training.restarts == 1
+
+
+def compiling_threads():
+    """Return a list that gets the thread of each compilation, and a function that ends that."""
+    threads = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            threads.append(threading.get_ident())
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return threads, lambda: jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_in_the_engines_thread_while_jobs_join_under_load(lively, rng, monkeypatch):
+    """Others go on with their programs meanwhile: compiling waits here until they have."""
+    first = cases.job(
+        lively, ADAPTER_CONFIGS["lora_r24"], cases.examples(ADAPTER_CONFIGS["lora_r24"], rng, 6), name="first",
+        held_out=cases.examples(ADAPTER_CONFIGS["lora_r24"], rng, 3), max_steps=1000, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    data = cases.examples(ADAPTER_CONFIGS["loreft"], rng, 6)
+    later = [cases.job(lively, ADAPTER_CONFIGS["loreft"], data, name=f"later-{n}", max_steps=2 + n) for n in range(2)]
+    evaluated, left, ended = [], [], []
+    hooks = Hooks(
+        keeps=lambda job: True,
+        evaluates=lambda job: job.step == 1,
+        evaluated=lambda *args: evaluated.append(args),
+        left=lambda job, state: left.append(job),
+    )
+    training = Training(Trainer(lively), WINDOWS, ended=lambda job, adapter: ended.append(job), hooks=hooks)
+    engine = Engine(lively, TIGHT, background=training, background_share=0.5)
+    engine.warm_up()
+
+    def step():
+        if not engine.has_work:
+            engine.add(request(some(rng, 5), max_tokens=9))
+        engine.step()
+
+    def join(job):
+        thread = threading.Thread(target=training.join, args=(job,))
+        thread.start()
+        thread.join()
+
+    while engine.stats.generated_tokens < 9:
+        step()
+    compiled = Rehearsal.compile
+
+    def compile_later(rehearsal):
+        enough = first.step + 2 if first.step else 0
+        while first.step < enough:
+            time.sleep(0.001)
+        compiled(rehearsal)
+
+    monkeypatch.setattr(Rehearsal, "compile", compile_later)
+    threads, end = compiling_threads()
+    try:
+        join(first)
+        while first.step < 2:
+            step()
+        for job in later:
+            join(job)
+        while len(ended) < 2:
+            step()
+        training.leave(first)
+        while not left:
+            step()
+    finally:
+        end()
+    assert threads
+    assert threading.get_ident() not in threads
+    assert engine.stats.recompiles == 0
+    assert [job.failed for job in (first, *later)] == [None] * 3
+    assert (len(evaluated), training.error) == (1, None)
+    assert training.compile_seconds.keys() >= {"forward", "backward", "loss", "fold", "update", "grow", "take"}
+
+
+def test_a_job_whose_programs_cannot_be_compiled_is_given_up_and_nobody_else(lively, alone, rng, monkeypatch):
+    lora, reft = jobs(lively)
+    ended = {}
+    training = Training(Trainer(lively), WINDOWS, ended=lambda job, adapter: ended.update({job: adapter}))
+    rehearsed = ahead.rehearse
+
+    def fails(shapes, *args):
+        if any(group.config.kind == "loreft" for group in shapes.groups):
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory to compile in")
+        rehearsed(shapes, *args)
+
+    monkeypatch.setattr(ahead, "rehearse", fails)
+    training.join(lora)
+    training.join(reft)
+    one = request(some(rng, 6))
+    (sample,) = serve(Engine(lively, TIGHT, background=training, background_share=0.5), [one], rng)
+    assert "no memory to compile in" in reft.failed
+    assert ended[reft] is reft.initial
+    assert lora.failed is None
+    for ours, other in zip(cases.leaves(ended[lora]), cases.leaves(alone[0]["lora"]), strict=True):
+        np.testing.assert_allclose(ours, other, atol=2e-4)
+    assert_as_alone(lively, one, sample)

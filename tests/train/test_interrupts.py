@@ -93,14 +93,14 @@ def test_what_is_lost_is_said(lively, monkeypatch):
     both = jobs(lively)
     runs = Trainer(lively, both)
     runs.step()
-    update = runs._programs.update
+    update = runs.programs.update
 
     def cut(*args):
         update(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs._programs, "update", cut)
+        patch.setattr(runs.programs, "update", cut)
         with pytest.raises(KeyboardInterrupt):
             runs.step()
     for over in (runs.step, runs.finish, lambda: runs.adapter_of(both[0])):
@@ -113,14 +113,14 @@ def test_gradients_that_are_lost_are_said_once(lively, monkeypatch):
     runs = Trainer(lively, [ann])
     rows = ann.rows(ann.micro_batches()[0])
     runs.forward_backward({ann: rows})
-    accumulate = runs._programs.accumulate
+    accumulate = runs.programs.accumulate
 
     def cut(*args, **options):
         accumulate(*args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs._programs, "accumulate", cut)
+        patch.setattr(runs.programs, "accumulate", cut)
         with pytest.raises(KeyboardInterrupt):
             runs.forward_backward({ann: rows})
     with pytest.raises(PreftError, match="what was gathered is lost; give the rows of this update again"):

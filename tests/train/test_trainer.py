@@ -118,7 +118,7 @@ def test_jobs_of_one_shape_share_a_program_and_free_slots_are_taken_again(lively
     done, programs = {}, set()
     while trainer.jobs:
         trainer.step()
-        programs.add(id(trainer._programs))
+        programs.add(id(trainer.programs))
         assert len(trainer.running) <= 2
         for one in trainer.running:
             if one.done:

@@ -142,8 +142,21 @@ def collate(
     longest = max((sum(map(len, row)) for part in parts for row in part.rows), default=1)
     most = -(-max(max_length, 1) // SHORTEST) * SHORTEST
     size = min(bucket(longest, SHORTEST), most)
+    batch = empty_batch(num_rows, size, packed, fields)
+    b = 0
+    for part in parts:
+        for number, row in enumerate(part.rows):
+            batch.slot_B[b] = part.slot
+            batch.draw_BU[b] = part.seed, part.count, number
+            _fill(batch, b, row, fields)
+            b += 1
+    return batch
+
+
+def empty_batch(num_rows: int, size: int, packed: bool, fields: Sequence[str] = ()) -> Batch:
+    """Return a batch of padding alone; arguments as of ``collate``, ``size`` tokens in a row."""
     shape = num_rows, size
-    batch = Batch(
+    return Batch(
         tokens_BS=np.zeros(shape, np.int32),
         targets_BS=np.zeros(shape, np.int32),
         weights_BS=np.zeros(shape, np.float32),
@@ -154,14 +167,6 @@ def collate(
         draw_BU=np.zeros((num_rows, 3), np.uint32),
         **{f"{name}_BS": np.zeros(shape, np.float32) for name in fields},
     )
-    b = 0
-    for part in parts:
-        for number, row in enumerate(part.rows):
-            batch.slot_B[b] = part.slot
-            batch.draw_BU[b] = part.seed, part.count, number
-            _fill(batch, b, row, fields)
-            b += 1
-    return batch
 
 
 def _fill(batch: Batch, b: int, row: Sequence[Example | Document], fields: Sequence[str]) -> None:

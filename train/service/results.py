@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from preft_jax.adapters.adapter import Adapter
+from preft_jax.device.compiles import expected_compiles
 from preft_jax.errors import PreftError
 from preft_jax.loading import Model
 from serve.jobs import OPEN, Checkpoint, JobRecord
@@ -112,6 +113,7 @@ class Results:
 
     # In the writer's thread
 
+    @expected_compiles()  # An adapter is folded in small programs before it is served.
     def _write(self) -> None:
         while (work := self._queue.get()) is not None:
             try:

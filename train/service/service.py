@@ -4,9 +4,10 @@
     engine = Engine(model, config, store=store, background=service.training)
     job = service.create(JobSpec(training_file="rows.jsonl", training_path=Path("rows.jsonl")), owner=None)
 
-Three threads share the work. The caller's changes records. ``finetune-reader`` reads rows, and hands jobs over to
-training when it is their turn. Training runs in the engine's thread, and what it gives lies in a queue that
-``finetune-writer`` empties: events, states on disk, adapters to be served.
+Four threads share the work. The caller's changes records. ``finetune-reader`` reads rows, and hands jobs over to
+training when it is their turn. ``finetune-compiler`` compiles what is new with them (``train/ahead.py``). Training runs
+in the engine's thread, and what it gives lies in a queue that ``finetune-writer`` empties: events, states on disk,
+adapters to be served.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from preft_jax.device.compiles import expected_compiles
 from preft_jax.errors import AdapterError, ConfigError, LimitError, PreftError, shown
 from preft_jax.loading import Model
 from serve.jobs import OPEN, Checkpoint, Event, JobRecord, JobSpec, Status
@@ -301,6 +303,7 @@ class Service:
 
     # In the reader's thread
 
+    @expected_compiles()  # What a new adapter starts from is computed in small programs.
     def _read_jobs(self) -> None:
         while True:
             with self._changed:
