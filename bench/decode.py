@@ -71,13 +71,13 @@ class Decoding:
         rng = np.random.default_rng(0)
         token = rng.integers(0, model.config.vocab_size, rows).astype(np.int32)
         position, remaining = np.full(rows, context, np.int32), np.full(rows, steps, np.int32)
-        self._slots = jax.device_put(device.Slots(token, position, remaining))
+        self._slots = jax.device_put(device.Slots.of(token, position, remaining))
         table = rng.permutation(rows * pages).astype(np.int32).reshape(rows, pages)
-        index, alive, none = np.arange(rows, dtype=np.int32), np.ones(rows, np.bool_), np.zeros(rows, np.int32)
-        stops = np.full((rows, 16), -1, np.int32)
-        picks = device.Picks(index, index, alive, ~alive, none, none, stops, none, np.False_)
-        sampling = sampling_arrays([SamplingParams(temperature=0.0)] * rows, [0] * rows, rows)
-        made = jax.device_put((device.Rows(index, alive, table), picks, sampling))
+        index, stops = np.arange(rows, dtype=np.int32), np.full((rows, 16), -1, np.int32)
+        picks = device.Picks(index, np.full((rows, 5), -1, np.int32), stops)  # All go on.
+        picks.slot[:] = index
+        sampling = sampling_arrays([SamplingParams(temperature=0.0)] * rows, [0] * rows, rows).plain
+        made = jax.device_put((device.Rows(index, table), picks, sampling))
         self._rows, self._picks, self._sampling = made
         self._logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
         start = time.perf_counter()

@@ -127,8 +127,9 @@ def write_pages(
     c_LPR: jax.Array,
     b_LPRF: jax.Array,
     slabs: Sequence[jax.Array],
-    page_K: jax.Array,
+    page_SK: jax.Array,
     *,
+    row: int = 0,
     at: int = 0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -140,7 +141,8 @@ def write_pages(
         b_LPRF: as ``a_LPDR``.
         slabs: K arrays ``[L, W]`` of that dtype. A row holds, from element ``at`` on, a page's A ``[D, R]``, its B
             ``[R, F]`` and the bits of its c, one after the other; W may be larger.
-        page_K: int32, where each goes. A slab for page 0, the null page, must hold zeros; several may.
+        page_SK: int32, page ids of several sites. A slab for page 0, the null page, must hold zeros; several may.
+        row: which row of ``page_SK`` says where each slab goes, static.
         at: where a slab's rows begin.
         implementation: see the module.
 
@@ -164,7 +166,8 @@ def write_pages(
             slab_LW.shape == (layers, slabs[0].shape[1]) and 0 <= at <= slab_LW.shape[1] - width,
             f"slabs[{k}] has shape {slab_LW.shape}; expected {layers} rows of {width} elements and more from {at} on",
         )
-    check_array("page_K", page_K, 1, jnp.integer)
-    check(len(page_K) == len(slabs), f"page_K has {len(page_K)} pages; there are {len(slabs)} slabs")
-    debug.check_range("page_K", page_K, pages)
-    return dispatch.run("write_pages", implementation, a_LPDR, c_LPR, b_LPRF, tuple(slabs), page_K, at=at)
+    check_array("page_SK", page_SK, 2, jnp.integer)
+    check(page_SK.shape[1] == len(slabs), f"page_SK has rows of {page_SK.shape[1]} pages; there are {len(slabs)} slabs")
+    check(0 <= row < len(page_SK), f"row is {row}; page_SK has {len(page_SK)} rows")
+    debug.check_range("page_SK", page_SK, pages)
+    return dispatch.run("write_pages", implementation, a_LPDR, c_LPR, b_LPRF, tuple(slabs), page_SK, row=row, at=at)

@@ -12,7 +12,14 @@ MOST = 8
 
 
 def write_pages(
-    a_LPDR: jax.Array, c_LPR: jax.Array, b_LPRF: jax.Array, slabs: Sequence[jax.Array], page_K: jax.Array, *, at: int
+    a_LPDR: jax.Array,
+    c_LPR: jax.Array,
+    b_LPRF: jax.Array,
+    slabs: Sequence[jax.Array],
+    page_SK: jax.Array,
+    *,
+    row: int,
+    at: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See ``kernels.api.write_pages``."""
     layers, pages, d, r = a_LPDR.shape
@@ -27,11 +34,12 @@ def write_pages(
     block = 4096
     a, c, b = call(
         write_pages_kernel,
-        *slabs, *[slabs[0]] * (MOST - len(slabs)), page_K, *pools,
+        *slabs, *[slabs[0]] * (MOST - len(slabs)), page_SK, *pools,
         out=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
         aliases={MOST + 1 + n: n for n in range(3)},
         grid=(ceil_div(words(r * (d + f)), block), layers, len(slabs)),
         warps=4,
-        P=pages, WIDTH=words(slabs[0].shape[1]), AT=words(at), A=words(r * d), B=words(r * f), R=r, BLOCK=block,
+        P=pages, WIDTH=words(slabs[0].shape[1]), AT=words(at), FIRST=row * len(slabs),
+        A=words(r * d), B=words(r * f), R=r, BLOCK=block,
     )  # fmt: skip
     return a, c, b

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 
 
 def write_pages(
-    a_LPDR: jax.Array, c_LPR: jax.Array, b_LPRF: jax.Array, slabs: Sequence[jax.Array], page_K: jax.Array, *, at: int
+    a_LPDR: jax.Array,
+    c_LPR: jax.Array,
+    b_LPRF: jax.Array,
+    slabs: Sequence[jax.Array],
+    page_SK: jax.Array,
+    *,
+    row: int,
+    at: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See ``kernels.api.write_pages``."""
     layers, _, d, r = a_LPDR.shape
@@ -21,6 +28,6 @@ def write_pages(
         c = jax.lax.bitcast_convert_type(c.reshape(shape), jnp.float32)
         new = a.reshape(layers, 1, d, r), c.reshape(layers, 1, r), b.reshape(layers, 1, r, f)
         # One slice after the other: a scatter of them all takes three times as long on a GPU.
-        pools = [jax.lax.dynamic_update_slice_in_dim(p, x, page_K[k], 1) for p, x in zip(pools, new, strict=True)]
+        pools = [jax.lax.dynamic_update_slice_in_dim(p, x, page_SK[row, k], 1) for p, x in zip(pools, new, strict=True)]
     a_LPDR, c_LPR, b_LPRF = pools
     return a_LPDR, c_LPR, b_LPRF

@@ -140,9 +140,9 @@ def pack_prefill(
         page_table[row, :held] = span.kv_pages[:held]
     tiles = _tile_pages(sites, spans, starts, num_tokens // tile, tile)
     width = bucket(max([min_entries, *(tile_pages.page_NE.shape[1] for tile_pages in tiles.values())]))
-    tiles = {
-        site: TilePages(*(_pad_entries(array, width) for array in tile_pages)) for site, tile_pages in tiles.items()
-    }
+    lists = {id(some): some for some in tiles.values()}  # Sites with the same pages share them.
+    padded = {key: TilePages(*(_pad_entries(array, width) for array in some)) for key, some in lists.items()}
+    tiles = {site: padded[id(some)] for site, some in tiles.items()}
     return PrefillBatch(tokens, positions, slots, mask, query_start, kv_len, page_table, last_token, tiles)
 
 

@@ -23,6 +23,13 @@ _NUMBERS = operator.attrgetter(
 )
 
 
+class PlainSampling(NamedTuple):
+    """What rows need that have a temperature and a seed only: float32 and uint32, ``[B]``."""
+
+    temperature_B: Array
+    seed_B: Array
+
+
 class SamplingArrays(NamedTuple):
     """``SamplingParams`` of a batch as arrays of shape ``[B]``: float32, ``top_k_B`` int32, ``seed_B`` uint32.
 
@@ -39,6 +46,11 @@ class SamplingArrays(NamedTuple):
     repetition_B: Array
     bias_token_BM: Array
     bias_BM: Array
+
+    @property
+    def plain(self) -> PlainSampling:
+        """The temperature and the seed."""
+        return PlainSampling(self.temperature_B, self.seed_B)
 
 
 def sampling_arrays(params: Sequence[SamplingParams], seeds: Sequence[int], size: int) -> SamplingArrays:

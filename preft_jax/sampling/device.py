@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kernels import api
 from kernels.types import Array
 from preft_jax.errors import RequestError
-from preft_jax.sampling.arrays import SamplingArrays
+from preft_jax.sampling.arrays import PlainSampling, SamplingArrays
 from preft_jax.sampling.logits import History, add_bias, penalise
 from preft_jax.sampling.parameters import MAX_LOGPROBS, _within
 
@@ -136,7 +136,7 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, s: SamplingArrays, histo
 
 
 def sample_plain(
-    logits_RV: jax.Array, index_B: Array, position_B: jax.Array, alive_B: jax.Array, s: SamplingArrays
+    logits_RV: jax.Array, index_B: Array, position_B: jax.Array, alive_B: jax.Array, s: PlainSampling
 ) -> Sample:
     """Draw as ``sample`` does for rows that ``is_plain``, without branches, which make the host of a GPU wait.
 
@@ -145,7 +145,7 @@ def sample_plain(
         index_B: int32, the row of the logits of each row.
         position_B: int32, the position that the drawn token will have in its request.
         alive_B: bool, rows that count.
-        s: parameters of each row, of which only temperature and seed are used.
+        s: temperature and seed of each row.
     """
     index_B = jnp.asarray(index_B)
     drawn = api.draw(logits_RV, index_B, s.temperature_B, jnp.asarray(s.seed_B), position_B, alive_B)

@@ -9,7 +9,7 @@ import numpy as np
 
 from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.models.batch import PrefillBatch, Span, pack_prefill, pack_rows, rows_of
-from preft_jax.sampling.arrays import SamplingArrays, sampling_arrays
+from preft_jax.sampling.arrays import PlainSampling, SamplingArrays, sampling_arrays
 from preft_jax.sampling.parameters import is_penalised, is_plain
 from serve.engine.config import EngineConfig
 from serve.engine.plan import Chunk, Step
@@ -30,12 +30,14 @@ class Arrays:
         config: of the engine, resolved.
         table_width: KV pages of the longest sequence.
         prefill_rows: rows of a packed batch; a gap between two chunks takes one.
+        draws_plainly: whether a program of its own draws for rows that have a temperature and a seed only.
     """
 
-    def __init__(self, config: EngineConfig, table_width: int, prefill_rows: int):
+    def __init__(self, config: EngineConfig, table_width: int, prefill_rows: int, draws_plainly: bool):
         self._config = config
         self._table_width = table_width
         self._prefill_rows = prefill_rows
+        self._draws_plainly = draws_plainly
         self._constants: tuple[Any, Any] | None = None
 
     # Prompts
@@ -67,11 +69,11 @@ class Arrays:
 
     def rows(self, sequences: Many[Sequence], size: int, first: int = 0) -> Rows:
         """Return sequences as rows of a decode step, from row ``first`` of ``size`` on."""
-        slots, alive = self._slots(sequences, size, first)
+        slots = self._slots(sequences, size, first)
         pages = np.zeros((size, self._table_width), np.int32)
         for row, sequence in enumerate(sequences, first):
             pages[row, : len(sequence.pages)] = sequence.pages
-        return Rows(slots, alive, pages)
+        return Rows(slots, pages)
 
     def row_pages(self, sequences: Many[Sequence], place: Place, size: int) -> dict[str, np.ndarray]:
         """Return the rank pages of each row's all-token adapter, int32 ``[size, E]`` by site."""
@@ -85,27 +87,26 @@ class Arrays:
 
         First means: behind the prompt, or behind what was generated before a preemption.
         """
-        slots, alive = self._slots(sequences, size)
-        index_B, position, remaining, prompt_len = np.zeros((4, size), np.int32)
-        fresh_B = np.zeros(size, np.bool_)
-        index_B[: len(index)], fresh_B[: len(fresh)] = index, fresh
-        for row, sequence in enumerate(sequences):
-            position[row], remaining[row] = len(sequence.tokens) - 1, sequence.remaining
-            prompt_len[row] = sequence.prompt_len
-        stops, _ = self.constants(sequences, size)
-        want_tops = np.asarray(any(sequence.logprobs for sequence in sequences))
-        return Picks(index_B, slots, alive, fresh_B, position, remaining, stops, prompt_len, want_tops)
+        index_B = np.zeros(size, np.int32)
+        index_B[: len(index)] = index
+        row_B5, count = np.zeros((size, 5), np.int32), len(sequences)
+        row_B5[:, 0], row_B5[:, 1] = self._slots(sequences, size), -1
+        picks = Picks(index_B, row_B5, self.constants(sequences, size)[0])
+        begins = zip(sequences, fresh, strict=True)
+        picks.position[:count] = [len(s.tokens) - 1 if new else -1 for s, new in begins]
+        picks.remaining[:count] = [s.remaining for s in sequences]
+        picks.prompt_len[:count] = [s.prompt_len for s in sequences]
+        picks.want_tops[:count] = [bool(s.logprobs) for s in sequences]
+        return picks
 
-    def constants(self, sequences: Many[Sequence], size: int) -> tuple[jax.Array, SamplingArrays]:
+    def constants(
+        self, sequences: Many[Sequence], size: int
+    ) -> tuple[jax.Array, PlainSampling] | tuple[jax.Array, SamplingArrays]:
         """Return stop ids and sampling parameters, kept on the device while the rows stay the same."""
         key = size, tuple(map(id, sequences))
         if self._constants is None or self._constants[0] != key:
-            stops = np.full((size, MAX_STOP_IDS), -1, np.int32)
-            for row, sequence in enumerate(sequences):
-                ids = list(sequence.stop_ids)[:MAX_STOP_IDS]
-                stops[row, : len(ids)] = ids
-            params, seeds = [s.sampling for s in sequences], [s.seed for s in sequences]
-            made = jax.device_put((stops, sampling_arrays(params, seeds, size)))
+            plainly = self._draws_plainly and draw_plainly(sequences)
+            made = jax.device_put(constants_of(sequences, size, plainly=plainly))
             self._constants = (key, (made, list(sequences)))  # The sequences live on, so that an id is one's own.
         return self._constants[1][0]
 
@@ -118,13 +119,23 @@ class Arrays:
             tokens[row, : len(sequence.tokens)] = sequence.tokens
         return tokens
 
-    def _slots(self, sequences: Many[Sequence], size: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def _slots(self, sequences: Many[Sequence], size: int, first: int = 0) -> np.ndarray:
+        """Return each row's slot; of rows that are empty or ended by the host one that there is not."""
         slots = np.full(size, self._config.max_num_seqs, np.int32)
-        alive = np.zeros(size, np.bool_)
         for row, sequence in enumerate(sequences, first):
             if _runs(sequence):
-                slots[row], alive[row] = sequence.slot, True
-        return slots, alive
+                slots[row] = sequence.slot
+        return slots
+
+
+def constants_of(sequences: Many[Sequence], size: int, *, plainly: bool) -> tuple[Any, Any]:
+    """Return stop ids, int32 ``[size, MAX_STOP_IDS]`` padded with -1, and ``PlainSampling`` or ``SamplingArrays``."""
+    stops = np.full((size, MAX_STOP_IDS), -1, np.int32)
+    for row, sequence in enumerate(sequences):
+        ids = list(sequence.stop_ids)[:MAX_STOP_IDS]
+        stops[row, : len(ids)] = ids
+    sampling = sampling_arrays([s.sampling for s in sequences], [s.seed for s in sequences], size)
+    return stops, sampling.plain if plainly else sampling
 
 
 def span_of(chunk: Chunk, adapter_pages: AdapterPages) -> Span:

@@ -317,8 +317,11 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            _log.info("compiling; requests are refused until it is done, see /ready")
+            began = time.monotonic()
             self.engine.warm_up()
             self._tell(self._become_ready)
+            _log.info("ready", extra={"facts": {"seconds": round(time.monotonic() - began, 1)}})
             while not self._halted:
                 pause = self.engine.pause
                 self._take(pause)

@@ -1,5 +1,6 @@
 """Other device work beside requests, such as training: units that are calls in the engine's own queue."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
@@ -108,6 +109,7 @@ class Background:
         pacing: says when a unit runs beside requests.
         clock: seconds.
         wait: waits for arrays; called by a thread that notes when a unit is over, for the engine may look much later.
+        may_compile: entered around each call of the work's own code, whose compilations are not the engine's.
     """
 
     MARGIN = 0.001
@@ -122,10 +124,12 @@ class Background:
         pacing: Pacing,
         clock: Callable[[], float] = time.perf_counter,
         wait: Callable[[Any], object] = lambda arrays: None,
+        may_compile: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ):
         self.pacing = pacing
         self._work = work
         self._wait = wait
+        self._may_compile = may_compile
         self._watch = ThreadPoolExecutor(1, "unit-watch")
         self._clock = clock
         self._next: Unit | None = None
@@ -174,18 +178,21 @@ class Background:
         """Note that a unit is over."""
         assert self._work is not None
         self.pacing.unit_over(call.unit.seconds, seconds, self._clock())
-        self._work.done(call.unit, seconds)
+        with self._may_compile():
+            self._work.done(call.unit, seconds)
 
     def failed(self, unit: Unit, error: Exception) -> None:
         """Note that a unit failed."""
         assert self._work is not None
-        self._work.failed(unit, error)
+        with self._may_compile():
+            self._work.failed(unit, error)
 
     def start(self, unit: Unit, params: Any) -> UnitCall | None:
         """Start a unit; None if it fails."""
         started = self._clock()
         try:
-            arrays = unit.start(params)
+            with self._may_compile():
+                arrays = unit.start(params)
             over = self._watch.submit(self._when_over, arrays)
             return UnitCall(unit=unit, arrays=arrays, started=started, over=over)
         except Exception as error:
@@ -205,7 +212,8 @@ class Background:
 
     def _peek(self) -> Unit | None:
         if self._next is None and self._work is not None:
-            self._next = self._work.next()
+            with self._may_compile():
+                self._next = self._work.next()
         return self._next
 
     def _take(self) -> Unit | None:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 
 from preft_jax.adapters.allocator import AdapterPages
+from preft_jax.device.packed import Packed, pack
 from preft_jax.models.batch import round_up
 from preft_jax.sampling.rows import Drawn
-from serve.engine.arrays import draw_plainly, picked
+from serve.engine.arrays import picked
 from serve.engine.observer import Observer
 from serve.engine.outputs import fetch
 from serve.engine.plan import Step
@@ -101,11 +102,12 @@ class Starter:
         scored = any(chunk.sequence.score for chunk in step.chunks)
         tokens = self._runner.config.prefill_tokens if scored else self._runner.prefill_size(step.num_tokens)
         # Ahead of all copies, which would hold them up.
-        batch = jax.device_put(self._arrays.packed(step.chunks, self._place, tokens))
+        batch = self._arrays.packed(step.chunks, self._place, tokens)
+        packed = jax.device_put(pack((batch, self._arrays.following(step.chunks)) if scored else batch))
         wanted = {chunk.sequence.adapter for chunk in step.chunks if chunk.sequence.adapter is not None}
         self._staging.bring(wanted)
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
-        return Prepared(step, copies, functools.partial(self._prefill, step, batch, scored))
+        return Prepared(step, copies, functools.partial(self._prefill, step, tokens, packed, scored))
 
     def _prepare_mixed(self, step: Step) -> Prepared:
         """``prepare`` of a step with chunks and rows."""
@@ -115,31 +117,31 @@ class Starter:
         # Rows take the last tiles.
         size = self._runner.mixed_rows(tokens)
         first = size - beside
-        rows = self._arrays.rows(sequences, size, first)
-        args = jax.device_put((rows, self._arrays.packed(step.chunks, self._place, tokens)))
+        batch = self._arrays.packed(step.chunks, self._place, tokens)
+        packed = jax.device_put(pack((self._arrays.rows(sequences, size, first), batch)))
         self._staging.bring({c.sequence.adapter for c in step.chunks if c.sequence.adapter is not None})
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
-        return Prepared(step, copies, functools.partial(self._mixed, step, first, *args))
+        return Prepared(step, copies, functools.partial(self._mixed, step, first, tokens, packed))
 
-    def _mixed(self, step: Step, first: int, rows: Any, batch: Any) -> Call:
+    def _mixed(self, step: Step, first: int, tokens: int, packed: Packed) -> Call:
         self._observer.calling("mixed", step.sequences)
-        self._runner.mixed(rows, batch)
+        self._runner.mixed(tokens, packed)
         self._copy_forks(step)
         ends, index, fresh = picked(step)
-        sequences = [row.sequence for row in step.rows] + ends
-        index = [*range(first, first + len(step.rows)), *(len(rows.slot_B) + row for row in index)]
+        sequences, size = [row.sequence for row in step.rows] + ends, self._runner.mixed_rows(tokens)
+        index = [*range(first, first + len(step.rows)), *(size + row for row in index)]
         fresh = [False] * len(step.rows) + fresh
         picks = self._arrays.picks(sequences, index, fresh, self._runner.draw_size(len(sequences)))
         part = Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)])
         return Call(step=step, parts=[part])
 
-    def _prefill(self, step: Step, batch: Any, scored: bool) -> Call:
+    def _prefill(self, step: Step, tokens: int, packed: Packed, scored: bool) -> Call:
         scores = None
         self._observer.calling("score" if scored else "prefill", step.sequences)
         if scored:
-            done, scores = self._runner.score(batch, self._arrays.following(step.chunks))
+            done, scores = self._runner.score(packed)
         else:
-            done = self._runner.prefill(batch)
+            done = self._runner.prefill(tokens, packed)
         self._copy_forks(step)
         sequences, index, fresh = picked(step)
         parts = []
@@ -192,10 +194,10 @@ class Starter:
 
     def _draw(self, sequences: Many[Sequence], fresh: Many[bool], picks: Any) -> Drawn:
         self._observer.calling("draw", sequences)
-        size = len(picks.slot_B)
+        size = len(picks.index_B)
         _, sampling = self._arrays.constants(sequences, size)
         texts = self._arrays.texts(sequences, fresh, size)
-        return self._runner.draw(picks, sampling, texts, plainly=draw_plainly(sequences))
+        return self._runner.draw(picks, sampling, texts)
 
     def _place(self, sequence: Sequence) -> AdapterPages:
         return {} if sequence.adapter is None else self._adapters.place(sequence.adapter)

@@ -17,7 +17,7 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import pack_adapter
-from preft_jax.device.compiles import CompileCounter
+from preft_jax.device.compiles import CompileCounter, expected_compiles
 from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError, RequestError
 from preft_jax.loading import Model
@@ -99,7 +99,7 @@ class Engine:
         self._ledger = Ledger()
         self._aborted: list[Output] = []
         pacing = background_pacing or Share(background_share)
-        self._background = Background(background, pacing, clock, jax.block_until_ready)
+        self._background = Background(background, pacing, clock, jax.block_until_ready, expected_compiles)
         self._under_way = UnderWay(self._background, clock)
         self._clock = clock
         self._stats = Stats()

@@ -16,16 +16,17 @@ from kernels import api
 from kernels.types import Array
 from preft_jax.adapters.bank import Bank, Pools
 from preft_jax.config import ModelConfig
+from preft_jax.device.packed import Packed
 from preft_jax.models import forward
 from preft_jax.models.batch import DecodeBatch, PrefillBatch
 from preft_jax.models.cache import KVCache
 from preft_jax.models.params import Params
-from preft_jax.sampling.arrays import SamplingArrays
+from preft_jax.sampling.arrays import PlainSampling, SamplingArrays
 from preft_jax.sampling.device import sample, sample_plain
 from preft_jax.sampling.logits import History
 from preft_jax.sampling.parameters import MAX_LOGPROBS
 from preft_jax.sampling.rows import DecodeState, Drawn, advance, remember, tops_if
-from preft_jax.shapes import LINEAR_SITES
+from preft_jax.shapes import LINEAR_SITES, SITES
 from serve.store.slabs import slab_width
 
 
@@ -39,47 +40,89 @@ def compiler_options() -> dict[str, Any] | None:
 
 
 class Slots(NamedTuple):
-    """Where the sequences that run stand, on the device: one place for each, int32 ``[S]``.
+    """Where the sequences that run stand, on the device: a row for each in one array, int32 ``[S, 3]``.
 
-    ``token_S`` is the newest token, at ``position_S``; ``remaining_S`` counts the tokens still to draw (0: it is done).
-    Drawing writes them and decoding reads them, so that a call can start before the host knows what the one before it
-    draws.
+    A row is the newest token, its position, and the tokens still to draw (0: it is done). Drawing writes them and
+    decoding reads them, so that a call can start before the host knows what the one before it draws. One array takes
+    one gather and one scatter.
     """
 
-    token_S: Array
-    position_S: Array
-    remaining_S: Array
+    row_S3: Array
+
+    @staticmethod
+    def of(token_S: Array, position_S: Array, remaining_S: Array) -> "Slots":
+        """Return slots that hold this."""
+        return Slots(jnp.stack([token_S, position_S, remaining_S], axis=1))
+
+    @staticmethod
+    def empty(count: int) -> "Slots":
+        """Return slots without sequences."""
+        return Slots(jnp.zeros((count, 3), jnp.int32))
+
+    def holds(self, slot_B: Array) -> jax.Array:
+        """Return bool ``[B]``: whether there is such a slot."""
+        return jnp.asarray(slot_B) < len(self.row_S3)
+
+    def at(self, slot_B: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return token, position and remaining of slots, each ``[B]``; of the last one for those there are not."""
+        row_B3 = jnp.asarray(self.row_S3).at[slot_B].get(mode="clip")
+        return row_B3[:, 0], row_B3[:, 1], row_B3[:, 2]
+
+    def put(self, slot_B: Array, token_B: jax.Array, position_B: jax.Array, remaining_B: jax.Array) -> "Slots":
+        """Write rows to slots, no slot twice; rows whose slot there is not are dropped, however many."""
+        count = len(self.row_S3)
+        # Each of these gets a number of its own, so that no two rows are written to one place.
+        beyond_B = count + jnp.arange(len(slot_B), dtype=jnp.int32)
+        slot_B = jnp.where(self.holds(slot_B), slot_B, beyond_B)
+        new_B3 = jnp.stack([token_B, position_B, remaining_B], axis=1)
+        return Slots(jnp.asarray(self.row_S3).at[slot_B].set(new_B3, mode="drop", unique_indices=True))
 
 
 class Rows(NamedTuple):
     """Rows of a decode step.
 
-    int32 ``slot_B`` and ``page_table_BP``; bool ``alive_B``, false where a row is empty or was ended by the host.
+    int32 ``slot_B``, beyond the slots where a row is empty or was ended by the host, and ``page_table_BP``.
     """
 
     slot_B: Array
-    alive_B: Array
     page_table_BP: Array
 
 
 class Picks(NamedTuple):
     """Rows that draw, and from which row of the logits.
 
-    int32 ``[B]``: ``index_B`` into the logits (samples of one prompt share a row), and ``slot_B``, which is written.
-    Rows of ``alive_B`` alone draw. Those of ``fresh_B`` begin: their newest token is at ``position_B`` and
-    ``remaining_B`` are to be drawn; others go on from their slot. ``stop_BE`` and ``prompt_len_B`` as in
-    ``DecodeState`` and ``History``; bool ``want_tops``: whether the most likely tokens are wanted.
+    int32 ``index_B`` into the logits (samples of one prompt share a row), the columns of ``row_B5``, and ``stop_BE`` as
+    in ``DecodeState``. What a kernel reads as it is stands apart; the columns go to the device as one array.
     """
 
     index_B: Array
-    slot_B: Array
-    alive_B: Array
-    fresh_B: Array
-    position_B: Array
-    remaining_B: Array
+    row_B5: Array
     stop_BE: Array
-    prompt_len_B: Array
-    want_tops: Array
+
+    @property
+    def slot(self) -> Array:
+        """Return which slot is written, int32 ``[B]``; beyond the slots: the row does not draw."""
+        return self.row_B5[:, 0]
+
+    @property
+    def position(self) -> Array:
+        """Return where the newest token of a row stands that begins; -1: the row goes on from its slot."""
+        return self.row_B5[:, 1]
+
+    @property
+    def remaining(self) -> Array:
+        """Return how many tokens a row that begins is to draw."""
+        return self.row_B5[:, 2]
+
+    @property
+    def prompt_len(self) -> Array:
+        """Return the lengths of prompts, as in ``History``."""
+        return self.row_B5[:, 3]
+
+    @property
+    def want_tops(self) -> Array:
+        """Return whether the most likely tokens are wanted: 0 or 1."""
+        return self.row_B5[:, 4]
 
 
 def prefill(
@@ -89,9 +132,13 @@ def prefill(
     bank: Bank | None,
     cache: KVCache,
     logits_RV: jax.Array,
-    batch: PrefillBatch,
+    packed: Packed,
 ) -> tuple[KVCache, jax.Array, jax.Array]:
-    """See ``forward.prefill``: the cache, the logits in the first rows of ``logits_RV``, and one number to wait for."""
+    """See ``forward.prefill``: the cache, the logits in the first rows of ``logits_RV``, and one number to wait for.
+
+    ``packed`` holds a ``PrefillBatch``.
+    """
+    batch: PrefillBatch = packed.unpack()
     new_BV, cache = forward.prefill(config, params, bank, cache, batch, max_query_len=max_query_len)
     return cache, _first_rows(logits_RV, new_BV), new_BV[0, 0]
 
@@ -103,10 +150,10 @@ def score(
     bank: Bank | None,
     cache: KVCache,
     logits_RV: jax.Array,
-    batch: PrefillBatch,
-    next_T: jax.Array,
+    packed: Packed,
 ) -> Any:
-    """``prefill``, then as ``forward.prefill_scored``."""
+    """``prefill``, then as ``forward.prefill_scored``; ``packed`` holds a ``PrefillBatch`` and ``next_T``."""
+    batch, next_T = packed.unpack()
     new_BV, cache, *scores = forward.prefill_scored(
         config, params, bank, cache, batch, next_T, max_query_len=max_query_len, count=MAX_LOGPROBS
     )
@@ -122,10 +169,13 @@ def mixed(
     cache: KVCache,
     logits_RV: jax.Array,
     slots: Slots,
-    rows: Rows,
-    batch: PrefillBatch,
+    packed: Packed,
 ) -> tuple[KVCache, jax.Array]:
-    """``prefill`` and one step of ``decode`` together; logits of the ``size`` rows stand first, then the chunks'."""
+    """``prefill`` and one step of ``decode`` together; logits of the ``size`` rows stand first, then the chunks'.
+
+    ``packed`` holds ``Rows`` and a ``PrefillBatch``.
+    """
+    rows, batch = packed.unpack()
     rows_BV, chunks_BV, cache = forward.mixed(
         config, params, bank, cache, batch, _batch(size, slots, rows), max_query_len=max_query_len
     )
@@ -163,9 +213,9 @@ def decode_adapted(
 
 
 def _batch(size: int, slots: Slots, rows: Rows) -> DecodeBatch:
-    slot_B, alive_B = jnp.asarray(rows.slot_B)[:size], jnp.asarray(rows.alive_B)[:size]
-    token_B, position_B, remaining_B = (jnp.asarray(array).at[slot_B].get(mode="clip") for array in slots)
-    position_B = jnp.where(alive_B & (remaining_B > 0), position_B, -1)
+    slot_B = jnp.asarray(rows.slot_B)[:size]
+    token_B, position_B, remaining_B = slots.at(slot_B)
+    position_B = jnp.where(slots.holds(slot_B) & (remaining_B > 0), position_B, -1)
     return DecodeBatch(token_B, position_B, jnp.asarray(rows.page_table_BP)[:size])
 
 
@@ -197,40 +247,38 @@ def draw(
         The slots, their texts and what was drawn, a step of one.
     """
     state = _state(slots, picks)
-    slot_B = jnp.asarray(picks.slot_B)
-    text_BL = jnp.where(jnp.asarray(picks.fresh_B)[:, None], text_BL, text_SL.at[slot_B].get(mode="clip"))
+    slot_B = jnp.asarray(picks.slot)
+    text_BL = jnp.where(jnp.asarray(picks.position >= 0)[:, None], text_BL, text_SL.at[slot_B].get(mode="clip"))
     logits_BV = logits_RV[picks.index_B]
     position_B = state.position_B + 1
-    new = sample(logits_BV, position_B, sampling, History(text_BL, picks.prompt_len_B, position_B))
+    new = sample(logits_BV, position_B, sampling, History(text_BL, picks.prompt_len, position_B))
     token_B, state = advance(state, new)
-    tops = tops_if(picks.want_tops, logits_BV)
+    tops = tops_if(jnp.any(picks.want_tops != 0), logits_BV)
     drawn = Drawn(*(x[None] for x in (token_B, new.logprob_B, new.sampling_logprob_B, *tops)))
     text_SL = text_SL.at[slot_B].set(remember(text_BL, state, token_B), mode="drop")
-    return _keep(slots, picks, state), text_SL, drawn
+    return _keep(slots, slot_B, state), text_SL, drawn
 
 
-def draw_plain(logits_RV: jax.Array, slots: Slots, picks: Picks, sampling: SamplingArrays) -> tuple[Slots, Drawn]:
+def draw_plain(logits_RV: jax.Array, slots: Slots, picks: Picks, sampling: PlainSampling) -> tuple[Slots, Drawn]:
     """``draw`` for rows that have a temperature and a seed only: nothing makes the host wait."""
     state = _state(slots, picks)
     new = sample_plain(logits_RV, picks.index_B, state.position_B + 1, state.remaining_B > 0, sampling)
     token_B, state = advance(state, new)
     drawn = Drawn(token_B[None], new.logprob_B[None], new.sampling_logprob_B[None])
-    return _keep(slots, picks, state), drawn
+    return _keep(slots, jnp.asarray(picks.slot), state), drawn
 
 
 def _state(slots: Slots, picks: Picks) -> DecodeState:
-    slot_B, fresh_B = jnp.asarray(picks.slot_B), jnp.asarray(picks.fresh_B)
-    token_B, position_B, remaining_B = (jnp.asarray(array).at[slot_B].get(mode="clip") for array in slots)
-    position_B = jnp.where(fresh_B, picks.position_B, position_B)
-    remaining_B = jnp.where(fresh_B, picks.remaining_B, remaining_B)
-    return DecodeState(token_B, position_B, jnp.where(picks.alive_B, remaining_B, 0), jnp.asarray(picks.stop_BE))
+    slot_B, fresh_B = jnp.asarray(picks.slot), jnp.asarray(picks.position >= 0)
+    token_B, position_B, remaining_B = slots.at(slot_B)
+    position_B = jnp.where(fresh_B, picks.position, position_B)
+    remaining_B = jnp.where(fresh_B, picks.remaining, remaining_B)
+    return DecodeState(token_B, position_B, jnp.where(slots.holds(slot_B), remaining_B, 0), jnp.asarray(picks.stop_BE))
 
 
-def _keep(slots: Slots, picks: Picks, state: DecodeState) -> Slots:
+def _keep(slots: Slots, slot_B: jax.Array, state: DecodeState) -> Slots:
     """Write rows that drew to their slots; the slots of others stay, since they may be others' by now."""
-    slot_B = jnp.where(picks.alive_B, picks.slot_B, len(slots.token_S))
-    new = (state.token_B, state.position_B, state.remaining_B)
-    return Slots(*(jnp.asarray(old).at[slot_B].set(x, mode="drop") for old, x in zip(slots, new, strict=True)))
+    return slots.put(slot_B, state.token_B, state.position_B, state.remaining_B)
 
 
 def copy_pages(cache: KVCache, source_M: jax.Array, target_M: jax.Array) -> KVCache:
@@ -238,21 +286,32 @@ def copy_pages(cache: KVCache, source_M: jax.Array, target_M: jax.Array) -> KVCa
     return KVCache([pool.at[target_M].set(pool[source_M], mode="drop") for pool in cache.kv])
 
 
-def write_slabs(bank: Bank, slabs: Mapping[str, Sequence[jax.Array]], page: dict[str, jax.Array]) -> Bank:
-    """Write rank pages in all layers: at each site K slabs, each to its page of ``page[site]``, int32 ``[K]``.
+def _row_of(bank: Bank) -> dict[str, int]:
+    """Return which row of page ids is a site's; a jitted program's dicts are sorted by name."""
+    return {site: row for row, site in enumerate(site for site in SITES if site in bank.sites)}
 
-    A slab of zeros for page 0 writes nothing: that page is null.
+
+def write_slabs(bank: Bank, slabs: Mapping[str, Sequence[jax.Array]], page_SK: jax.Array) -> Bank:
+    """Write rank pages in all layers: at each site K slabs, each to its page of ``page_SK``, int32.
+
+    ``page_SK`` has a row for each site of the bank, in the order of ``SITES``. A slab of zeros for page 0 writes
+    nothing: that page is null.
     """
-    written = {site: Pools(*api.write_pages(*bank.sites[site], some, page[site])) for site, some in slabs.items()}
+    written = {
+        site: Pools(*api.write_pages(*bank.sites[site], slabs[site], page_SK, row=row))
+        for site, row in _row_of(bank).items()
+        if site in slabs
+    }
     return Bank(bank.sites | written)
 
 
-def write_whole_slabs(bank: Bank, slabs: Sequence[jax.Array], page: dict[str, jax.Array]) -> Bank:
+def write_whole_slabs(bank: Bank, slabs: Sequence[jax.Array], page_SK: jax.Array) -> Bank:
     """Write rank pages as ``write_slabs`` does, from K slabs that each hold all linears, one after the other."""
     written, at = {}, 0
+    rows = _row_of(bank)
     for site in LINEAR_SITES:
         pools = bank.sites[site]
-        written[site] = Pools(*api.write_pages(*pools, slabs, page[site], at=at))
+        written[site] = Pools(*api.write_pages(*pools, slabs, page_SK, row=rows[site], at=at))
         _, _, d, r = pools.a_LPDR.shape
         at += slab_width(d, pools.b_LPRF.shape[3], r, pools.a_LPDR.dtype)
     return Bank(bank.sites | written)

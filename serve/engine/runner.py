@@ -19,18 +19,19 @@ import numpy as np
 from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.adapters.bank import Bank, init_bank
 from preft_jax.device.memory import Budget, devices_of
+from preft_jax.device.packed import Packed, pack
 from preft_jax.device.programs import Programs
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
 from preft_jax.models import fused
-from preft_jax.models.batch import PrefillBatch, bucket, round_up
+from preft_jax.models.batch import bucket, round_up
 from preft_jax.models.cache import KVCache, init_cache, pages_for
-from preft_jax.sampling.arrays import SamplingArrays
+from preft_jax.sampling.arrays import PlainSampling, SamplingArrays
 from preft_jax.sampling.rows import Drawn
 from preft_jax.shapes import LINEAR_SITES, RANK_PAGE
 from serve.engine import memory
 from serve.engine import programs as device
-from serve.engine.arrays import Arrays
+from serve.engine.arrays import Arrays, constants_of
 from serve.engine.config import EngineConfig
 from serve.engine.packing import READS_WEIGHTS, worth_filling
 from serve.engine.residency import Load
@@ -79,7 +80,7 @@ class Runner:
         self.cache = self._first_cache()
         self._logits = self._new_logits()
         self.slots, self.texts_SL = self._new_slots()
-        self.arrays = Arrays(config, self.table_width, self._prefill_rows)
+        self.arrays = Arrays(config, self.table_width, self._prefill_rows, self.draws_plainly)
         self.step_seconds: dict[str, float] = {}
         self._no_texts = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
         self._empty_slabs: dict[str, jax.Array] = {}
@@ -124,8 +125,7 @@ class Runner:
     def _new_slots(self) -> tuple[device.Slots, jax.Array]:
         """Return the places of sequences that run, and room for their texts."""
         count = self.config.max_num_seqs
-        slots = device.Slots(*(jnp.zeros(count, jnp.int32) for _ in device.Slots._fields))
-        return slots, jnp.zeros((count, self.config.max_model_len), jnp.int32)
+        return device.Slots.empty(count), jnp.zeros((count, self.config.max_model_len), jnp.int32)
 
     def _new_bank(self) -> Bank | None:
         config = self.config
@@ -261,16 +261,16 @@ class Runner:
     def _trace_score(self) -> Any:
         tokens = self.config.prefill_tokens
         function = functools.partial(device.score, self.model.config, self._query_len(tokens))
-        args = self.params, self.bank, self.cache, self._logits, self._no_chunks(tokens), np.zeros(tokens, np.int32)
+        args = self.params, self.bank, self.cache, self._logits, self._no_scores()
         return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
 
     def _trace_draw(self, size: int) -> Any:
-        picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+        picks, (_, sampling) = self.arrays.picks([], [], [], size), constants_of([], size, plainly=False)
         args = self._logits, self.slots, self.texts_SL, picks, sampling, self._no_texts[size]
         return jax.jit(device.draw).trace(*args)
 
     def _trace_draw_plain(self, size: int) -> Any:
-        picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
+        picks, (_, sampling) = self.arrays.picks([], [], [], size), constants_of([], size, plainly=True)
         return jax.jit(device.draw_plain).trace(self._logits, self.slots, picks, sampling)
 
     def _trace_decode(self, count: int) -> Any:
@@ -288,12 +288,18 @@ class Runner:
     def _trace_mixed(self, tokens: int) -> Any:
         count = self.mixed_rows(tokens)
         function = functools.partial(device.mixed, self.model.config, count, self._query_len(tokens))
-        rows, batch = self.arrays.rows([], count), self._no_chunks(tokens)
-        args = self.params, self.bank, self.cache, self._logits, self.slots, rows, batch
+        args = self.params, self.bank, self.cache, self._logits, self.slots, self._no_rows(tokens)
         return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
 
-    def _no_chunks(self, tokens: int) -> PrefillBatch:
-        return self.arrays.packed([], _nowhere, tokens)
+    def _no_chunks(self, tokens: int) -> Packed:
+        return pack(self.arrays.packed([], _nowhere, tokens))
+
+    def _no_scores(self) -> Packed:
+        tokens = self.config.prefill_tokens
+        return pack((self.arrays.packed([], _nowhere, tokens), self.arrays.following([])))
+
+    def _no_rows(self, tokens: int) -> Packed:
+        return pack((self.arrays.rows([], self.mixed_rows(tokens)), self.arrays.packed([], _nowhere, tokens)))
 
     def _trace_copy(self) -> Any:
         none = np.zeros(COPIES, np.int32)
@@ -309,16 +315,15 @@ class Runner:
         """Call every program on nothing: on a GPU the first calls of one are slow (a second, for a large prefill)."""
         for _ in range(2):
             for tokens in self.token_counts:
-                self.prefill(jax.device_put(self._no_chunks(tokens)))
+                self.prefill(tokens, jax.device_put(self._no_chunks(tokens)))
             if self.config.scoring:
-                tokens = self.config.prefill_tokens
-                self.score(self._no_chunks(tokens), np.zeros(tokens, np.int32))
+                self.score(jax.device_put(self._no_scores()))
             for tokens in self.mixed_counts:
-                self.mixed(self.arrays.rows([], self.mixed_rows(tokens)), self._no_chunks(tokens))
+                self.mixed(tokens, jax.device_put(self._no_rows(tokens)))
             for size in self.draw_counts:
-                picks, (_, sampling) = self.arrays.picks([], [], [], size), self.arrays.constants([], size)
-                for plainly in (False, True):
-                    self.draw(picks, sampling, plainly=plainly)
+                picks = self.arrays.picks([], [], [], size)
+                for plainly in {False, self.draws_plainly}:
+                    self.draw(picks, jax.device_put(constants_of([], size, plainly=plainly))[1])
             self.copy_pages([(0, self.num_kv_pages)])
             if self._adapters:
                 slabs, page = self._no_writes()
@@ -334,11 +339,9 @@ class Runner:
         for name in [name for name in self.programs if name.startswith("decode")]:
             count = int(name.rpartition("-")[2])
             size, adapted = self.draw_size(count), name.startswith("decode-adapted")
-            slot_B = np.arange(size, dtype=np.int32)
-            rows = self.arrays.rows([], size)._replace(slot_B=slot_B, alive_B=slot_B < count)
-            picks = self.arrays.picks([], range(size), [True] * size, size)
-            remaining_B = np.full(size, 2, np.int32)
-            picks = picks._replace(slot_B=slot_B, alive_B=slot_B < count, remaining_B=remaining_B)
+            rows, picks = self.arrays.rows([], size), self.arrays.picks([], range(size), [], size)
+            rows.slot_B[:count] = picks.slot[:count] = np.arange(count, dtype=np.int32)
+            picks.position[:], picks.remaining[:] = 0, 2
             pages = self.arrays.row_pages([], _nowhere, count) if adapted else None
             _, sampling = self.arrays.constants([], size)
             times = []
@@ -358,20 +361,23 @@ class Runner:
         """Return the tokens of the program that prefills so many."""
         return next(count for count in self.token_counts if count >= num_tokens)
 
-    def prefill(self, batch: PrefillBatch) -> jax.Array:
-        """Compute packed chunks; return something to wait for. The logits of each row's last token stay here."""
-        self.cache, self._logits, done = self.programs[f"prefill-{len(batch.tokens_T)}"](
+    def prefill(self, tokens: int, batch: Packed) -> jax.Array:
+        """Compute packed chunks; return something to wait for. The logits of each row's last token stay here.
+
+        ``batch`` holds a ``PrefillBatch`` of so many ``tokens``.
+        """
+        self.cache, self._logits, done = self.programs[f"prefill-{tokens}"](
             self.params, self.bank, self.cache, self._logits, batch
         )
         return done
 
-    def score(self, batch: PrefillBatch, next_T: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    def score(self, batch: Packed) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """``prefill`` that also returns the log-probability of each token's successor, and the most likely ones.
 
-        ``batch`` has room for ``prefill_tokens``.
+        ``batch`` holds a ``PrefillBatch`` of ``prefill_tokens``, and each token's successor.
         """
         self.cache, self._logits, done, (logprob_T, tops) = self.programs["score"](
-            self.params, self.bank, self.cache, self._logits, batch, next_T
+            self.params, self.bank, self.cache, self._logits, batch
         )
         return done, (logprob_T, *tops)
 
@@ -399,23 +405,26 @@ class Runner:
         """Return how many of the last tokens of a mixed program may be rows."""
         return min(round_up(self.config.max_num_seqs, self.config.tile), tokens)
 
-    def mixed(self, rows: device.Rows, batch: PrefillBatch) -> None:
-        """Run a decode step of rows and compute packed chunks; the logits of rows, then of chunks, stay here."""
-        self.cache, self._logits = self.programs[f"mixed-{len(batch.tokens_T)}"](
-            self.params, self.bank, self.cache, self._logits, self.slots, rows, batch
+    def mixed(self, tokens: int, batch: Packed) -> None:
+        """Run a decode step of rows and compute packed chunks; the logits of rows, then of chunks, stay here.
+
+        ``batch`` holds ``Rows`` and a ``PrefillBatch`` of so many ``tokens``.
+        """
+        self.cache, self._logits = self.programs[f"mixed-{tokens}"](
+            self.params, self.bank, self.cache, self._logits, self.slots, batch
         )
 
     def draw_size(self, count: int) -> int:
         """Return the rows of the program that draws for ``count`` sequences."""
         return next(size for size in self.draw_counts if size >= count)
 
-    def draw(self, picks: device.Picks, sampling: SamplingArrays, texts: Any = None, *, plainly: bool = False) -> Drawn:
+    def draw(self, picks: device.Picks, sampling: PlainSampling | SamplingArrays, texts: Any = None) -> Drawn:
         """Draw from the logits that the last call left.
 
-        ``texts``: of rows that begin, if penalties need them. ``plainly``: if no row asks for more than a temperature.
+        ``sampling`` says which program draws. ``texts``: of rows that begin, if penalties need them.
         """
-        size = len(picks.slot_B)
-        if plainly and self.draws_plainly:
+        size = len(picks.index_B)
+        if isinstance(sampling, PlainSampling):
             self.slots, drawn = self.programs[f"draw-plain-{size}"](self._logits, self.slots, picks, sampling)
         else:
             texts = self._no_texts[size] if texts is None else texts
@@ -450,21 +459,21 @@ class Runner:
                 (whole if ALL_LINEARS in slabs else apart).append(_Write(slabs, page))
         for name, writes in (("write-whole-pages", whole), ("write-pages", apart)):
             for at in range(0, len(writes), self._writes):
-                slabs, page = self._no_writes()
+                slabs, page_SK = self._no_writes()
                 for n, write in enumerate(writes[at : at + self._writes]):
                     for site, slab in write.slabs.items():
                         slabs[site][n] = slab
                     for site, number in write.page.items():
-                        page[site][n] = number
+                        page_SK[self.config.bank_sites.index(site), n] = number
                 linears = slabs.pop(ALL_LINEARS, None)
-                self.bank = self.programs[name](self.bank, linears if name == "write-whole-pages" else slabs, page)
+                self.bank = self.programs[name](self.bank, linears if name == "write-whole-pages" else slabs, page_SK)
 
-    def _no_writes(self) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+    def _no_writes(self) -> tuple[dict[str, list[Any]], np.ndarray]:
         """Return arguments of calls that write nothing but zeros to the null page."""
         if not self._empty_slabs:
             layers, widths = self.model.config.num_hidden_layers, self._slab_widths()
             self._empty_slabs = jax.device_put({s: np.zeros((layers, w), self.bank_dtype) for s, w in widths.items()})
-        nowhere = {site: np.zeros(self._writes, np.int32) for site in self.config.bank_sites}
+        nowhere = np.zeros((len(self.config.bank_sites), self._writes), np.int32)
         return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
 
     def _slab_widths(self) -> dict[str, int]:

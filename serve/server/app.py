@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -25,6 +26,11 @@ from serve.server.page import make_page
 from serve.server.protocol import DetokenizeBody, LoadBody, TokenizeBody, UnloadBody, as_dicts
 from serve.server.serving import Serving
 from serve.store.names import Registered, RegistryError
+
+_log = logging.getLogger("preft.server")
+
+CLOSE_SECONDS = 5.0
+"""How long fine-tuning may take to end where the engine's thread has not ended."""
 
 
 class ErrorDetail(BaseModel):
@@ -61,8 +67,10 @@ def make_app(serving: Serving) -> FastAPI:
         bodies.close()
         watch.cancel()
         await serving.engine.stop(0)
-        if serving.tuning is not None:
-            await asyncio.to_thread(serving.tuning.close)
+        # A thread that still compiles holds the jobs; the program ends without them.
+        seconds = CLOSE_SECONDS if serving.engine.busy else None
+        if serving.tuning is not None and not await asyncio.to_thread(serving.tuning.close, seconds):
+            _log.warning("a program of fine-tuning is being compiled: jobs go on from their last state on the disk")
 
     app = FastAPI(
         title="preft-jax",

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -53,8 +54,21 @@ class Tuning:
                 return job.id
         return None
 
-    def close(self) -> None:
-        """Stop the jobs, which go on at the next start, and let others use the uploads."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Stop the jobs, which go on at the next start, and let others use the uploads.
+
+        Args:
+            seconds: that this may take; None: as many as it takes. Jobs cannot be stopped while a program is compiled.
+
+        Returns:
+            Whether it is done.
+        """
+        closing = threading.Thread(target=self._close, name="fine-tuning-close", daemon=True)
+        closing.start()
+        closing.join(seconds)
+        return not closing.is_alive()
+
+    def _close(self) -> None:
         self.jobs.close()
         self._threads.shutdown(wait=False)
         self.uploads.close()

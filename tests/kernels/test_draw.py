@@ -80,7 +80,7 @@ def test_rows_that_are_no_distribution_draw_nothing_and_leave_others_alone(
     real = api.draw
     monkeypatch.setattr(api, "draw", lambda *args: real(*args, implementation=implementation))
     plain_program = jax.jit(lambda *args: sample_plain(*args))
-    found = plain_program(jnp.asarray(logits), index, position, np.ones(5, bool), s)
+    found = plain_program(jnp.asarray(logits), index, position, np.ones(5, bool), s.plain)
     wanted = sample_program(jnp.asarray(logits), position, s)
     np.testing.assert_array_equal(found.token_B, wanted.token_B)
     assert np.asarray(found.token_B)[:3].tolist() == [INVALID] * 3

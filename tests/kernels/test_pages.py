@@ -34,10 +34,11 @@ def case(rng, dtype, d, f, count, before=0, behind=0):
 
 
 def write(implementation, pools, slabs, page, at=0):
-    arguments = [*map(jnp.asarray, pools), list(map(jnp.asarray, slabs)), jnp.asarray(page, jnp.int32)]
+    pages = jnp.asarray([[0] * len(page), page, [PAGES - 1] * len(page)], jnp.int32)
+    arguments = [*map(jnp.asarray, pools), list(map(jnp.asarray, slabs)), pages]
 
     def function(*arguments):
-        return api.write_pages(*arguments, at=at, implementation=implementation)
+        return api.write_pages(*arguments, row=1, at=at, implementation=implementation)
 
     return jax.jit(function, donate_argnums=(0, 1, 2))(*arguments)
 
@@ -69,13 +70,15 @@ def test_zeros_for_the_null_page_write_nothing(implementation, count, rng):
 
 def test_what_is_wrong_is_said(rng):
     pools, _, slabs = case(rng, np.float32, 32, 48, 2)
-    with pytest.raises(ValueError, match="page_K has 1 pages; there are 2 slabs"):
-        api.write_pages(*pools, slabs, np.zeros(1, np.int32))
+    with pytest.raises(ValueError, match="page_SK has rows of 1 pages; there are 2 slabs"):
+        api.write_pages(*pools, slabs, np.zeros((1, 1), np.int32))
     with pytest.raises(ValueError, match=r"slabs\[0\] has shape .*; expected 3 rows of 1296 elements and more from 1"):
-        api.write_pages(*pools, slabs, np.zeros(2, np.int32), at=1)
+        api.write_pages(*pools, slabs, np.zeros((1, 2), np.int32), at=1)
     with pytest.raises(ValueError, match=r"slabs\[1\] has dtype float16; a_LPDR has float32"):
-        api.write_pages(*pools, [slabs[0], slabs[1].astype(np.float16)], np.zeros(2, np.int32))
+        api.write_pages(*pools, [slabs[0], slabs[1].astype(np.float16)], np.zeros((1, 2), np.int32))
     with pytest.raises(ValueError, match="c_LPR has dtype float16; allowed: float32"):
-        api.write_pages(pools[0], pools[1].astype(np.float16), pools[2], slabs, np.zeros(2, np.int32))
+        api.write_pages(pools[0], pools[1].astype(np.float16), pools[2], slabs, np.zeros((1, 2), np.int32))
     with pytest.raises(ValueError, match="slabs is empty"):
-        api.write_pages(*pools, [], np.zeros(0, np.int32))
+        api.write_pages(*pools, [], np.zeros((1, 0), np.int32))
+    with pytest.raises(ValueError, match="row is 1; page_SK has 1 rows"):
+        api.write_pages(*pools, slabs, np.zeros((1, 2), np.int32), row=1)

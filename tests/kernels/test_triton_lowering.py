@@ -92,11 +92,10 @@ def test_every_kernel_compiles_for_hopper(case, compiled):
 def test_drawing_compiles_for_hopper_and_branches_nowhere(compiled):
     """A branch would make the host wait for the device."""
     b, f = 8, jax.ShapeDtypeStruct
-    none, never = np.zeros(b, np.int32), np.zeros(b, np.bool_)
-    picks = device.Picks(none, none, never, never, none, none, np.zeros((b, 4), np.int32), none, np.False_)
-    sampling = sampling_arrays([SamplingParams()], [0], b)
+    picks = device.Picks(np.zeros(b, np.int32), np.zeros((b, 5), np.int32), np.zeros((b, 4), np.int32))
+    sampling = sampling_arrays([SamplingParams()], [0], b).plain
     with dispatch.preferring("triton"):
-        logits, slots = f((b, 128256), jnp.float32), device.Slots(*[none] * 3)
+        logits, slots = f((b, 128256), jnp.float32), device.Slots(f((b, 3), jnp.int32))
         text = lower(device.draw_plain, logits, slots, picks, sampling)
     assert text.count("@triton_kernel_call") == 1
     assert not re.search(r"stablehlo\.(case|if|while)", text)
@@ -109,7 +108,7 @@ def test_rank_pages_are_written_in_place_by_a_kernel_a_site(compiled):
     bank = jax.eval_shape(lambda: init_bank(config, 5, jnp.bfloat16))
     widths = [slab_width(*config.site_shape(site), 16, jnp.bfloat16) for site in LINEAR_SITES]
     slabs = [f((config.num_hidden_layers, sum(widths)), jnp.bfloat16)] * 8
-    page = {site: np.zeros(8, np.int32) for site in bank.sites}
+    page = np.zeros((len(bank.sites), 8), np.int32)
     with dispatch.preferring("triton"):
         text = lower(device.write_whole_slabs, bank, slabs, page, donate_argnums=0)
     assert text.count("@triton_kernel_call") == len(LINEAR_SITES) >= len(compiled)

@@ -7,10 +7,13 @@ import triton.language as tl
 @triton.jit
 def write_pages_kernel(
     slab0, slab1, slab2, slab3, slab4, slab5, slab6, slab7, page_ptr, a_in, c_in, b_in, a_out, c_out, b_out,
-    P: tl.constexpr, WIDTH: tl.constexpr, AT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr,
+    P: tl.constexpr, WIDTH: tl.constexpr, AT: tl.constexpr, FIRST: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK words of 32 bits of one slab's row of one layer. Widths are in words; page 0 is not written."""
+    """A program: BLOCK words of 32 bits of one slab's row of one layer. Widths are in words; page 0 is not written.
+
+    The page of slab k stands at place ``FIRST + k`` of ``page_ptr``.
+    """
     part, layer, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     word: tl.constexpr = tl.pointer_type(tl.int32)
     slab = slab0
@@ -28,7 +31,7 @@ def write_pages_kernel(
         slab = slab6
     if k == 7:
         slab = slab7
-    page = tl.load(page_ptr + k).to(tl.int64)
+    page = tl.load(page_ptr + FIRST + k).to(tl.int64)
     if page > 0:
         source = slab.to(word) + layer.to(tl.int64) * WIDTH + AT
         place = layer.to(tl.int64) * P + page

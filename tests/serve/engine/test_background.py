@@ -2,6 +2,7 @@
 
 import threading
 
+import jax
 import jax.numpy as jnp
 import pytest
 from engine_outputs import TIGHT, assert_as_alone, drain, request, some
@@ -220,6 +221,21 @@ def test_beside_a_promise_it_runs_between_steps_and_changes_no_result(seconds, l
     work.count = work.given
     steps(engine, 30)
     assert len(work.took) == work.given
+
+
+def test_what_other_work_compiles_is_no_recompilation_of_the_engine(lively, rng):
+    def start(params):
+        compiled.append(jax.jit(lambda x: x + len(compiled))(jnp.zeros(3)))
+        return compiled[-1]
+
+    compiled = []
+    work = Units(2, 1e-5, start)
+    engine = Engine(lively, TIGHT, background=work, background_share=0.5)
+    engine.add(request(some(rng, 20), max_tokens=9))
+    drain(engine)
+    steps(engine, 30)
+    assert len(compiled) == len(work.took) == 2
+    assert engine.stats.recompiles == 0
 
 
 def test_tokens_of_the_call_before_a_unit_go_out_first(lively, rng):

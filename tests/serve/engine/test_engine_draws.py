@@ -1,12 +1,15 @@
 """An engine that draws plainly where it can, as on a GPU, gives what one gives that always draws in full."""
 
 import dataclasses
+from collections.abc import Mapping
 
+import jax
 import numpy as np
 import pytest
 from engine_runs import TIGHT, alone, serve
 from engine_runs import request as make
 
+from preft_jax.sampling.arrays import PlainSampling
 from preft_jax.sampling.parameters import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
@@ -29,13 +32,13 @@ def plainly(monkeypatch):
         self.row_counts, self.adapted_row_counts = self.row_counts[:1], [4, 6]
 
     def named(self, name, rows, pages=None):
-        if np.asarray(rows.alive_B).any():
+        if (np.asarray(rows.slot_B) < self.config.max_num_seqs).any():
             calls.append(name)
         return decode(self, name, rows, pages)
 
-    def counted(self, picks, sampling, texts=None, *, plainly=False):
-        calls.append("plain" if plainly else "full")
-        return draw(self, picks, sampling, texts, plainly=plainly)
+    def counted(self, picks, sampling, texts=None):
+        calls.append("plain" if isinstance(sampling, PlainSampling) else "full")
+        return draw(self, picks, sampling, texts)
 
     monkeypatch.setattr(Runner, "_choose_programs", gpu_programs)
     monkeypatch.setattr(Runner, "draw", counted)
@@ -78,3 +81,55 @@ def test_requests_are_served_as_alone_and_in_full(asked, plainly, lively):
         for sample, other in zip(group, others, strict=True):
             close(sample, other)
     assert set(plainly) == ways | {"decode-2", "decode-adapted-4", "decode-adapted-6"}
+
+
+class Counted(Mapping):
+    """Programs that note how many NumPy arrays each call is given: as many copies from the host."""
+
+    def __init__(self, programs, calls):
+        self.programs, self.calls = programs, calls
+
+    def __getitem__(self, name):
+        def call(*args):
+            self.calls.append((name.rstrip("-0123456789"), host_arrays(args)))
+            return self.programs[name](*args)
+
+        return call
+
+    def __iter__(self):
+        return iter(self.programs)
+
+    def __len__(self):
+        return len(self.programs)
+
+
+def host_arrays(tree):
+    return sum(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(tree))
+
+
+def test_a_call_takes_few_arrays_from_the_host(plainly, lively, adapters, rng, monkeypatch):
+    """Each is a copy and something to wait for in a GPU's queue, which has room for about a thousand entries."""
+    engine = Engine(lively, dataclasses.replace(TIGHT, prefill_seqs=3))
+    calls, put = [], jax.device_put
+
+    def counted(tree, *args, **options):
+        if host_arrays(tree):
+            calls.append(("put", host_arrays(tree)))
+        return put(tree, *args, **options)
+
+    engine.runner.programs = Counted(engine.runner.programs, calls)
+    monkeypatch.setattr(jax, "device_put", counted)
+    first, second = (make(rng.integers(0, 250, 9), adapters["lora"], max_tokens=3) for _ in range(2))
+    serve(engine, [first])
+    writes = [count for name, count in calls if name.startswith("write")]
+    assert writes
+    assert set(writes) == {1}
+    calls.clear()
+    serve(engine, [second])  # Its adapter is there.
+    prefill, constants, first_draw, *decode = calls[:1] + calls[2:]
+    assert calls[1] == ("prefill", 0)
+    assert prefill == ("put", 1)
+    assert constants == ("put", 3)
+    assert first_draw == ("draw-plain", 2)
+    # Rows and picks are sent once, for both steps.
+    assert decode == [("put", 4), *[("decode", 0), ("draw-plain", 0)] * 2]

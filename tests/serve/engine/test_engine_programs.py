@@ -3,10 +3,13 @@
 import re
 
 import jax
+import numpy as np
 import pytest
 
+from serve.engine.arrays import constants_of
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.programs import Slots, draw_plain
 
 CONFIG = EngineConfig(
     max_num_seqs=4, max_model_len=48, page_size=8, num_kv_pages=37, prefill_tokens=32, prefill_seqs=2, tile=16,
@@ -79,3 +82,28 @@ def test_the_bank_is_read_where_it_lies(name, engine, compiled):
 
 def test_rank_pages_are_written_into_the_banks_own_buffers(engine, compiled):
     assert_in_place(compiled["write-pages"], jax.tree.leaves(engine.runner.bank))
+
+
+def test_a_draw_writes_all_slots_at_once(engine):
+    """A scatter is a kernel of its own."""
+    slots = engine.runner.slots
+    picks, size = engine.runner.arrays.picks([], [], [], 4), CONFIG.max_num_seqs
+    _, sampling = constants_of([], 4, plainly=True)
+    text = jax.jit(draw_plain).lower(jax.numpy.zeros((4, 9)), slots, picks, sampling).as_text()
+    (scatter,) = [line for line in text.splitlines() if '"stablehlo.scatter"' in line]
+    assert "unique_indices = true" in scatter
+    gathers = [line for line in text.splitlines() if '"stablehlo.gather"' in line]
+    assert len([line for line in gathers if f"tensor<{size}x3xi32>" in line]) == 1
+
+
+def test_slots_are_written_where_there_are_such_and_others_stay(rng):
+    rows = rng.integers(0, 99, (5, 3)).astype(np.int32)
+    slot = np.array([5, 3, 5, 0, 7, 5], np.int32)  # Several say the same slot that there is not.
+    new = rng.integers(100, 199, (3, 6)).astype(np.int32)
+    slots = Slots.of(*rows.T)
+    np.testing.assert_array_equal(slots.row_S3, rows)
+    np.testing.assert_array_equal(slots.holds(slot), [False, True, False, True, False, False])
+    written = jax.jit(Slots.put)(slots, slot, *new)
+    rows[3], rows[0] = new[:, 1], new[:, 3]
+    np.testing.assert_array_equal(written.row_S3, rows)
+    np.testing.assert_array_equal(np.stack(written.at(slot))[:, [1, 3]], new[:, [1, 3]])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import threading
 
 import api_server
 import fake_tuning
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from serve.jobs import JobSpec
+from serve.server import app
 from serve.store.uploads import Uploads
 
 pytestmark = pytest.mark.host
@@ -352,3 +354,17 @@ def test_uploads_are_read_once_more_before_they_are_trained_on(root):
     assert uploads.path(upload) == root / upload.id / "content.jsonl"
     assert dataclasses.asdict(upload)["filename"] == "../../../etc/passwd"
     uploads.close()
+
+
+def test_a_server_ends_while_a_program_of_its_jobs_is_compiled(root, monkeypatch, caplog):
+    """Then the engine's thread has the jobs, and they cannot be stopped."""
+    monkeypatch.setattr(app, "CLOSE_SECONDS", 0.01)
+    compiled = threading.Event()
+    serving = fake_tuning.make_serving(root)
+    serving.engine.engine.warm_up = compiled.wait
+    serving.tuning.jobs.close = compiled.wait
+    with api_server.running(serving):
+        pass
+    assert "being compiled" in caplog.text
+    compiled.set()
+    api_server.until(lambda: not serving.engine.busy)
