@@ -81,6 +81,46 @@ def summary(
     }
 
 
+class Prompts:
+    """Draws random prompts, and what vLLM is to do with them."""
+
+    def __init__(self, vllm: Any, kind: Any, vocab_size: int):
+        import numpy as np
+
+        self._vllm, self._kind, self._vocab_size = vllm, kind, vocab_size
+        self._rng = np.random.default_rng(0)
+
+    def draw(self, row: Row) -> tuple[dict[str, Any], Any]:
+        """Return a prompt and its sampling parameters."""
+        tokens = self._rng.integers(3, self._vocab_size - 1, row.prompt).tolist()
+        params = self._vllm.SamplingParams(
+            temperature=0.0, max_tokens=row.output, ignore_eos=True, detokenize=False, output_kind=self._kind
+        )
+        return {"prompt_token_ids": tokens}, params
+
+
+def serve(engine: Any, prompts: Prompts, rows: list[Row], speedup: float) -> tuple[list[list[float]], float]:
+    """Serve requests as they arrive; return the times of each one's tokens after its arrival, and the seconds in all."""
+    drawn = [prompts.draw(row) for row in rows]
+    waiting = deque(enumerate(rows))
+    times: list[list[float]] = [[] for _ in rows]
+    start = time.perf_counter()
+    while waiting or engine.has_unfinished_requests():
+        now = time.perf_counter() - start
+        while waiting and waiting[0][1].arrival / speedup <= now:
+            number, _ = waiting.popleft()
+            engine.add_request(str(number), *drawn[number])
+        if not engine.has_unfinished_requests():
+            time.sleep(max(0.0, waiting[0][1].arrival / speedup - (time.perf_counter() - start)))
+            continue
+        outputs = engine.step()
+        now = time.perf_counter() - start
+        for output in outputs:
+            number = int(output.request_id)
+            times[number] += [now - rows[number].arrival / speedup] * len(output.outputs[0].token_ids)
+    return times, time.perf_counter() - start
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -107,7 +147,6 @@ def main() -> None:
     # This folder's modules are not those that vLLM's packages mean by the same names.
     sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-    import numpy as np
     import torch  # pyright: ignore[reportMissingImports]
     import vllm  # pyright: ignore[reportMissingImports]
     from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
@@ -123,37 +162,10 @@ def main() -> None:
             max_model_len=args.max_model_len, gpu_memory_utilization=0.92, enable_prefix_caching=False,
         )  # fmt: skip
         ready = time.perf_counter() - start
-        engine, rng = llm.llm_engine, np.random.default_rng(0)
-        vocab_size = peer_vllm.SHAPES[args.shape]["vocab_size"]
-
-        def serve(rows: list[Row], speedup: float) -> tuple[list[list[float]], float]:
-            waiting = deque(enumerate(rows))
-            prompts = [rng.integers(3, vocab_size - 1, row.prompt).tolist() for row in rows]
-            times: list[list[float]] = [[] for _ in rows]
-            start = time.perf_counter()
-            while waiting or engine.has_unfinished_requests():
-                now = time.perf_counter() - start
-                while waiting and waiting[0][1].arrival / speedup <= now:
-                    number, row = waiting.popleft()
-                    params = vllm.SamplingParams(
-                        temperature=0.0, max_tokens=row.output, ignore_eos=True, detokenize=False,
-                        output_kind=RequestOutputKind.DELTA,
-                    )  # fmt: skip
-                    engine.add_request(str(number), {"prompt_token_ids": prompts[number]}, params)
-                if not engine.has_unfinished_requests():
-                    time.sleep(max(0.0, waiting[0][1].arrival / speedup - (time.perf_counter() - start)))
-                    continue
-                outputs = engine.step()
-                now = time.perf_counter() - start
-                for output in outputs:
-                    number = int(output.request_id)
-                    new = len(output.outputs[0].token_ids)
-                    times[number] += [now - rows[number].arrival / speedup] * new
-            return times, time.perf_counter() - start
-
-        serve([Row(0.0, row.prompt, 4) for row in rows[:WARM_UPS]], math.inf)  # Not counted.
+        prompts = Prompts(vllm, RequestOutputKind.DELTA, peer_vllm.SHAPES[args.shape]["vocab_size"])
+        serve(llm.llm_engine, prompts, [Row(0.0, row.prompt, 4) for row in rows[:WARM_UPS]], math.inf)  # Not counted.
         for speedup in speedups:
-            times, seconds = serve(rows, speedup)
+            times, seconds = serve(llm.llm_engine, prompts, rows, speedup)
             assert all(len(own) == row.output for own, row in zip(times, rows, strict=True))
             figures = summary(times, rows, seconds, args.ttft_ms, args.tpot_ms)
             found.append({"speedup": None if math.isinf(speedup) else speedup, **figures})
