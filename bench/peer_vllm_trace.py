@@ -100,7 +100,7 @@ class Prompts:
 
 
 def serve(engine: Any, prompts: Prompts, rows: list[Row], speedup: float) -> tuple[list[list[float]], float]:
-    """Serve requests as they arrive; return the times of each one's tokens after its arrival, and the seconds in all."""
+    """Serve requests as they arrive; return the times of each one's tokens after its arrival, and all seconds."""
     drawn = [prompts.draw(row) for row in rows]
     waiting = deque(enumerate(rows))
     times: list[list[float]] = [[] for _ in rows]
