@@ -332,7 +332,7 @@ def _start_log(level: str) -> None:
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for noisy in ("jax", "httpx", "asyncio"):
+    for noisy in ("jax", "httpx", "asyncio", "absl"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
