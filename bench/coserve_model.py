@@ -26,6 +26,7 @@ from serve.bench.datasets import read_trace
 from serve.engine.background import Background, Unit, UnitCall
 from serve.engine.pacing import Pacing, Promise, Share
 from serve.engine.plan import Step
+from serve.engine.sequence import Sequence
 from serve.engine.under_way import UnderWay
 
 Request = tuple[float, int, int]
@@ -91,32 +92,21 @@ class SharedWorld(World):
         self._units: collections.deque[tuple[UnitCall, float, float]] = collections.deque()
         self._begins: collections.deque[float] = collections.deque()
 
-    def run(self, requests: Many[Request]) -> list[_Flight]:
+    def _turn(self) -> Many[tuple[Sequence, int]]:
         """See ``World``: as the engine goes, behind units the next step is started once tokens went out."""
-        waiting, done = collections.deque(enumerate(requests)), []
-        while waiting or self.flights:
-            for _ in range(64):
-                if not waiting or waiting[0][1][0] > self.now:
-                    break
-                self._add(*waiting.popleft())
-            if not self.flights:
-                self._wait_until(waiting[0][1][0])
-                continue
-            prepared = None
-            covered = self._covered()
-            if not self.calls and covered:
-                if self._start_another():
-                    self.now = max(self.now, self._units[0][2])
-                    self._end_units(self.now)
-                    continue
-                self._schedule()
-            elif len(self.calls) == 1 and self.variant.two and not covered:
-                prepared = self._run_ahead()
-            told = self._collect(prepared) if self.calls else []
-            if not self.calls and not (told and self._covered()):
-                self._schedule()
-            done += self._tell(told)
-        return done
+        prepared, covered = None, self._covered()
+        if not self.calls and covered:
+            if self._start_another():
+                self.now = max(self.now, self._units[0][2])
+                self._end_units(self.now)
+                return []
+            self._schedule()
+        elif len(self.calls) == 1 and self.variant.two and not covered:
+            prepared = self._run_ahead()
+        told = self._collect(prepared) if self.calls else []
+        if not self.calls and not (told and self._covered()):
+            self._schedule()
+        return told
 
     def _schedule(self) -> None:
         step = self.planner.schedule(single=self._covered())

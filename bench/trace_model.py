@@ -229,12 +229,16 @@ class World:
             if not self.flights:
                 self._wait_until(waiting[0][1][0])
                 continue
-            prepared = self._run_ahead() if len(self.calls) == 1 and self.variant.two else None
-            told = self._collect(prepared) if self.calls else []
-            if not self.calls and (step := self.planner.schedule()):
-                self._start(step)
-            done += self._tell(told)
+            done += self._tell(self._turn())
         return done
+
+    def _turn(self) -> Many[tuple[Sequence, int]]:
+        """Go on by one step of the engine; return the tokens that it gave."""
+        prepared = self._run_ahead() if len(self.calls) == 1 and self.variant.two else None
+        told = self._collect(prepared) if self.calls else []
+        if not self.calls and (step := self.planner.schedule()):
+            self._start(step)
+        return told
 
     def _tell(self, told: Many[tuple[Sequence, int]]) -> list[_Flight]:
         """Send tokens out; return those that have all."""

@@ -159,6 +159,17 @@ class Checkpoints:
         self._manager.close()
 
 
+def latest_in(directory: Path) -> Checkpoint | None:
+    """Read the newest whole checkpoint of a directory, which may not be there; see ``Checkpoints.latest``."""
+    if not directory.is_dir():
+        return None
+    checkpoints = Checkpoints(directory)
+    try:
+        return checkpoints.latest()
+    finally:
+        checkpoints.close()
+
+
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 

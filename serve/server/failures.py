@@ -62,6 +62,12 @@ class ApiError(Exception):
         return Response(content, self.status, self.headers, media_type="application/json")
 
 
+def not_there(what: str, listing: str, *, code: str, param: str) -> ApiError:
+    """Return the error of what does not exist or is another tenant's, which must look the same; ``listing``: a path."""
+    message = f"the {what}, or your key has no access to it; GET {listing} lists those there are"
+    return ApiError(404, message, code=code, param=param)
+
+
 def retry_after(seconds: float) -> dict[str, str]:
     """Return the header that says when to come back."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from preft_jax.errors import PreftError, did_you_mean, plain
 from serve.server.auth import Identity
-from serve.server.failures import NOT_AGAIN, ApiError
+from serve.server.failures import NOT_AGAIN, ApiError, not_there
 from serve.server.form import ROOM, UploadForm
 from serve.server.tuning import Tuning
 from serve.store.uploads import Upload, Uploads
@@ -61,13 +61,7 @@ def find_file(uploads: Uploads, file_id: str, identity: Identity, param: str) ->
     """
     upload = uploads.get(file_id)
     if upload is None or not identity.sees(upload.owner):
-        raise ApiError(
-            404,
-            f"the file {plain(file_id)[:80]} does not exist, or your key has no access to it; GET /v1/files lists "
-            "those there are",
-            code="file_not_found",
-            param=param,
-        )
+        raise not_there(f"file {plain(file_id)[:80]} does not exist", "/v1/files", code="file_not_found", param=param)
     return upload
 
 

@@ -11,7 +11,7 @@ from preft_jax.errors import ConfigError, plain
 from serve.jobs import Checkpoint, Event, FineTuning, JobRecord, JobSpec
 from serve.server.auth import Identity, shown_owner
 from serve.server.bodies import Bodies
-from serve.server.failures import ApiError
+from serve.server.failures import ApiError, not_there
 from serve.server.files import add_files, find_file, known_query, page
 from serve.server.protocol import FineTuningBody
 from serve.server.serving import Serving
@@ -162,13 +162,8 @@ def find_job(jobs: FineTuning, job_id: str, identity: Identity) -> JobRecord:
     """
     job = jobs.get(job_id)
     if job is None or not identity.sees(job.owner):
-        raise ApiError(
-            404,
-            f"the fine-tuning job {plain(job_id)[:80]} does not exist, or your key has no access to it; GET {_JOBS} "
-            "lists those there are",
-            code="job_not_found",
-            param="fine_tuning_job_id",
-        )
+        what = f"fine-tuning job {plain(job_id)[:80]} does not exist"
+        raise not_there(what, _JOBS, code="job_not_found", param="fine_tuning_job_id")
     return job
 
 

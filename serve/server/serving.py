@@ -15,7 +15,7 @@ from preft_jax.text.encoding import encode_text, with_begin_tokens
 from serve.engine.async_engine import AsyncEngine
 from serve.server.auth import Identity, Keys, RuntimeLoading
 from serve.server.exposition import ServerMetrics
-from serve.server.failures import ApiError
+from serve.server.failures import ApiError, not_there
 from serve.server.tuning import Tuning
 from serve.store.directory import AdapterDirectory
 from serve.store.names import Registered
@@ -132,13 +132,8 @@ class Serving:
         if found is not None and identity.sees(found.owner):
             return found
         near = did_you_mean(name, self.names)
-        raise ApiError(
-            404,
-            f"the model {ascii(name)[:80]} does not exist{near}, or your key has no access to it; GET /v1/models "
-            "lists those there are",
-            code="model_not_found",
-            param="model",
-        )
+        what = f"model {ascii(name)[:80]} does not exist{near}"
+        raise not_there(what, "/v1/models", code="model_not_found", param="model")
 
     def cache_salt(self, identity: Identity, given: str | None) -> str | None:
         """Return what keeps a request's KV apart from others' in the prefix cache: its tenant and its own salt."""

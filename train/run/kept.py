@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from preft_jax.errors import ConfigError
 from preft_jax.io.safetensors_io import write_file
-from train.checkpoint import CheckpointError, Checkpoints
+from train.checkpoint import CheckpointError, latest_in
 
 OPTIONS_FILE = "options.json"
 CHECKPOINTS = "checkpoints"
@@ -86,13 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _from_checkpoint(directory: Path) -> Kept | None:
-    if not directory.is_dir():
-        return None
-    checkpoints = Checkpoints(directory)
-    try:
-        found = checkpoints.latest()
-    finally:
-        checkpoints.close()
+    found = latest_in(directory)
     if found is None:
         return None
     return Kept(

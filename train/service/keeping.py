@@ -14,7 +14,7 @@ from preft_jax.io.adapter_files import save_adapter
 from preft_jax.loading import Model
 from serve.jobs import JobRecord
 from serve.store.host import AdapterStore
-from train.checkpoint import CheckpointError, Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints, latest_in
 from train.jobs import Job, first_state
 from train.service.loading import JobError
 from train.service.records import Entry
@@ -54,14 +54,8 @@ def restore(entry: Entry, model: Model, job: Job) -> Restored | None:
     Raises:
         JobError: if it cannot be read, or belongs to another base model or other rows.
     """
-    if not entry.state.is_dir():
-        return None
     try:
-        checkpoints = Checkpoints(entry.state)
-        try:
-            found = checkpoints.latest()
-        finally:
-            checkpoints.close()
+        found = latest_in(entry.state)
         if found is None:
             return None
         if found.meta["model"] != model.digest:

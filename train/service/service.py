@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from preft_jax.device.compiles import expected_compiles
 from preft_jax.errors import AdapterError, ConfigError, LimitError, PreftError, shown
@@ -33,27 +33,10 @@ from train.service.options import Plan, ServiceOptions, check_spec, make_plan
 from train.service.records import Entry, RecordError, Records, new_id
 from train.service.results import Results
 from train.service.turns import Turns
-from train.step import Slots
 from train.trainer import Trainer, TrainOptions
 from train.window import WindowOptions
 
 _log = logging.getLogger("preft.train")
-
-
-class TrainingLike(Protocol):
-    """What the service asks of training; ``Training`` in earnest."""
-
-    def join(self, job: Job, state: Slots | None = None) -> None:
-        """Let a job join."""
-        ...
-
-    def leave(self, job: Job) -> None:
-        """Let a job leave."""
-        ...
-
-    def close(self) -> None:
-        """Let all jobs leave."""
-        ...
 
 
 class Service:
