@@ -203,7 +203,7 @@ class Windowed:
         yield "edits"
         edits = units.arrays = self._edits(params, units.base["embed"])
         run = _Run(self, units, batch, size, edits, None)
-        total_J = count_J = np.zeros(sum(group.size for group in self.groups), jnp.float32)
+        total_J = count_J = jax.device_put(np.zeros(sum(group.size for group in self.groups), np.float32))
         for at in starts:
             yield from run.forward(at, keep=False)
             h_BWD = run.outputs.pop(at)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from train.checkpoint import Checkpoint, Checkpoints
-from train.jobs import Job
+from train.jobs import Job, first_state
 from train.run.directory import RunDirectory
 from train.run.kept import OPTIONS_FILE
 from train.run.options import Settings
@@ -83,7 +83,7 @@ class Progress:
         if known["exported"] and job.done:
             self.exported.add(job.name)
         elif job.name in found.leaves:
-            self._trainer.add(job, found.state(job.name, self._trainer.state_of(job)))
+            self._trainer.add(job, found.state(job.name, first_state(job)))
         else:
             raise ConfigError(
                 f"{job.name!r} ended at step {job.step} and its optimizer state is no longer kept; to train it "
