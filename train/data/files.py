@@ -13,7 +13,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Rows:
     """
 
     name: str
-    numbered: Iterator[tuple[int, Any]]
+    numbered: Generator[tuple[int, Any]]
     by_line: bool
 
     def where(self, number: int) -> str:
@@ -85,7 +85,7 @@ def open_rows(
     return Rows(str(path), _of_file(path), by_line=True)
 
 
-def _of_file(path: Path) -> Iterator[tuple[int, Any]]:
+def _of_file(path: Path) -> Generator[tuple[int, Any]]:
     compressed = path.suffix if path.suffix in _OPENERS else ""
     kind = (path.with_suffix("") if compressed else path).suffix
     if kind in _OTHERS:

@@ -6,6 +6,7 @@ example meets the same tokens when it serves the example's prompt. The edit mask
 ``preft_jax.adapters.edit_mask``, as serving's does.
 """
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -112,19 +113,20 @@ def load_examples(
     seen: dict[str, int] = {}
     ignored: dict[str, None] = {}
     left_out = tokens = 0
-    for count, (number, row) in enumerate(rows.numbered, 1):
-        try:
-            read, others = read_row(row, has_template=_has_template(model))
-            made = _make(read, model, adapter, options, number)
-        except PreftError as error:
-            raise DataError(f"{rows.where(number)}: {error}") from error
-        seen[read.how] = seen.get(read.how, 0) + 1
-        ignored |= dict.fromkeys(others)
-        kept = [example for example in made if example.loss_mask.any()]
-        examples += kept
-        left_out += len(made) - len(kept)
-        tokens += sum(map(len, kept))
-        taken(count, tokens)
+    with contextlib.closing(rows.numbered) as numbered:  # Whatever ends the reading, its file is closed at once.
+        for count, (number, row) in enumerate(numbered, 1):
+            try:
+                read, others = read_row(row, has_template=_has_template(model))
+                made = _make(read, model, adapter, options, number)
+            except PreftError as error:
+                raise DataError(f"{rows.where(number)}: {error}") from error
+            seen[read.how] = seen.get(read.how, 0) + 1
+            ignored |= dict.fromkeys(others)
+            kept = [example for example in made if example.loss_mask.any()]
+            examples += kept
+            left_out += len(made) - len(kept)
+            tokens += sum(map(len, kept))
+            taken(count, tokens)
     for how, count in seen.items():
         _log.info("%s: %d row%s read as %s", rows.name, count, "s"[: count != 1], how)
     if ignored:

@@ -1,7 +1,7 @@
 """Datasets that HF ``datasets`` reads: parquet, Arrow, folders, and those of the Hub. The package is an extra."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 def open_table(
     dataset: str, *, split: str | None, default: str, config: str | None
-) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+) -> tuple[str, Generator[tuple[int, dict[str, Any]]]]:
     """Return what a table is called for people, and its numbered rows; see ``files.open_rows``.
 
     Objects in Arrow's tables have the fields of all rows; so entries of null are left out, at every depth.
@@ -69,7 +69,7 @@ def _open(library: Any, path: Path, dataset: str, split: str | None, config: str
     return library.load_dataset(dataset, name=config, split=part)
 
 
-def _rows(name: str, found: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(name: str, found: Any) -> Generator[tuple[int, dict[str, Any]]]:
     try:
         for number, row in enumerate(found, 1):
             yield number, without_nulls(row)
