@@ -23,12 +23,15 @@ _WORDS = (
 
 _HELD_OUT = 24
 
-_FORMS = (
-    "Say the word {} and nothing else.",
-    "Please say {}.",
-    "Write one word: {}",
-    "Answer with the word {}.",
-)
+_FORMS = ("Say the word {}.", "Please say {}.", "Write one word: {}", "Answer with {}.")
+
+_SYSTEM = {"role": "system", "content": "Be brief."}
+
+DEFAULTS = {
+    "max_prompt_length": 24, "max_completion_length": 8, "max_steps": 24, "learning_rate": 2e-3,
+    "num_eval_prompts": _HELD_OUT,
+}  # fmt: skip
+"""Options of a job that is given none: some minutes on a CPU of two cores."""
 
 NAME = "built-in task: say the word"
 
@@ -41,7 +44,7 @@ def prompt(seed: int, place: int, *, held_out: bool) -> tuple[list[dict[str, str
     rng = np.random.default_rng([seed, 1, int(held_out), epoch])
     word = words[rng.permutation(len(words))[index]]
     form = _FORMS[rng.integers(len(_FORMS), size=len(words))[index]]
-    return [{"role": "user", "content": form.format(word)}], {"word": word}
+    return [_SYSTEM, {"role": "user", "content": form.format(word)}], {"word": word}
 
 
 def reward(prompt: Any, completion: str, *, word: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from preft_jax.errors import ConfigError, did_you_mean
 from serve.engine.request import MAX_SAMPLES
 from train.jobs import JobConfig
+from train.rollouts import builtin
 from train.run import declared
 from train.run.declared import Declared, read_command
 from train.run.options import JOB_OPTIONS, RUN_OPTIONS, Settings, job_config, make_settings
@@ -154,7 +155,7 @@ _ROLLOUTS: dict[str, dict[str, Any]] = {
     },
     "system_prompt": {"help": "system message before each prompt that is one text"},
     "num_generations": {"type": int, "default": 8, "help": "samples of a prompt"},
-    "max_prompt_length": {"type": int, "default": 256, "help": "tokens; longer prompts are left out"},
+    "max_prompt_length": {"type": int, "default": 256, "help": "tokens; longer ones are left out"},
     "max_completion_length": {"type": int, "default": 256, "help": "tokens of a sample"},
     "temperature": {"type": float, "default": 1.0, "help": "of samples"},
     "algorithm": {"choices": ALGORITHMS, "default": "grpo", "help": "grpo, rloo or importance_sampling"},
@@ -189,6 +190,7 @@ _JOB: dict[str, dict[str, Any]] = {
     "max_steps": {"type": int, "default": 100, "help": "batches of samples that are learned from"},
     "per_device_train_batch_size": {"type": int, "default": 8, "help": "samples of a micro-batch"},
     "gradient_accumulation_steps": {"type": int, "default": 4, "help": "micro-batches of an update"},
+    "learning_rate": {"type": float, "default": 2e-4, "help": "the schedule's highest"},
     "lr_scheduler_type": {**JOB_OPTIONS["lr_scheduler_type"], "default": "constant"},
     "seed": {"type": int, "default": 0, "help": "of initialisation, prompts and samples"},
 }  # fmt: skip
@@ -222,6 +224,8 @@ def rollout_config(v: Mapping[str, Any], given: Collection[str]) -> RolloutConfi
     Raises:
         ConfigError: if one cannot work.
     """
+    if v["task"] == "builtin":
+        v = {**v, **{name: value for name, value in builtin.DEFAULTS.items() if name not in given}}
     own = {field.name: v[field.name] for field in dataclasses.fields(RolloutOptions)}
     if own["scale_rewards"] is None:
         plain = own["algorithm"] == "rloo" or own["loss_type"] == "dr_grpo"

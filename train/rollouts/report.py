@@ -1,6 +1,7 @@
 """Tells how a run of ``train.rl`` goes: on the console, in its metrics, to TensorBoard or wandb, and in pictures."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -107,7 +108,8 @@ class RolloutReport:
 
     def evaluation(self, job: RolloutJob, values: dict[str, Any], rewards: Sequence[float]) -> None:
         """Tell of an evaluation of a job as it is now; ``rewards`` are those of the held-out prompts."""
-        self._write({"step": job.batch, "job": job.name} | values, {"eval_rewards": list(rewards)})
+        plain = [reward if math.isfinite(reward) else None for reward in rewards]
+        self._write({"step": job.batch, "job": job.name} | values, {"eval_rewards": plain})
         found = Interval(values["eval_reward"], values["eval_reward_low"], values["eval_reward_high"])
         self.line(f"held out: reward {found} of {len(rewards)} prompts after {job.batch} steps", job)
 
@@ -147,14 +149,14 @@ class RolloutReport:
         if learned:
             part = max(1, len(learned) // 10)
             found["first_samples"], found["last_samples"] = (
-                interval([row["reward"] for row in some])._asdict() for some in (learned[:part], learned[-part:])
+                _plain(interval([row["reward"] for row in some])) for some in (learned[:part], learned[-part:])
             )
         if len(held_out) > 1:
             first, last = (_rewards(row) for row in (held_out[0], held_out[-1]))
             gained = [b - a for a, b in zip(first, last, strict=True)] if len(first) == len(last) else []
             ends = interval(first), interval(last), interval(gained)
             names = ("first_reward", "last_reward", "rise")
-            found |= {name: one._asdict() for name, one in zip(names, ends, strict=True)}
+            found |= {name: _plain(one) for name, one in zip(names, ends, strict=True)}
             found |= {"first_step": held_out[0]["step"], "last_step": held_out[-1]["step"], "prompts": len(first)}
             self.line(
                 f"held-out reward (95% intervals over {len(first)} prompts): first {ends[0]}, last {ends[1]}, "
@@ -170,6 +172,11 @@ class RolloutReport:
         self._transcripts.close()
         for reporter in self._reporters:
             reporter.close(failed=failed)
+
+
+def _plain(found: Interval) -> dict[str, float | None]:
+    """Return an interval as JSON has it."""
+    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
 
 
 def _rewards(row: dict[str, Any]) -> list[float]:

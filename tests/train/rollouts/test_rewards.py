@@ -103,7 +103,7 @@ def test_the_built_in_task_has_a_way_up_and_holds_words_out():
     prompts = [builtin.prompt(0, place, held_out=False) for place in range(300)]
     held_out = [builtin.prompt(0, place, held_out=True) for place in range(30)]
     assert not {row["word"] for _, row in prompts} & {row["word"] for _, row in held_out}
-    assert all(row["word"] in messages[0]["content"] for messages, row in prompts)
+    assert all(row["word"] in messages[-1]["content"] for messages, row in prompts)
     assert prompts[:5] == [builtin.prompt(0, place, held_out=False) for place in range(5)]
     assert prompts != [builtin.prompt(1, place, held_out=False) for place in range(300)]
     texts = ("", "Here it comes", "The lamp is bright.", "Lamp, lamp!", "lamp")
