@@ -60,7 +60,7 @@ class RolloutRun:
         self._directory = RunDirectory(settings.output_dir, names, named="jobs" in settings.given, picture="reward.png")
         configs = [config for config in settings.jobs if isinstance(config, RolloutConfig)]
         self._jobs = jobs = load_jobs(configs, model)
-        self._sampler = Sampler(model, jobs, max_num_seqs=settings.max_num_seqs)
+        self._sampler = Sampler(model, jobs, max_num_seqs=settings.max_num_seqs, max_jobs=settings.train.max_jobs)
         self._rewarder = Rewarder()
         try:
             self._rewarder.start(jobs)
@@ -118,7 +118,9 @@ class RolloutRun:
             trainer.admit()
             if settings.eval_on_start:
                 self._evaluate([job for job in self._running() if job.step == 0])
-            self._step([job for job in self._running() if not job.done])
+            going = [job for job in self._running() if not job.done]
+            if going:  # Else they were done before the run was resumed.
+                self._step(going)
             progress.step += 1
             done = [job for job in self._running() if job.done]
             if self._due(settings.eval_steps) and not self._interrupted:

@@ -118,7 +118,7 @@ class RolloutReport:
         scalars = {
             name: float(value)
             for name, value in row.items()
-            if name not in ("step", "job") and isinstance(value, int | float)
+            if name not in ("step", "job") and isinstance(value, int | float) and math.isfinite(value)
         }
         for reporter in self._reporters if scalars else ():
             reporter.report(row["job"], row["step"], scalars)

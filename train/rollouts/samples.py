@@ -9,7 +9,7 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import adapter_page_counts
-from preft_jax.errors import ConfigError, RequestError
+from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from preft_jax.models.batch import bucket
 from preft_jax.sampling.parameters import SamplingParams
@@ -120,14 +120,15 @@ class Sampler:
         model: the base model.
         jobs: all that will ever be sampled for.
         max_num_seqs: samples that are generated at a time.
+        max_jobs: jobs that are sampled for together; 0: all.
 
     Raises:
         ConfigError: if prompts and completions may be longer than the model.
     """
 
-    def __init__(self, model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int):
+    def __init__(self, model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int, max_jobs: int = 0):
         self._model = model
-        self.engine = Engine(model, engine_config(model, jobs, max_num_seqs=max_num_seqs))
+        self.engine = Engine(model, engine_config(model, jobs, max_num_seqs=max_num_seqs, max_jobs=max_jobs))
 
     def sample(
         self, asked: Mapping[RolloutJob, Sequence[Asked]], adapters: Mapping[RolloutJob, Adapter]
@@ -180,8 +181,8 @@ def _sample(done: Completion) -> Sample:
     return sample
 
 
-def engine_config(model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int) -> EngineConfig:
-    """Return sizes of an engine that fit jobs: their longest samples, and two versions of each adapter.
+def engine_config(model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int, max_jobs: int = 0) -> EngineConfig:
+    """Return sizes of an engine that fit jobs: their longest samples, and two versions of the adapters of some.
 
     Prefixes are not cached: a run that is resumed has none of the run before, and its calls must have the same shapes.
 
@@ -196,18 +197,17 @@ def engine_config(model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int
             "positions; lower one of them"
         )
     counts = [adapter_page_counts(job.initial.config, model.config) for job in jobs]
-    pages = [max(count.values(), default=0) for count in counts]
-    together = sum(job.prompts_per_step * job.options.num_generations for job in jobs)
+    most_jobs = max_jobs or len(jobs)
+    pages = sorted((max(count.values(), default=0) for count in counts), reverse=True)[:most_jobs]
+    samples = sorted((job.prompts_per_step * job.options.num_generations for job in jobs), reverse=True)
+    together = sum(samples[:most_jobs])
     size = min(max_num_seqs, bucket(together))
-    try:
-        return EngineConfig(
-            max_num_seqs=size,
-            max_model_len=min(bucket(longest, 64), most),
-            prefill_seqs=min(size, 8),
-            max_rank=RANK_PAGE * bucket(max(pages, default=1)),
-            bank_pages=bucket(2 * sum(pages) + 1),
-            all_token=any(not job.initial.config.prefill_only for job in jobs),
-            prefix_caching=False,
-        )
-    except RequestError as error:
-        raise ConfigError(str(error)) from error
+    return EngineConfig(
+        max_num_seqs=size,
+        max_model_len=min(bucket(longest, 64), most),
+        prefill_seqs=min(size, 8),
+        max_rank=RANK_PAGE * bucket(max(pages, default=1)),
+        bank_pages=bucket(2 * sum(pages) + 1),
+        all_token=any(not job.initial.config.prefill_only for job in jobs),
+        prefix_caching=False,
+    )

@@ -74,8 +74,8 @@ def test_a_run_leaves_adapter_metrics_picture_transcripts_and_results(whole):
     assert [row["step"] for row in learned] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_reward" in row] == [0, 3, 4]
     assert all(row["sampling_logp_difference/max"] < 1e-4 for row in learned)
-    assert all(0 < row["sampling_logp_difference/std"] < 1e-4 for row in learned)
-    assert sum(row["samples_dropped"] for row in learned) > 0
+    assert all((row["sampling_logp_difference/std"] > 0) == (row["samples"] > 0) for row in learned)
+    assert {row["samples_dropped"] for row in learned} >= {0, 6}, "a step without any samples is one too"
     assert all(row["samples"] + row["samples_dropped"] == 6 for row in learned)
     assert [line for line in transcripts.splitlines() if line[:1] == "="] == [
         f"=== step {step}, adapter" for step in (1, 2, 3, 4)
@@ -86,7 +86,7 @@ def test_a_run_leaves_adapter_metrics_picture_transcripts_and_results(whole):
     first, last = (row["eval_reward"] for row in rows if row.get("eval_reward") is not None and row["step"] in (0, 4))
     assert (results["first_reward"]["mean"], results["last_reward"]["mean"]) == (first, last)
     assert results["rise"]["mean"] == pytest.approx(last - first)
-    assert results["rise"]["low"] < results["rise"]["mean"] < results["rise"]["high"]
+    assert results["rise"]["low"] <= results["rise"]["mean"] <= results["rise"]["high"]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -165,3 +165,12 @@ def test_a_reward_that_is_not_there_ends_the_run_before_it_begins(own, tmp_path,
     assert rl.main([*arguments(own, tmp_path / "out"), "--task", "worths:other"]) == 1
     assert "the reward worths:other cannot be loaded" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_built_in_task_is_learned(tmp_path):
+    """As README has it; on words that were not trained on."""
+    assert rl.main(["--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["jobs"]["adapter"]
+    assert found["rise"]["low"] > 0
+    assert found["last_reward"]["low"] > found["first_reward"]["high"]
