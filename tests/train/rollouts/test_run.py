@@ -118,7 +118,7 @@ def test_a_run_that_ends_at_any_step_and_is_resumed_is_the_whole_one(step, how, 
 def test_jobs_share_engine_and_micro_batches_and_each_learns_as_if_alone(own, whole, tmp_path, monkeypatch):
     jobs, out = tmp_path / "jobs.yaml", tmp_path / "out"
     jobs.write_text(
-        "jobs:\n- {name: ann}\n- {name: bob, adapter_kind: loreft, targets: ''}\n"
+        "jobs:\n- {name: ann}\n- {name: bob, seed: 5}\n"
         "- {name: eve, algorithm: rloo, num_iterations: 1, max_steps: 2}\n"
     )
     shared, real = [], loop.Trainer.forward_backward

@@ -103,7 +103,7 @@ def test_samples_of_one_prefill_are_those_of_prompts_prefilled_apart(small, rng)
 
 
 def test_an_update_is_handed_over_without_a_file_and_without_compiling(small, rng):
-    jobs = [cases.job(small, name=name, num_generations=4) for name in "ab"]
+    jobs = [cases.job(small, name=name, num_generations=4) for name in "abc"]
     trainer, sampler = Trainer(small, jobs), Sampler(small, jobs, max_num_seqs=16)
     for _ in range(2):
         step(sampler, trainer, jobs, rng)
@@ -124,13 +124,13 @@ def test_an_update_is_handed_over_without_a_file_and_without_compiling(small, rn
 
 
 def test_equal_rewards_change_nothing_and_no_samples_only_move_the_clock(small, rng):
-    jobs = [cases.job(small, name=name, num_generations=3) for name in ("equal", "none", "learns")]
+    jobs = [cases.job(small, name=name, num_generations=4) for name in ("equal", "none", "learns")]
     trainer, sampler = Trainer(small, jobs), Sampler(small, jobs, max_num_seqs=16)
     trainer.admit()
     now = {job: trainer.adapter_of(job) for job in jobs}
     groups = sampled(sampler, jobs, now, rng)
-    cases.rewarded(groups[jobs[0]], [0.1] * 6)
-    cases.rewarded(groups[jobs[1]], [None] * 6)
+    cases.rewarded(groups[jobs[0]], [0.1] * 8)
+    cases.rewarded(groups[jobs[1]], [None] * 8)
     updates = learn(trainer, {job: learned(job, groups[job]) for job in jobs})
     assert [updates[job].results[0].grad_norm > 0 for job in jobs] == [False, False, True]
     assert [updates[job].tokens > 0 for job in jobs] == [True, False, True]
