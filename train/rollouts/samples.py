@@ -13,7 +13,7 @@ from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from preft_jax.models.batch import bucket
 from preft_jax.sampling.parameters import SamplingParams
-from preft_jax.shapes import RANK_PAGE
+from preft_jax.shapes import RANK_PAGE, SITES
 from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from serve.engine.completion import Completion
 from serve.engine.config import EngineConfig
@@ -202,12 +202,14 @@ def engine_config(model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int
     samples = sorted((job.prompts_per_step * job.options.num_generations for job in jobs), reverse=True)
     together = sum(samples[:most_jobs])
     size = min(max_num_seqs, bucket(together))
+    sites = {site for count in counts for site, number in count.items() if number}
     return EngineConfig(
         max_num_seqs=size,
         max_model_len=min(bucket(longest, 64), most),
         prefill_seqs=min(size, 8),
         max_rank=RANK_PAGE * bucket(max(pages, default=1)),
         bank_pages=bucket(2 * sum(pages) + 1),
+        bank_sites=tuple(site for site in SITES if site in sites) or SITES,
         all_token=any(not job.initial.config.prefill_only for job in jobs),
         prefix_caching=False,
     )

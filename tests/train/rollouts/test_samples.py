@@ -14,6 +14,7 @@ from preft_jax import AdapterConfig, ConfigError
 from preft_jax.adapters.init import random_adapter
 from preft_jax.device.compiles import CompileCounter
 from preft_jax.sampling.parameters import derived_seed
+from preft_jax.shapes import SITES
 from train.rollouts.learning import learned
 from train.rollouts.samples import Asked, Sampler, engine_config, held_out_prompts, step_prompts
 from train.rollouts.update import learn
@@ -159,6 +160,9 @@ def test_an_engine_has_room_for_all_jobs_and_their_longest_samples(tiny):
     large = cases.job(tiny, AdapterConfig(kind="loreft", rank=40, positions="all"), name="large", num_generations=5)
     found = engine_config(tiny, [small, large], max_num_seqs=64)
     assert (found.max_num_seqs, found.max_rank, found.bank_pages, found.all_token) == (16, 64, 16, True)
-    assert engine_config(tiny, [small], max_num_seqs=3).max_num_seqs == 3
+    assert found.bank_sites == SITES
+    found = engine_config(tiny, [small, large], max_num_seqs=3, max_jobs=1)
+    assert (found.max_num_seqs, found.bank_pages) == (3, 8)
+    assert engine_config(tiny, [cases.job(tiny)], max_num_seqs=64).bank_sites == ("q", "v", "down")
     with pytest.raises(ConfigError, match="positions; lower one"):
         engine_config(tiny, [cases.job(tiny, max_prompt_length=tiny.config.max_position_embeddings)], max_num_seqs=2)
