@@ -10,7 +10,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import json
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
+from bench.output import emit
 from bench.tpu_cases import AXIS, SELECTIONS, Case
 from kernels import dispatch
 from preft_jax.cli import hyphenated
@@ -186,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console(width=230).print(table(rows))
     counts = dict(collections.Counter(row["status"] for row in rows))
     figures = {"schema": SCHEMA, "selection": args.selection, "counts": counts, "rows": rows, **environ}
-    line = json.dumps(figures)
-    if args.output_json is not None:
-        args.output_json.write_text(line + "\n")
-    print(line)
+    emit(figures, args.output_json)
     return int(counts.get("failed", 0) > 0 or not rows)
 
 
