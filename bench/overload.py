@@ -30,12 +30,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.output import emit
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from serve.bench.arrivals import draw_arrivals
 from serve.bench.client import list_models
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/overload/1"
 RECOVERED = 1.5

@@ -25,11 +25,11 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from bench.output import emit
 from bench.tpu_cases import AXIS, SELECTIONS, Case
 from kernels import dispatch
 from preft_jax.cli import hyphenated
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/tpu-compile/1"
 HBM_GIB = {"v5e": 16, "v6e": 32, "v5p": 95}
