@@ -8,7 +8,8 @@ A unit is some layers on a window of tokens (``train/window.py``), or an update.
 of requests, or at once where there are none; the base's weights are the engine's own. What a unit takes is measured,
 and what units of its name are expected to take follows.
 
-Programs are compiled before a job joins, in a thread of their own (``train/ahead.py``): others go on with theirs.
+Programs are compiled before a job joins, in a thread of their own (``train/ahead.py``): others go on with theirs. A job
+for which that fails is given up; one that runs is it too, if nothing can be compiled for it once others have left.
 
 A unit that fails costs the update that it belongs to. Its jobs are then trained apart, one an update, so that the one
 at fault is found and given up; no other job and no request ends with it.
@@ -263,7 +264,12 @@ class Training:
         jobs = self._turn()
         if not jobs:
             return False
-        windowed = self._ahead.has()  # Others may have left, and what is left has other shapes.
+        try:
+            windowed = self._ahead.has()  # Others may have left, and what is left has other shapes.
+        except Exception:  # All enter again, one by one, so that the one at fault is found and nobody's state is lost.
+            self._settle()
+            self.trainer.requeue()
+            self._entering, self._one_by_one, windowed = [], True, None
         if windowed is None:
             self._compiles = True
             return False
@@ -372,10 +378,12 @@ class Training:
 
     def _refuse(self, job: Job, error: Exception) -> None:
         """Give up a job that cannot join."""
+        adapter = job.initial
         if job in self.trainer.jobs:
+            adapter = self.trainer.adapter_of(job)
             self.trainer.release(job)
         self._give_up(job, error)
-        self._tell_ended(job, job.initial)
+        self._tell_ended(job, adapter)
 
     def _admit(self) -> None:
         """Give slots to jobs that wait, once their programs are compiled; one with which that fails is given up."""
