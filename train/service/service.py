@@ -52,6 +52,7 @@ class Service:
         train: how the trainer uses the device.
         make_training: makes what trains, given hooks and who is told of jobs that ended; None: a ``Training``.
         load: reads a job's rows.
+        clock: seconds, of any beginning.
 
     Attributes:
         training: the work that the engine is to be given as ``background``.
@@ -73,6 +74,7 @@ class Service:
         train: TrainOptions = TrainOptions(),
         make_training: Callable[[Hooks, Callable[..., object]], Any] | None = None,
         load: Callable[..., Job] = load_job,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.options = options
         self.wake: Callable[[], object] = lambda: None
@@ -87,7 +89,7 @@ class Service:
         self._entries: dict[str, Entry] = {}
         self._open: dict[str, OpenJob] = {}
         self._closed = False
-        self._results = Results(self._records, self._publisher, model, self._changed, self._open, options)
+        self._results = Results(self._records, self._publisher, model, self._changed, self._open, options, clock)
         hooks, ended = self._results.hooks(), self._results.ended
         self.training = (
             make_training(hooks, ended)
