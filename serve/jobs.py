@@ -142,6 +142,14 @@ class FineTuning(Protocol):
         """Let a paused job go on."""
         ...
 
+    def delete_model(self, name: str) -> bool:
+        """Delete the adapter of this name if a job has made it; return whether one has.
+
+        Raises:
+            PreftError: if that is impossible now; nothing is deleted then.
+        """
+        ...
+
     def close(self) -> None:
         """Keep what open jobs have learned, and stop. They go on when the server is started again."""
         ...

@@ -216,6 +216,45 @@ def test_a_job_of_nobody_is_everybodys_to_see_and_the_admins_to_change(people, t
     assert people["admin"].fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
+@pytest.fixture
+def served(shared, people, tuning, files, monkeypatch):
+    """Pretend that adapters are served: one of a job of Alice's, one that the admin loaded for her, and others'."""
+    job = make(people["alice"], files["alice"])
+    tuning.finish(job.id, "ft:tiny:alice:1")
+    owners = {"ft:tiny:alice:1": "alice", "loaded": "alice", "public": None, "bobs": "bob"}
+    monkeypatch.setattr(shared[0].adapters, "owners", owners)
+
+
+@pytest.mark.usefixtures("served")
+def test_the_official_client_deletes_an_adapter_of_its_own(people, tuning):
+    gone = people["alice"].models.delete("ft:tiny:alice:1")
+    assert gone.to_dict() == {"id": "ft:tiny:alice:1", "object": "model", "deleted": True}
+    assert tuning.deleted == ["ft:tiny:alice:1"]
+    assert people["admin"].models.delete("ft:tiny:alice:1").deleted
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(
+    ("who", "name", "error", "code"),
+    [
+        ("bob", "ft:tiny:alice:1", openai.NotFoundError, "model_not_found"),
+        ("alice", "nothing", openai.NotFoundError, "model_not_found"),
+        ("alice", "bobs", openai.NotFoundError, "model_not_found"),
+        ("alice", "public", openai.PermissionDeniedError, "admin_only"),
+        ("alice", "loaded", openai.PermissionDeniedError, "not_deletable"),
+        ("admin", "public", openai.PermissionDeniedError, "not_deletable"),
+        ("alice", "tiny", openai.PermissionDeniedError, "not_deletable"),
+        ("admin", "tiny", openai.PermissionDeniedError, "not_deletable"),
+    ],
+)
+def test_nothing_else_is_deleted(people, tuning, who, name, error, code):
+    with pytest.raises(error) as caught:
+        people[who].models.delete(name)
+    assert (caught.value.code, caught.value.type) == (code, "invalid_request_error")
+    assert caught.value.param == ("model" if code != "admin_only" else None)
+    assert tuning.deleted == []
+
+
 def test_limits_of_jobs_are_told(people, tuning, files, raw):
     for _ in range(4):
         make(people["alice"], files["alice"])
