@@ -22,6 +22,8 @@ KNOWN = {"n_epochs", "batch_size", "learning_rate_multiplier", "rank", "adapter_
 class FakeFineTuning:
     """Jobs in memory; ``begin``, ``learn`` and ``finish`` let one go on. ``before``: one whose jobs are taken over."""
 
+    is_compiling = False
+
     def __init__(self, before=None):
         self.clear()
         self.closed = False

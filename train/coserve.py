@@ -8,8 +8,7 @@ A unit is some layers on a window of tokens (``train/window.py``), or an update.
 of requests, or at once where there are none; the base's weights are the engine's own. What a unit takes is measured,
 and what units of its name are expected to take follows.
 
-Programs are compiled before a job joins, in a thread of their own (``train/ahead.py``): others go on with theirs. A job
-for which that fails is given up; one that runs is it too, if nothing can be compiled for it once others have left.
+Programs are compiled before a job joins, in a thread of their own (``train/ahead.py``): others go on with theirs.
 
 A unit that fails costs the update that it belongs to. Its jobs are then trained apart, one an update, so that the one
 at fault is found and given up; no other job and no request ends with it.
@@ -141,6 +140,11 @@ class Training:
     def pause(self) -> float | None:
         """Seconds after which to ask for a unit again, for programs are being compiled; None: they are not."""
         return _PAUSE if self._compiles and not (self.paused or self._closed) else None
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether programs are being compiled, which nothing can end."""
+        return self._ahead.is_busy
 
     @property
     def compile_seconds(self) -> dict[str, list[float]]:
@@ -380,8 +384,7 @@ class Training:
         """Give up a job that cannot join."""
         adapter = job.initial
         if job in self.trainer.jobs:
-            adapter = self.trainer.adapter_of(job)
-            self.trainer.release(job)
+            adapter = Adapter(adapter.config, self.trainer.release(job).params)
         self._give_up(job, error)
         self._tell_ended(job, adapter)
 

@@ -234,6 +234,11 @@ class Service:
             self._records.append(entry, f"Model deleted: {name}")
         return True
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether programs are being compiled, which nothing can end, ``close`` neither."""
+        return self.training.is_compiling
+
     def close(self) -> None:
         """Keep what open jobs have learned, and stop. They go on when there is a service of the directory again.
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import random
+import signal
 import threading
 
 import api_server
@@ -11,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from serve import api
 from serve.jobs import JobSpec
 from serve.server import app
 from serve.store.uploads import Uploads
@@ -407,3 +410,27 @@ def test_a_server_ends_while_a_program_of_its_jobs_is_compiled(root, monkeypatch
     assert "being compiled" in caplog.text
     compiled.set()
     api_server.until(lambda: not serving.engine.busy)
+
+
+def test_the_program_ends_without_a_thread_that_compiles_for_jobs(root, monkeypatch):
+    serving, statuses, make = fake_tuning.make_serving(root), [], api.make_server
+    monkeypatch.setattr(api, "make_serving", lambda args: serving)
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def make_server(*args, **options):
+        server = make(*args, **options)
+
+        def end():
+            api_server.until(lambda: server.started)
+            server.should_exit = True
+
+        threading.Thread(target=end).start()
+        return server
+
+    monkeypatch.setattr(api, "make_server", make_server)
+    args = api.make_parser().parse_args(["--port", "0", "--enable-finetuning", "--state-dir", str(root)])
+    serving.tuning.jobs.is_compiling = True
+    assert api.run(args) == 0
+    assert statuses == [0]
+    assert serving.tuning.jobs.closed, "jobs are kept first"
