@@ -33,11 +33,11 @@ from rich.table import Table
 
 import preft_jax
 from bench.kills_traffic import ROWS, Book, Client, ask, create, traffic, upload
-from bench.output import emit
 from preft_jax.cli import hyphenated
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from serve import api
 from serve.bench.environment import environment
+from serve.bench.output import emit
 from serve.store.files import AdapterFiles
 from serve.store.names import Registry
 

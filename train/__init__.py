@@ -1,4 +1,4 @@
-"""Training: adapters on a frozen base model. Programs: ``train.sft``.
+"""Training: adapters on a frozen base model. Programs: ``train.sft``, ``train.rl``.
 
     adapters = fit(model, [Job(JobConfig(name="ann", max_steps=100), model, examples)])
 

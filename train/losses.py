@@ -30,12 +30,17 @@ class LossInputs(NamedTuple):
         weights_T: that the trainer multiplies the loss with; 0 where nothing is learned, and the log-probability is 0.
         old_logprobs_T: under the distribution that the token was sampled from; None if the loss does not need it.
         advantages_T: None if the loss does not need it.
+        ref_logprobs_T: under a reference policy; None if the loss does not need it.
     """
 
     weights_T: Array
     old_logprobs_T: Array = None
     advantages_T: Array = None
+    ref_logprobs_T: Array = None
 
+
+POLICY = ("old_logprobs", "advantages")
+"""What a document has whose tokens a policy has drawn."""
 
 Metrics = Mapping[str, jax.Array]
 """Values of each token, ``[T]``, by name."""
@@ -63,13 +68,13 @@ def cross_entropy(logprob_T: jax.Array, inputs: LossInputs) -> tuple[jax.Array, 
     return -logprob_T, {}
 
 
-def importance_sampling(logprob_T: jax.Array, inputs: LossInputs) -> tuple[jax.Array, Metrics]:
+def importance_sampling(logprob_T: jax.Array, inputs: LossInputs, *, beta: float = 0.0) -> tuple[jax.Array, Metrics]:
     """Return ``-r A`` with the ratio ``r = p / p_old``: the policy gradient, corrected for who sampled.
 
-    Its gradient is ``-r A d log p``: REINFORCE (Williams, 1992) where ``p`` is ``p_old``.
+    Its gradient is ``-r A d log p``: REINFORCE (Williams, 1992) where ``p`` is ``p_old``. ``beta`` is as in ``grpo``.
     """
     ratio_T, metrics = _ratio(logprob_T, inputs)
-    return -ratio_T * inputs.advantages_T, metrics
+    return _near_reference(-ratio_T * inputs.advantages_T, metrics, logprob_T, inputs, beta)
 
 
 def ppo(
@@ -78,13 +83,57 @@ def ppo(
     """Return ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = p / p_old``.
 
     Schulman et al., arXiv 1707.06347, equation 7; a higher ``clip_high`` is DAPO's (Yu et al., arXiv 2503.14476). For
-    others than 0.2: ``register_loss("dapo", functools.partial(ppo, clip_high=0.28), needs=OPTIONAL_FIELDS)``.
+    others than 0.2: ``register_loss("dapo", functools.partial(ppo, clip_high=0.28), needs=POLICY)``.
     """
     ratio_T, metrics = _ratio(logprob_T, inputs)
     clipped_T = jnp.clip(ratio_T, 1 - clip_low, 1 + clip_high)
     gain_T, clipped_gain_T = ratio_T * inputs.advantages_T, clipped_T * inputs.advantages_T
     is_clipped_T = (clipped_gain_T < gain_T).astype(jnp.float32)
     return -jnp.minimum(gain_T, clipped_gain_T), {**metrics, "clip_fraction": is_clipped_T}
+
+
+def grpo(
+    logprob_T: jax.Array,
+    inputs: LossInputs,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    beta: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+    """Return ``ppo``'s loss and, if ``beta`` is not 0, ``beta`` times the KL divergence from a reference policy.
+
+    Shao et al., arXiv 2402.03300, equation 3: GRPO, whose advantages are those of a group of samples of one prompt. The
+    higher ``clip_high`` is DAPO's. The estimate of the divergence is k3 (see ``k3``), token by token.
+    """
+    loss_T, metrics = ppo(logprob_T, inputs, clip_low=clip_low, clip_high=clip_high)
+    return _near_reference(loss_T, metrics, logprob_T, inputs, beta)
+
+
+def rloo(logprob_T: jax.Array, inputs: LossInputs, *, beta: float = 0.0) -> tuple[jax.Array, Metrics]:
+    """Return ``-A log p``: REINFORCE, whose advantages are over the mean reward of the group's other samples.
+
+    Ahmadian et al., arXiv 2402.14740. On policy: nothing corrects for another policy that has drawn the tokens, unless
+    the advantages do. ``beta`` is as in ``grpo``.
+    """
+    return _near_reference(-logprob_T * inputs.advantages_T, {}, logprob_T, inputs, beta)
+
+
+def k3(logprob_T: jax.Array, ref_logprob_T: jax.Array) -> jax.Array:
+    """Return ``exp(d) - 1 - d`` with ``d = log p_ref - log p``: an estimate of KL(p || p_ref) from tokens drawn from p.
+
+    Schulman (http://joschu.net/blog/kl-approx.html): unbiased, and never negative.
+    """
+    difference_T = ref_logprob_T - logprob_T
+    return jnp.exp(difference_T) - 1 - difference_T
+
+
+def _near_reference(
+    loss_T: jax.Array, metrics: Metrics, logprob_T: jax.Array, inputs: LossInputs, beta: float
+) -> tuple[jax.Array, Metrics]:
+    if not beta:
+        return loss_T, metrics
+    kl_T = k3(logprob_T, inputs.ref_logprobs_T)
+    return loss_T + beta * kl_T, {**metrics, "kl": kl_T}
 
 
 def _ratio(logprob_T: jax.Array, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -106,7 +155,7 @@ def register_loss(name: str, function: LossFunction, needs: tuple[str, ...] = ()
     Args:
         name: by which ``Trainer.forward_backward`` takes it.
         function: pure; see the module.
-        needs: which of ``old_logprobs`` and ``advantages`` every document must have; others are None in its inputs.
+        needs: which of ``OPTIONAL_FIELDS`` every document must have; others are None in its inputs.
         replace: let a name that is taken stand for it.
 
     Raises:
@@ -138,6 +187,8 @@ def find_loss(name: str) -> Loss:
 
 
 register_loss("cross_entropy", cross_entropy)
-register_loss("importance_sampling", importance_sampling, needs=OPTIONAL_FIELDS)
-register_loss("ppo", ppo, needs=OPTIONAL_FIELDS)
+register_loss("importance_sampling", importance_sampling, needs=POLICY)
+register_loss("ppo", ppo, needs=POLICY)
+register_loss("grpo", grpo, needs=POLICY)
+register_loss("rloo", rloo, needs=("advantages",))
 CROSS_ENTROPY = find_loss("cross_entropy")

@@ -67,3 +67,21 @@ def check_rows(job: Job, rows: Sequence[DocumentRow], loss: Loss, vocab_size: in
                     f"the loss {loss.name!r} needs {name}, and a document of {job.name!r} has none; give them, or "
                     "take another loss"
                 )
+
+
+def by_document(values_BS: np.ndarray, rows: Mapping[Job, Sequence[DocumentRow]]) -> dict[Job, list[list[np.ndarray]]]:
+    """Return a batch's values of targets as those of tokens: for each row of a job, ``[S]`` for each document."""
+    found: dict[Job, list[list[np.ndarray]]] = {}
+    b = 0
+    for job, own in rows.items():
+        found[job] = []
+        for row in own:
+            ends = np.cumsum([len(document) for document in row])
+            found[job].append(
+                [
+                    np.concatenate([np.zeros(1, values_BS.dtype), values_BS[b, end - len(document) : end - 1]])
+                    for document, end in zip(row, ends, strict=True)
+                ]
+            )
+            b += 1
+    return found

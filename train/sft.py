@@ -5,62 +5,28 @@ values that the answer attends to. Without ``--dataset`` a small built-in task i
 one. Output: ``DIR/adapter`` (serves at once), ``metrics.jsonl``, ``loss.png`` and checkpoints.
 """
 
-import logging
-import signal
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from preft_jax.cli import hyphenated
 from preft_jax.device.mesh import Placement
-from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
-from train.run.log import say
-from train.run.loop import InterruptError, Run
+from train.run.loop import Run
 from train.run.options import Settings, make_parser, settings
+from train.run.program import ended_by_sigterm, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 1 if something failed, 130 if it was interrupted."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.getLogger("preft.train").setLevel(logging.INFO)
-    parser = make_parser(__doc__ or "")
-    console = Console(stderr=True)
-    try:
-        found = settings(parser, hyphenated(sys.argv[1:] if argv is None else argv))
-    except ConfigError as error:
-        parser.print_usage(sys.stderr)
-        print(f"train.sft: {error}", file=sys.stderr)
-        return 2
-    for note in found.notes:
-        say(console, note)
-    try:
-        return _train(found, console)
-    except InterruptError as error:
-        print(f"train.sft: {error}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("train.sft: ended at once; what is in the checkpoints is whole", file=sys.stderr)
-        return 130
-    except (PreftError, OSError) as error:
-        print(f"train.sft: {error}", file=sys.stderr)
-        return 1
+    return run_program("train.sft", make_parser(__doc__ or ""), settings, _train, argv)
 
 
-def _train(found: Settings, console: Console) -> int:
+def _train(found: Settings, console: Console) -> dict[str, str]:
     placement = Placement.single() if found.mesh is None else Placement.parse(found.mesh)
     model = serving_model(load_model(found.model, dtype=found.dtype), 2)
-    with Run(found, model, placement, console) as run:
-        before = signal.signal(signal.SIGTERM, lambda *_: run.interrupt())
-        try:
-            failed = run.train()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    for name, reason in failed.items():
-        print(f"train.sft: {name}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    with Run(found, model, placement, console) as run, ended_by_sigterm(run):
+        return run.train()
 
 
 if __name__ == "__main__":

@@ -247,6 +247,14 @@ def batch_losses(
     return stream_losses(base, h_BSD, batch, num_slots, loss)
 
 
+def batch_logprobs(base: Params, h_BSD: jax.Array, batch: Batch) -> jax.Array:
+    """Return the log-probability of each target, float32 ``[B, S]``; 0 where nothing is learned."""
+    temperature_T = None if batch.temperature_BS is None else batch.temperature_BS.reshape(-1)
+    targets_T, learned_T = batch.targets_BS.reshape(-1), batch.weights_BS.reshape(-1) != 0
+    logprob_T = token_logprobs(base, h_BSD.reshape(-1, h_BSD.shape[2]), targets_T, learned_T, temperature_T)
+    return logprob_T.reshape(batch.targets_BS.shape)
+
+
 def stream_losses(
     base: Params, h_BSD: jax.Array, batch: Batch, num_slots: int, loss: Loss
 ) -> tuple[jax.Array, jax.Array, dict[str, Means]]:
@@ -255,7 +263,7 @@ def stream_losses(
     ``h_BSD`` is the normed stream after the last layer.
     """
     weights_T = batch.weights_BS.reshape(-1)
-    logprob_T = token_logprobs(base, h_BSD.reshape(-1, h_BSD.shape[2]), batch.targets_BS.reshape(-1), weights_T != 0)
+    logprob_T = batch_logprobs(base, h_BSD, batch).reshape(-1)
     needed = {f"{name}_T": getattr(batch, f"{name}_BS").reshape(-1) for name in loss.needs}
     loss_T, metrics = loss.function(logprob_T, LossInputs(weights_T, **needed))
     for name, value_T in {"its loss": loss_T, **metrics}.items():
@@ -326,6 +334,23 @@ def evaluate(
     return loss_J, count_J
 
 
+def score(
+    config: ModelConfig,
+    groups: tuple[Group, ...],
+    attention: DenseKernel,
+    base: Params,
+    params: tuple[Any, ...],
+    batch: Batch,
+) -> jax.Array:
+    """Return the log-probabilities of a batch's targets as ``batch_logprobs`` does, without dropout."""
+    edits = make_edits(config, groups, edits_by_layer(config, groups, params, base["embed"].dtype), batch, None)
+    h_BSD = hidden_states(
+        config, base, batch.tokens_BS, edits, segments_BS=batch.segments_BS, positions_BS=batch.positions_BS,
+        attention=attention, remat="none",
+    )  # fmt: skip
+    return batch_logprobs(base, h_BSD, batch)
+
+
 def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> tuple[State, Report]:
     """Let each slot that learned something take an optimizer step; ``state`` is donated.
 
@@ -390,6 +415,7 @@ class Programs:
             functools.partial(update, groups), name="update", donate=("state",), out_shardings=replicated
         )
         self.evaluate = jax.jit(functools.partial(evaluate, config, groups, attention))
+        self.score = jax.jit(functools.partial(score, config, groups, attention))
 
     def accumulate(
         self, base: Params, params: tuple[Any, ...], sums: Sums | None, batch: Batch, dropout_J: Array | None,

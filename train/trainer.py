@@ -27,7 +27,7 @@ from train.data.rows import Example
 from train.jobs import Job, first_state
 from train.layout import Layout, moved, take
 from train.losses import Loss, find_loss
-from train.micro import DocumentRow, MicroBatch, check_rows, micro_batches
+from train.micro import DocumentRow, MicroBatch, by_document, check_rows, micro_batches
 from train.optimizer import Numbers
 from train.results import Entries, Pending, Result, StepResult, results_of
 from train.step import Means, Programs, Report, Slots, State, Sums
@@ -198,6 +198,16 @@ class Trainer:
         accumulate, after = functools.partial(self.programs.accumulate, loss=micro.loss), self._after(micro)
         # As in ``optim_step``: the sums are donated.
         self._sums, self._gathered, self._tokens, self._padded_tokens = accumulate(*args), *after
+
+    def score(self, rows: Mapping[Job, Sequence[DocumentRow]]) -> dict[Job, list[list[np.ndarray]]]:
+        """Return the log-probabilities of documents' tokens under jobs' adapters as they are now, without dropout.
+
+        Rows are as ``forward_backward`` takes them. The answer has a float32 array ``[S]`` for each document of each
+        row; 0 where the document's weight is.
+        """
+        self.admit()
+        micro = self.prepare(rows)
+        return by_document(jax.device_get(self.programs.score(self._base, micro.params, micro.batch)), rows)
 
     def prepare(self, rows: Mapping[Job, Sequence[DocumentRow]], loss: str = "cross_entropy") -> MicroBatch:
         """Return what ``forward_backward`` would compute, for who computes it otherwise (``train/coserve.py``).

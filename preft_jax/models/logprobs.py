@@ -6,7 +6,7 @@ What a loss makes of the log-probabilities is its own affair: ``train/losses.py`
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,60 +25,83 @@ def chunk_size(tokens: int, vocab: int) -> int:
     return math.gcd(tokens, 1 << (most.bit_length() - 1))
 
 
-def token_logprobs(params: Params, h_TD: jax.Array, targets_T: jax.Array, learned_T: jax.Array) -> jax.Array:
-    """Return ``log softmax(head(h))[target]`` of each token that is learned, and 0 for the others.
+def token_logprobs(
+    params: Params,
+    h_TD: jax.Array,
+    targets_T: jax.Array,
+    learned_T: jax.Array,
+    temperature_T: jax.Array | None = None,
+) -> jax.Array:
+    """Return ``log softmax(head(h) / temperature)[target]`` of each token that is learned, and 0 for the others.
 
     Args:
         params: of the base model; not differentiated.
         h_TD: normed stream after the last layer; differentiable.
         targets_T: int32.
         learned_T: bool; chunks of tokens without any cost nothing.
+        temperature_T: float32, above 0; None: 1 for all.
 
     Returns:
         Float32 ``[T]``.
     """
     head = {name: params[name] for name in ("embed", "lm_head") if name in params}
-    return _logprobs(head, h_TD, targets_T, learned_T)
+    return _logprobs(head, _Tokens(h_TD, targets_T, learned_T, temperature_T))
 
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(-1, size, *x.shape[1:])
 
 
-def _map(one: Any, head: Params, h_TD: jax.Array, targets_T: jax.Array, learned_T: jax.Array) -> Any:
+class _Tokens(NamedTuple):
+    """Whose log-probabilities are wanted, as of ``token_logprobs``."""
+
+    h_TD: Any
+    targets_T: Any
+    learned_T: Any
+    temperature_T: Any
+
+
+def _map(one: Any, tokens: _Tokens, vocab: int) -> Any:
     """Run ``one`` on each chunk; zeros for those that nothing is learned from."""
-    size = chunk_size(len(targets_T), head["embed"].shape[0])
+    size = chunk_size(len(tokens.targets_T), vocab)
 
-    def chunk(args: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-        h_ID, targets_I, learned_I = args
-        shapes = jax.eval_shape(one, h_ID, targets_I)
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.cond(learned_I.any(), one, lambda *_: nothing, h_ID, targets_I)
+    def chunk(some: _Tokens) -> Any:
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, some))
+        return jax.lax.cond(some.learned_T.any(), one, lambda _: nothing, some)
 
-    out = jax.lax.map(chunk, (_chunks(h_TD, size), _chunks(targets_T, size), _chunks(learned_T, size)))
+    out = jax.lax.map(chunk, jax.tree.map(lambda x: _chunks(x, size), tokens))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
 
 
+def _logits(head: Params, some: _Tokens) -> jax.Array:
+    """Return a chunk's logits over their temperatures, float32 ``[I, V]``."""
+    logits_IV = lm_head(head, some.h_TD)
+    return logits_IV if some.temperature_T is None else logits_IV / some.temperature_T[:, None]
+
+
 @jax.custom_vjp
-def _logprobs(head: Params, h_TD: jax.Array, targets_T: jax.Array, learned_T: jax.Array) -> jax.Array:
-    def one(h_ID: jax.Array, targets_I: jax.Array) -> jax.Array:
-        logits_IV = lm_head(head, h_ID)
-        return jnp.take_along_axis(logits_IV, targets_I[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_IV, axis=1)
+def _logprobs(head: Params, tokens: _Tokens) -> jax.Array:
+    def one(some: _Tokens) -> jax.Array:
+        logits_IV = _logits(head, some)
+        chosen_I = jnp.take_along_axis(logits_IV, some.targets_T[:, None], axis=1)[:, 0]
+        return chosen_I - jax.nn.logsumexp(logits_IV, axis=1)
 
-    return jnp.where(learned_T, _map(one, head, h_TD, targets_T, learned_T), 0.0)
+    return jnp.where(tokens.learned_T, _map(one, tokens, head["embed"].shape[0]), 0.0)
 
 
-def _forward(head: Params, h_TD: jax.Array, targets_T: jax.Array, learned_T: jax.Array) -> Any:
-    def one(h_ID: jax.Array, targets_I: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_IV = lm_head(head, h_ID)
+def _forward(head: Params, tokens: _Tokens) -> Any:
+    def one(some: _Tokens) -> tuple[jax.Array, jax.Array]:
+        logits_IV, targets_I = _logits(head, some), some.targets_T
         norm_I = jax.nn.logsumexp(logits_IV, axis=1)
         chosen_I = jnp.take_along_axis(logits_IV, targets_I[:, None], axis=1)[:, 0]
         onehot_IV = targets_I[:, None] == jnp.arange(logits_IV.shape[1], dtype=targets_I.dtype)
-        slope_IV = (jnp.exp(logits_IV - norm_I[:, None]) - onehot_IV.astype(jnp.float32)).astype(h_ID.dtype)
-        return chosen_I - norm_I, _through_head(head, slope_IV)
+        slope_IV = jnp.exp(logits_IV - norm_I[:, None]) - onehot_IV.astype(jnp.float32)
+        if some.temperature_T is not None:
+            slope_IV = slope_IV / some.temperature_T[:, None]
+        return chosen_I - norm_I, _through_head(head, slope_IV.astype(some.h_TD.dtype))
 
-    logprob_T, slope_TD = _map(one, head, h_TD, targets_T, learned_T)
-    return jnp.where(learned_T, logprob_T, 0.0), (slope_TD, learned_T)
+    logprob_T, slope_TD = _map(one, tokens, head["embed"].shape[0])
+    return jnp.where(tokens.learned_T, logprob_T, 0.0), (slope_TD, tokens)
 
 
 def _through_head(head: Params, slope_IV: jax.Array) -> jax.Array:
@@ -86,11 +109,12 @@ def _through_head(head: Params, slope_IV: jax.Array) -> jax.Array:
     return linear_transpose(slope_IV, output_head(head))
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], cotangent_T: jax.Array) -> Any:
-    slope_TD, learned_T = kept  # The slope of the negative log-probability.
+def _backward(kept: tuple[jax.Array, _Tokens], cotangent_T: jax.Array) -> Any:
+    slope_TD, tokens = kept  # The slope of the negative log-probability.
     scaled_TD = -cotangent_T[:, None] * slope_TD.astype(jnp.float32)
     # Whatever a loss makes of a token that is not learned, nothing of it gets here.
-    return None, jnp.where(learned_T[:, None], scaled_TD, 0.0).astype(slope_TD.dtype), None, None
+    d_h_TD = jnp.where(tokens.learned_T[:, None], scaled_TD, 0.0).astype(slope_TD.dtype)
+    return None, _Tokens(d_h_TD, None, None, None)
 
 
 _logprobs.defvjp(_forward, _backward)

@@ -35,7 +35,8 @@ class Batch(NamedTuple):
     int32 ``tokens_BS``, ``targets_BS`` (the next token of the same document), ``positions_BS`` (from 0 in each
     document), ``slot_B`` (the row's adapter), ``draw_BU`` (what the row's random numbers depend on: seed, micro-batch,
     row); float32 ``weights_BS`` of the targets, 0 where they are not learned; bool ``edit_mask_BSG``. What some losses
-    need of the targets is float32 ``[B, S]`` too, and None for the others.
+    need of the targets is float32 ``[B, S]`` too, and None for the others; so is ``temperature_BS``, of the targets'
+    distribution, which is None where all have 1.
     """
 
     tokens_BS: Array
@@ -48,6 +49,8 @@ class Batch(NamedTuple):
     draw_BU: Array
     old_logprobs_BS: Array | None = None
     advantages_BS: Array | None = None
+    ref_logprobs_BS: Array | None = None
+    temperature_BS: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,8 @@ def collate(
     most = -(-max(max_length, 1) // SHORTEST) * SHORTEST
     size = min(bucket(longest, SHORTEST), most)
     batch = empty_batch(num_rows, size, packed, fields)
+    if any(document.temperature != 1 for part in parts for row in part.rows for document in row):
+        batch = batch._replace(temperature_BS=np.ones((num_rows, size), np.float32))
     b = 0
     for part in parts:
         for number, row in enumerate(part.rows):
@@ -179,6 +184,8 @@ def _fill(batch: Batch, b: int, row: Sequence[Example | Document], fields: Seque
         batch.weights_BS[b, targets] = document.weights[1:]
         for name in fields:
             getattr(batch, f"{name}_BS")[b, targets] = getattr(document, name)[1:]
+        if batch.temperature_BS is not None:
+            batch.temperature_BS[b, targets] = document.temperature
         batch.edit_mask_BSG[b, here] = document.edit_mask
         batch.positions_BS[b, here] = np.arange(n)
         if batch.segments_BS is not None:

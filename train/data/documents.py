@@ -11,7 +11,7 @@ from preft_jax.errors import PreftError
 from preft_jax.shapes import NUM_GROUPS
 from preft_jax.text.chat import EncodedPrompt
 
-OPTIONAL_FIELDS = ("old_logprobs", "advantages")
+OPTIONAL_FIELDS = ("old_logprobs", "advantages", "ref_logprobs")
 """What a document holds for some losses only."""
 
 
@@ -31,6 +31,8 @@ class Document:
         weights: float32 ``[S]``, at least 0: the part of each token in the loss; 0 where it is not learned.
         old_logprobs: float32 ``[S]`` under the distribution that tokens were sampled from, or None.
         advantages: float32 ``[S]``, or None.
+        ref_logprobs: float32 ``[S]`` under a reference policy, of which a loss stays near; or None.
+        temperature: of the distribution whose log-probabilities losses are given: logits are divided by it.
 
     Raises:
         DocumentError: if an array has another shape, or holds what it may not.
@@ -41,6 +43,8 @@ class Document:
     weights: np.ndarray
     old_logprobs: np.ndarray | None = None
     advantages: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         count = len(self.token_ids)
@@ -60,6 +64,8 @@ class Document:
                 f"weights go from {weights.min():g} to {weights.max():g}; give finite numbers of at least 0 (what "
                 "is to become less likely has a negative advantage)"
             )
+        if not (np.isfinite(self.temperature) and self.temperature > 0):
+            raise DocumentError(f"temperature is {self.temperature:g}; give a finite number above 0")
         learned = weights > 0
         for name in OPTIONAL_FIELDS:
             array = getattr(self, name)

@@ -59,6 +59,8 @@ class Example:
     line: int
     old_logprobs: ClassVar[None] = None
     advantages: ClassVar[None] = None
+    ref_logprobs: ClassVar[None] = None
+    temperature: ClassVar[float] = 1.0
 
     def __len__(self) -> int:
         return len(self.token_ids)

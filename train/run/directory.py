@@ -10,7 +10,10 @@ from train.run.kept import CHECKPOINTS, OPTIONS_FILE, write_options
 
 _METRICS = "metrics.jsonl"
 _PICTURE = "loss.png"
-_RESERVED = ("adapter", CHECKPOINTS, _METRICS, _PICTURE, OPTIONS_FILE, "tensorboard", "wandb")
+_RESERVED = (
+    "adapter", CHECKPOINTS, _METRICS, _PICTURE, OPTIONS_FILE, "tensorboard", "wandb", "reward.png", "results.json",
+    "transcripts.txt",
+)  # fmt: skip
 
 
 class RunDirectory:
@@ -20,19 +23,21 @@ class RunDirectory:
         path: of the directory.
         names: of the jobs.
         named: whether each job has a directory of its name in it.
+        picture: name of the picture that the run draws.
+        picture: name of the picture that the run draws.
 
     Raises:
         ConfigError: if a job has a name that the run needs for itself.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], *, named: bool):
+    def __init__(self, path: Path, names: Sequence[str], *, named: bool, picture: str = _PICTURE):
         taken = next((name for name in names if named and name in _RESERVED), None)
         if taken is not None:
             raise ConfigError(f"a job has the name {taken!r}, which the run uses itself; give it another")
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self.metrics = path / _METRICS
-        self.picture = path / _PICTURE
+        self.picture = path / picture
         self._names = names
         self._named = named
 

@@ -1,25 +1,23 @@
-"""``train.sft``'s options: the command line, a YAML file under it, and the jobs of ``--jobs``."""
+"""The options of ``train.sft``, and what it makes of their values."""
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from preft_jax.adapters.config import KINDS, AdapterConfig
-from preft_jax.errors import ConfigError, reject_unknown
+from preft_jax.errors import ConfigError
 from preft_jax.models.layer import Remat
 from preft_jax.shapes import DTYPES
 from train.data.batches import BatchOptions
 from train.data.rows import DataOptions
 from train.jobs import JobConfig
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
-from train.run.kept import OPTIONS_FILE, new_run, read_options
+from train.run import declared
+from train.run.declared import Asked, Declared, plain_value, read_command
 from train.run.reporters import REPORTERS
 from train.run.start import OPTIONS as ADAPTER_OPTIONS
-from train.run.trl import ALIASES, Translation, defaults_note, grouped, knows, takes_flag, translate
 from train.trainer import TrainOptions
 
 _FLAG = {"action": argparse.BooleanOptionalAction}
@@ -105,14 +103,12 @@ class Settings:
 
     model: str
     dtype: str | None
-    mesh: str | None
     output_dir: Path
     overwrite_output_dir: bool
     resume: bool
     logging_steps: int
     eval_steps: int
     eval_on_start: bool
-    eval_generations: int
     save_steps: int
     save_total_limit: int
     report_to: tuple[str, ...]
@@ -123,30 +119,21 @@ class Settings:
     changes: tuple[str, ...]
     notes: tuple[str, ...]
     run: str
+    mesh: str | None = None
+    eval_generations: int = 0
+
+
+DECLARED = Declared("train.sft", RUN_OPTIONS, JOB_OPTIONS, "adapter, data and optimizer")
+"""The options of ``train.sft``."""
+
+_LEAST = {
+    "logging_steps": 1, "eval_steps": 0, "eval_generations": 0, "save_steps": 0, "save_total_limit": 1, "max_jobs": 0,
+}  # fmt: skip
 
 
 def make_parser(description: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> Any:
     """Return the command line, a parser of this kind; an option that is not given is absent from what it returns."""
-    parser = kind(
-        prog="python -m train.sft", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("--config", type=Path, help="YAML of options; the command line wins")
-    parser.add_argument("--jobs", type=Path, help="YAML: a list of jobs, each with a name and options of its own")
-    for title, options in (
-        ("run", RUN_OPTIONS),
-        ("adapter, data and optimizer (each job may have its own)", JOB_OPTIONS),
-    ):
-        group = parser.add_argument_group(title)
-        for name, how in options.items():
-            default = how.get("default")
-            text = how["help"] + (f" (default: {default})" if default not in (None, "") else "")
-            others = [f"--{alias.replace('_', '-')}" for alias, of in ALIASES.items() if of == name]
-            keywords = {key: value for key, value in how.items() if key not in ("default", "help")}
-            group.add_argument(
-                f"--{name.replace('_', '-')}", *others, dest=name, help=text.replace("%", "%%"), **keywords
-            )
-    return parser
+    return declared.make_parser(DECLARED, description, kind)
 
 
 def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
@@ -155,164 +142,58 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Settings:
     Raises:
         ConfigError: for a file that cannot be read, an unknown option in it, or values that cannot work.
     """
-    try:
-        translated = [translate(grouped(argv), RUN_OPTIONS | JOB_OPTIONS)]
-    except ConfigError as error:
-        parser.error(str(error))
-    line = vars(parser.parse_args(translated[0].arguments))
-    config = line.pop("config", None)
-    jobs_file = line.pop("jobs", None)
-    given = (read_mapping(parser, _mapping(config), str(config), told=translated) if config else {}) | line
-    jobs = None if jobs_file is None else _jobs(parser, jobs_file)
-    changes: tuple[str, ...] = ()
-    run = new_run()
-    if given.get("resume"):
-        saved, run, said = read_options(given.get("output_dir", RUN_OPTIONS["output_dir"]["default"]))
-        old_jobs = saved.pop("jobs", None)
-        old = read_mapping(parser, saved, OPTIONS_FILE)
-        if old_jobs is not None:
-            old_jobs = [read_mapping(parser, job, OPTIONS_FILE, JOB_OPTIONS) for job in old_jobs]
-        given, jobs = old | given, old_jobs if jobs is None else jobs
-        changes = (*said, *_changes(old, old_jobs, given, jobs))
-    return _settings(given, jobs, changes, tuple(_notes(translated, given)), run)
+    return make_settings(Settings, DECLARED, read_command(DECLARED, parser, argv), job_config)
 
 
-def _notes(translated: Sequence[Translation], given: Collection[str]) -> Iterator[str]:
-    unneeded = dict.fromkeys(name for one in translated for name in one.unneeded)
-    if unneeded:
-        yield f"options of TRL that change nothing here: {', '.join(unneeded)}"
-    if any(one.marked for one in translated):
-        note = defaults_note(given, {name: how.get("default") for name, how in (RUN_OPTIONS | JOB_OPTIONS).items()})
-        if note:
-            yield note
+def make_settings[SettingsT: Settings](
+    kind: type[SettingsT],
+    options: Declared,
+    asked: Asked,
+    make_job: Callable[[Mapping[str, Any], Collection[str]], JobConfig],
+) -> SettingsT:
+    """Return the settings that were asked for.
 
-
-def _changes(
-    old: Mapping[str, Any], old_jobs: Sequence[Mapping[str, Any]] | None,
-    new: Mapping[str, Any], new_jobs: Sequence[Mapping[str, Any]] | None,
-) -> Iterator[str]:  # fmt: skip
-    """Yield what is other in a resumed run than when it was begun: first what its jobs share, then each job's own."""
-    for name, text in _different(old, new):
-        if new_jobs is None or name in RUN_OPTIONS or any(name not in job for job in new_jobs):
-            yield text
-    if new_jobs is None:
-        return
-    before = {job["name"]: job for job in old_jobs or [{"name": old.get("name", JOB_OPTIONS["name"]["default"])}]}
-    for job in new_jobs:
-        was = before.pop(job["name"], None)
-        if was is None:
-            yield f"{job['name']}: a new job"
-        else:
-            own = was.keys() | job.keys()
-            yield from (
-                f"{job['name']}: {text}" for name, text in _different({**old, **was}, {**new, **job}) if name in own
-            )
-    yield from (f"{name}: not trained any further" for name in before)
-
-
-def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield options that differ, and how; what was not given has its default."""
-    for name, how in (RUN_OPTIONS | JOB_OPTIONS).items():
-        was, now = (_plain(given.get(name, how.get("default"))) for given in (old, new))
-        if was != now and name not in ("resume", "overwrite_output_dir", "output_dir"):
-            yield name, f"{name}: {now} instead of {was}"
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds a {type(found).__name__}; give options as NAME: VALUE")
-    return found
-
-
-def _jobs(parser: argparse.ArgumentParser, path: Path) -> list[dict[str, Any]]:
-    content = _mapping(path)
-    reject_unknown(map(str, content), ("jobs",), what=f"field of {path}:", error=ConfigError)
-    found = content.get("jobs")
-    if not isinstance(found, list) or not found or not all(isinstance(job, dict) for job in found):
-        raise ConfigError(f"{path} has no list of jobs; give 'jobs:' and under it one '- name: ...' for each")
-    for number, job in enumerate(found, 1):
-        if job.get("name") is None:
-            raise ConfigError(f"{path}: job {number} has no name; give each its own")
-    return [read_mapping(parser, job, f"{path}, job {job['name']!r}", JOB_OPTIONS) for job in found]
-
-
-def read_mapping(
-    parser: argparse.ArgumentParser,
-    values: Mapping[str, Any],
-    where: str,
-    allowed: Mapping[str, Any] = RUN_OPTIONS | JOB_OPTIONS,
-    *,
-    told: list[Translation] | None = None,
-) -> dict[str, Any]:
-    """Return a file's options as the command line would have them; ``told`` gets how they were translated.
+    Args:
+        kind: of the settings; its fields of a run's options have their names.
+        options: options of the program.
+        asked: those that were given.
+        make_job: makes a job of all options' values, given the names of those that are not defaults.
 
     Raises:
-        ConfigError: for one that is not ``allowed``, or has a value of another type.
+        ConfigError: for values that cannot work.
     """
-    pairs: list[tuple[str, list[str]]] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        own = ALIASES.get(name, name)
-        if not (knows(own) and told is not None):
-            reject_unknown([own], allowed, what=f"option in {where}:", error=ConfigError)
-        if value is None:
-            continue
-        is_flag = own not in allowed or allowed[own].get("action") is not None
-        if isinstance(value, bool) and not is_flag and not takes_flag(own, value):
-            raise ConfigError(f"{where}: {own} is {value}; it takes a value")
-        pairs.append((name, [",".join(map(str, value)) if isinstance(value, list) else str(value)]))
-    try:
-        found = translate(pairs, allowed)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if told is not None:
-        told.append(found)
-    try:
-        return vars(parser.parse_args(found.arguments))
-    except SystemExit as error:
-        raise ConfigError(f"{where} has a value that is not allowed; see above") from error
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _settings(
-    given: Mapping[str, Any],
-    jobs: list[dict[str, Any]] | None,
-    changes: tuple[str, ...],
-    notes: tuple[str, ...],
-    run: str,
-) -> Settings:
-    v: dict[str, Any] = {name: how.get("default") for name, how in (RUN_OPTIONS | JOB_OPTIONS).items()} | dict(given)
-    for name, least in (("logging_steps", 1), ("eval_steps", 0), ("eval_generations", 0), ("save_steps", 0),
-                        ("save_total_limit", 1), ("max_jobs", 0)):  # fmt: skip
-        if v[name] < least:
+    given, jobs = asked.given, asked.jobs
+    v = options.defaults | given
+    for name, least in _LEAST.items():
+        if name in v and v[name] < least:
             raise ConfigError(f"{name} is {v[name]}; give at least {least}")
-    own = [job_config(v, given)] if jobs is None else [_named(v | job, given.keys() | job.keys()) for job in jobs]
+    if jobs is None:
+        own = [make_job(v, given)]
+    else:
+        own = [_named(v | job, given.keys() | job.keys(), make_job) for job in jobs]
     names = [job.name for job in own]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise ConfigError(f"two jobs have the name {repeated!r}; give each its own")
-    kept = {name: _plain(value) for name, value in given.items() if name not in ("resume", "overwrite_output_dir")}
+    kept = {name: plain_value(value) for name, value in given.items() if name not in ("resume", "overwrite_output_dir")}
     if jobs is not None:
-        kept["jobs"] = [{name: _plain(value) for name, value in job.items()} for job in jobs]
-    shared = {field.name: v[field.name] for field in dataclasses.fields(Settings) if field.name in RUN_OPTIONS}
+        kept["jobs"] = [{name: plain_value(value) for name, value in job.items()} for job in jobs]
+    shared = {field.name: v[field.name] for field in dataclasses.fields(kind) if field.name in options.run}
     shared["report_to"] = tuple(part.strip() for part in v["report_to"].split(",") if part.strip() not in ("", "none"))
-    return Settings(
-        **shared, jobs=tuple(own), given=kept, changes=changes, notes=notes, run=run,
+    return kind(
+        **shared, jobs=tuple(own), given=kept, changes=asked.changes, notes=asked.notes, run=asked.run,
         train=TrainOptions(gradient_checkpointing=v["gradient_checkpointing"], max_jobs=v["max_jobs"]),
     )  # fmt: skip
 
 
-def _named(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
-    """Return ``job_config``; what is wrong in it names it."""
+def _named(
+    v: Mapping[str, Any],
+    given: Collection[str],
+    make_job: Callable[[Mapping[str, Any], Collection[str]], JobConfig],
+) -> JobConfig:
+    """Return a job; what is wrong in it names it."""
     try:
-        return job_config(v, given)
+        return make_job(v, given)
     except ConfigError as error:
         raise ConfigError(f"job {v['name']!r}: {error}") from error
 

@@ -13,7 +13,8 @@ from preft_jax.errors import ConfigError, did_you_mean, plain, shown
 ALIASES = {
     "lora_r": "rank", "lora_target_modules": "targets", "resume_from_checkpoint": "resume",
     "model_name_or_path": "model", "dataset_name": "dataset", "torch_dtype": "dtype", "max_seq_length": "max_length",
-    "evaluation_strategy": "eval_strategy", "assistant_only_loss": "completion_only_loss",
+    "evaluation_strategy": "eval_strategy", "assistant_only_loss": "completion_only_loss", "reward_funcs": "task",
+    "vllm_importance_sampling_cap": "importance_sampling_cap",
 }  # fmt: skip
 """Name of TRL or PEFT -> the option."""
 
@@ -85,6 +86,21 @@ _REFUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "logging_strategy": ((), "status lines are counted in updates; give --logging-steps"),
     "test_split_size": ((), "give the rows to evaluate on as --eval-dataset, or --dataset-test-split"),
     "datasets": ((), "one dataset is trained on; give --dataset"),
+    **{
+        name: (neutral, "tokens are drawn from the whole distribution; give --temperature, or leave it out")
+        for name, neutral in (
+            ("top_p", ("1", "1.0")), ("top_k", ("0", "-1")), ("min_p", ("0", "0.0")),
+            ("repetition_penalty", ("1", "1.0")),
+        )
+    },
+    "importance_sampling_level": (("token",), "ratios are those of tokens; leave it out"),
+    **dict.fromkeys(
+        ("steps_per_generation", "generation_batch_size"),
+        ((), "samples of a step are --per-device-train-batch-size times --gradient-accumulation-steps"),
+    ),
+    "sync_ref_model": (("false",), "the reference is the base model; leave it out"),
+    "delta": ((), "give --epsilon and --epsilon-high; leave it out"),
+    "reward_weights": ((), "there is one reward; weigh several in a function of your own"),
 }  # fmt: skip
 """Name -> values that ask for nothing, and what to do about others."""
 
@@ -100,7 +116,7 @@ _UNNEEDED = (
     "remove_unused_columns restore_callback_states_from_checkpoint run_name save_on_each_node save_only_model "
     "save_safetensors shuffle_dataset skip_memory_metrics streaming tf32 torch_compile.* torch_empty_cache_steps "
     "trackio_.* train_sampling_strategy trust_remote_code use_bnb_nested_quant use_cache use_flash_attention_2 "
-    "use_liger_kernel"
+    "use_liger_kernel use_vllm vllm_.* use_transformers_paged cache_implementation ds3_gather_for_generation"
 )
 """Names, as patterns, that say how torch computes or what is shown, which is decided here by other means."""
 
@@ -162,7 +178,7 @@ def translate(given: Iterable[tuple[str, list[str]]], options: Mapping[str, Mapp
     for name, values in given:
         if not name:
             arguments += values
-        elif _NOTHING.fullmatch(name):
+        elif name not in ALIASES and _NOTHING.fullmatch(name):
             unneeded.append(name)
         elif not (name in ("bf16", "fp16") and "dtype" in names):  # What is said of the base model counts.
             for option, texts in _translated(name, values, options):
@@ -177,11 +193,13 @@ def _translated(name: str, values: list[str], options: Mapping[str, Mapping[str,
     if options.get(own, {}).get("action") or "true" in _VALUES.get(own, {}):
         lower = _TRUTH.get(lower, lower)
         values = [lower] if values[:1] and lower in ("true", "false") else values
-    if lower in ("none", "null") and (own in _REFUSED or own in ("dtype", "completion_only_loss")):
+    if lower in ("none", "null") and (
+        (own in _REFUSED and own not in options) or own in ("dtype", "completion_only_loss")
+    ):
         return []
     if own in _VALUES and lower in _VALUES[own]:
         return [(option, [text]) for option, text in _VALUES[own][lower]]
-    if own in _REFUSED:
+    if own in _REFUSED and own not in options:
         neutral, instead = _REFUSED[own]
         if lower in neutral:
             return []
@@ -220,7 +238,7 @@ def _written(name: str, values: list[str], options: Mapping[str, Mapping[str, An
     return [f"{flag}={values[0]}", *values[1:]] if values else [flag]
 
 
-def defaults_note(given: Collection[str], defaults: Mapping[str, Any]) -> str:
+def defaults_note(given: Collection[str], defaults: Mapping[str, Any], trl: Mapping[str, str]) -> str:
     """Return a sentence on the options that were not given and whose defaults TRL has otherwise."""
-    others = [f"{name} {defaults[name]!r} (TRL: {value})" for name, value in DEFAULTS.items() if name not in given]
+    others = [f"{name} {defaults[name]!r} (TRL: {value})" for name, value in trl.items() if name not in given]
     return "defaults that are other than TRL's: " + ", ".join(others) if others else ""

@@ -20,7 +20,8 @@ from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, reject_unknown, shown
 from serve.jobs import JobSpec
 from train.jobs import JobConfig
-from train.run.options import JOB_OPTIONS, RUN_OPTIONS, job_config, make_parser, read_mapping
+from train.run.declared import read_mapping
+from train.run.options import JOB_OPTIONS, RUN_OPTIONS, job_config, make_parser
 
 OPENAI = {
     "n_epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",

@@ -1,0 +1,1 @@
+"""Reinforcement learning of adapters: tasks, samples of an engine, rewards, advantages, and a run of ``train.rl``."""

@@ -1,0 +1,204 @@
+"""One run of ``train.rl``: samples, rewards and updates of all jobs until each has ended, evaluations between them."""
+
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from preft_jax.errors import PreftError
+from preft_jax.io.adapter_files import save_adapter
+from preft_jax.loading import Model
+from train.jobs import first_adapter
+from train.publish import publish
+from train.rollouts.learning import learned
+from train.rollouts.measures import eval_measures, prompt_rewards, step_measures
+from train.rollouts.options import RolloutConfig, RolloutSettings
+from train.rollouts.report import RolloutReport
+from train.rollouts.rewarding import Rewarder
+from train.rollouts.samples import Group, RolloutJob, Sampler, held_out_prompts, step_prompts
+from train.rollouts.tasks import make_task
+from train.rollouts.update import Update, learn
+from train.run.directory import RunDirectory
+from train.run.log import say
+from train.run.loop import InterruptError
+from train.run.progress import Progress
+from train.run.reporters import make_reporters
+from train.trainer import Trainer
+
+
+def load_jobs(configs: Sequence[RolloutConfig], model: Model) -> list[RolloutJob]:
+    """Return jobs on a base model, with the adapters that they start from and their tasks.
+
+    Raises:
+        ConfigError: if options do not fit the model or the adapter to start from, or there is no such task.
+        DataError: if a dataset is bad.
+    """
+    jobs = []
+    for config in configs:
+        initial = first_adapter(config, model)
+        config = dataclasses.replace(config, adapter=initial.config)
+        jobs.append(RolloutJob(config, model, make_task(config, model), initial))
+    return jobs
+
+
+class RolloutRun:
+    """A run in its output directory; a context manager that leaves nothing open.
+
+    Raises:
+        ConfigError: if the directory holds another run, or the options do not fit the checkpoint that is resumed.
+        DataError: if a dataset is bad.
+    """
+
+    def __init__(self, settings: RolloutSettings, model: Model, console: Console):
+        self._settings = settings
+        self._interrupted = False
+        self._unpublished: dict[str, str] = {}
+        names = [config.name for config in settings.jobs]
+        self._directory = RunDirectory(settings.output_dir, names, named="jobs" in settings.given, picture="reward.png")
+        configs = [config for config in settings.jobs if isinstance(config, RolloutConfig)]
+        self._jobs = jobs = load_jobs(configs, model)
+        self._sampler = Sampler(model, jobs, max_num_seqs=settings.max_num_seqs, max_jobs=settings.train.max_jobs)
+        self._rewarder = Rewarder()
+        try:
+            self._rewarder.start(jobs)
+            self._directory.prepare(resume=settings.resume, overwrite=settings.overwrite_output_dir)
+            reporters = make_reporters(settings.report_to, settings.output_dir, settings.output_dir.resolve().name)
+            self._trainer = Trainer(model, options=settings.train)
+            self._progress = Progress(settings, model, self._directory, jobs, self._trainer)
+            self._progress.begin(functools.partial(say, console))
+            self._directory.write_options(settings.given, settings.run)  # Once nothing refuses them.
+            self._report = RolloutReport(settings, model, self._directory, jobs, reporters, console)
+        except BaseException:
+            self._rewarder.close()
+            raise
+
+    def __enter__(self) -> "RolloutRun":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._rewarder.close()
+        self._progress.close()
+        self._report.close(failed=error[0] is not None)
+
+    def interrupt(self) -> None:
+        """End after this step, with a checkpoint; a second call ends at once."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def train(self) -> dict[str, str]:
+        """Train until all jobs are done; returns why those failed that did.
+
+        Raises:
+            InterruptError: once, if asked to, the run has ended early with a checkpoint.
+            CheckpointError: if a checkpoint cannot be written.
+        """
+        self._report.introduce(self._running(waiting=True))
+        before = signal.signal(signal.SIGINT, lambda *_: self.interrupt())
+        try:
+            self._loop()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self._report.conclude()
+        return self._report.failed | self._unpublished
+
+    def _running(self, *, waiting: bool = False) -> list[RolloutJob]:
+        jobs = self._trainer.jobs if waiting else self._trainer.running
+        return [job for job in jobs if isinstance(job, RolloutJob)]
+
+    def _loop(self) -> None:
+        settings, trainer, progress = self._settings, self._trainer, self._progress
+        if progress.step and self._due(settings.eval_steps):
+            trainer.admit()
+            self._evaluate(self._running())
+        while trainer.jobs:
+            trainer.admit()
+            if settings.eval_on_start:
+                self._evaluate([job for job in self._running() if job.step == 0])
+            going = [job for job in self._running() if not job.done]
+            if going:  # Else they were done before the run was resumed.
+                self._step(going)
+            progress.step += 1
+            done = [job for job in self._running() if job.done]
+            if self._due(settings.eval_steps) and not self._interrupted:
+                self._evaluate(self._running())
+            for job in done:
+                self._end(job)
+            if done or self._due(settings.save_steps) or self._interrupted:
+                progress.save()
+            if self._interrupted and trainer.jobs:
+                raise InterruptError(
+                    f"interrupted at step {progress.step}, which is in {self._directory.checkpoints}; go on with "
+                    f"--resume --output-dir {self._directory.path}"
+                )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self._progress.step % every == 0
+
+    def _step(self, jobs: Sequence[RolloutJob]) -> None:
+        """Sample, reward and learn, once for each job; all of them beside each other."""
+        began = time.perf_counter()
+        asked = {job: step_prompts(job) for job in jobs}
+        groups = self._sampler.sample(asked, {job: self._trainer.adapter_of(job) for job in jobs})
+        sampled = time.perf_counter()
+        for job in jobs:
+            self._rewarder.reward(job, groups[job])
+        rewarded = time.perf_counter()
+        updates = learn(self._trainer, {job: learned(job, groups[job]) for job in jobs})
+        seconds = {
+            "sampling_seconds": sampled - began, "reward_seconds": rewarded - sampled,
+            "learning_seconds": time.perf_counter() - rewarded,
+        }  # fmt: skip
+        for job in jobs:
+            measures = step_measures(groups[job], job.options, job.prompts_per_step)
+            self._report.step(job, measures | _learning(updates[job]) | seconds, groups[job])
+
+    def _evaluate(self, jobs: Sequence[RolloutJob]) -> None:
+        """Evaluate jobs on what is held out, unless they are done, or that was before the run was interrupted."""
+        for job in jobs:
+            if not job.done and (job.name, job.batch) not in self._report.evaluated:
+                self._evaluate_one(job)
+
+    def _evaluate_one(self, job: RolloutJob) -> None:
+        asked = held_out_prompts(job)
+        if not asked:
+            return
+        groups: list[Group] = self._sampler.sample({job: asked}, {job: self._trainer.adapter_of(job)})[job]
+        self._rewarder.reward(job, groups, punish=False)
+        self._report.evaluation(job, eval_measures(groups), prompt_rewards(groups))
+
+    def _end(self, job: RolloutJob) -> None:
+        """Leave the adapter of a job that is done, unless it failed, and make room for another."""
+        if job.failed is None:
+            # Before the last evaluation, so that nothing that goes wrong there costs the adapter.
+            self._export(job)
+            self._evaluate_one(job)
+        self._progress.ended[job.name] = self._trainer.release(job)
+
+    def _export(self, job: RolloutJob) -> None:
+        adapter, path = self._trainer.adapter_of(job), self._directory.adapter(job.name)
+        save_adapter(path, adapter)
+        self._progress.exported.add(job.name)
+        self._report.line(f"the adapter is in {path}", job)
+        if self._settings.publish is not None:
+            try:
+                self._report.line(publish(adapter, job.name, path, self._settings.publish))
+            except (PreftError, OSError) as error:  # The adapter is there, and other jobs go on.
+                self._unpublished[job.name] = str(error)
+                self._report.line(f"not published: {error}", job)
+
+
+def _learning(update: Update) -> dict[str, float]:
+    """Return the numbers of a step's updates: of the last one, and the losses' own as means over all."""
+    if not update.results:
+        return update.mismatch.metrics()
+    last = update.results[-1]
+    names = list(last.metrics)
+    means = {name: sum(one.metrics.get(name, 0.0) for one in update.results) / len(update.results) for name in names}
+    return {
+        "loss": last.loss, "grad_norm": last.grad_norm, "learning_rate": last.learning_rate,
+        "tokens": float(update.tokens), **means, **update.mismatch.metrics(),
+    }  # fmt: skip
