@@ -72,3 +72,4 @@ def test_what_runs_is_kept_and_what_waits_is_begun_again(lively, tmp_path, compi
         assert f"Fine-tuning job started, going on after step {learned}" in messages
     finally:
         again.close()
+    cases.until(lambda: not (service.is_compiling or again.is_compiling))
