@@ -25,13 +25,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from bench.output import emit
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError, did_you_mean
 from preft_jax.loading import Model, load_model, serving_model
 from serve.bench.environment import environment
+from serve.bench.output import emit
 from train.data.batches import BatchOptions
 from train.data.rows import DataOptions, Example, make_examples
 from train.jobs import Job, JobConfig

@@ -26,13 +26,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.output import emit
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.text.chat import EncodedPrompt
 from serve.bench.environment import environment
+from serve.bench.output import emit
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.background import Unit
 from serve.engine.config import EngineConfig

@@ -34,7 +34,6 @@ from bench.coserve_figures import attainment, by_second, latencies, over, publis
 from bench.coserve_model import poisson
 from bench.coserve_parts import Every, Turns, WholeSteps, make_trainer, run_for
 from bench.engine_contenders import WatchedEngine, engine_config
-from bench.output import emit, keep
 from bench.trace import digest_of, draw, longest_of, rate_of
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
@@ -45,6 +44,7 @@ from preft_jax.text.chat import EncodedPrompt
 from serve.bench.datasets import TRACE_COLUMNS, Trace, read_trace
 from serve.bench.environment import environment
 from serve.bench.load import EngineTarget, LoadRequest
+from serve.bench.output import emit, keep
 from serve.bench.plots import check_plotting
 from serve.engine.pacing import Promise
 from serve.engine.request import Request

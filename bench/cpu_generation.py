@@ -23,7 +23,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.output import emit
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
@@ -34,6 +33,7 @@ from preft_jax.loading import Model, load_model
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.text.chat import EncodedPrompt
 from serve.bench.environment import environment
+from serve.bench.output import emit
 from serve.engine.engine import Engine
 from serve.engine.request import Request
 from serve.generate import config_for

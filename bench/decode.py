@@ -23,7 +23,6 @@ from rich.table import Table
 
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.kernel_timing import Ceilings, measure_ceilings
-from bench.output import emit
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
@@ -32,6 +31,7 @@ from preft_jax.models.cache import init_cache, pages_for
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
 from serve.bench.environment import environment
+from serve.bench.output import emit
 from serve.engine import programs as device
 
 SCHEMA = "preft-jax/decode/1"

@@ -25,7 +25,6 @@ from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.kernel_timing import Ceilings, measure_ceilings
-from bench.output import emit, keep
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
@@ -35,6 +34,7 @@ from serve.bench.contest import MODES
 from serve.bench.environment import environment
 from serve.bench.load import LoadRequest
 from serve.bench.metrics import paired_ratio, summarize
+from serve.bench.output import emit, keep
 from serve.bench.workload import DISTRIBUTIONS, draw_users
 
 SCHEMA = "preft-jax/headline/1"

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.hostile_bodies import hostile_bodies
-from bench.output import emit
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/hostile/1"
 LIMITS = {"seconds": 0.3, "peak_mib": 100.0, "gap_seconds": 0.1}

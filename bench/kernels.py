@@ -26,10 +26,10 @@ from rich.table import Table
 from bench.kernel_cases import Case, EditCase, select
 from bench.kernel_contenders import PEERS, Contender, ours
 from bench.kernel_timing import Ceilings, TimedProgram, difference, make_sets, measure_ceilings, plan
-from bench.output import emit
 from kernels.dispatch import MODULES
 from preft_jax.cli import hyphenated
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/kernels/1"
 TAGS = {"small": "small", "full": "bench"}

@@ -35,6 +35,7 @@ from preft_jax.errors import ConfigError, PreftError
 from serve.bench.arrivals import draw_arrivals
 from serve.bench.client import list_models
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/overload/1"
 RECOVERED = 1.5
@@ -331,10 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output_json.parent.mkdir(parents=True, exist_ok=True)
         found = run(args)
         print_table(found, Console())
-        line = json.dumps(found, allow_nan=False)
-        print(line)
-        if args.output_json is not None:
-            args.output_json.write_text(line + "\n")
+        emit(found, args.output_json)
     except (PreftError, OSError, httpx.HTTPError) as error:
         print(f"bench.overload: {error}", file=sys.stderr)
         return 1

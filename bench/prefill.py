@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
-from bench.output import emit
 from kernels import dispatch
 from preft_jax.adapters.allocator import SitePages
 from preft_jax.adapters.bank import Bank, Pools, init_bank
@@ -38,6 +37,7 @@ from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import init_params
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/prefill/1"
 PAGE_SIZE, TILE = 64, 64

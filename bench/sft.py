@@ -24,7 +24,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.output import emit
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
@@ -33,6 +32,7 @@ from preft_jax.models.layer import Remat
 from preft_jax.shapes import NUM_GROUPS
 from preft_jax.text.chat import EncodedPrompt
 from serve.bench.environment import environment
+from serve.bench.output import emit
 from train.data.batches import BatchOptions
 from train.data.rows import DataOptions, Example
 from train.jobs import Job, JobConfig

@@ -233,6 +233,23 @@ def hostile(figures: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n{told} {machine(figures)}.\n"
 
 
+def kills(figures: dict[str, Any]) -> str:
+    """What was compared after each kill of a server that fine-tunes, and what was not as it must be."""
+    found, interval = figures["figures"], figures["options"]["checkpoint_steps"]
+    rows = [
+        ["kills, of these while it started", f"{found['kills']}, {found['kills_while_starting']}"],
+        ["jobs that succeeded, of those created", f"{found['jobs_succeeded']} of {found['jobs']}"],
+        ["times that a job went on from a state", str(found["jobs_gone_on"])],
+        [f"most updates that a job did again, {interval} between states", str(found["most_updates_lost"])],
+        ["adapters that the jobs ended with, all of them learning the same", str(found["last_adapters"])],
+        ["adapters with a name, read whole after a kill", str(found["adapters_read"])],
+        ["answers, compared with the first of the same adapter", str(found["answers"])],
+        ["uploads and deletions that were answered", f"{found['uploads']} and {found['deletions']}"],
+        ["faults", str(len(found["faults"]))],
+    ]
+    return f"{markdown([f'{found["seconds"] / 60:.0f} minutes', ''], rows)}\n{machine(figures)}.\n"
+
+
 def server(figures: dict[str, Any]) -> str:
     """Base and adapters through a server."""
     options = figures["options"]
@@ -318,6 +335,7 @@ TABLES = {
     "cpu-generation": cpu_generation,
     "cpu-adapters": cpu_adapters,
     "cpu-hostile": hostile,
+    "cpu-kills": kills,
     "cpu-overload": overload,
     "cpu-serve-bench": cpu_serve_bench,
     "cpu-server-uniform": server,

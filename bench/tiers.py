@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine_contenders import Adapters
-from bench.output import emit
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.allocator import BankAllocator
 from preft_jax.adapters.config import AdapterConfig
@@ -43,6 +42,7 @@ from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.text.chat import EncodedPrompt
 from serve.bench.environment import environment
 from serve.bench.load import EngineTarget, LoadRequest
+from serve.bench.output import emit
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.request import Request

@@ -10,7 +10,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import json
 import os
 import re
 import sys
@@ -30,6 +29,7 @@ from bench.tpu_cases import AXIS, SELECTIONS, Case
 from kernels import dispatch
 from preft_jax.cli import hyphenated
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/tpu-compile/1"
 HBM_GIB = {"v5e": 16, "v6e": 32, "v5p": 95}
@@ -186,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console(width=230).print(table(rows))
     counts = dict(collections.Counter(row["status"] for row in rows))
     figures = {"schema": SCHEMA, "selection": args.selection, "counts": counts, "rows": rows, **environ}
-    line = json.dumps(figures)
-    if args.output_json is not None:
-        args.output_json.write_text(line + "\n")
-    print(line)
+    emit(figures, args.output_json)
     return int(counts.get("failed", 0) > 0 or not rows)
 
 

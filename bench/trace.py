@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
-from bench.output import emit, keep
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
@@ -43,6 +42,7 @@ from serve.bench.datasets import TRACE_COLUMNS, Trace, read_trace
 from serve.bench.environment import environment
 from serve.bench.load import LoadRequest
 from serve.bench.metrics import MetricOptions, meets, summarize
+from serve.bench.output import emit, keep
 from serve.bench.workload import DISTRIBUTIONS, Texts, draw_users, trace_texts
 from serve.engine.config import EngineConfig
 

@@ -29,11 +29,11 @@ from bench.kernel_cases import Case, select
 from bench.kernel_contenders import Contender, ours
 from bench.kernel_timing import measure_ceilings
 from bench.kernels import run_case
-from bench.output import emit
 from kernels.dispatch import MODULES
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError
 from serve.bench.environment import environment
+from serve.bench.output import emit
 
 SCHEMA = "preft-jax/tune/1"
 

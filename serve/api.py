@@ -469,9 +469,10 @@ def run(args: argparse.Namespace) -> int:
         server.run([listener])
         status = 0 if serving.engine.alive else 1
         _log.info("ended", extra={"facts": {"status": status}})
-        if serving.engine.busy:
-            os._exit(status)  # The thread is inside a compilation, which nothing ends.
-        serving.adapters.close()
+        if not serving.engine.busy:
+            serving.adapters.close()
+        if serving.is_compiling:
+            os._exit(status)  # A thread is inside a compilation, which nothing ends.
         return status
 
 

@@ -99,7 +99,16 @@ class Checkpoint:
 
 
 class FineTuning(Protocol):
-    """Runs jobs. Any thread may call it; nothing here waits for the device."""
+    """Runs jobs. Any thread may call it; nothing here waits for the device.
+
+    Attributes:
+        is_compiling: whether programs are being compiled, which nothing can end, ``close`` neither.
+    """
+
+    @property
+    def is_compiling(self) -> bool:
+        """See there."""
+        ...
 
     def create(self, spec: JobSpec, *, owner: str | None) -> JobRecord:
         """Queue a job; its rows are read later, and a bad one makes the job fail.
@@ -140,6 +149,14 @@ class FineTuning(Protocol):
 
     def resume(self, job_id: str) -> JobRecord:
         """Let a paused job go on."""
+        ...
+
+    def delete_model(self, name: str) -> bool:
+        """Delete the adapter of this name if a job has made it; return whether one has.
+
+        Raises:
+            PreftError: if that is impossible now; nothing is deleted then.
+        """
         ...
 
     def close(self) -> None:

@@ -18,7 +18,6 @@ from jax.experimental.compilation_cache import compilation_cache
 import preft_jax
 from preft_jax import AdapterConfig
 from preft_jax.config import PRESETS
-from preft_jax.device.programs import forget_shared
 from preft_jax.io.gguf_file import open_gguf
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, packaged_gguf
 from preft_jax.models.forward import forward
@@ -27,6 +26,7 @@ from preft_jax.text.tokenizer import byte_tokenizer, gguf_tokenizer
 sys.path.append(str(Path(__file__).parent))
 
 import reference
+from shared_programs import forget_shared
 
 hypothesis.settings.register_profile("preft", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("preft")

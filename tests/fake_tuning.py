@@ -22,6 +22,8 @@ KNOWN = {"n_epochs", "batch_size", "learning_rate_multiplier", "rank", "adapter_
 class FakeFineTuning:
     """Jobs in memory; ``begin``, ``learn`` and ``finish`` let one go on. ``before``: one whose jobs are taken over."""
 
+    is_compiling = False
+
     def __init__(self, before=None):
         self.clear()
         self.closed = False
@@ -30,7 +32,7 @@ class FakeFineTuning:
             self.jobs, self.happened, self.kept = before.jobs, before.happened, before.kept
 
     def clear(self):
-        self.jobs, self.happened, self.kept = {}, {}, {}
+        self.jobs, self.happened, self.kept, self.deleted = {}, {}, {}, []
         self.most = 4
         self._ids = itertools.count()
 
@@ -112,15 +114,22 @@ class FakeFineTuning:
     def resume(self, job_id):
         return self._change(job_id, "queued", {"paused"})
 
+    def delete_model(self, name):
+        made = [job for job in self.jobs.values() if job.fine_tuned_model == name]
+        return bool(made) and self.deleted.append(name) is None
+
     def close(self):
         self.closed = True
 
 
 class NoAdapters:
-    """A store that has none."""
+    """A store that has none; ``owners``: of those that it pretends to have."""
+
+    def __init__(self):
+        self.owners = {}
 
     def get(self, name):
-        return None
+        return types.SimpleNamespace(name=name, owner=self.owners[name]) if name in self.owners else None
 
     def list(self):
         return []

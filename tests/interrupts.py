@@ -7,10 +7,15 @@ FOLDERS = tuple(str(Path(__file__).parent.parent / name) for name in ("serve", "
 
 
 class Interrupt:
-    """Raises a KeyboardInterrupt at the n-th line of the project's own code, on this thread; None counts lines only."""
+    """Raises a KeyboardInterrupt at the n-th line of the project's own code, on this thread.
+
+    Without a number it raises none, and ``places`` are the lines that were reached, in their order.
+    """
 
     def __init__(self, at=None):
-        self.at, self.lines, self.raised = at, 0, None
+        self.at, self.raised = at, None
+        self.places = []
+        self._lines = 0
 
     def __enter__(self):
         sys.settrace(self._call)
@@ -23,9 +28,21 @@ class Interrupt:
         return self._line if frame.f_code.co_filename.startswith(FOLDERS) else None
 
     def _line(self, frame, event, _):
-        if event == "line":
-            if self.lines == self.at and self.raised is None:
-                self.raised = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-            self.lines += 1
+        if event != "line" or self.raised is not None:
+            return self._line
+        if self.at is None:
+            self.places.append((frame.f_code.co_filename, frame.f_lineno))
+        elif self._lines == self.at:
+            self.raised = (frame.f_code.co_filename, frame.f_lineno)
+            raise KeyboardInterrupt
+        self._lines += 1
         return self._line
+
+
+def moments(places, rng):
+    """Return when to interrupt, so that each line of the code has its turn: the first time that it is reached, and once
+    more if there are others."""
+    times = {}
+    for at, place in enumerate(places):
+        times.setdefault(place, []).append(at)
+    return sorted({at for own in times.values() for at in (own[0], int(rng.choice(own)))})

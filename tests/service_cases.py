@@ -42,12 +42,12 @@ def spec(path, hyperparameters=LORA, **fields):
                       **fields})  # fmt: skip
 
 
-def make_store(model, directory=None):
+def make_store(model, directory=None, **options):
     """Return a store, one that remembers names if it has a directory."""
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
     registry = Registry(None if directory is None else directory / "adapters.sqlite")
-    return AdapterStore(AdapterFiles(model), registry, host_bytes=10**8)
+    return AdapterStore(AdapterFiles(model), registry, host_bytes=10**8, **options)
 
 
 def make_service(model, directory, store=None, **options):

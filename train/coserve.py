@@ -142,6 +142,11 @@ class Training:
         return _PAUSE if self._compiles and not (self.paused or self._closed) else None
 
     @property
+    def is_compiling(self) -> bool:
+        """Whether programs are being compiled, which nothing can end."""
+        return self._ahead.is_busy
+
+    @property
     def compile_seconds(self) -> dict[str, list[float]]:
         """Seconds that compiling took, by names of programs: one number for each shape."""
         return self._ahead.seconds
@@ -263,7 +268,12 @@ class Training:
         jobs = self._turn()
         if not jobs:
             return False
-        windowed = self._ahead.has()  # Others may have left, and what is left has other shapes.
+        try:
+            windowed = self._ahead.has()  # Others may have left, and what is left has other shapes.
+        except Exception:  # All enter again, one by one, so that the one at fault is found and nobody's state is lost.
+            self._settle()
+            self.trainer.requeue()
+            self._entering, self._one_by_one, windowed = [], True, None
         if windowed is None:
             self._compiles = True
             return False
@@ -372,10 +382,11 @@ class Training:
 
     def _refuse(self, job: Job, error: Exception) -> None:
         """Give up a job that cannot join."""
+        adapter = job.initial
         if job in self.trainer.jobs:
-            self.trainer.release(job)
+            adapter = Adapter(adapter.config, self.trainer.release(job).params)
         self._give_up(job, error)
-        self._tell_ended(job, job.initial)
+        self._tell_ended(job, adapter)
 
     def _admit(self) -> None:
         """Give slots to jobs that wait, once their programs are compiled; one with which that fails is given up."""

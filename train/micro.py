@@ -18,7 +18,7 @@ DocumentRow = Sequence[Example | Document]
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch that is prepared: arguments of ``step.accumulate``, whose rows they are, and tokens of these."""
+    """A prepared micro-batch: the arguments of ``Programs.accumulate``, whose rows they are, and their tokens."""
 
     groups: tuple[Group, ...]
     params: tuple[Any, ...]

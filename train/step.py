@@ -283,19 +283,18 @@ def stream_losses(
     return by_slot(loss_T), count_J, means
 
 
-def accumulate(
+def gradients(
     config: ModelConfig,
     groups: tuple[Group, ...],
     attention: DenseKernel,
     remat: Remat,
     base: Params,
     params: tuple[Any, ...],
-    sums: Sums | None,
     batch: Batch,
     dropout_J: jax.Array | None,
     loss: Loss = CROSS_ENTROPY,
 ) -> Sums:
-    """Add a micro-batch's gradients, losses, counts and metrics to ``sums`` (donated; None at a step's first)."""
+    """Return a micro-batch's gradients, losses, counts and metrics."""
     num_slots = sum(group.size for group in groups)
 
     def objective(params: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, Means]]]:
@@ -305,13 +304,11 @@ def accumulate(
         return found[0].sum(), found
 
     grads, found = jax.grad(objective, has_aux=True)(params)
-    return add_sums(sums, Sums(grads, *found))
+    return Sums(grads, *found)
 
 
-def add_sums(sums: Sums | None, new: Sums) -> Sums:
+def add_sums(sums: Sums, new: Sums) -> Sums:
     """Return the sums with those of another micro-batch added."""
-    if sums is None:
-        return new
     # Micro-batches of an update may have losses with metrics of different names.
     metrics = {**sums.metrics, **new.metrics}
     for name in sums.metrics.keys() & new.metrics.keys():
@@ -408,14 +405,25 @@ class Programs:
         remat: Remat,
         replicated: NamedSharding | None = None,
     ):
-        self.accumulate = jax.jit(
-            functools.partial(accumulate, config, groups, attention, remat),
-            donate_argnames=("sums",),
+        self._gradients = jax.jit(
+            functools.partial(gradients, config, groups, attention, remat),
             static_argnames=("loss",),
             out_shardings=replicated,
         )
+        self._add = jax.jit(add_sums, donate_argnames=("sums",), out_shardings=replicated)
         self.update = Program(
             functools.partial(update, groups), name="update", donate=("state",), out_shardings=replicated
         )
         self.evaluate = jax.jit(functools.partial(evaluate, config, groups, attention))
         self.score = jax.jit(functools.partial(score, config, groups, attention))
+
+    def accumulate(
+        self, base: Params, params: tuple[Any, ...], sums: Sums | None, batch: Batch, dropout_J: Array | None,
+        loss: Loss = CROSS_ENTROPY,
+    ) -> Sums:  # fmt: skip
+        """Return the sums (donated; None at an update's first micro-batch) with a micro-batch's ``gradients`` added.
+
+        These are a program of their own: it takes long to compile, and the first micro-batch needs it, too.
+        """
+        new = self._gradients(base, params, batch, dropout_J, loss=loss)
+        return new if sums is None else self._add(sums, new)

@@ -347,6 +347,14 @@ class Trainer:
         self.forget_gathered()
         return jobs
 
+    def requeue(self) -> None:
+        """Let the running jobs wait again, with their states and before those that wait; no group is left."""
+        self._settle()
+        restored = {job: self.state_of(job) for job in self.running} | self._restored
+        after = {"layout": Layout(), "_state": (), "_restored": restored, "_waiting": collections.deque(restored)}
+        self.forget_gathered()
+        vars(self).update(after)
+
     def finish(self) -> StepResult | None:
         """Return the results of the last update started."""
         self._settle()

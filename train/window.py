@@ -4,7 +4,7 @@ A forward unit computes a window's stream behind some layers and adds its keys a
 it. What is kept of a token is what these layers read, and its keys and values; all else is computed again. A backward
 unit takes the cotangents of a window's stream, keys and values, right to left, and adds to those of the keys and values
 before it: where several windows look at a token, its keys and values have several parts. So any unit can wait for as
-long as it must, and the sum is that of ``step.accumulate``.
+long as it must, and the sum is that of ``step.gradients``.
 
     units = windowed.units(params, batch)
     while units.name is not None:
@@ -117,7 +117,7 @@ class Windowed:
 
     Args:
         config: of the base model.
-        groups: of adapters, as for ``step.accumulate``.
+        groups: of adapters, as for ``step.gradients``.
         options: how a micro-batch is cut.
     """
 
@@ -186,7 +186,7 @@ class Windowed:
         loss: Loss = CROSS_ENTROPY,
         sums: Sums | None = None,
     ) -> "Units":
-        """Return the units of a micro-batch; arguments as of ``step.accumulate``, of which the base comes later."""
+        """Return the units of a micro-batch; arguments as of ``Programs.accumulate``, of which the base comes later."""
         return Units(lambda units: self._plan(units, params, batch, dropout_J, loss, sums))
 
     def evaluation(self, params: tuple[Any, ...], batch: Batch) -> "Units":

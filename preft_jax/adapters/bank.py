@@ -19,7 +19,6 @@ from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.adapters.pages import PackedSite
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
-from preft_jax.models.params import AXES
 from preft_jax.shapes import RANK_PAGE, SITES
 
 
@@ -29,12 +28,6 @@ class Pools(NamedTuple):
     a_LPDR: Array
     c_LPR: Array
     b_LPRF: Array
-
-
-def pool_axes(site: str) -> Pools:
-    """Return the logical axes of a site's pools: pages are cut as the input and the output of its linear are."""
-    d, f = ("hidden", "hidden") if site == "block" else AXES[site]
-    return Pools(("layers", "pages", d, "rank"), ("layers", "pages", "rank"), ("layers", "pages", "rank", f))
 
 
 class Bank(NamedTuple):

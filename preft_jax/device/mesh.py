@@ -1,8 +1,8 @@
 """Where arrays lie on several devices: one table from logical axes to axes of the mesh, asked by all.
 
-Weights name their axes in ``models/params.py``, KV pages in ``models/cache.py``, rank pages in ``adapters/bank.py``. A
-training mesh has one axis, ``fsdp``: every device has a part of each weight and of each batch (Zhao et al., arXiv
-2304.11277), and the compiler gathers a layer's weights where they are used.
+Weights name their axes in ``models/params.py``, KV pages in ``models/cache.py``. A training mesh has one axis,
+``fsdp``: every device has a part of each weight and of each batch (Zhao et al., arXiv 2304.11277), and the compiler
+gathers a layer's weights where they are used.
 """
 
 import dataclasses
@@ -24,10 +24,8 @@ TABLE: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor", "fsdp"),
     "hidden": (),
     "head": (),
-    "layers": (),
     "pages": (),
     "tokens": (),
-    "rank": (),
 }
 """From a logical axis to the axes of a mesh that may cut it, the first that there is; none: every device has all of it.
 

@@ -20,11 +20,6 @@ _shared: dict[Any, dict[str, _Compiled]] = {}
 """Compiled programs by everything that their shapes depend on, then by name."""
 
 
-def forget_shared() -> None:
-    """Drop the compiled programs that later ``Programs`` of the same key would share."""
-    _shared.clear()
-
-
 class Programs(Mapping[str, Any]):
     """Programs by name. Looking one up compiles it, unless that was done.
 

@@ -167,12 +167,6 @@ def open_safetensors(
         yield TensorFile(path, file, 8 + length, header, _Fail(error, advice))
 
 
-def read_safetensors(path: Path, *, error: type[PreftError], advice: str) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file by name; see ``open_safetensors``, without limits of size."""
-    with open_safetensors(path, error=error, advice=advice) as file:
-        return file.read()
-
-
 @contextlib.contextmanager
 def _open(path: Path, error: type[PreftError], advice: str, roots: Sequence[str] = ()) -> Iterator[BinaryIO]:
     """Open a file that is one: not a directory, a pipe or a device, which could block or never end."""

@@ -3,12 +3,11 @@
 Three modes serve the same requests: ``base`` (no adapter), ``prefill-only`` (each request's adapter edits its prompt)
 and ``all-token`` (the same adapter edits every token: ordinary LoRA or ReFT). They run on an engine in this process, or
 with ``--base-url`` on a server that speaks OpenAI's API. Every round draws its own requests, which all contenders serve
-in turn. Tables for people, then one JSON line for programs.
+in turn. Tables for people, then one JSON line for programs, which a terminal is spared.
 """
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from serve.bench.contest import MODES, collect, compete
 from serve.bench.environment import environment
 from serve.bench.load import EngineLike
 from serve.bench.metrics import SCHEMA, MetricOptions, parse_goodput, parse_metrics, parse_percentiles
+from serve.bench.output import emit
 from serve.bench.plots import check_plotting, save_plot
 from serve.bench.report import print_report
 from serve.bench.scenario import make_entries
@@ -228,10 +228,7 @@ def main(
     try:
         if args.base_url is not None and args.api_key is None:
             args.api_key = os.environ.get("OPENAI_API_KEY")
-        line = json.dumps(run(args, make_engine, clock, sleep), allow_nan=False)
-        print(line)
-        if args.output_json is not None:
-            args.output_json.write_text(line + "\n")
+        emit(run(args, make_engine, clock, sleep), args.output_json)
     except (PreftError, OSError) as error:
         print(f"serve.bench: {error}", file=sys.stderr)
         return 1

@@ -25,7 +25,8 @@ from serve.store.names import Registered
 
 if TYPE_CHECKING:
     from preft_jax.adapters.adapter import Adapter
-    from serve.store.host import AdapterStore, Lease
+    from serve.store.copies import Lease
+    from serve.store.host import AdapterStore
     from serve.store.host_copy import Known
 
 

@@ -20,7 +20,13 @@ from serve.server.tuning import Tuning
 _SHOWN = 20
 _MOST = 1_000
 _JOBS = "/v1/fine_tuning/jobs"
-_OFF = ("/v1/files", "/v1/files/{rest:path}", "/v1/fine_tuning/{rest:path}")
+_ALL = ("GET", "POST", "DELETE")
+_OFF = {
+    "/v1/files": _ALL,
+    "/v1/files/{rest:path}": _ALL,
+    "/v1/fine_tuning/{rest:path}": _ALL,
+    "/v1/models/{name}": ("DELETE",),
+}
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 Limit = Annotated[int, Query(ge=1, le=_MOST)]
@@ -35,6 +41,7 @@ def add_fine_tuning(app: FastAPI, serving: Serving, bodies: Bodies, errors: dict
     _add_create(app, serving, serving.tuning, bodies, errors)
     _add_jobs(app, serving.tuning, errors)
     _add_changes(app, serving.tuning, errors)
+    _add_delete(app, serving, serving.tuning, errors)
 
 
 def job_object(job: JobRecord) -> dict[str, Any]:
@@ -109,8 +116,8 @@ def _add_refusals(app: FastAPI) -> None:
             headers={"Connection": "close"},
         )
 
-    for path in _OFF:
-        app.add_api_route(path, refuse, methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    for path, methods in _OFF.items():
+        app.add_api_route(path, refuse, methods=list(methods), include_in_schema=False)
 
 
 def _add_create(app: FastAPI, serving: Serving, tuning: Tuning, bodies: Bodies, errors: dict[int | str, Any]) -> None:
@@ -266,3 +273,23 @@ def _add_changes(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> 
     async def resume(request: Request, job_id: str) -> dict[str, Any]:
         """Let a paused job go on."""
         return await change(request, job_id, "resume")
+
+
+def _add_delete(app: FastAPI, serving: Serving, tuning: Tuning, errors: dict[int | str, Any]) -> None:
+    @app.delete("/v1/models/{name}", responses=errors)
+    async def delete(request: Request, name: str) -> dict[str, Any]:
+        """Delete an adapter that a job has made; requests that were taken before end as they would have."""
+        identity = request.state.identity
+        adapter = serving.adapter(name, identity)
+        if adapter is not None:
+            tuning.check_change(identity, adapter.owner)
+            if await tuning.disk(tuning.jobs.delete_model, name):
+                return {"id": name, "object": "model", "deleted": True}
+        what = "is the base model" if adapter is None else "was not made by a fine-tuning job of this server"
+        raise ApiError(
+            403,
+            f"{plain(name)} {what}, and is not deleted here; adapters that the admin has loaded are unloaded with "
+            "POST /v1/unload_lora_adapter",
+            code="not_deletable",
+            param="model",
+        )

@@ -96,6 +96,11 @@ class Serving:
         self.created = int(self.wall_clock())
         self._longest_token = _longest_token(self.model.tokenizer)
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a thread compiles, for requests or for jobs, although the server has ended."""
+        return self.engine.busy or (self.tuning is not None and self.tuning.jobs.is_compiling)
+
     def scan(self) -> None:
         """Bring the store in step with the directory, if there is one; the log tells what changed."""
         if self.directory is None:

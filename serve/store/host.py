@@ -12,7 +12,6 @@ import dataclasses
 import enum
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Protocol
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError, ConfigError
+from serve.store.copies import Copy, Lease, Told
 from serve.store.files import Read, told
 from serve.store.host_copy import Known
 from serve.store.names import Registered, Registry
@@ -62,35 +62,6 @@ class Files(Protocol):
         ...
 
 
-@dataclasses.dataclass(eq=False)
-class _Copy:
-    """The copy of an adapter in host memory, or the wish for one."""
-
-    digest: str
-    path: str
-    num_bytes: int
-    known: Known | None = None
-    reserved: bool = False
-    # Of those who still hold them: a lease whose holder was cut off before it got it keeps nothing.
-    leases: "weakref.WeakSet[Lease]" = dataclasses.field(default_factory=weakref.WeakSet)
-
-
-class Lease:
-    """A claim on an adapter's copy in host memory."""
-
-    def __init__(self, copy: _Copy):
-        self._copy = copy
-        self.digest = copy.digest
-
-    @property
-    def known(self) -> Known | None:
-        """The rank pages, or None while they are loaded."""
-        return self._copy.known
-
-
-Told = list[tuple[Lease, str | None]]
-
-
 class AdapterStore:
     """Registers adapters and keeps those in use in host memory. Thread-safe.
 
@@ -128,8 +99,8 @@ class AdapterStore:
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(loaders, "adapter-loader") if isinstance(loaders, int) else loaders
         self._deleter = deleter or ThreadPoolExecutor(1, "adapter-deleter")
-        self._copies: collections.OrderedDict[str, _Copy] = collections.OrderedDict()
-        self._wanted: collections.deque[_Copy] = collections.deque()
+        self._copies: collections.OrderedDict[str, Copy] = collections.OrderedDict()
+        self._wanted: collections.deque[Copy] = collections.deque()
         self._done: Told = []
         self._used = 0
         self._pins: dict[str, Lease] = {}
@@ -293,12 +264,17 @@ class AdapterStore:
         with self._changed:
             done, self._done = self._done, []
             own = set(self._pins.values())
-        return [(lease, error) for lease, error in done if lease in lease._copy.leases and lease not in own]
+        return [(lease, error) for lease, error in done if lease in lease.copy.leases and lease not in own]
 
     def wait(self, seconds: float) -> None:
         """Wait until ``poll`` has something to tell, at most so long."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._done), seconds)
+
+    def reads(self, path: str | Path) -> bool:
+        """Whether requests wait for an adapter that is still to be read from a directory."""
+        with self._changed:
+            return any(copy.path == str(path) and copy.known is None for copy in self._copies.values())
 
     def tiers(self) -> dict[str, float]:
         """Return what the store holds and did, for metrics."""
@@ -355,7 +331,7 @@ class AdapterStore:
                 f"the adapter takes {adapter.num_bytes} bytes; host memory has {self.host_bytes} for all adapters, and "
                 "one may take half of it; raise the budget"
             )
-        pinned = {lease._copy for name, lease in self._pins.items() if name != adapter.name}
+        pinned = {lease.copy for name, lease in self._pins.items() if name != adapter.name}
         total = sum(copy.num_bytes for copy in pinned)
         if (adapter.pinned or stays) and total + adapter.num_bytes > half:
             others = " (those published from memory that no directory keeps among them)" if stays else ""
@@ -377,18 +353,18 @@ class AdapterStore:
         if old is not None:
             self._give_back(old)
 
-    def _pin_again(self, copy: _Copy) -> None:
+    def _pin_again(self, copy: Copy) -> None:
         """Let a copy stay for names whose own load of it failed before."""
         for name, lease in list(self._pins.items()):
-            if lease.digest == copy.digest and lease._copy is not copy:
-                lease._copy.leases.discard(lease)
+            if lease.digest == copy.digest and lease.copy is not copy:
+                lease.copy.leases.discard(lease)
                 self._pins[name] = Lease(copy)
                 copy.leases.add(self._pins[name])
 
     def _lease(self, adapter: Registered) -> Lease:
         copy = self._copies.get(adapter.digest)
         if copy is None:
-            copy = self._copies[adapter.digest] = _Copy(adapter.digest, adapter.path, adapter.num_bytes)
+            copy = self._copies[adapter.digest] = Copy(adapter.digest, adapter.path, adapter.num_bytes)
         self._copies.move_to_end(adapter.digest)
         lease = Lease(copy)
         copy.leases.add(lease)
@@ -398,7 +374,7 @@ class AdapterStore:
         return lease
 
     def _give_back(self, lease: Lease) -> None:
-        copy = lease._copy
+        copy = lease.copy
         copy.leases.discard(lease)
         if not copy.leases and copy.known is None and not copy.reserved:
             if copy in self._wanted:
@@ -416,7 +392,7 @@ class AdapterStore:
         with contextlib.suppress(RuntimeError):  # The store is closed; a later start deletes it.
             self._deleter.submit(self._drop, digest)
 
-    def _forget(self, copy: _Copy) -> None:
+    def _forget(self, copy: Copy) -> None:
         if self._copies.get(copy.digest) is copy:
             del self._copies[copy.digest]
         if copy.reserved:
@@ -454,7 +430,7 @@ class AdapterStore:
         if not room and (adapter.path or not self._make_room(adapter.num_bytes)):
             return
         if copy is None:
-            copy = self._copies[adapter.digest] = _Copy(adapter.digest, adapter.path, adapter.num_bytes)
+            copy = self._copies[adapter.digest] = Copy(adapter.digest, adapter.path, adapter.num_bytes)
         if not copy.reserved:
             copy.reserved = True
             self._used += copy.num_bytes
@@ -464,7 +440,7 @@ class AdapterStore:
         self._tell(copy, None)
         self._pin_again(copy)
 
-    def _tell(self, copy: _Copy, error: str | None) -> None:
+    def _tell(self, copy: Copy, error: str | None) -> None:
         self._done += [(lease, error) for lease in copy.leases]
         self._changed.notify_all()
 
@@ -478,7 +454,7 @@ class AdapterStore:
                     return
             self._files.drop(digest)
 
-    def _load(self, copy: _Copy) -> None:
+    def _load(self, copy: Copy) -> None:
         start = time.perf_counter()
         try:
             known, error = self._pin(self._files.load(copy.path, copy.digest)), None

@@ -392,8 +392,88 @@ def test_a_job_whose_programs_cannot_be_compiled_is_given_up_and_nobody_else(liv
     one = request(some(rng, 6))
     (sample,) = serve(Engine(lively, TIGHT, background=training, background_share=0.5), [one], rng)
     assert "no memory to compile in" in reft.failed
-    assert ended[reft] is reft.initial
+    jax.tree.map(np.testing.assert_array_equal, ended[reft].params, reft.initial.params)
     assert lora.failed is None
     for ours, other in zip(cases.leaves(ended[lora]), cases.leaves(alone[0]["lora"]), strict=True):
         np.testing.assert_allclose(ours, other, atol=2e-4)
     assert_as_alone(lively, one, sample)
+
+
+class Told:
+    """What training tells of jobs, each by name."""
+
+    def __init__(self):
+        self.losses, self.ended, self.lost = {name: [] for name in NAMES}, {}, []
+        self.hooks = Hooks(lost=self.lost.append)
+
+    def updated(self, result):
+        self.losses[result.job.name].append(result.loss)
+
+    def end(self, job, adapter):
+        self.ended[job.name] = adapter
+
+    def assert_as_alone(self, alone, name):
+        np.testing.assert_allclose(self.losses[name], alone[1][name], rtol=1e-4)
+        for ours, other in zip(cases.leaves(self.ended[name]), cases.leaves(alone[0][name]), strict=True):
+            np.testing.assert_allclose(ours, other, atol=2e-4)
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+def test_a_job_that_cannot_join_is_not_noticed_by_one_that_runs(lively, alone, told, monkeypatch):
+    lora, reft = jobs(lively)
+    training = Training(Trainer(lively), WINDOWS, updated=told.updated, ended=told.end, hooks=told.hooks)
+    engine = Engine(lively, TIGHT, background=training)
+    training.join(lora)
+    while lora.step < 2:
+        engine.step()
+    rehearsed = ahead.rehearse
+
+    def fails(shapes, *args):
+        if len(shapes.groups) > 1:
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory to compile in")
+        rehearsed(shapes, *args)
+
+    monkeypatch.setattr(ahead, "rehearse", fails)
+    training.join(reft)
+    while reft.failed is None:
+        engine.step()
+    assert not lora.done, "it joined too late to be noticed"
+    serve(engine, [], None)
+    assert "after step 0: RuntimeError: RESOURCE_EXHAUSTED: no memory to compile in" in reft.failed
+    told.assert_as_alone(alone, "lora")
+    assert (told.lost, lora.failed, training.error) == ([], None, None)
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_job_that_stays_keeps_what_it_learned_where_nothing_compiles_once_another_left(
+    for_good, lively, alone, told, monkeypatch
+):
+    """The one that is left goes on with other programs, or is given up if there are none either."""
+    both = lora, reft = jobs(lively)
+    training = Training(Trainer(lively, both), WINDOWS, updated=told.updated, ended=told.end, hooks=told.hooks)
+    rehearsed, failed = ahead.rehearse, []
+
+    def fails(shapes, *args):
+        if reft.done and (for_good or len(shapes.groups) > 1):
+            failed.append(lora.step)
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory to compile in")
+        rehearsed(shapes, *args)
+
+    monkeypatch.setattr(ahead, "rehearse", fails)
+    serve(Engine(lively, TIGHT, background=training), [], None)
+    assert failed
+    told.assert_as_alone(alone, reft.name)
+    assert (told.lost, reft.failed, training.error) == ([], None, None)
+    if not for_good:
+        told.assert_as_alone(alone, lora.name)
+        assert lora.failed is None
+        return
+    learned = failed[0]
+    assert f"after step {learned}: RuntimeError: RESOURCE_EXHAUSTED: no memory" in lora.failed
+    np.testing.assert_allclose(told.losses["lora"], alone[1]["lora"][:learned], rtol=1e-4)
+    first, last = (jax.tree.leaves(adapter.params) for adapter in (lora.initial, told.ended["lora"]))
+    assert any((a != b).any() for a, b in zip(first, last, strict=True))

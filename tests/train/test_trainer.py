@@ -71,10 +71,6 @@ MIXED = {
         ),
         {"max_steps": 3, "batches": {"batch_size": 1}},
     ),
-    "lora_all": (
-        dataclasses.replace(ADAPTER_CONFIGS["lora_all"], targets=("q", "down")),
-        {"max_steps": 5, "batches": {"batch_size": 1}, "gradient_accumulation_steps": 2},
-    ),
     "direft_free": (
         ADAPTER_CONFIGS["direft_free"],
         {"max_steps": 4, "batches": {"batch_size": 2}, "gradient_accumulation_steps": 2},
@@ -85,7 +81,7 @@ MIXED = {
 
 
 def mixed(model, rng, **fields):
-    """Return makers of jobs of every kind, with data, lengths, rates and clocks of their own."""
+    """Return makers of jobs of several kinds, with data, lengths, rates and clocks of their own."""
     made = {}
     for i, (name, (config, own)) in enumerate(MIXED.items()):
         data = cases.examples(config, rng, 7)
@@ -97,10 +93,10 @@ def mixed(model, rng, **fields):
 
 
 def test_jobs_together_end_as_each_alone(lively, rng):
-    """Some finish before others; with room for three at a time, one joins while others run."""
+    """Some finish before others; with room for two at a time, one joins while another runs."""
     make = mixed(lively, rng)
     alone = {name: cases.train(lively, [one()]) for name, one in make.items()}
-    together, losses = cases.train(lively, [one() for one in make.values()], max_jobs=3)
+    together, losses = cases.train(lively, [one() for one in make.values()], max_jobs=2)
     for name, (adapters, own) in alone.items():
         np.testing.assert_allclose(losses[name], own[name], atol=1e-5)
         close(together[name], adapters[name])

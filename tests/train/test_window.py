@@ -39,7 +39,7 @@ def setting(model, names, rng, *, prompts=((30, 9), (3, 40)), packed=False, rows
 
 
 def check(model, groups, params, batch, options, dropout=None):
-    """Compare with ``step.accumulate``; return the units."""
+    """Compare with ``step.gradients``; return the sums of units."""
     whole = Programs(model.config, groups, attention="xla", remat="none").accumulate(
         model.params, params, None, batch, dropout
     )
@@ -54,8 +54,7 @@ def check(model, groups, params, batch, options, dropout=None):
     return sums
 
 
-@pytest.mark.parametrize("order", ["layers", "windows"])
-@pytest.mark.parametrize("name", ["lora", "loreft_f3l2"])
+@pytest.mark.parametrize(("name", "order"), [("lora", "layers"), ("loreft_f3l2", "windows")])
 def test_windows_of_one_adapter_add_up(name, order, lively, rng):
     groups, params, batch = setting(lively, [name], rng)
     check(lively, groups, params, batch, WindowOptions(tokens=32, layers=2, order=order))

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from train.step import Slots
 _log = logging.getLogger("preft.train")
 
 _STATE = "job"
+
+_LOOK_SECONDS = 0.05
 
 
 class Restored(NamedTuple):
@@ -121,16 +125,43 @@ class Publisher:
             raise
 
     def withdraw(self, name: str, path: Path) -> None:
-        """Let a name stand for nothing, and delete its adapter."""
+        """Let a name stand for nothing, and delete its adapter once no request waits to read it."""
         with contextlib.suppress(AdapterError):
             self._store.unregister(name)
-        shutil.rmtree(path, ignore_errors=True)
+        self._remove(path)
+
+    def serves(self, name: str, path: Path) -> bool:
+        """Whether a name stands for the adapter in a directory."""
+        known = self._store.get(name)
+        return known is not None and known.path == str(path)
+
+    def delete(self, name: str, path: Path) -> None:
+        """Do as ``withdraw`` does, or nothing.
+
+        Raises:
+            AdapterError: if the name cannot be taken away; it stands for what it did before.
+        """
+        self._store.unregister(name)
+        self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Delete a directory, in a thread that waits while requests are to read it: they were taken before."""
+
+        def wait() -> None:
+            while self._store.reads(path):
+                time.sleep(_LOOK_SECONDS)
+            shutil.rmtree(path, ignore_errors=True)
+
+        if self._store.reads(path):
+            threading.Thread(target=wait, name="finetune-remover", daemon=True).start()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
     def take_up(self, entry: Entry) -> None:
         """Let requests name what a job of an earlier process has published, and delete what it was about to."""
         record = entry.record
         names = {entry.adapter_after(one.step_number): one.fine_tuned_model_checkpoint for one in entry.checkpoints}
-        if record.fine_tuned_model is not None:
+        if record.fine_tuned_model is not None and not entry.deleted:
             names[entry.adapter] = record.fine_tuned_model
         for path, name in _made(entry).items():
             if path not in names:

@@ -9,15 +9,18 @@ from preft_jax.errors import PreftError
 from preft_jax.loading import Model
 from train.data.rows import Example, load_examples
 from train.jobs import Job, first_adapter
-from train.service.options import Plan, ServiceOptions, check_steps
+from train.service.options import Plan, ServiceOptions, check_steps, in_fields
 from train.service.records import Entry
 
 
 class JobError(PreftError):
-    """Why a job failed: a code for programs, a message, and the field of the job that is at fault."""
+    """Why a job failed: a code for programs, a message, and the field of the job that is at fault.
+
+    Flags of ``train.sft`` in the message become fields of a job.
+    """
 
     def __init__(self, code: str, message: str, param: str | None = None):
-        super().__init__(message)
+        super().__init__(in_fields(message))
         self.code = code
         self.param = param
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from train.jobs import Job
-from train.service.options import Plan
+from train.service.options import Plan, ServiceOptions
 from train.service.records import Entry
 
 
@@ -20,6 +20,8 @@ class OpenJob:
         wants_checkpoint: whether its adapter is to be served as it is after the next update.
         checkpoint_step: the step of that update.
         writing: whether a state of it waits to be written.
+        kept_at: when it joined training, or when the last state that is written was taken; seconds.
+        updated_at: when it joined training, or its last update was started.
         metrics: the latest ones.
     """
 
@@ -31,7 +33,14 @@ class OpenJob:
     wants_checkpoint: bool = False
     checkpoint_step: int | None = None
     writing: bool = False
+    kept_at: float = 0.0
+    updated_at: float = 0.0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def is_due(self, step: int, now: float, options: ServiceOptions) -> bool:
+        """Whether the state after an update started now is to be written, for after the next it may be too late."""
+        took = now - self.updated_at
+        return step % options.checkpoint_steps == 0 or now + took - self.kept_at > options.checkpoint_seconds
 
     def is_served_at(self, step: int) -> bool:
         """Whether the adapter after so many updates is one that is served."""

@@ -4,6 +4,8 @@ A job's hyperparameters are OpenAI's three, options of ``train.sft`` by their na
 evaluated and keeps a checkpoint:
 
     {"n_epochs": 2, "adapter_kind": "loreft", "rank": 8, "eval_steps": 50}
+
+What is wrong with a job is told in these names, where ``train.sft`` tells it in its flags (``in_fields``).
 """
 
 import argparse
@@ -39,6 +41,8 @@ _STEPS = {"eval_steps": 50, "save_steps": 0, "save_total_limit": 3}
 ALLOWED = sorted({*OPENAI, *JOB_OPTIONS, *_STEPS} - set(_NOT_ASKED))
 """Names of hyperparameters."""
 
+_FLAG = re.compile(r"--([a-z][a-z0-9_-]*[a-z0-9])")
+
 _LONGEST_SUFFIX = 64
 
 
@@ -57,6 +61,7 @@ class ServiceOptions:
         max_batch_size: rows of a job's micro-batch.
         max_length: tokens of a job's longest example or packed row; None: as many as the model has positions.
         checkpoint_steps: updates after which a job's state is written to disk: a crash costs a job no more than these.
+        checkpoint_seconds: the same in seconds, as long as an update takes about as long as the one before.
     """
 
     max_jobs: int = 4
@@ -69,6 +74,7 @@ class ServiceOptions:
     max_batch_size: int = 64
     max_length: int | None = None
     checkpoint_steps: int = 50
+    checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -107,6 +113,13 @@ def make_plan(name: str, spec: JobSpec, model: ModelConfig, options: ServiceOpti
     Raises:
         ConfigError: if a hyperparameter is unknown, has a value that cannot work, or is out of bounds.
     """
+    try:
+        return _plan(name, spec, model, options)
+    except ConfigError as error:
+        raise ConfigError(in_fields(str(error))) from error
+
+
+def _plan(name: str, spec: JobSpec, model: ModelConfig, options: ServiceOptions) -> Plan:
     asked = {str(name): value for name, value in spec.hyperparameters.items() if value is not None}
     reject_unknown(asked, ALLOWED, what="hyperparameter", error=ConfigError)
     hyperparameters, given = _resolved(asked)
@@ -120,6 +133,16 @@ def make_plan(name: str, spec: JobSpec, model: ModelConfig, options: ServiceOpti
     _check_bounds(config, options, longest)
     adapter_shapes(config.adapter, model)  # It says why an adapter does not fit the model.
     return Plan(config, **steps, hyperparameters=hyperparameters)
+
+
+def in_fields(message: str) -> str:
+    """Return what ``train.sft`` says of its options as who sends jobs reads it: their fields in place of flags."""
+
+    def field(flag: re.Match[str]) -> str:
+        name = flag[1].replace("-", "_")
+        return f"hyperparameters.{name}" if name in ALLOWED else flag[0]
+
+    return _FLAG.sub(field, message)
 
 
 def check_spec(spec: JobSpec) -> None:

@@ -51,12 +51,14 @@ class Entry:
         asked: its hyperparameters as they were given; those of the record have numbers in place of ``"auto"``.
         directory: of the job.
         checkpoints: that it kept, the oldest first; replaced, never changed.
+        deleted: whether its adapter was deleted after it had succeeded.
     """
 
     record: JobRecord
     asked: Mapping[str, Any]
     directory: Path
     checkpoints: tuple[Checkpoint, ...] = ()
+    deleted: bool = False
 
     @property
     def state(self) -> Path:
@@ -150,6 +152,7 @@ class Records:
             "record": _plain(record or entry.record),
             "asked": entry.asked,
             "checkpoints": [dataclasses.asdict(checkpoint) for checkpoint in entry.checkpoints],
+            "deleted": entry.deleted,
         }
         text = json.dumps(content | {"sha256": _checksum(content)}, indent=1) + "\n"
         write_file(entry.directory / _RECORD, text.encode(), error=RecordError)
@@ -242,7 +245,8 @@ def _read(path: Path) -> Entry:
     for name in ("training_path", "validation_path"):
         spec[name] = None if spec[name] is None else Path(spec[name])
     record = JobRecord(**fields | {"spec": JobSpec(**spec)})
-    return Entry(record, content["asked"], path, tuple(Checkpoint(**one) for one in content["checkpoints"]))
+    checkpoints = tuple(Checkpoint(**one) for one in content["checkpoints"])
+    return Entry(record, content["asked"], path, checkpoints, content.get("deleted", False))
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ class Results:
         changed: the service's lock, notified when a job's status changes.
         open_jobs: by id, the service's.
         options: see there.
+        clock: seconds, of any beginning.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Results:
         changed: threading.Condition,
         open_jobs: dict[str, OpenJob],
         options: ServiceOptions,
+        clock: Callable[[], float],
     ):
         self._records = records
         self._publisher = publisher
@@ -61,6 +63,7 @@ class Results:
         self._changed = changed
         self._open = open_jobs
         self._options = options
+        self._clock = clock
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="finetune-writer", daemon=True)
 
@@ -78,7 +81,7 @@ class Results:
     def hooks(self) -> Hooks:
         """Return what training calls."""
         return Hooks(
-            joined=lambda job: self._put(self._joined, job),
+            joined=self._begins,
             updated=lambda result: self._put(self._updated, result.job, result),
             keeps=self._keeps,
             kept=lambda job, step, state: self._put(self._kept, job, step, state),
@@ -95,15 +98,23 @@ class Results:
     def _put(self, work: Callable[..., None], job: Job, *args: Any) -> None:
         self._queue.put(functools.partial(self._with_open, work, job, *args))
 
+    def _begins(self, job: Job) -> None:
+        found = self._open.get(job.name)
+        if found is not None:
+            found.kept_at = found.updated_at = self._clock()
+        self._put(self._joined, job)
+
     def _keeps(self, job: Job) -> bool:
         found = self._open.get(job.name)
         if found is None:
             return False
         if found.wants_checkpoint:
             found.wants_checkpoint, found.checkpoint_step = False, job.step
-        is_due = job.step % self._options.checkpoint_steps == 0 and not found.writing
-        keeps = job.done or is_due or found.is_served_at(job.step)
-        found.writing |= keeps
+        now = self._clock()
+        is_due, found.updated_at = found.is_due(job.step, now, self._options), now
+        keeps = job.done or (is_due and not found.writing) or found.is_served_at(job.step)
+        if keeps:
+            found.writing, found.kept_at = True, now
         return keeps
 
     def _evaluates(self, job: Job) -> bool:

@@ -10,6 +10,7 @@ in the engine's thread, and what it gives lies in a queue that ``finetune-writer
 adapters to be served.
 """
 
+import contextlib
 import dataclasses
 import logging
 import secrets
@@ -52,6 +53,7 @@ class Service:
         train: how the trainer uses the device.
         make_training: makes what trains, given hooks and who is told of jobs that ended; None: a ``Training``.
         load: reads a job's rows.
+        clock: seconds, of any beginning.
 
     Attributes:
         training: the work that the engine is to be given as ``background``.
@@ -73,6 +75,7 @@ class Service:
         train: TrainOptions = TrainOptions(),
         make_training: Callable[[Hooks, Callable[..., object]], Any] | None = None,
         load: Callable[..., Job] = load_job,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.options = options
         self.wake: Callable[[], object] = lambda: None
@@ -87,7 +90,7 @@ class Service:
         self._entries: dict[str, Entry] = {}
         self._open: dict[str, OpenJob] = {}
         self._closed = False
-        self._results = Results(self._records, self._publisher, model, self._changed, self._open, options)
+        self._results = Results(self._records, self._publisher, model, self._changed, self._open, options, clock)
         hooks, ended = self._results.hooks(), self._results.ended
         self.training = (
             make_training(hooks, ended)
@@ -200,6 +203,42 @@ class Service:
             self._open[job_id].wants_checkpoint = True
         return entry.record
 
+    def delete_model(self, name: str) -> bool:
+        """Delete the adapter that a name stands for, if a job has made it; the job and what happened to it stay.
+
+        Requests that were taken before end as they would have.
+
+        Raises:
+            ConfigError: if the service was closed.
+            LimitError: if the disk is full, as ``AdapterError`` if the store cannot write it; nothing is deleted then.
+        """
+        with self._changed:
+            entry, path = self._made(name)
+            if entry is None or not self._publisher.serves(name, path):
+                return False
+            if self._closed:
+                raise ConfigError("the server is shutting down; try again when it is back")
+            before = entry.deleted, entry.checkpoints
+            entry.deleted |= path == entry.adapter
+            entry.checkpoints = tuple(one for one in before[1] if one.fine_tuned_model_checkpoint != name)
+            try:
+                self._records.write(entry)  # First: what a crash leaves undone is done by ``take_up``.
+                self._publisher.delete(name, path)
+            except (AdapterError, RecordError) as error:
+                entry.deleted, entry.checkpoints = before
+                with contextlib.suppress(RecordError):
+                    self._records.write(entry)
+                if isinstance(error, RecordError):
+                    raise LimitError(str(error)) from error
+                raise
+            self._records.append(entry, f"Model deleted: {name}")
+        return True
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether programs are being compiled, which nothing can end, ``close`` neither."""
+        return self.training.is_compiling
+
     def close(self) -> None:
         """Keep what open jobs have learned, and stop. They go on when there is a service of the directory again.
 
@@ -213,6 +252,16 @@ class Service:
         self._results.close()
 
     # With the lock held
+
+    def _made(self, name: str) -> tuple[Entry | None, Path]:
+        """Return whose adapter has a name, and where it is."""
+        for entry in self._entries.values():
+            if entry.record.fine_tuned_model == name:
+                return entry, entry.adapter
+            for one in entry.checkpoints:
+                if one.fine_tuned_model_checkpoint == name:
+                    return entry, entry.adapter_after(one.step_number)
+        return None, Path()
 
     def _entry(self, job_id: str) -> Entry:
         entry = self._entries.get(job_id)

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from shared_programs import forget_shared
 
 from preft_jax.device import programs
 from preft_jax.device.compiles import CompileCounter
-from preft_jax.device.programs import Programs, forget_shared
+from preft_jax.device.programs import Programs
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from tensor_files import read_safetensors
 
 from preft_jax.errors import AdapterError, ModelError
-from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors, write_file
+from preft_jax.io.safetensors_io import serialize_safetensors, write_file
 
 pytestmark = pytest.mark.host
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from engine_runs import TIGHT, request, serve
+from shared_programs import forget_shared
 
 from kernels import dispatch
 from preft_jax import SamplingParams
@@ -67,7 +68,7 @@ def test_every_operation_of_the_engine_is_a_kernel_and_gives_what_plain_jax_give
     assert operations <= {op for op, _ in found}
     assert {name for _, name in found} == {"triton"}
     found.clear()
-    programs.forget_shared()
+    forget_shared()
     with dispatch.preferring("xla"):
         plain = serve(Engine(lively, ROOMY), requests)
     assert {name for _, name in found} == {"xla"}

@@ -1,9 +1,9 @@
-"""A KeyboardInterrupt at every line that the engine reaches: it begins anew, and says what was lost."""
+"""A KeyboardInterrupt at any line that the engine reaches: it begins anew, and says what was lost."""
 
 import pytest
 from engine_outputs import drain, some
 from engine_runs import TIGHT, request
-from interrupts import Interrupt
+from interrupts import Interrupt, moments
 
 from preft_jax import SamplingParams
 from serve.engine.engine import Engine
@@ -65,11 +65,11 @@ def interrupted(engine, asked, at):
 
 @pytest.fixture(scope="module")
 def whole(engine, asked):
-    """What the requests get, uninterrupted, and the lines of that, once nothing is compiled or cached any more."""
+    """What the requests get, uninterrupted, and the lines on the way, once nothing is compiled or cached any more."""
     expected = [tokens for tokens, _ in served(engine, asked)]
     with Interrupt() as counted:
         served(engine, asked)
-    return expected, counted.lines
+    return expected, counted.places
 
 
 def check(engine, asked, expected, at):
@@ -91,21 +91,18 @@ def check(engine, asked, expected, at):
     return interrupt.raised
 
 
-def test_an_interrupt_anywhere(engine, asked, whole, request):
-    """Some hundred lines of thousands, others with each seed; the slow test takes all."""
-    expected, lines = whole
-    seed = request.config.getoption("--seed")
-    raised = {check(engine, asked, expected, at) for at in range(seed % 97, lines, 97)}
-    assert len(raised) > 20
+def test_an_interrupt_anywhere(engine, asked, whole, rng):
+    """Some of the lines, others with each seed; the slow test takes all."""
+    expected, places = whole
+    some_of = rng.choice(moments(places, rng), 80, replace=False)
+    assert len({check(engine, asked, expected, at) for at in some_of}) > 60
 
 
 @pytest.mark.slow
-def test_an_interrupt_at_every_line(engine, asked, whole):
-    expected, lines = whole
-    seen = set()
-    for at in range(lines):
-        seen.add(check(engine, asked, expected, at))
-    assert len(seen) > 300
+def test_an_interrupt_at_every_line(engine, asked, whole, rng):
+    expected, places = whole
+    seen = {check(engine, asked, expected, at) for at in moments(places, rng)}
+    assert seen == set(places)
 
 
 def test_what_was_lost_is_said(engine, asked, whole, monkeypatch):

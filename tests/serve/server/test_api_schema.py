@@ -32,6 +32,7 @@ OPERATIONS = [
     ("GET", "/stats"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{name}"),
+    ("DELETE", "/v1/models/{name}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
     ("POST", "/tokenize"),

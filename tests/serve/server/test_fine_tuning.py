@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import random
+import signal
 import threading
 
 import api_server
@@ -11,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from serve import api
 from serve.jobs import JobSpec
 from serve.server import app
 from serve.store.uploads import Uploads
@@ -216,6 +219,45 @@ def test_a_job_of_nobody_is_everybodys_to_see_and_the_admins_to_change(people, t
     assert people["admin"].fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
+@pytest.fixture
+def served(shared, people, tuning, files, monkeypatch):
+    """Pretend that adapters are served: one of a job of Alice's, one that the admin loaded for her, and others'."""
+    job = make(people["alice"], files["alice"])
+    tuning.finish(job.id, "ft:tiny:alice:1")
+    owners = {"ft:tiny:alice:1": "alice", "loaded": "alice", "public": None, "bobs": "bob"}
+    monkeypatch.setattr(shared[0].adapters, "owners", owners)
+
+
+@pytest.mark.usefixtures("served")
+def test_the_official_client_deletes_an_adapter_of_its_own(people, tuning):
+    gone = people["alice"].models.delete("ft:tiny:alice:1")
+    assert gone.to_dict() == {"id": "ft:tiny:alice:1", "object": "model", "deleted": True}
+    assert tuning.deleted == ["ft:tiny:alice:1"]
+    assert people["admin"].models.delete("ft:tiny:alice:1").deleted
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(
+    ("who", "name", "error", "code"),
+    [
+        ("bob", "ft:tiny:alice:1", openai.NotFoundError, "model_not_found"),
+        ("alice", "nothing", openai.NotFoundError, "model_not_found"),
+        ("alice", "bobs", openai.NotFoundError, "model_not_found"),
+        ("alice", "public", openai.PermissionDeniedError, "admin_only"),
+        ("alice", "loaded", openai.PermissionDeniedError, "not_deletable"),
+        ("admin", "public", openai.PermissionDeniedError, "not_deletable"),
+        ("alice", "tiny", openai.PermissionDeniedError, "not_deletable"),
+        ("admin", "tiny", openai.PermissionDeniedError, "not_deletable"),
+    ],
+)
+def test_nothing_else_is_deleted(people, tuning, who, name, error, code):
+    with pytest.raises(error) as caught:
+        people[who].models.delete(name)
+    assert (caught.value.code, caught.value.type) == (code, "invalid_request_error")
+    assert caught.value.param == ("model" if code != "admin_only" else None)
+    assert tuning.deleted == []
+
+
 def test_limits_of_jobs_are_told(people, tuning, files, raw):
     for _ in range(4):
         make(people["alice"], files["alice"])
@@ -368,3 +410,27 @@ def test_a_server_ends_while_a_program_of_its_jobs_is_compiled(root, monkeypatch
     assert "being compiled" in caplog.text
     compiled.set()
     api_server.until(lambda: not serving.engine.busy)
+
+
+def test_the_program_ends_without_a_thread_that_compiles_for_jobs(root, monkeypatch):
+    serving, statuses, make = fake_tuning.make_serving(root), [], api.make_server
+    monkeypatch.setattr(api, "make_serving", lambda args: serving)
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def make_server(*args, **options):
+        server = make(*args, **options)
+
+        def end():
+            api_server.until(lambda: server.started)
+            server.should_exit = True
+
+        threading.Thread(target=end).start()
+        return server
+
+    monkeypatch.setattr(api, "make_server", make_server)
+    args = api.make_parser().parse_args(["--port", "0", "--enable-finetuning", "--state-dir", str(root)])
+    serving.tuning.jobs.is_compiling = True
+    assert api.run(args) == 0
+    assert statuses == [0]
+    assert serving.tuning.jobs.closed, "jobs are kept first"

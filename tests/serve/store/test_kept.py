@@ -8,13 +8,14 @@ import sqlite3
 import jax
 import numpy as np
 import pytest
+from tensor_files import read_safetensors
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig, adapter_shapes
 from preft_jax.config import PRESETS
 from preft_jax.errors import AdapterError, ConfigError
 from preft_jax.io.adapter_files import save_adapter
-from preft_jax.io.safetensors_io import read_safetensors, serialize_safetensors
+from preft_jax.io.safetensors_io import serialize_safetensors
 from preft_jax.loading import Model
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore

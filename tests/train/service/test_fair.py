@@ -1,17 +1,12 @@
 """Many jobs of many tenants, with training that only counts: who is begun when, and that all end."""
 
 import collections
-import queue
-import types
 
 import pytest
 import service_cases as cases
+from counting_training import counting_service
 
 from serve.jobs import OPEN
-from train.results import Result
-from train.service import keeping
-from train.service.options import ServiceOptions
-from train.service.service import Service
 
 pytestmark = pytest.mark.host
 
@@ -20,79 +15,13 @@ EACH = 5
 GREEDY = 100 - EACH * (TENANTS - 1)
 
 
-class CountingTraining:
-    """Training whose updates do nothing; the test calls ``update``, as an engine would."""
-
-    def __init__(self, hooks, ended):
-        self.hooks, self.ended = hooks, ended
-        self.inbox = queue.SimpleQueue()
-        self.running, self.begun = [], []
-        self.most = 0
-
-    def join(self, job, state=None):
-        self.inbox.put(job)
-
-    def leave(self, job):
-        raise AssertionError("nobody is to leave")
-
-    def close(self):
-        pass
-
-    def update(self):
-        while not self.inbox.empty():
-            job = self.inbox.get()
-            self.running.append(job)
-            self.begun.append(job.name)
-            self.hooks.joined(job)
-        self.most = max(self.most, len(self.running))
-        for job in list(self.running):
-            job.step += 1
-            self.hooks.updated(Result(job, job.step, 1.0 / job.step, 0.5, 1e-3, True, {}, 10))
-            if job.step == job.total_steps:
-                self.running.remove(job)
-                self.ended(job, None)
-        return bool(self.running)
-
-
-class Names:
-    """A store that knows names only."""
-
-    durable = False
-
-    def __init__(self):
-        self.owners = {}
-
-    def check(self, config):
-        pass
-
-    def get(self, name):
-        return None
-
-    def register(self, name, path, *, owner, replace):
-        self.owners[name] = owner
-
-    def unregister(self, name):
-        self.owners.pop(name, None)
-
-
 @pytest.fixture
 def counting(tiny_text, tmp_path, monkeypatch):
-    """Return a service whose jobs have as many updates as ``max_steps``; its training; its store."""
-    monkeypatch.setattr(keeping, "save_adapter", lambda path, adapter: path.mkdir())
-    made = []
-
-    def load(entry, plan, model, options, wanted):
-        return types.SimpleNamespace(
-            name=entry.record.id, step=0, total_steps=plan.config.max_steps, failed=None, held_out=[]
-        )
-
-    store = Names()
-    service = Service(
-        tiny_text, store, tmp_path / "jobs", load=load,
-        options=ServiceOptions(max_jobs=4, max_open_jobs=100, max_open_jobs_per_owner=GREEDY),
-        make_training=lambda *args: made.append(CountingTraining(*args)) or made[0],
-    )  # fmt: skip
-    yield service, made[0], store
+    """Return a service, its training and its store."""
+    service, training, store, _ = counting_service(
+        monkeypatch, tiny_text, tmp_path / "jobs", max_jobs=4, max_open_jobs=100, max_open_jobs_per_owner=GREEDY
+    )
+    yield service, training, store
     service.close()
 
 

@@ -7,7 +7,8 @@ import pytest
 from preft_jax.config import PRESETS
 from preft_jax.errors import ConfigError
 from serve.jobs import JobSpec
-from train.service.options import ServiceOptions, check_spec, make_plan
+from train.service.loading import JobError
+from train.service.options import ALLOWED, ServiceOptions, check_spec, in_fields, make_plan
 
 pytestmark = pytest.mark.host
 
@@ -103,3 +104,14 @@ def test_other_fields_of_a_job_are_checked(fields, reason):
 def test_bounds_are_checked():
     with pytest.raises(ConfigError, match="max_jobs is 0; give at least 1"):
         ServiceOptions(max_jobs=0)
+
+
+def test_flags_become_fields_and_others_stay():
+    said = "raise --max-length, or give --truncate; a --name's file is --rank-2 or ----, choose another --output-dir"
+    assert in_fields(said) == (
+        "raise hyperparameters.max_length, or give hyperparameters.truncate; a --name's file is --rank-2 or ----, "
+        "choose another --output-dir"
+    )
+    assert JobError("x", said).as_record()["message"] == in_fields(said)
+    for name in ALLOWED:
+        assert in_fields(f"(--{name.replace('_', '-')})") == f"(hyperparameters.{name})"

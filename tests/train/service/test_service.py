@@ -337,6 +337,12 @@ def test_an_adapter_that_cannot_be_served_fails_the_job_and_leaves_nothing(livel
         ({"rows": '{"prompt": "a", "completion": "b"}\nnot json\n'}, "invalid_training_file", "file-1:2: this is not"),
         ({"rows": '{"prompt": "a"}\n'}, "invalid_training_file", "file-1:1: "),
         ({"rows": ""}, "invalid_training_file", "file-1 has no lines"),
+        (
+            {"rows": json.dumps({"prompt": "a", "completion": "b" * 80})},
+            "invalid_training_file",
+            "file-1:1: the example has 81 tokens and max_length is 64; raise hyperparameters.max_length, shorten it, "
+            "or give hyperparameters.truncate",
+        ),
         ({"held_out": "[]"}, "invalid_validation_file", "file-2 has no lines"),
         ({"count": 9, "max_rows": 8}, "limit_exceeded", "file-1 has more than 8 rows; give fewer"),
         ({"max_tokens": 20}, "limit_exceeded", "file-1 has more than 20 tokens; give fewer"),

@@ -1,6 +1,7 @@
-"""Where figures go: one JSON line, printed and written to a file."""
+"""Where figures go: one JSON line, printed for programs and written to a file."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,5 +16,7 @@ def keep(figures: dict[str, Any], path: Path | None) -> str:
 
 
 def emit(figures: dict[str, Any], path: Path | None) -> None:
-    """Write figures to a file, if one is given, and print them as one line."""
-    print(keep(figures, path))
+    """Write figures to a file, if one is given, and print them as one line, unless people look at a terminal."""
+    line = keep(figures, path)
+    if not sys.stdout.isatty():
+        print(line)
