@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -134,7 +135,8 @@ class RolloutReport:
         found = {job.name: self._concluded(job, rows) for job in self._jobs}
         content = {
             "schema": 1, "model": self._model.name, "device": jax.devices()[0].device_kind,
-            "backend": jax.default_backend(), "jax": jax.__version__, "options": dict(self._settings.given),
+            "backend": jax.default_backend(), "cores": os.cpu_count(), "jax": jax.__version__,
+            "options": dict(self._settings.given),
             "seconds": round(time.perf_counter() - self._began, 1), "jobs": found,
         }  # fmt: skip
         write_file(
