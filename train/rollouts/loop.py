@@ -2,17 +2,13 @@
 
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from preft_jax.errors import PreftError
-from preft_jax.io.adapter_files import save_adapter
 from preft_jax.loading import Model
 from train.jobs import first_adapter
-from train.publish import publish
 from train.rollouts.learning import learned
 from train.rollouts.measures import eval_measures, prompt_rewards, step_measures
 from train.rollouts.options import RolloutConfig, RolloutSettings
@@ -22,8 +18,8 @@ from train.rollouts.samples import Group, RolloutJob, Sampler, held_out_prompts,
 from train.rollouts.tasks import make_task
 from train.rollouts.update import Update, learn
 from train.run.directory import RunDirectory
+from train.run.interruptible import InterruptibleRun
 from train.run.log import say
-from train.run.loop import InterruptError
 from train.run.progress import Progress
 from train.run.reporters import make_reporters
 from train.trainer import Trainer
@@ -44,7 +40,7 @@ def load_jobs(configs: Sequence[RolloutConfig], model: Model) -> list[RolloutJob
     return jobs
 
 
-class RolloutRun:
+class RolloutRun(InterruptibleRun):
     """A run in its output directory; a context manager that leaves nothing open.
 
     Raises:
@@ -53,11 +49,9 @@ class RolloutRun:
     """
 
     def __init__(self, settings: RolloutSettings, model: Model, console: Console):
-        self._settings = settings
-        self._interrupted = False
-        self._unpublished: dict[str, str] = {}
         names = [config.name for config in settings.jobs]
-        self._directory = RunDirectory(settings.output_dir, names, named="jobs" in settings.given, picture="reward.png")
+        named = "jobs" in settings.given
+        super().__init__(settings, RunDirectory(settings.output_dir, names, named=named, picture="reward.png"))
         configs = [config for config in settings.jobs if isinstance(config, RolloutConfig)]
         self._jobs = jobs = load_jobs(configs, model)
         self._sampler = Sampler(model, jobs, max_num_seqs=settings.max_num_seqs, max_jobs=settings.train.max_jobs)
@@ -83,12 +77,6 @@ class RolloutRun:
         self._progress.close()
         self._report.close(failed=error[0] is not None)
 
-    def interrupt(self) -> None:
-        """End after this step, with a checkpoint; a second call ends at once."""
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-
     def train(self) -> dict[str, str]:
         """Train until all jobs are done; returns why those failed that did.
 
@@ -97,13 +85,10 @@ class RolloutRun:
             CheckpointError: if a checkpoint cannot be written.
         """
         self._report.introduce(self._running(waiting=True))
-        before = signal.signal(signal.SIGINT, lambda *_: self.interrupt())
-        try:
+        with self._interrupted_by_sigint():
             self._loop()
-        finally:
-            signal.signal(signal.SIGINT, before)
         self._report.conclude()
-        return self._report.failed | self._unpublished
+        return self._report.failed | self.unpublished
 
     def _running(self, *, waiting: bool = False) -> list[RolloutJob]:
         jobs = self._trainer.jobs if waiting else self._trainer.running
@@ -127,16 +112,7 @@ class RolloutRun:
                 self._evaluate(self._running())
             for job in done:
                 self._end(job)
-            if done or self._due(settings.save_steps) or self._interrupted:
-                progress.save()
-            if self._interrupted and trainer.jobs:
-                raise InterruptError(
-                    f"interrupted at step {progress.step}, which is in {self._directory.checkpoints}; go on with "
-                    f"--resume --output-dir {self._directory.path}"
-                )
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self._progress.step % every == 0
+            self._save(done)
 
     def _step(self, jobs: Sequence[RolloutJob]) -> None:
         """Sample, reward and learn, once for each job; all of them beside each other."""
@@ -177,18 +153,6 @@ class RolloutRun:
             self._export(job)
             self._evaluate_one(job)
         self._progress.ended[job.name] = self._trainer.release(job)
-
-    def _export(self, job: RolloutJob) -> None:
-        adapter, path = self._trainer.adapter_of(job), self._directory.adapter(job.name)
-        save_adapter(path, adapter)
-        self._progress.exported.add(job.name)
-        self._report.line(f"the adapter is in {path}", job)
-        if self._settings.publish is not None:
-            try:
-                self._report.line(publish(adapter, job.name, path, self._settings.publish))
-            except (PreftError, OSError) as error:  # The adapter is there, and other jobs go on.
-                self._unpublished[job.name] = str(error)
-                self._report.line(f"not published: {error}", job)
 
 
 def _learning(update: Update) -> dict[str, float]:

@@ -1,18 +1,15 @@
 """One run of ``train.sft``: updates of all jobs until each has ended, evaluations and checkpoints between them."""
 
 import functools
-import signal
 
 from rich.console import Console
 
 from preft_jax.device.mesh import Placement
-from preft_jax.errors import PreftError
-from preft_jax.io.adapter_files import save_adapter
 from preft_jax.loading import Model
 from train.jobs import Job
-from train.publish import publish
 from train.run.directory import RunDirectory
 from train.run.evaluation import Evaluation
+from train.run.interruptible import InterruptibleRun
 from train.run.loading import load_jobs
 from train.run.log import say
 from train.run.options import Settings
@@ -22,11 +19,7 @@ from train.run.reporters import make_reporters
 from train.trainer import Trainer
 
 
-class InterruptError(PreftError):
-    """The user or the system ended the run; a checkpoint was written."""
-
-
-class Run:
+class Run(InterruptibleRun):
     """A run in its output directory; a context manager that leaves nothing open.
 
     Raises:
@@ -35,11 +28,8 @@ class Run:
     """
 
     def __init__(self, settings: Settings, model: Model, placement: Placement, console: Console):
-        self._settings = settings
-        self._interrupted = False
-        self._unpublished: dict[str, str] = {}
         names = [config.name for config in settings.jobs]
-        self._directory = RunDirectory(settings.output_dir, names, named="jobs" in settings.given)
+        super().__init__(settings, RunDirectory(settings.output_dir, names, named="jobs" in settings.given))
         self._jobs = jobs = load_jobs(settings.jobs, model, placement.num_shards)
         self._directory.prepare(resume=settings.resume, overwrite=settings.overwrite_output_dir)
         reporters = make_reporters(settings.report_to, settings.output_dir, settings.output_dir.resolve().name)
@@ -59,12 +49,6 @@ class Run:
         self._progress.close()
         self._report.close(failed=error[0] is not None)
 
-    def interrupt(self) -> None:
-        """End after this update, with a checkpoint; a second call ends at once."""
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-
     def train(self) -> dict[str, str]:
         """Train until all jobs are done; returns why those failed that did.
 
@@ -73,14 +57,11 @@ class Run:
             CheckpointError: if a checkpoint cannot be written.
         """
         self._report.introduce(self._trainer.jobs)
-        before = signal.signal(signal.SIGINT, lambda *_: self.interrupt())
-        try:
+        with self._interrupted_by_sigint():
             self._loop()
-        finally:
-            signal.signal(signal.SIGINT, before)
         self._report.draw()
         self._report.warn(self._jobs)
-        return self._report.failed | self._unpublished
+        return self._report.failed | self.unpublished
 
     def _loop(self) -> None:
         settings, trainer, progress = self._settings, self._trainer, self._progress
@@ -101,20 +82,11 @@ class Run:
                 self._evaluation.of_each(trainer.running)
             for job in done:
                 self._end(job)
-            if done or self._due(settings.save_steps) or self._interrupted:
-                progress.save()
-            if self._interrupted and trainer.jobs:
-                raise InterruptError(
-                    f"interrupted at step {progress.step}, which is in {self._directory.checkpoints}; go on with "
-                    f"--resume --output-dir {self._directory.path}"
-                )
+            self._save(done)
         self._report.updates(trainer.finish())
 
     def _ended(self) -> list[Job]:
         return [job for job in self._trainer.running if job.done]
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self._progress.step % every == 0
 
     def _end(self, job: Job) -> None:
         """Leave the adapter of a job that is done, unless it failed, and make room for another."""
@@ -123,16 +95,3 @@ class Run:
             self._export(job)
             self._evaluation.of(job)
         self._progress.ended[job.name] = self._trainer.release(job)
-
-    def _export(self, job: Job) -> None:
-        adapter = self._trainer.adapter_of(job)
-        path = self._directory.adapter(job.name)
-        save_adapter(path, adapter)
-        self._progress.exported.add(job.name)
-        self._report.line(f"the adapter is in {path}", job)
-        if self._settings.publish is not None:
-            try:
-                self._report.line(publish(adapter, job.name, path, self._settings.publish))
-            except (PreftError, OSError) as error:  # The adapter is there, and other jobs go on.
-                self._unpublished[job.name] = str(error)
-                self._report.line(f"not published: {error}", job)

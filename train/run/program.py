@@ -12,8 +12,8 @@ from rich.console import Console
 
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError, PreftError
+from train.run.interruptible import InterruptError
 from train.run.log import say
-from train.run.loop import InterruptError
 from train.run.options import Settings
 
 
