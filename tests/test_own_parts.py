@@ -209,6 +209,11 @@ def test_activations_are_those_of_the_forward_pass(lively, rng):
             pj.activations(lively.config, lively.params, tokens, [name])
 
 
+def test_an_edit_without_a_constant_has_zeros(tiny):
+    made = pj.adapter_of_edits({(0, "q"): (np.ones((64, 2)), None, np.ones((2, 64)))}, tiny.config)
+    np.testing.assert_array_equal(pj.fold(made)["layers"][0]["q"].c_R, np.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("edits", "error", "message"),
     [
@@ -217,6 +222,7 @@ def test_activations_are_those_of_the_forward_pass(lively, rng):
         ({(0, "x"): ()}, pj.ConfigError, "there is no place"),
         ({(0, "q"): 1}, pj.ShapeError, r"the edit of layers.0.q is 1; give"),
         ({(0, "q"): (np.ones((3, 1)), np.ones(1), np.ones((1, 64)))}, pj.ShapeError, r"layers.0.q.a_DR has the shape"),
+        ({(0, "q"): (np.ones((64, 1)), np.full(1, np.nan), np.ones((1, 64)))}, pj.ShapeError, "not finite"),
         ([1], pj.ConfigError, "edits is"),
     ],
 )

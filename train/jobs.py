@@ -69,6 +69,8 @@ class JobConfig:
             raise ConfigError(f"the name {self.name!r} is not one of a directory; give letters, digits and hyphens")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; give a number above 0, or max_steps")
+        if self.adapter.alpha == 0:
+            raise ConfigError("alpha is 0, so the adapter would do nothing; give a number above 0, or leave it out")
         if self.gradient_accumulation_steps < 1:
             raise ConfigError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; give at least 1")
 

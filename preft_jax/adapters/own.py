@@ -102,13 +102,16 @@ def _leaves(place: Place, edit: Any, d: int, f: int) -> dict[str, Any]:
     name = f"layers.{place[0]}.{place[1]}"
     if not isinstance(edit, tuple) or len(edit) not in (3, 4):
         raise ShapeError(f"the edit of {name} is {shown(edit)}; give (a_DR, c_R, b_RF)")
-    a, c, b = (np.asarray(leaf) for leaf in edit[:3])
+    a, b = np.asarray(edit[0]), np.asarray(edit[2])
+    c = np.zeros(b.shape[:1], np.float32) if edit[1] is None else np.asarray(edit[1])
     if len(edit) == 4 and np.any(np.asarray(edit[3])):
         raise ShapeError(f"the edit of {name} has weights of last positions of their own; fold each group alone")
     rank = c.shape[0] if c.ndim == 1 else None
     check_axes(f"{name}.c_R", c, "float", R=rank)
     check_axes(f"{name}.a_DR", a, "float", D=d, R=rank)
     check_axes(f"{name}.b_RF", b, "float", R=rank, F=f)
+    if not all(np.isfinite(leaf).all() for leaf in (a, c, b)):
+        raise ShapeError(f"the edit of {name} has values that are not finite; give numbers")
     return {"a": a, "c": c, "b": b}
 
 

@@ -72,7 +72,7 @@ def read_config(directory: Path) -> ModelConfig:
         return config
     eos = _read_json(generation).get("eos_token_id")
     more = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(token, int) for token in more):
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in more):
         raise ModelError(f"{generation} has eos_token_id {eos!r}; an integer or a list of integers is expected")
     return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
 

@@ -77,6 +77,9 @@ _CHANGES = re.compile(
 )
 """Names of fields that change what some model computes, as they are found in configs."""
 
+_FACTOR = re.compile(r"multiplier|scal|factor")
+"""Names of fields whose value 1 changes nothing."""
+
 _READ = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_window_layers",
          "attention_bias", "sliding_window")  # fmt: skip
 """Those that are read, or that change nothing unless another field says so."""
@@ -115,20 +118,29 @@ class Family:
 
     def check_hf(self, hf: Mapping[str, Any]) -> None:
         """Raise ``ConfigError`` for fields of a ``config.json`` that change the computation and are not computed."""
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; allowed: 'silu'")
+        for field in ("hidden_act", "activation_function"):
+            if hf.get(field, "silu") != "silu":
+                raise ConfigError(f"{field} {shown(hf[field])} is not supported; allowed: 'silu'")
         for field, message in self.refused.items():
             if hf.get(field):
                 raise ConfigError(message.format(model_type=self.model_type))
         for field, value in hf.items():
-            neutral = not value or (value == 1 and value is not True)
+            neutral = not value or (value == 1 and value is not True and _FACTOR.search(field) is not None)
             if not neutral and _CHANGES.search(field) and field not in (*_READ, *self.refused):
                 raise ConfigError(
                     f"{plain(field)} is {shown(value)}, which may change what the model computes and is not known for "
                     f"model_type {self.model_type!r}; remove the field if it changes nothing"
                 )
-        if hf.get("is_causal") is False:
-            raise ConfigError("is_causal false is not supported; only models that attend to earlier tokens alone are")
+        for field in ("is_causal", "causal"):
+            if hf.get(field) is False:
+                raise ConfigError(f"{field} false is not supported; a token attends to itself and earlier ones")
+        if hf.get("scale_attn_weights") is False:
+            raise ConfigError("scale_attn_weights false is not supported; scores are divided by sqrt(head_dim)")
+        if hf.get("norm_eps") not in (None, hf.get("rms_norm_eps")):
+            raise ConfigError(
+                f"norm_eps is {shown(hf['norm_eps'])} and rms_norm_eps is {shown(hf.get('rms_norm_eps'))}; this family "
+                "reads rms_norm_eps: give it the value, and remove norm_eps"
+            )
         self._check_layer_types(hf)
 
     def _check_layer_types(self, hf: Mapping[str, Any]) -> None:

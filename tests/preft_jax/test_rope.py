@@ -97,6 +97,8 @@ def test_scaling_is_read_back_as_it_was_written(scaling):
         {"final_logit_softcapping": 30.0}, {"attention_multiplier": 0.5}, {"logit_scale": 0.25}, {"scale_emb": 12},
         {"num_local_experts": 8}, {"qk_layernorm": True}, {"bias": True}, {"quantization": {"bits": 4}},
         {"sliding_window_pattern": 6}, {"is_causal": False}, {"layer_types": ["sliding_attention", "full_attention"]},
+        {"clip_qkv": 1.0}, {"causal": False}, {"activation_function": "gelu"}, {"scale_attn_weights": False},
+        {"norm_eps": 0.1},
     ],
     ids=lambda field: next(iter(field)),
 )  # fmt: skip

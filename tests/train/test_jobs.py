@@ -193,3 +193,8 @@ def test_jobs_that_cannot_run_are_refused_by_name(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         JobConfig(**fields)
     assert JobConfig(num_train_epochs=0.0, max_steps=1).max_steps == 1
+
+
+def test_an_adapter_that_would_do_nothing_is_not_trained():
+    with pytest.raises(ConfigError, match="alpha is 0, so the adapter would do nothing"):
+        JobConfig(adapter=AdapterConfig(rank=2, alpha=0.0))

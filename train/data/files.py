@@ -118,10 +118,18 @@ def _parsed(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        more = (
-            f"; of objects over several lines `jq -c . {path.name} > rows.jsonl` makes such" if line[0] == "{" else ""
-        )
-        raise DataError(f"{path}:{number}: this is not JSON ({error}); each line is one object{more}") from error
+        raise DataError(
+            f"{path}:{number}: this is not JSON ({error}); each line is one object{_advice(path, line.rstrip())}"
+        ) from error
+
+
+def _advice(path: Path, line: str) -> str:
+    """Return how a file becomes one of JSON lines, as far as a line of it tells."""
+    if line.endswith(("{", "[")):
+        return f"; of objects over several lines `jq -c . {path.name} > rows.jsonl` makes such"
+    if line.endswith("},"):
+        return "; take away the comma behind it, or make the file an array"
+    return ""
 
 
 def _of_array(path: Path, number: int, text: str) -> Iterator[tuple[int, Any]]:

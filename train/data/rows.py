@@ -6,6 +6,7 @@ example meets the same tokens when it serves the example's prompt. The edit mask
 ``preft_jax.adapters.edit_mask``, as serving's does.
 """
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -36,6 +37,12 @@ _AROUND = 12
 
 class _UnknownSpansError(RequestError):
     """The chat template does not say where earlier answers are."""
+
+
+_OPENED = "chats begin with an answer, which is not learned: it has no prompt"
+_OPEN_ENDED = "chats go on after their last answer; that is left out"
+_CUT = "examples have nothing to learn once they are cut; left out"
+_CLOSED = "answers have no reasoning, which the chat template opens before each; they close it at once"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +121,7 @@ def load_examples(
     examples: list[Example] = []
     seen: dict[str, int] = {}
     ignored: dict[str, None] = {}
-    left_out = tokens = 0
+    tokens, warned = 0, collections.Counter[str]()
     with contextlib.closing(rows.numbered) as numbered:  # Whatever ends the reading, its file is closed at once.
         for count, (number, row) in enumerate(numbered, 1):
             try:
@@ -122,27 +129,33 @@ def load_examples(
                 made = _make(read, model, adapter, options, number)
             except PreftError as error:
                 raise DataError(f"{rows.where(number)}: {error}") from error
+            warned += collections.Counter(_unlearned(read))
             seen[read.how] = seen.get(read.how, 0) + 1
             ignored |= dict.fromkeys(others)
             kept = [example for example in made if example.loss_mask.any()]
             examples += kept
-            left_out += len(made) - len(kept)
+            warned[_CUT] += len(made) - len(kept)
             tokens += sum(map(len, kept))
             taken(count, tokens)
     for how, count in seen.items():
         _log.info("%s: %d row%s read as %s", rows.name, count, "s"[: count != 1], how)
     if ignored:
         _log.warning("%s: ignored columns: %s", rows.name, listed([plain(name) for name in ignored]))
-    if left_out:
-        _log.warning("%s: of %d examples nothing is learned once they are cut; left out", rows.name, left_out)
-    if closed := sum(_closes_thought(example, model) for example in examples):
-        _log.warning(
-            "%s: %d answers have no reasoning, which the chat template opens before each; they close it at once",
-            rows.name, closed,
-        )  # fmt: skip
+    warned[_CLOSED] += sum(_closes_thought(example, model) for example in examples)
+    for what, count in warned.items():
+        if count:
+            _log.warning("%s: %d %s", rows.name, count, what)
     if not examples:
-        raise DataError(f"{rows.name} has no {'such lines' if left_out else 'lines'}; give at least one example")
+        lines = "example with an answer within max_length" if warned[_CUT] else "lines"
+        raise DataError(f"{rows.name} has no {lines}; give at least one example")
     return examples
+
+
+def _unlearned(read: Chat | Pair) -> list[str]:
+    """Return what of a row is not learned, for people."""
+    messages = read.messages if isinstance(read, Chat) else []
+    begins, ends = (bool(messages) and messages[i]["role"] == "assistant" for i in (0, -1))
+    return [_OPENED] * begins + [_OPEN_ENDED] * (bool(messages) and not ends)
 
 
 def make_examples(

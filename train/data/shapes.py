@@ -135,11 +135,14 @@ def _begins_with(messages: Any, prompt: Any) -> bool:
 def _conversion(row: Mapping[str, Any]) -> str:
     """Return how to convert a row of other columns, or an empty string."""
     if isinstance(row.get("chosen"), list) and "prompt" not in row:
-        return "; to convert: `jq -c '{messages: .chosen}' rows.jsonl`"
+        return "; to convert JSON lines: `jq -c '{messages: .chosen}' FILE > rows.jsonl`"
     pair = next((pair for pair in _CONVERTED if all(name in row for name in pair)), None)
     if pair is None:
         return ""
-    return f"; to convert: `jq -c '{{prompt: .{pair[0]}, completion: .{pair[1]}}}' rows.jsonl`"
+    return (
+        f"; rename {pair[0]} to prompt and {pair[1]} to completion (JSON lines: `jq -c '{{prompt: .{pair[0]}, "
+        f"completion: .{pair[1]}}}' FILE > rows.jsonl`)"
+    )
 
 
 def listed(names: list[str]) -> str:

@@ -73,6 +73,7 @@ def make_parser(
     """Return the command line, a parser of this kind; an option that is not given is absent from what it returns."""
     parser = kind(
         prog=f"python -m {declared.program}",
+        usage="%(prog)s [options]; --help lists them",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

@@ -1,9 +1,9 @@
-"""What a run tells: a status line a step, ``metrics.jsonl``, and a picture of the losses."""
+"""What a run tells: a status line a step, and ``metrics.jsonl``."""
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ class Meter:
     def add(self, tokens: int) -> None:
         """Count tokens."""
         self._tokens += tokens
+
+    def leave_out(self, seconds: float) -> None:
+        """Take off time in which nothing was trained."""
+        self._since += seconds
 
     def read(self) -> float:
         """Return tokens per second, and begin anew."""
@@ -111,52 +115,3 @@ class Status:
     def close(self) -> None:
         """Take the bar away."""
         self._progress.stop()
-
-
-def draw_losses(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw training and evaluation losses by step to a PNG; False if matplotlib is not there."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return False
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    names = list(dict.fromkeys(row["job"] for row in rows))
-    colors = pyplot.get_cmap("tab10")
-    for i, name in enumerate(names):
-        mine = [row for row in rows if row["job"] == name]
-        train = [(row["step"], row["loss"]) for row in mine if row.get("loss") is not None]
-        held_out = [(row["step"], row["eval_loss"]) for row in mine if row.get("eval_loss") is not None]
-        label = "" if len(names) == 1 else f"{name}: "
-        if train:
-            axes.plot(
-                *zip(*train, strict=True), color=colors(i % 10), alpha=0.45, linewidth=1, label=f"{label}training"
-            )
-            axes.plot(*zip(*_smooth(train), strict=True), color=colors(i % 10), linewidth=2)
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True), color=colors(i % 10), linestyle="--", marker="o", markersize=4,
-                label=f"{label}held out",
-            )  # fmt: skip
-    axes.set_xlabel("update")
-    axes.set_ylabel("loss of answers' tokens, nats")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return an exponential moving average over a twentieth of the points, without the bias of its beginning."""
-    weight = 1 - 1 / (1 + len(points) / 20)
-    out, mean, total = [], 0.0, 0.0
-    for step, value in points:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        out.append((step, mean / total))
-    return out

@@ -1,6 +1,7 @@
 """One run of ``train.sft``: updates of all jobs until each has ended, evaluations and checkpoints between them."""
 
 import functools
+import time
 
 from rich.console import Console
 
@@ -82,7 +83,9 @@ class Run(InterruptibleRun):
                 self._evaluation.of_each(trainer.running)
             for job in done:
                 self._end(job)
+            began = time.perf_counter()
             self._save(done)
+            self._report.leave_out(time.perf_counter() - began)
         self._report.updates(trainer.finish())
 
     def _ended(self) -> list[Job]:

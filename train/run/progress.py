@@ -66,6 +66,8 @@ class Progress:
             self._restore(job, found, say)
         self.step = self._saved = found.step
         say(f"going on from step {found.step}")
+        if all(job.done for job in self._jobs):
+            say("nothing is left to train; raise max_steps or num_train_epochs to go on")
 
     def _restore(self, job: Job, found: Checkpoint, say: Callable[[str], None]) -> None:
         """Give the trainer a job as it is in a checkpoint, unless it has ended."""

@@ -12,8 +12,9 @@ from train.data import builtin as builtin_task
 from train.jobs import Job
 from train.results import StepResult
 from train.run.directory import RunDirectory
-from train.run.log import Meter, Metrics, Status, draw_losses, peak_flops, read_metrics
+from train.run.log import Meter, Metrics, Status, peak_flops, read_metrics
 from train.run.options import Settings
+from train.run.picture import draw_losses
 from train.run.reporters import Reporter
 
 
@@ -78,7 +79,8 @@ class Report:
             return
         self._meter.add(step.tokens)
         self._status.advance(len(step.results))
-        rate = self._meter.read()
+        told = any(result.step % self._settings.logging_steps == 0 for result in step.results)
+        rate = self._meter.read() if told else 0.0
         for result in step.results:
             job = result.job
             if job.failed is not None and job.name not in self.failed:
@@ -105,6 +107,10 @@ class Report:
                 f"grad {result.grad_norm:.3f}  lr {result.learning_rate:.2e}  {rate:,.0f} tok/s{mfu}",
                 job,
             )
+
+    def leave_out(self, seconds: float) -> None:
+        """Let the speed of training not count time that was spent otherwise."""
+        self._meter.leave_out(seconds)
 
     def evaluation(self, job: Job, values: dict[str, Any], text: str) -> None:
         """Tell of an evaluation of a job as it is now: values for the metrics, and a line of them for people."""

@@ -13,7 +13,7 @@ from preft_jax.errors import ConfigError, did_you_mean, plain, shown
 ALIASES = {
     "lora_r": "rank", "lora_target_modules": "targets", "resume_from_checkpoint": "resume",
     "model_name_or_path": "model", "dataset_name": "dataset", "torch_dtype": "dtype", "max_seq_length": "max_length",
-    "evaluation_strategy": "eval_strategy", "assistant_only_loss": "completion_only_loss", "reward_funcs": "task",
+    "evaluation_strategy": "eval_strategy", "reward_funcs": "task",
     "vllm_importance_sampling_cap": "importance_sampling_cap",
 }  # fmt: skip
 """Name of TRL or PEFT -> the option."""
@@ -24,6 +24,7 @@ _MARKS = ("model_name_or_path", "dataset_name")
 DEFAULTS = {
     "learning_rate": "2e-05", "lora_alpha": "32", "lora_dropout": "0.05", "warmup_ratio": "0",
     "targets": "the attention's q and v, mostly", "truncate": "True", "gradient_checkpointing": "full",
+    "completion_only_loss": "False for chats",
 }  # fmt: skip
 """TRL's defaults where this program's are others."""
 
@@ -47,6 +48,8 @@ _VALUES: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
     "save_strategy": {"steps": (), **dict.fromkeys(("no", "false"), (("save_steps", "0"),))},
     "logging_strategy": {"steps": ()},
     "report_to": {"none": (("report_to", "none"),)},
+    # Off, it leaves prompt and completion to completion_only_loss there; answers alone are learned here.
+    "assistant_only_loss": {"true": (("completion_only_loss", "true"),), "false": ()},
 }  # fmt: skip
 """Name -> its value in TRL -> options; other values are this program's own, or refused."""
 

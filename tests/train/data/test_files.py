@@ -61,6 +61,8 @@ def test_cells_of_csv_are_json_where_the_column_needs_it_and_absent_where_they_a
     ("name", "data", "told"),
     [
         ("rows.json", '{\n "prompt": "a"\n}\n', ":1: this is not JSON .* `jq -c . rows.json > rows.jsonl`"),
+        ("rows.jsonl", '{"a": 1},\n{"a": 2}\n', ":1: this is not JSON .*; take away the comma"),
+        ("rows.jsonl", "{bad\n", ":1: this is not JSON .*each line is one object$"),
         ("rows.json", '[\n{"a": 1},\n{"a": }]', ":3: this is not JSON"),
         ("rows.json", '[{"a": 1}\n{"a": 2}]', ":2: this is not JSON"),
         ("rows.json", '[{"a": 1},\n', ":2: this is not JSON"),

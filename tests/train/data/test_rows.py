@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import reference
+import train_cases as cases
 from tokenizers import processors
 from train_cases import CHAT, LORA, SKIP
 
@@ -12,7 +13,7 @@ from preft_jax import AdapterConfig, RequestError
 from preft_jax.adapters.edit_mask import prompt_edit_mask
 from preft_jax.text.chat import encode_prompt, render_chat
 from preft_jax.text.tokenizer import byte_tokenizer
-from train.data.rows import DataOptions, make_examples
+from train.data.rows import DataOptions, load_examples, make_examples
 
 pytestmark = pytest.mark.host
 
@@ -169,6 +170,18 @@ def test_an_answer_that_opens_a_chat_is_not_learned(adapter, tiny_text):
         start, end = rows[0].prompt.unedited_spans[0]
         assert tiny_text.tokenizer.decode(rows[0].token_ids[start:end]) == f"Hello!{END}"
         assert set(rows[0].edit_mask[start:end, 0].tolist()) == {adapter is not SKIP}
+
+
+def test_what_of_chats_is_not_learned_is_counted(tmp_path, tiny_text, caplog):
+    opening, why = {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Why?"}
+    chats = [[opening, *CHAT], CHAT, [*CHAT, why], [opening, *CHAT, why]]
+    path = cases.write_rows(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats])
+    load_examples(path, tiny_text, LORA, DataOptions(max_length=1024))
+    told = [record.getMessage().removeprefix(f"{path}: ") for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "2 chats begin with an answer, which is not learned: it has no prompt",
+        "2 chats go on after their last answer; that is left out",
+    ]
 
 
 @pytest.mark.parametrize("adapter", [LORA, SKIP])

@@ -116,8 +116,10 @@ def test_examples_whose_answer_is_cut_off_are_left_out_and_counted(tmp_path, tin
     path = cases.write_rows(tmp_path / "rows.jsonl", rows)
     kept = load_examples(path, tiny_text, LORA, DataOptions(max_length=5, truncate=True))
     assert [(example.line, len(example)) for example in kept] == [(2, 5), (3, 2)]
-    assert "of 1 examples nothing is learned" in caplog.text
-    assert "no such lines" in refusal(tmp_path, [json.dumps(rows[0])], tiny_text, max_length=5, truncate=True)
+    assert "1 examples have nothing to learn once they are cut" in caplog.text
+    assert "no example with an answer within max_length" in refusal(
+        tmp_path, [json.dumps(rows[0])], tiny_text, max_length=5, truncate=True
+    )
 
 
 def test_a_template_that_refuses_the_answer_is_told_with_the_line(tmp_path, tiny_text):

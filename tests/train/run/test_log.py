@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train.run.log import Meter, Metrics, Status, _smooth, draw_losses, peak_flops, read_metrics
+from train.run.log import Meter, Metrics, Status, peak_flops, read_metrics
+from train.run.picture import _smooth, draw_losses
 
 pytestmark = pytest.mark.host
 

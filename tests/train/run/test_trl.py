@@ -71,7 +71,10 @@ def test_a_command_of_trl_runs_and_says_what_is_other():
     assert (found.train.gradient_checkpointing, found.eval_steps, found.report_to) == ("full", 100, ())
     unneeded, defaults = found.notes
     assert unneeded == "options of TRL that change nothing here: attn_implementation"
-    assert defaults == "defaults that are other than TRL's: lora_dropout 0.0 (TRL: 0.05), warmup_ratio 0.03 (TRL: 0)"
+    assert defaults == (
+        "defaults that are other than TRL's: lora_dropout 0.0 (TRL: 0.05), warmup_ratio 0.03 (TRL: 0), "
+        "completion_only_loss True (TRL: False for chats)"
+    )
 
 
 def test_a_file_of_trl_is_its_command(tmp_path):
@@ -106,7 +109,7 @@ def test_a_file_of_trl_is_its_command(tmp_path):
         ("--save_strategy steps --save_steps 7", lambda s: s.save_steps, 7),
         ("--packing 1", lambda s: s.jobs[0].batches.packing, True),
         ("--packing False", lambda s: s.jobs[0].batches.packing, False),
-        ("--assistant_only_loss False", lambda s: s.jobs[0].data.completion_only_loss, False),
+        ("--assistant_only_loss False", lambda s: s.jobs[0].data.completion_only_loss, True),
         ("--use_rslora true", lambda s: s.jobs[0].adapter.use_rslora, True),
         ("--lora_target_modules all-linear", lambda s: s.jobs[0].adapter, parse().jobs[0].adapter),
         ("--warmup_steps 0.1", lambda s: s.jobs[0].optimizer.warmup_ratio, 0.1),
