@@ -29,6 +29,13 @@ def test_the_meter_counts_from_one_reading_to_the_next():
     assert meter.read() == 0.0
 
 
+def test_time_that_is_left_out_does_not_count():
+    meter = Meter(clock(10.0, 16.0))
+    meter.add(40)
+    meter.leave_out(4.0)
+    assert meter.read() == 20.0
+
+
 def test_a_clock_that_stands_still_gives_a_finite_rate():
     meter = Meter(clock(1.0, 1.0))
     meter.add(5)
