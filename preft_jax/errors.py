@@ -57,6 +57,12 @@ def reject_unknown(given: Iterable[str], allowed: Iterable[str], *, what: str, e
             )
 
 
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], give: str, error: type[PreftError]) -> None:
+    """Raise ``error`` unless a value is of a type; the message says its own, and what to give."""
+    if not isinstance(value, kind):
+        raise error(f"{name} is of type {type(value).__name__}; give {give}")
+
+
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 8, 8, 8
 _short.maxstring = _short.maxlong = _short.maxother = 160

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from preft_jax.adapters.adapter import Adapter, check_fits
 from preft_jax.config import PRESETS, ModelConfig
-from preft_jax.errors import AdapterError, ConfigError, ModelError, did_you_mean
+from preft_jax.errors import AdapterError, ConfigError, ModelError, check_type, did_you_mean
 from preft_jax.io.digest import model_digest, preset_digest
 from preft_jax.io.gguf import load_gguf
 from preft_jax.io.hf import load_hf_model, weight_files
@@ -192,8 +192,7 @@ def _transposed(max_num_seqs: int) -> bool:
 
 def check_base(adapter: Adapter, model: Model) -> None:
     """Raise ``AdapterError`` if an adapter was made for another base model or does not fit this one."""
-    if not isinstance(model, Model):
-        raise ModelError(f"model is of type {type(model).__name__}; give what load_model returns")
+    check_type("model", model, Model, "what load_model returns", ModelError)
     expected, given = model.digest, adapter.config.base_model_digest
     if expected is not None and given is not None and expected != given:
         raise AdapterError(

@@ -15,7 +15,7 @@ import numpy as np
 from preft_jax.adapters.adapter import Adapter, fold
 from preft_jax.adapters.edit_mask import extend_edit_mask, own_mask, prompt_edit_mask
 from preft_jax.config import ModelConfig
-from preft_jax.errors import AdapterError, ModelError, RequestError, shown
+from preft_jax.errors import AdapterError, ModelError, RequestError, check_type, shown
 from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
 from preft_jax.models.forward import edits_of, hidden_states
@@ -61,8 +61,7 @@ def logprobs(
         AdapterError: for an adapter of another base model.
         ModelError: if ``model`` is no ``Model``.
     """
-    if not isinstance(model, Model):
-        raise ModelError(f"model is of type {type(model).__name__}; give what load_model returns")
+    check_type("model", model, Model, "what load_model returns", ModelError)
     single = is_one(prompts) if isinstance(prompts, str | Sequence) or hasattr(prompts, "__array__") else True
     prompts = as_list(prompts)
     answers = [answers] if single and is_one(answers) else as_list(answers, "answers")

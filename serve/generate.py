@@ -5,7 +5,7 @@ from typing import Any
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import adapter_page_counts
-from preft_jax.errors import ConfigError, ModelError, RequestError, shown
+from preft_jax.errors import ConfigError, ModelError, RequestError, check_type, shown
 from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
 from preft_jax.prompts import as_list, per_prompt
@@ -52,8 +52,7 @@ def generate(
         AdapterError: for an adapter of another base model.
         ModelError: if ``model`` is no ``Model``.
     """
-    if not isinstance(model, Model):
-        raise ModelError(f"model is of type {type(model).__name__}; give what load_model returns")
+    check_type("model", model, Model, "what load_model returns", ModelError)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise RequestError(f"seed is {shown(seed)}; give an integer from 0 to 2**32 - 1")
     prompts = as_list(prompts)

@@ -198,6 +198,30 @@ def test_init_adapter_says_what_it_takes(arguments, message):
         preft_jax.init_adapter(config, model, np.zeros(2, np.uint32) if key is None else key)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: preft_jax.load_adapter(model, "a"), "path is of type Model; give the adapter's directory"),
+        (lambda model: preft_jax.save_adapter(AdapterConfig(), "a"), "path is of type AdapterConfig; give a directory"),
+        (
+            lambda model: preft_jax.save_adapter("a", AdapterConfig()),
+            "adapter is of type AdapterConfig; give an Adapter",
+        ),
+        (lambda model: preft_jax.fold(AdapterConfig()), "adapter is of type AdapterConfig; give an Adapter"),
+        (
+            lambda model: preft_jax.prompt_edit_mask("a", AdapterConfig()),
+            "prompt is of type str; give what encode_prompt",
+        ),
+        (lambda model: preft_jax.steering_adapter({}, model), "model is of type Model; give the ModelConfig"),
+        (lambda model: serve.Engine(model.config), "model is of type ModelConfig; give what load_model returns"),
+        (lambda model: serve.Engine(model, {}), "config is of type dict; give an EngineConfig"),
+    ],
+)
+def test_what_is_given_in_place_of_something_else_is_named(call, message, tiny_text):
+    with pytest.raises(preft_jax.PreftError, match=message):
+        call(tiny_text)
+
+
 def test_rows_are_padded_and_shifted():
     mask = np.ones((3, 2), bool)
     rows = preft_jax.collate([([5, 6, 7], mask, [1, 0, 1]), ([8], mask[:1], [1.0])])

@@ -32,7 +32,7 @@ from preft_jax.adapters.config import AdapterConfig, adapter_shapes
 from preft_jax.adapters.digest import digest_of_fold
 from preft_jax.adapters.fold import fold_on_host, fold_params
 from preft_jax.config import ModelConfig
-from preft_jax.errors import AdapterError
+from preft_jax.errors import AdapterError, check_type
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
@@ -62,7 +62,12 @@ class Adapter:
 
 
 def fold(adapter: Adapter) -> dict[str, Any]:
-    """Return ``{"layers": [{site: LowRankEdit}]}``; sites that are not edited are absent."""
+    """Return ``{"layers": [{site: LowRankEdit}]}``; sites that are not edited are absent.
+
+    Raises:
+        AdapterError: if it is no adapter.
+    """
+    check_type("adapter", adapter, Adapter, "an Adapter, or its config and params to fold_params", AdapterError)
     return fold_params(adapter.config, adapter.params)
 
 

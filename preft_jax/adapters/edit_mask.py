@@ -30,7 +30,7 @@ import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.positions import RuleFunction, parse_positions
-from preft_jax.errors import RequestError, ShapeError, plain
+from preft_jax.errors import RequestError, ShapeError, check_type, plain
 from preft_jax.shapes import NUM_GROUPS, check_axes
 from preft_jax.text.chat import EncodedPrompt
 
@@ -126,8 +126,10 @@ def prompt_edit_mask(prompt: EncodedPrompt, config: AdapterConfig | None) -> np.
     It is all false for the base model, ``None``.
 
     Raises:
-        RequestError: if the adapter skips earlier answers and the chat template does not say where they are.
+        RequestError: if the prompt is not what ``encode_prompt`` returns, or the adapter skips earlier answers and the
+            chat template does not say where they are.
     """
+    check_type("prompt", prompt, EncodedPrompt, "what encode_prompt returns", RequestError)
     count = len(prompt.token_ids)
     if config is None:
         return np.zeros_like(make_edit_mask(count, "prompt"))

@@ -10,7 +10,7 @@ from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig, adapter_shapes
 from preft_jax.adapters.kinds import find_kind
 from preft_jax.config import ModelConfig
-from preft_jax.errors import ConfigError, shown
+from preft_jax.errors import ConfigError, check_type, shown
 
 
 def init_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array) -> Adapter:
@@ -44,10 +44,8 @@ def random_adapter(config: AdapterConfig, model: ModelConfig, key: jax.Array, *,
 
 
 def _drawn(config: AdapterConfig, model: ModelConfig, key: jax.Array, strength: float | None) -> Adapter:
-    if not isinstance(config, AdapterConfig):
-        raise ConfigError(f"config is of type {type(config).__name__}; give an AdapterConfig")
-    if not isinstance(model, ModelConfig):
-        raise ConfigError(f"model is of type {type(model).__name__}; give the ModelConfig, which a Model has as config")
+    check_type("config", config, AdapterConfig, "an AdapterConfig", ConfigError)
+    check_type("model", model, ModelConfig, "the ModelConfig, which a Model has as config", ConfigError)
     try:
         data = jax.random.key_data(key)
     except (TypeError, ValueError):

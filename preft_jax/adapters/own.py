@@ -12,7 +12,7 @@ import numpy as np
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig
 from preft_jax.config import ModelConfig
-from preft_jax.errors import ConfigError, ShapeError, shown
+from preft_jax.errors import ConfigError, ShapeError, check_type, shown
 from preft_jax.shapes import SITES, check_axes
 
 Place = tuple[int, str]
@@ -34,8 +34,7 @@ def adapter_of_edits(edits: Any, model: ModelConfig, **config: Any) -> Adapter:
         ShapeError: if an edit does not fit its site.
         ConfigError: if there are none, or a place is not one of the model's.
     """
-    if not isinstance(model, ModelConfig):
-        raise ConfigError(f"model is of type {type(model).__name__}; give the ModelConfig, which a Model has as config")
+    check_type("model", model, ModelConfig, "the ModelConfig, which a Model has as config", ConfigError)
     places = _by_place(edits)
     for layer, site in places:
         if site not in SITES or not 0 <= layer < model.num_hidden_layers:
@@ -78,6 +77,7 @@ def steering_adapter(
     Raises:
         ShapeError, ConfigError: as ``adapter_of_edits``.
     """
+    check_type("model", model, ModelConfig, "the ModelConfig, which a Model has as config", ConfigError)
     edits = {}
     for layer, vector in vectors.items():
         v_D = np.asarray(vector)

@@ -25,7 +25,7 @@ from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig, adapter_shapes
 from preft_jax.adapters.kinds import KINDS, Kind, find_kind
 from preft_jax.config import ModelConfig
-from preft_jax.errors import AdapterError, ConfigError, did_you_mean, plain, reject_unknown, shown
+from preft_jax.errors import AdapterError, ConfigError, check_type, did_you_mean, plain, reject_unknown, shown
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, open_pair, write_pair
 from preft_jax.io.peft_config import BASE_MODEL_KEY, config_from_peft, peft_from_config, peft_pattern
@@ -77,6 +77,7 @@ def load_adapter(
             supported, tensors are missing, extra, of a wrong shape or dtype or not finite, or the base model is another
             one.
     """
+    check_type("path", path, (str, os.PathLike), "the adapter's directory, and the model behind it", AdapterError)
     config = model if isinstance(model, ModelConfig) else model.config
     adapter = _read(Path(path), config, limits_for(config) if limits is None else limits)
     _check_base(Path(path), adapter.config, model, allow_base_mismatch)
@@ -119,6 +120,8 @@ def save_adapter(
         AdapterError: if the adapter's parameters are not those of its config or not finite, the format cannot hold it,
             or a file cannot be written. The adapter that was there is then still there.
     """
+    check_type("path", path, (str, os.PathLike), "a directory, and the adapter behind it", AdapterError)
+    check_type("adapter", adapter, Adapter, "an Adapter", AdapterError)
     config = adapter.config
     if base_model is not None:
         config = dataclasses.replace(config, base_model=base_model)

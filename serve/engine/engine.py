@@ -19,7 +19,7 @@ from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.pages import pack_adapter
 from preft_jax.device.compiles import CompileCounter, expected_compiles
 from preft_jax.device.memory import Budget
-from preft_jax.errors import ConfigError, RequestError
+from preft_jax.errors import ConfigError, ModelError, RequestError, check_type
 from preft_jax.loading import Model
 from preft_jax.sampling.rows import Drawn
 from serve.engine.admission import encoded
@@ -79,6 +79,8 @@ class Engine:
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
+        check_type("model", model, Model, "what load_model returns", ModelError)
+        check_type("config", config, EngineConfig, "an EngineConfig", ConfigError)
         if config.max_model_len > model.config.max_position_embeddings:
             raise ConfigError(
                 f"max_model_len {config.max_model_len} is longer than the model's "
