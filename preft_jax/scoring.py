@@ -123,7 +123,7 @@ def _example(model: Model, prompt: Any, answer: Any, adapter: Adapter | None, ma
     if mask is not None:
         if config is None:
             raise RequestError("an edit mask is given without an adapter, and so there is nothing to edit with")
-        edited = own_mask(mask, len(encoded.token_ids), "the edit mask")
+        edited = own_mask(mask, len(encoded.token_ids), "the edit mask", config.groups)
     edited = extend_edit_mask(edited, len(answer_ids), "prompt" if config is None else config.positions)
     is_answer = np.arange(length) >= len(encoded.token_ids)
     return np.asarray([*encoded.token_ids, *answer_ids], np.int32), edited, is_answer

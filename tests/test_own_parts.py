@@ -161,6 +161,7 @@ def test_a_mask_of_ones_own_is_served(engine, trained, lively, adapters):
         (np.ones(5, bool), r"edit_mask has the shape \[5\], expected \[P=6\]"),
         (np.ones((6, 1), bool), r"edit_mask has the shape \[6, 1\], expected \[P=6, G=2\]"),
         (np.ones(6), "edit_mask is float64, expected bool"),
+        (np.eye(2, dtype=bool)[np.ones(6, int)], "edit_mask marks tokens in column 1, .* reads column 0 alone"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask, message, engine, adapters):

@@ -63,7 +63,7 @@ def make_edit_mask(
     rule = parse_positions(positions)
     mask_TG = np.zeros((prompt_len, NUM_GROUPS), bool)
     if rule.function is not None:
-        mask_TG[:] = _by_function(rule.function, positions, prompt_len, token_ids)
+        mask_TG[:] = _by_function(rule.function, positions, prompt_len, token_ids, groups)
     elif rule.first is None or rule.last is None:
         mask_TG[:, 0] = True
     else:
@@ -78,7 +78,7 @@ def make_edit_mask(
 
 
 def _by_function(
-    function: RuleFunction, positions: str, prompt_len: int, token_ids: Sequence[int] | None
+    function: RuleFunction, positions: str, prompt_len: int, token_ids: Sequence[int] | None, groups: int
 ) -> np.ndarray:
     if token_ids is None:
         raise RequestError(f"positions {positions!r} looks at the prompt's tokens; give token_ids")
@@ -86,14 +86,14 @@ def _by_function(
         mask = np.asarray(function(np.asarray(token_ids, np.int32), prompt_len))
     except Exception as error:
         raise RequestError(f"the rule {positions!r} failed: {type(error).__name__}: {plain(str(error))}") from error
-    return own_mask(mask, prompt_len, f"the mask of the rule {positions!r}")
+    return own_mask(mask, prompt_len, f"the mask of the rule {positions!r}", groups)
 
 
-def own_mask(mask: Any, prompt_len: int, name: str) -> np.ndarray:
+def own_mask(mask: Any, prompt_len: int, name: str, groups: int) -> np.ndarray:
     """Return a mask of somebody's own as bool ``[prompt_len, NUM_GROUPS]``; one without groups is of group 0.
 
     Raises:
-        RequestError: if it has other axes, or is not bool.
+        RequestError: if it has other axes, is not bool, or marks tokens for a group beyond the adapter's ``groups``.
     """
     mask = np.asarray(mask)
     try:
@@ -103,6 +103,11 @@ def own_mask(mask: Any, prompt_len: int, name: str) -> np.ndarray:
         check_axes(name, mask, "bool", P=prompt_len, G=NUM_GROUPS)
     except ShapeError as error:
         raise RequestError(str(error)) from None
+    if mask[:, groups:].any():
+        raise RequestError(
+            f"{name} marks tokens in column 1, which is for the last positions of adapters with share_weights false; "
+            "this adapter reads column 0 alone"
+        )
     return mask.copy()
 
 

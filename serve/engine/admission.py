@@ -140,7 +140,7 @@ class Admission:
         if request.edit_mask is not None:
             if config is None:
                 raise RequestError("edit_mask is given without an adapter, and so there is nothing to edit with")
-            prompt_mask = own_mask(request.edit_mask, len(request.token_ids), "edit_mask")
+            prompt_mask = own_mask(request.edit_mask, len(request.token_ids), "edit_mask", config.groups)
         return extend_edit_mask(prompt_mask, request.max_tokens, "prompt" if config is None else config.positions)
 
     def sample(self, request: Request) -> Sample:
