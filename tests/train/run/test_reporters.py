@@ -97,7 +97,7 @@ def test_a_run_that_is_broken_off_is_told_so(argv, wandb, monkeypatch):
     def save(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("train.run.loop.save_adapter", save)
+    monkeypatch.setattr("train.run.interruptible.save_adapter", save)
     assert sft.main(argv) == 1
     assert wandb[-1] == ("finish", {"exit_code": 1})
 
