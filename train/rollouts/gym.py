@@ -24,7 +24,7 @@ def dataset(name: str, seed: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # Of what it imports.
-            import reasoning_gym
+            import reasoning_gym  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"tasks of reasoning_gym need it ({error}); pip install 'preft-jax[rl]'") from error
     try:
