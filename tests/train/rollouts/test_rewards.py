@@ -14,8 +14,6 @@ from train.rollouts.rewarding import Rewarder
 from train.rollouts.rewards import Question, RewardProcess
 from train.rollouts.worker import find
 
-pytestmark = pytest.mark.host
-
 REWARDS = """
 import os, subprocess, sys, time
 
