@@ -27,10 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.hostile_bodies import hostile_bodies
-from preft_jax.cli import hyphenated
+from bench.judging import judge
 from preft_jax.errors import ConfigError, PreftError
 from serve.bench.environment import environment
-from serve.bench.output import emit
 
 SCHEMA = "preft-jax/hostile/1"
 LIMITS = {"seconds": 0.3, "peak_mib": 100.0, "gap_seconds": 0.1}
@@ -223,15 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
-    try:
-        found = run(args)
-        print_table(found, Console())
-        emit(found, args.output_json)
-    except (PreftError, OSError, httpx.HTTPError) as error:
-        print(f"bench.hostile: {error}", file=sys.stderr)
-        return 1
-    return 0 if found["figures"]["kept"] else 1
+    return judge(make_parser(), argv, run, print_table)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,11 @@ from rich.console import Console
 from rich.table import Table
 
 import preft_jax
+from bench.judging import judge
 from bench.kills_traffic import ROWS, Book, Client, ask, create, traffic, upload
-from preft_jax.cli import hyphenated
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from serve import api
 from serve.bench.environment import environment
-from serve.bench.output import emit
 from serve.store.files import AdapterFiles
 from serve.store.names import Registry
 
@@ -323,15 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
-    try:
-        found = run(args)
-        print_table(found, Console())
-        emit(found, args.output_json)
-    except (PreftError, OSError, httpx.HTTPError) as error:
-        print(f"bench.kills: {error}", file=sys.stderr)
-        return 1
-    return 0 if found["figures"]["kept"] else 1
+    return judge(make_parser(), argv, run, print_table)
 
 
 if __name__ == "__main__":

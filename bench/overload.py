@@ -30,12 +30,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from preft_jax.cli import hyphenated
+from bench.judging import judge
 from preft_jax.errors import ConfigError, PreftError
 from serve.bench.arrivals import draw_arrivals
 from serve.bench.client import list_models
 from serve.bench.environment import environment
-from serve.bench.output import emit
 
 SCHEMA = "preft-jax/overload/1"
 RECOVERED = 1.5
@@ -326,17 +325,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    args = make_parser().parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
-    try:
-        if args.output_json is not None:
-            args.output_json.parent.mkdir(parents=True, exist_ok=True)
-        found = run(args)
-        print_table(found, Console())
-        emit(found, args.output_json)
-    except (PreftError, OSError, httpx.HTTPError) as error:
-        print(f"bench.overload: {error}", file=sys.stderr)
-        return 1
-    return 0 if found["figures"]["kept"] else 1
+    return judge(make_parser(), argv, run, print_table)
 
 
 if __name__ == "__main__":

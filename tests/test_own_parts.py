@@ -223,7 +223,7 @@ def test_an_edit_without_a_constant_has_zeros(tiny):
         ({(0, "x"): ()}, pj.ConfigError, "there is no place"),
         ({(0, "q"): 1}, pj.ShapeError, r"the edit of layers.0.q is 1; give"),
         ({(0, "q"): (np.ones((3, 1)), np.ones(1), np.ones((1, 64)))}, pj.ShapeError, r"layers.0.q.a_DR has the shape"),
-        ({(0, "q"): (np.ones((64, 1)), np.full(1, np.nan), np.ones((1, 64)))}, pj.ShapeError, "not finite"),
+        ({(0, "q"): (np.ones((64, 1)), np.full(1, np.nan), np.ones((1, 64)))}, pj.ConfigError, "not finite"),
         ([1], pj.ConfigError, "edits is"),
     ],
 )

@@ -240,11 +240,18 @@ def batch_losses(
     remat: Remat,
 ) -> tuple[jax.Array, jax.Array, dict[str, Means]]:
     """Return the losses of a batch as ``stream_losses`` does."""
-    h_BSD = hidden_states(
+    h_BSD = _stream(config, base, batch, edits, attention=attention, remat=remat)
+    return stream_losses(base, h_BSD, batch, num_slots, loss)
+
+
+def _stream(
+    config: ModelConfig, base: Params, batch: Batch, edits: Edits, *, attention: DenseKernel, remat: Remat
+) -> jax.Array:
+    """Return the normed stream of a batch after the last layer, ``[B, S, D]``."""
+    return hidden_states(
         config, base, batch.tokens_BS, edits, segments_BS=batch.segments_BS, positions_BS=batch.positions_BS,
         attention=attention, remat=remat,
     )  # fmt: skip
-    return stream_losses(base, h_BSD, batch, num_slots, loss)
 
 
 def batch_logprobs(base: Params, h_BSD: jax.Array, batch: Batch) -> jax.Array:
@@ -344,11 +351,7 @@ def score(
 ) -> jax.Array:
     """Return the log-probabilities of a batch's targets as ``batch_logprobs`` does, without dropout."""
     edits = make_edits(config, groups, edits_by_layer(config, groups, params, base["embed"].dtype), batch, None)
-    h_BSD = hidden_states(
-        config, base, batch.tokens_BS, edits, segments_BS=batch.segments_BS, positions_BS=batch.positions_BS,
-        attention=attention, remat="none",
-    )  # fmt: skip
-    return batch_logprobs(base, h_BSD, batch)
+    return batch_logprobs(base, _stream(config, base, batch, edits, attention=attention, remat="none"), batch)
 
 
 def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> tuple[State, Report]:

@@ -32,7 +32,7 @@ def adapter_of_edits(edits: Any, model: ModelConfig, **config: Any) -> Adapter:
 
     Raises:
         ShapeError: if an edit does not fit its site.
-        ConfigError: if there are none, or a place is not one of the model's.
+        ConfigError: if there are none, a place is not one of the model's, or values are not finite.
     """
     check_type("model", model, ModelConfig, "the ModelConfig, which a Model has as config", ConfigError)
     places = _by_place(edits)
@@ -111,7 +111,7 @@ def _leaves(place: Place, edit: Any, d: int, f: int) -> dict[str, Any]:
     check_axes(f"{name}.a_DR", a, "float", D=d, R=rank)
     check_axes(f"{name}.b_RF", b, "float", R=rank, F=f)
     if not all(np.isfinite(leaf).all() for leaf in (a, c, b)):
-        raise ShapeError(f"the edit of {name} has values that are not finite; give numbers")
+        raise ConfigError(f"the edit of {name} has values that are not finite; give numbers")
     return {"a": a, "c": c, "b": b}
 
 

@@ -153,9 +153,11 @@ def load_examples(
 
 def _unlearned(read: Chat | Pair) -> list[str]:
     """Return what of a row is not learned, for people."""
-    messages = read.messages if isinstance(read, Chat) else []
-    begins, ends = (bool(messages) and messages[i]["role"] == "assistant" for i in (0, -1))
-    return [_OPENED] * begins + [_OPEN_ENDED] * (bool(messages) and not ends)
+    if isinstance(read, Pair):
+        return []
+    opened = read.messages[0]["role"] == "assistant"
+    open_ended = read.messages[-1]["role"] != "assistant"
+    return [what for what, is_so in ((_OPENED, opened), (_OPEN_ENDED, open_ended)) if is_so]
 
 
 def make_examples(

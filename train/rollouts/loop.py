@@ -40,7 +40,7 @@ def load_jobs(configs: Sequence[RolloutConfig], model: Model) -> list[RolloutJob
     return jobs
 
 
-class RolloutRun(InterruptibleRun):
+class RolloutRun(InterruptibleRun[RolloutReport]):
     """A run in its output directory; a context manager that leaves nothing open.
 
     Raises:

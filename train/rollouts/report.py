@@ -19,18 +19,18 @@ from train.rollouts.samples import Group, RolloutJob
 from train.rollouts.statistics import Interval, interval
 from train.rollouts.transcripts import Transcripts
 from train.run.directory import RunDirectory
-from train.run.log import Metrics, Status, read_metrics
+from train.run.log import read_metrics
 from train.run.reporters import Reporter
+from train.run.telling import RunReport
 
 _UNLIKE = 1e-2
 """In float32, a log-probability of the trainer is that of the sampler to 1e-4. So much is a fault."""
 
 
-class RolloutReport:
-    """What is told of a run from the step on at which its jobs are.
+class RolloutReport(RunReport):
+    """What is told of a run of ``train.rl``.
 
     Attributes:
-        failed: why those jobs were given up that were.
         evaluated: jobs and steps that a resumed run evaluated before.
     """
 
@@ -43,20 +43,15 @@ class RolloutReport:
         reporters: Sequence[Reporter],
         console: Console,
     ):
-        self.failed: dict[str, str] = {}
-        self._settings = settings
-        self._model = model
-        self._directory = directory
-        self._reporters = reporters
-        self._jobs = jobs
         kept = {job.name: job.batch for job in jobs} if settings.resume else None
-        self._metrics = Metrics(directory.metrics, keep_until=kept)
+        total, done = sum(job.steps for job in jobs), sum(job.batch for job in jobs)
+        super().__init__(settings, directory, reporters, console, kept=kept, total=total, done=done)
+        self._model = model
+        self._jobs = jobs
         self._transcripts = Transcripts(directory.path / TRANSCRIPTS, keep_until=kept)
         self.evaluated = {(row["job"], row["step"]) for row in read_metrics(directory.metrics) if "eval_reward" in row}
         self._warned: set[str] = set()
         self._began = time.perf_counter()
-        done = sum(job.batch for job in jobs)
-        self._status = Status(console, total=sum(job.steps for job in jobs), done=done)
 
     def introduce(self, jobs: Sequence[RolloutJob]) -> None:
         """Tell what each job trains, and for what."""
@@ -68,11 +63,6 @@ class RolloutReport:
                 f"{self._model.name or 'the model'}; {job.task.name}; {options.algorithm}, {job.steps} steps of "
                 f"{job.prompts_per_step} prompts with {options.num_generations} samples"
             )
-
-    def line(self, text: str, job: RolloutJob | None = None) -> None:
-        """Print a line, of a job with its name if there are several."""
-        label = "" if job is None or len(self._settings.jobs) == 1 else f"{job.name}: "
-        self._status.line(label + text)
 
     def step(self, job: RolloutJob, values: dict[str, float], groups: Sequence[Group]) -> None:
         """Tell what a step of a job gave: values for the metrics, and its samples."""
@@ -113,16 +103,6 @@ class RolloutReport:
         self._write({"step": job.batch, "job": job.name} | values, {"eval_rewards": plain})
         found = Interval(values["eval_reward"], values["eval_reward_low"], values["eval_reward_high"])
         self.line(f"held out: reward {found} of {len(rewards)} prompts after {job.batch} steps", job)
-
-    def _write(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
-        self._metrics.write(row | (more or {}))
-        scalars = {
-            name: float(value)
-            for name, value in row.items()
-            if name not in ("step", "job") and isinstance(value, int | float) and math.isfinite(value)
-        }
-        for reporter in self._reporters if scalars else ():
-            reporter.report(row["job"], row["step"], scalars)
 
     def conclude(self) -> None:
         """Draw the rewards, tell what came out, and leave it in ``results.json``."""
@@ -168,12 +148,9 @@ class RolloutReport:
         return found
 
     def close(self, *, failed: bool) -> None:
-        """Take the bar away, close files, and send on what is left; ``failed`` is whether training broke off."""
-        self._status.close()
-        self._metrics.close()
+        """Close the transcripts, and what all reports close."""
         self._transcripts.close()
-        for reporter in self._reporters:
-            reporter.close(failed=failed)
+        super().close(failed=failed)
 
 
 def _plain(found: Interval) -> dict[str, float | None]:

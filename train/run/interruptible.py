@@ -2,8 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from preft_jax.errors import PreftError
 from preft_jax.io.adapter_files import save_adapter
@@ -12,6 +11,7 @@ from train.publish import publish
 from train.run.directory import RunDirectory
 from train.run.options import Settings
 from train.run.progress import Progress
+from train.run.telling import RunReport
 from train.trainer import Trainer
 
 
@@ -19,7 +19,7 @@ class InterruptError(PreftError):
     """The user or the system ended the run; a checkpoint was written."""
 
 
-class InterruptibleRun:
+class InterruptibleRun[ReportT: RunReport]:
     """A run in its output directory that ends early with a checkpoint when it is asked to.
 
     Attributes:
@@ -28,7 +28,7 @@ class InterruptibleRun:
 
     _trainer: Trainer
     _progress: Progress
-    _report: Any
+    _report: ReportT
 
     def __init__(self, settings: Settings, directory: RunDirectory):
         self.unpublished: dict[str, str] = {}
@@ -53,7 +53,7 @@ class InterruptibleRun:
     def _due(self, every: int) -> bool:
         return every > 0 and self._progress.step % every == 0
 
-    def _save(self, done: list[Any]) -> None:
+    def _save(self, done: Sequence[Job]) -> None:
         """Write a checkpoint if jobs are done, it is time, or the run was interrupted; end it if it was.
 
         Raises:

@@ -20,7 +20,7 @@ from train.run.reporters import make_reporters
 from train.trainer import Trainer
 
 
-class Run(InterruptibleRun):
+class Run(InterruptibleRun[Report]):
     """A run in its output directory; a context manager that leaves nothing open.
 
     Raises:

@@ -12,17 +12,17 @@ from train.data import builtin as builtin_task
 from train.jobs import Job
 from train.results import StepResult
 from train.run.directory import RunDirectory
-from train.run.log import Meter, Metrics, Status, peak_flops, read_metrics
+from train.run.log import Meter, peak_flops, read_metrics
 from train.run.options import Settings
 from train.run.picture import draw_losses
 from train.run.reporters import Reporter
+from train.run.telling import RunReport
 
 
-class Report:
-    """What is told of a run from the step on at which its jobs are.
+class Report(RunReport):
+    """What is told of a run of ``train.sft``.
 
     Attributes:
-        failed: why those jobs were given up that were.
         evaluated: jobs and steps that a resumed run evaluated before.
     """
 
@@ -35,16 +35,12 @@ class Report:
         reporters: Sequence[Reporter],
         console: Console,
     ):
-        self.failed: dict[str, str] = {}
-        self._settings = settings
+        kept_until = {job.name: job.step for job in jobs} if settings.resume else None
+        total, done = sum(job.total_steps for job in jobs), sum(job.step for job in jobs)
+        super().__init__(settings, directory, reporters, console, kept=kept_until, total=total, done=done)
         self._model = model
-        self._directory = directory
-        self._reporters = reporters
         self._num_params = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._metrics = Metrics(
-            directory.metrics, keep_until={job.name: job.step for job in jobs} if settings.resume else None
-        )
         kept = read_metrics(directory.metrics)
         self.evaluated = {(row["job"], row["step"]) for row in kept if "eval_loss" in row}
         self._first_loss: dict[str, float] = {}
@@ -53,7 +49,6 @@ class Report:
             if row.get("loss") is not None:
                 self._first_loss.setdefault(row["job"], row["loss"])
         self._meter = Meter()
-        self._status = Status(console, total=sum(job.total_steps for job in jobs), done=sum(job.step for job in jobs))
 
     def introduce(self, jobs: Sequence[Job]) -> None:
         """Tell what each job trains, and on what."""
@@ -67,11 +62,6 @@ class Report:
                 f"{self._model.name or 'the model'} ({self._num_params:,}); {what}: {len(job.examples)} examples, "
                 f"{job.total_steps} updates"
             )
-
-    def line(self, text: str, job: Job | None = None) -> None:
-        """Print a line, of a job with its name if there are several."""
-        label = "" if job is None or len(self._settings.jobs) == 1 else f"{job.name}: "
-        self._status.line(label + text)
 
     def updates(self, step: StepResult | None) -> None:
         """Tell what an update of the running jobs gave."""
@@ -118,16 +108,6 @@ class Report:
         self.line(text, job)
         self._meter.read()  # An evaluation takes none of the training's time.
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._metrics.write(row)
-        scalars = {
-            name: float(value)
-            for name, value in row.items()
-            if name not in ("step", "job") and isinstance(value, int | float)
-        }
-        for reporter in self._reporters if scalars else ():
-            reporter.report(row["job"], row["step"], scalars)
-
     def draw(self) -> None:
         """Draw the losses."""
         rows = read_metrics(self._directory.metrics)
@@ -152,10 +132,3 @@ class Report:
                     "learning_rate, or look at the data",
                     job,
                 )
-
-    def close(self, *, failed: bool) -> None:
-        """Take the bar away, close the metrics, and send on what is left; ``failed`` is whether training broke off."""
-        self._status.close()
-        self._metrics.close()
-        for reporter in self._reporters:
-            reporter.close(failed=failed)

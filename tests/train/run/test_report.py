@@ -9,6 +9,7 @@ from rich.console import Console
 
 from train.results import Result, StepResult
 from train.run.directory import RunDirectory
+from train.run.log import Meter, read_metrics
 from train.run.options import make_parser, settings
 from train.run.report import Report
 
@@ -69,3 +70,18 @@ def test_the_first_loss_of_a_resumed_run_is_that_of_its_beginning(losses, last, 
     told = run({"ann": losses}, total=4, before=2)
     assert len(told) == (last is not None)
     assert not last or f"was 3.0000 at first and is {last}" in told[0]
+
+
+def test_speeds_are_those_of_the_logged_interval_without_what_is_left_out(tiny, rng, tmp_path, monkeypatch):
+    job = cases.job(tiny, cases.LORA, [cases.example(cases.LORA, rng)], max_steps=4)
+    times = iter([0.0, 5.0, 20.0])
+    monkeypatch.setattr("train.run.report.Meter", lambda: Meter(lambda: next(times)))
+    found = settings(make_parser(""), ["--logging-steps", "2", "--output-dir", str(tmp_path)])
+    directory = RunDirectory(tmp_path, [job.name], named=False)
+    report = Report(found, tiny, directory, [job], [], Console(file=io.StringIO()))
+    for step, tokens in enumerate((30, 20, 40, 10), 1):
+        report.updates(StepResult([Result(job, step, 1.0, 1.0, 0.1, True)], tokens, tokens))
+        if step == 3:
+            report.leave_out(10.0)
+    report.close(failed=False)
+    assert [row["tokens_per_s"] for row in read_metrics(directory.metrics)] == [10.0, 10.0]
