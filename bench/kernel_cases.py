@@ -98,6 +98,10 @@ def _edit_tests() -> list[EditCase]:
     found += _with(few, "all-masked", mask="none", **edge)
     found += _with(few, "base-only", base_fraction=1.0, **edge)
     found += _with(few, "null-pages", ranks=(0,), **edge, spare_pages=5)
+    # Rows enough that a norm is not cut into parts.
+    norms = [c for c in narrow if c.op == "norm_shrink"]
+    found += _with(_labelled(norms, "o->gate+up", "down+block->q+k+v"), "many-rows", lengths=(60, 4) * 66, tile=64,
+                   ranks=(16,))  # fmt: skip
     found += _with(few, "shared-adapter/bf16", adapters=1, ranks=(24,), lengths=(30, 2, 50), tile=64, **bf16)
     found += _with(_labelled(narrow, "v"), "no-spare-pages", adapters=1, spare_pages=0, lengths=(32,))
     found += _with(few, "tile-128/bf16", lengths=(300, 20), tile=128, **bf16)
@@ -198,8 +202,12 @@ _BATCHES = {
     "128x64-r16": {"lengths": (64,) * 128, "tile": 64},
     "32x256-r64": {"lengths": (256,) * 32, "tile": 128, "ranks": (64,)},
     "ragged-r16": {"lengths": (37, 411, 150, 90, 600, 256, 204, 300) * 4, "tile": 64},
+    "8x256-r16": {"lengths": (256,) * 8, "tile": 64},
+    "4x256-r16": {"lengths": (256,) * 4, "tile": 64},
 }
-"""8,192 prompt tokens each: whole tiles of one adapter, many short prompts, a larger rank, prompts that share tiles."""
+"""8,192 prompt tokens each: whole tiles of one adapter, many short prompts, a larger rank, prompts that share tiles.
+Calls of 2,048 and of 1,024 tokens, as traffic makes them.
+"""
 
 
 def _edit_benchmarks() -> list[EditCase]:

@@ -64,6 +64,8 @@ CASES = (
     Case(name="LoRA r16, 128 adapters x 64 tokens", requests=128, length=64, rank=16),
     Case(name="LoRA r64, 32 adapters x 256 tokens", requests=32, length=256, rank=64),
     Case(name="DiReFT r16, 32 adapters x 256 tokens", requests=32, length=256, rank=16, sites=("block",)),
+    Case(name="LoRA r16, 8 adapters x 256 tokens", requests=8, length=256, rank=16),
+    Case(name="LoRA r16, 4 adapters x 256 tokens", requests=4, length=256, rank=16),
 )
 SMALL = (
     Case(name="LoRA r16, 4 adapters x 64 tokens", requests=4, length=64, rank=16),

@@ -71,10 +71,15 @@ def for_expand(tile: int, tokens: int, width: int, entries: int) -> Blocks:
     return Blocks(rows=rows, block=block_of(width, 256, "the width of y_TF"))
 
 
-def for_norm(width: int, dtype: Any) -> Blocks:
-    """Few rows, for many programs; two warps, so that many of them wait for memory side by side."""
+def for_norm(tokens: int, width: int, dtype: Any) -> Blocks:
+    """Few rows, for many programs; two warps, so that many of them wait for memory side by side.
+
+    Where the rows alone are too few programs, they are cut into parts.
+    """
     block = block_of(width, 128 if jnp.dtype(dtype).itemsize == 2 else 64, "the width of x_TD")
-    return Blocks(rows=16, block=block, warps=2, stages=_stages(3, dtype))
+    blocks = -(-tokens // 16)
+    parts = _parts(width, block, -(-512 // blocks), 8) if blocks < 264 else 1
+    return Blocks(rows=16, block=block, parts=parts, warps=2, stages=_stages(3, dtype))
 
 
 def for_rope(tile: int, tokens: int, entries: int) -> Blocks:

@@ -20,8 +20,10 @@ from kernels.triton.call import (
 )
 from kernels.triton.config import Blocks, for_norm, for_rope, for_silu_mul
 from kernels.triton.device.fused import (
+    norm_edit_part_kernel,
     norm_kernel,
     norm_shrink_kernel,
+    norm_shrink_part_kernel,
     rope_kv_kernel,
     silu_mul_kernel,
     silu_mul_plain_kernel,
@@ -71,10 +73,15 @@ def norm_shrink(
     together = sites if _fusable(sites, MOST_COLUMNS) else ()
     nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
     changed = bool(edits) or block is not None or add_TD is not None
-    pairs = [(e.s_TER, e.site.pool.b_PRF, jnp.asarray(e.site.tiles.page_NE, jnp.int32)) for e in edits]
-    filler = (x_TD,) * 3
-    pairs = [*pairs, *[filler] * (2 - len(pairs))]
-    widths = [e.s_TER.shape[1] for e in edits] + [1] * (2 - len(edits))
+    config = config or for_norm(tokens, width, x_TD.dtype)
+    if config.parts > 1:
+        if block is not None:
+            x_TD, _ = _edit_in_parts(x_TD, add_TD, edits, tile, config)
+            (s_TER,) = shrink(x_TD, (block,), mask_TG)
+            edits, add_TD = (Shrunk(s_TER, block),), None
+        x_TD, h_TD, found = _norm_in_parts(x_TD, add_TD, edits, tile, weight_D, eps, together, mask_TG, config)
+        return x_TD, h_TD, found if together or not sites else shrink(h_TD, sites, mask_TG)
+    pending, widths = _pending_two(edits, x_TD)
     if block is None:
         block_args: tuple[jax.Array, ...] = (x_TD,) * 5
     else:
@@ -85,10 +92,9 @@ def norm_shrink(
     block_entries = block.tiles.page_NE.shape[1] if block else 1
     shrunk = jax.ShapeDtypeStruct((tokens, entries, 16), jnp.float32)
     same = jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)
-    config = config or for_norm(width, x_TD.dtype)
     new, h_TD, s0, s1, s2, _ = call(
         norm_shrink_kernel,
-        x_TD, x_TD if add_TD is None else add_TD, *(array for pair in pairs for array in pair), *block_args, weight_D,
+        x_TD, x_TD if add_TD is None else add_TD, *pending, *block_args, weight_D,
         *(padded(site_args) if site_args else [x_TD] * 4 * MOST_SITES),
         out=[
             same if changed else nothing, same,
@@ -105,6 +111,68 @@ def norm_shrink(
     )  # fmt: skip
     shrunk_sites = (s0, s1, s2)[: len(together)] if together or not sites else shrink(h_TD, sites, mask_TG)
     return (new if changed else x_TD), h_TD, tuple(shrunk_sites)
+
+
+def _edit_in_parts(
+    x_TD: jax.Array, add_TD: jax.Array | None, edits: tuple[Shrunk, ...], tile: int, config: Blocks
+) -> tuple[jax.Array, jax.Array]:
+    """Return the stream with what is added to it, and the squares of each part of its rows ``[parts, T]``."""
+    tokens, width = x_TD.shape
+    changed = bool(edits) or add_TD is not None
+    pending, widths = _pending_two(edits, x_TD)
+    new, square_UT = call(
+        norm_edit_part_kernel,
+        x_TD, x_TD if add_TD is None else add_TD, *pending,
+        out=[
+            jax.ShapeDtypeStruct(x_TD.shape if changed else (1,), x_TD.dtype),
+            jax.ShapeDtypeStruct((config.parts, tokens), jnp.float32),
+        ],
+        grid=(config.parts, ceil_div(tokens, config.rows)),
+        warps=config.warps,
+        T=tokens, D=width, TILE=tile, ADD=add_TD is not None, EDITS=len(edits), EE0=widths[0], EE1=widths[1],
+        EEB0=rank_of(widths[0]), EEB1=rank_of(widths[1]),
+        BT=config.rows, BD=config.block, PARTS=config.parts, STAGES=config.stages,
+    )  # fmt: skip
+    return (new if changed else x_TD), square_UT
+
+
+def _norm_in_parts(
+    x_TD: jax.Array,
+    add_TD: jax.Array | None,
+    edits: tuple[Shrunk, ...],
+    tile: int,
+    weight_D: jax.Array,
+    eps: float,
+    sites: tuple[Site, ...],
+    mask_TG: jax.Array,
+    config: Blocks,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """Edit, norm and shrink by two kernels whose programs share the columns of their rows: few rows fill the GPU."""
+    tokens, width = x_TD.shape
+    x_TD, square_UT = _edit_in_parts(x_TD, add_TD, edits, tile, config)
+    entries = sites[0].tiles.page_NE.shape[1] if sites else 1
+    pages = padded([(a, page) for a, _, page, _ in (shrink_args(site, mask_TG) for site in sites)])
+    part = jax.ShapeDtypeStruct((config.parts, tokens, entries, 16), jnp.float32)
+    nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
+    h_TD, *found = call(
+        norm_shrink_part_kernel,
+        x_TD, square_UT, weight_D, *(pages or [x_TD] * 2 * MOST_SITES),
+        out=[
+            jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype),
+            *(part if n < len(sites) else nothing for n in range(MOST_SITES)),
+        ],
+        grid=(config.parts, ceil_div(tokens, config.rows)),
+        warps=config.warps,
+        T=tokens, D=width, TILE=tile, EPS=eps, SITES=len(sites), E=entries,
+        BT=config.rows, BD=config.block, PARTS=config.parts, STAGES=config.stages,
+    )  # fmt: skip
+    return x_TD, h_TD, tuple(finish_parts(one, site, mask_TG) for one, site in zip(found, sites, strict=False))
+
+
+def _pending_two(edits: tuple[Shrunk, ...], filler: jax.Array) -> tuple[list[jax.Array], list[int]]:
+    """Return what a kernel needs to expand up to two edits, and how many entries each lists."""
+    padded_edits = (*edits, *[None] * (2 - len(edits)))
+    return [array for edit in padded_edits for array in _pending(edit, filler)], _widths(padded_edits)
 
 
 def _norm(x_TD: jax.Array, add_TD: jax.Array | None, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:

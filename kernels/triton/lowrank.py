@@ -36,7 +36,10 @@ def groups_of(sites: tuple[Site, ...]) -> list[tuple[Site, ...]]:
 
 
 def padded(groups: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
-    """Return the arrays of up to ``MOST_SITES`` sites, the first one's standing in for those that are not there."""
+    """Return the arrays of up to ``MOST_SITES`` sites, the first one's standing in for those that are not there.
+
+    Nothing for no site.
+    """
     groups = groups + groups[:1] * (MOST_SITES - len(groups))
     return [array for group in groups for array in group]
 
