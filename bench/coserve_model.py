@@ -95,11 +95,11 @@ class SharedWorld(World):
     def _turn(self) -> Many[tuple[Sequence, int]]:
         """See ``World``: as the engine goes, behind units the next step is started once tokens went out."""
         prepared, covered = None, self._covered()
+        if not self.calls and self._go_on():
+            self.now = max(self.now, self._units[0][2])
+            self._end_units(self.now)
+            return []
         if not self.calls and covered:
-            if self._start_another():
-                self.now = max(self.now, self._units[0][2])
-                self._end_units(self.now)
-                return []
             self._schedule()
         elif len(self.calls) == 1 and self.variant.two and not covered:
             prepared = self._run_ahead()
@@ -140,15 +140,21 @@ class SharedWorld(World):
         while not self._covered() and (unit := self.background.beside()) is not None:
             self._start_unit(unit)
 
-    def _start_another(self) -> bool:
-        """Start a unit behind others, as ``UnderWay`` does it."""
-        if len(self._units) > 1:
-            return True
-        self._open()
-        unit = self.background.beside()
-        if unit is not None:
-            self._start_unit(unit)
-        return unit is not None
+    def _go_on(self) -> bool:
+        """Start units behind others, as ``UnderWay`` does it."""
+        if not self._units:
+            return False
+        if not self._hides_host():
+            self._open()
+            while len(self._units) <= UnderWay.MOST and not self._hides_host():
+                unit = self.background.beside()
+                if unit is None:
+                    return False
+                self._start_unit(unit)
+        return True
+
+    def _hides_host(self) -> bool:
+        return sum(call.unit.seconds for call, _, _ in list(self._units)[1:]) >= UnderWay.COVER
 
     def _open(self) -> None:
         items = [(end, own) for own, end in self.calls] + [(end, call.unit) for call, _, end in self._units]

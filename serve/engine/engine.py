@@ -259,6 +259,8 @@ class Engine:
         with self._compiles:
             self._take_loaded()
             self._expire()
+            if self._live and self._under_way.go_on(self.scheduler, self.runner.params):
+                return self._outputs(self._collect())
             if self._goes_ahead and not self._recovery.apart and self._run_ahead():
                 return self._outputs([])
             deltas = self._collect()
@@ -288,8 +290,7 @@ class Engine:
         """
         covered = self._under_way.covers
         if self._live and not self.under_way and covered:
-            another = self._under_way.start_another(self.scheduler, self.runner.params)
-            return not another and self._schedule() is not None
+            return self._schedule() is not None
         if len(self.under_way) != 1 or covered:
             return False
         (under_way,) = self.under_way

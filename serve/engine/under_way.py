@@ -89,12 +89,24 @@ class UnderWay:
                 if self.covers or not self._start(self._background.beside(), params):
                     break
 
-    def start_another(self, requests: Requests, params: Params) -> bool:
-        """Start a unit behind others while no step is under way, if there is room; whether to wait for a unit now."""
-        if len(self.calls) > 1:
-            return True
-        self._open(requests)
-        return self._start(self._background.beside(), params)
+    def go_on(self, requests: Requests, params: Params) -> bool:
+        """Start units behind others while no step is under way, as far as there is room.
+
+        Returns whether to wait for the oldest one: those behind it give the host time for a step. If not, there is no
+        further room, and a step comes next.
+        """
+        if not self.calls or self.steps:
+            return False
+        if not self._hides_host():
+            self._open(requests)
+            while len(self.calls) <= self.MOST and not self._hides_host():
+                if not self._start(self._background.beside(), params):
+                    return False
+        return True
+
+    def _hides_host(self) -> bool:
+        behind = itertools.islice(self.calls, 1, None)
+        return sum(call.unit.seconds for call in behind if isinstance(call, UnitCall)) >= self.COVER
 
     def _open(self, requests: Requests) -> None:
         queue = [call.step if isinstance(call, Call) else call.unit for call in self.calls]
