@@ -174,7 +174,9 @@ def make_machine(args: argparse.Namespace, served: Sequence[Trace], console: Con
     config = engine_config(args, "base", 1, ("q",), max_model_len=longest, prefill_seqs=PREFILL_SEQS)
     config = dataclasses.replace(config, reserved_bytes=int(args.reserved_gib * 2**30))
     options = {"jobs": args.jobs, "rows": args.rows, "seq": args.seq, "rank": args.rank}
-    cut = WindowOptions(tokens=args.window_tokens, layers=args.window_layers, order=args.window_order)
+    cut = WindowOptions(
+        tokens=args.window_tokens, layers=args.window_layers, order=args.window_order, remat=args.window_remat
+    )
     windows = Training(make_trainer(model, **options), cut)
     steps = WholeSteps(make_trainer(model, **options, remat=args.remat))
     turns = Turns()
@@ -392,6 +394,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--window-tokens", type=int, default=512, help="of a unit (default: %(default)s)")
     add("--window-layers", type=int, default=4, help="of a unit (default: %(default)s)")
     add("--window-order", default="layers", choices=("layers", "windows"), help="(default: %(default)s)")
+    add("--window-remat", default="full", choices=("cheap", "full"), help="of units (default: %(default)s)")
     add("--max-num-seqs", type=int, default=64, help="requests at a time (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help="prompt plus output (default: what the requests need)")
     add("--prefill-tokens", type=int, default=2048, help="tokens of a prefill call (default: %(default)s)")

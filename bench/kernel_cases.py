@@ -135,6 +135,7 @@ def _decode_tests() -> list[EditCase]:
         case("base-only", base_fraction=1.0),
         case("one-adapter", adapters=1, lengths=(1,) * 33),
         case("more-adapters-than-rows", adapters=40, spare_pages=0),
+        case("few-adapters/bf16", adapters=3, spare_pages=0, lengths=(1,) * 9, base_fraction=0.3, dtype="bfloat16"),
         case("mixed", site="q+k+v", **mixed),
         case("mixed/bf16", "smollm2-135m", "q+k+v", **mixed, dtype="bfloat16"),
         case("mixed", site="gate+up", **mixed),

@@ -361,8 +361,11 @@ TABLES = {
     "h100-trace": trace,
     "h200-background": background,
     "h200-before-after": before_after,
+    "h200-before-after-engine": before_after,
     "h200-coserve": coserve,
     "h200-trace": trace,
+    "h200-trace-limit": trace,
+    "h200-trace-limit-separate": trace,
     "tpu-programs": tpu_programs,
 }
 

@@ -80,7 +80,8 @@ class Ahead:
 
     def learn(self, job: Job) -> None:
         """Look at a job's examples, in a thread in which nobody waits."""
-        rows_of(job, self._options.tokens)
+        for size in {self._options.in_a_row(2**n) for n in range(self._options.tokens.bit_length())}:
+            rows_of(job, size)
 
     def has(self, entering: Sequence[Job] = ()) -> Windowed | None:
         """Return the programs of units for updates with these of the waiting jobs; None: they are being compiled.
@@ -98,7 +99,7 @@ class Ahead:
         if self._is_spread:
             return there.windowed
         num_rows, _ = trainer.num_rows(jobs)
-        need = _Need(shapes_of_jobs(after.groups, jobs, num_rows, self._options.tokens))
+        need = _Need(shapes_of_jobs(after.groups, jobs, num_rows, self._options))
         if entering:
             places = tuple(sorted(before.places.values())), tuple(after.places[job] for job in entering)
             need = need._replace(groups=before.groups, places=places)
@@ -123,7 +124,7 @@ class Ahead:
         self._rehearsal.stop()
 
     def _windowed(self, layout: Layout) -> Windowed:
-        return _windowed(self._trainer.model.config, layout.groups, self._options)
+        return _windowed(self._trainer.model.config, layout.groups, self._options, self._trainer.attention)
 
     def _compile(
         self, need: _Need, there: _There, rehearsal: Rehearsal, state: State,

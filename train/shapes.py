@@ -15,7 +15,7 @@ from train.layout import take
 from train.losses import CROSS_ENTROPY
 from train.optimizer import Numbers
 from train.step import Group, Programs, State, Sums
-from train.window import Windowed
+from train.window import Windowed, WindowOptions
 
 _EPOCHS = 8
 """Epochs that are planned to see how long rows become; of a job with more, all lengths that there can be are taken."""
@@ -82,16 +82,16 @@ def rows_of(job: Job, tokens: int) -> tuple[Rows, Rows]:
     return known[tokens]
 
 
-def shapes_of_jobs(groups: tuple[Group, ...], jobs: Sequence[Job], num_rows: int, tokens: int) -> Shapes:
+def shapes_of_jobs(groups: tuple[Group, ...], jobs: Sequence[Job], num_rows: int, options: WindowOptions) -> Shapes:
     """Return what the programs depend on while these jobs run."""
     rows, longest = Rows(), max((job.config.batches.max_length for job in jobs), default=1)
     for job in jobs:
-        rows |= rows_of(job, tokens)[0]
-    evaluations = {
-        (job.config.batches.batch_size, rows_of(job, tokens)[1].within(job.config.batches.max_length))
-        for job in jobs
-        if job.held_out
-    }
+        rows |= rows_of(job, options.in_a_row(num_rows))[0]
+    evaluations = set[tuple[int, Rows]]()
+    for job in (job for job in jobs if job.held_out):
+        batches = job.config.batches
+        held_out = rows_of(job, options.in_a_row(batches.batch_size))[1]
+        evaluations.add((batches.batch_size, held_out.within(batches.max_length)))
     return Shapes(
         groups, num_rows, rows.within(longest), any(job.config.batches.packing for job in jobs),
         any(job.initial.config.dropout for job in jobs), frozenset(evaluations),
@@ -119,7 +119,7 @@ def rehearse(shapes: Shapes, windowed: Windowed, programs: Programs, base: Any, 
 
 def _batches(rows: Rows, num_rows: int, packed: bool, windowed: Windowed) -> Iterator[Any]:
     """Yield micro-batches that have units of all kinds that those of these rows have."""
-    size = windowed.options.tokens
+    size = windowed.options.in_a_row(num_rows)
     for length in sorted(rows.lengths):
         starts = {n: slice(n * size, (n + 1) * size) for n in range(-(-length // size))}
         edited, plain = rows.edited & starts.keys(), rows.plain & starts.keys()

@@ -150,11 +150,13 @@ class Trainer:
     def programs_of(self, layout: Layout) -> Programs:
         """Return the programs over the slots of a layout; those of the same groups are the same ones."""
         return _programs(
-            self.model.config, layout.groups, self._attention(), self.options.gradient_checkpointing,
+            self.model.config, layout.groups, self.attention, self.options.gradient_checkpointing,
             self._placement.replicated,
         )  # fmt: skip
 
-    def _attention(self) -> DenseKernel:
+    @property
+    def attention(self) -> DenseKernel:
+        """The implementation over keys and values of training."""
         if self.options.attention is not None:
             return self.options.attention
         return "cudnn" if jax.default_backend() == "gpu" and self._base["embed"].dtype != jnp.float32 else "xla"

@@ -1,7 +1,8 @@
 """Gradients of a micro-batch in units: some layers on a window of its tokens, forward and backward.
 
 A forward unit computes a window's stream behind some layers and adds its keys and values to those of the tokens before
-it. What is kept of a token is what these layers read, and its keys and values; all else is computed again. A backward
+it. What is kept of a token is what these layers read, and its keys and values; all else is computed again, or what
+products with weights gave is kept too (``remat="cheap"``). A backward
 unit takes the cotangents of a window's stream, keys and values, right to left, and adds to those of the keys and values
 before it: where several windows look at a token, its keys and values have several parts. So any unit can wait for as
 long as it must, and the sum is that of ``step.gradients``.
@@ -17,7 +18,7 @@ window without an edited token has no gradient of the edits, and only hands cota
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +29,22 @@ from preft_jax.adapters.edits import NoEdits
 from preft_jax.config import ModelConfig
 from preft_jax.device.ahead import Program
 from preft_jax.errors import ConfigError
+from preft_jax.models.attention import DenseKernel
 from preft_jax.models.batch import bucket
 from preft_jax.models.forward import rope_table
-from preft_jax.models.layer import decoder_layer
+from preft_jax.models.layer import checkpointed, decoder_layer
 from preft_jax.models.params import Params
 from preft_jax.models.plain import PlainLayers
 from train.data.batches import Batch
+from train.kept import Kept, floats_of, with_floats
 from train.losses import CROSS_ENTROPY, Loss
+from train.past import KV, PastAttention, Window, zeros
 from train.step import Group, Means, Sums, add_sums, edits_by_layer, make_dropout, make_edits, stream_losses
 
 Order = Literal["layers", "windows"]
+
+_LEAST = 64
+"""Tokens that a window has in each of several rows, unless it has fewer in one: products of less are no quicker."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +52,21 @@ class WindowOptions:
     """How a micro-batch is cut into units.
 
     Attributes:
-        tokens: of a window, in each row.
+        tokens: of a window, over all rows: see ``in_a_row``.
         layers: of a unit; what the first of them reads is kept.
         order: which the backward pass goes through first. ``layers``: some layers on all windows, then those below;
             cotangents of the whole stream and of the keys and values of these layers are held. ``windows``: a window
             through all layers, then the one before it; cotangents of one window's stream and of all layers' keys and
             values are held, which is more where there are many layers, and ends windows early.
+        remat: what backward units compute again. ``full``: all between what a unit's layers read and what they give.
+            ``cheap``: norms, rotations, attention and activations, but no product with a weight: a third less to
+            compute, and much more to keep (``Windowed.kept_bytes``).
     """
 
     tokens: int = 512
     layers: int = 1
     order: Order = "layers"
+    remat: Literal["cheap", "full"] = "full"
 
     def __post_init__(self) -> None:
         for name in ("tokens", "layers"):
@@ -64,52 +75,18 @@ class WindowOptions:
                 raise ConfigError(f"{name} of a window is {value!r}; give an integer of at least 1")
         if self.order not in ("layers", "windows"):
             raise ConfigError(f"the order of windows is {self.order!r}; allowed: layers, windows")
+        if self.remat not in ("cheap", "full"):
+            raise ConfigError(f"remat of windows is {self.remat!r}; allowed: cheap, full")
 
+    def in_a_row(self, rows: int) -> int:
+        """Return the tokens of a window in each of so many rows.
 
-class KV(NamedTuple):
-    """Keys and values of some layers, or their cotangents: a ``[B, S, K, C]`` array a layer each."""
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
-
-
-def _zeros(*, shape: tuple[int, ...], dtype: Any, layers: int) -> KV:
-    return KV(*(tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in KV._fields))
-
-
-class _Window(NamedTuple):
-    """A window of a micro-batch: its part of the rows, and documents of all tokens up to its end (None: one a row)."""
-
-    batch: Batch
-    start: Any
-    segments_BP: Any
-
-
-class _PastAttention:
-    """Queries of a window see keys and values of the tokens before it, and its own, which are added to them.
-
-    ``kv`` is what there is after all layers so far, ``[B, P, K, C]``.
-    """
-
-    def __init__(self, kv: KV, start: jax.Array, segments_BP: jax.Array | None, segments_BW: jax.Array | None):
-        self.k, self.v = list(kv.k), list(kv.v)
-        self._start = start
-        self._segments = None if segments_BP is None or segments_BW is None else (segments_BP, segments_BW)
-
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
-        """Attend ``q [B, W, H, C]``."""
-        self.k[layer] = jax.lax.dynamic_update_slice_in_dim(self.k[layer], k, self._start, 1)
-        self.v[layer] = jax.lax.dynamic_update_slice_in_dim(self.v[layer], v, self._start, 1)
-        key_P = jnp.arange(self.k[layer].shape[1], dtype=jnp.int32)
-        query_W1 = (self._start + jnp.arange(q.shape[1], dtype=jnp.int32))[:, None]
-        mask = key_P <= query_W1
-        if window is not None:
-            mask &= key_P > query_W1 - window
-        if self._segments is not None:
-            mask = mask & (self._segments[1][:, :, None] == self._segments[0][:, None, :])
-        mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
-        with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
-            return jax.nn.dot_product_attention(q, self.k[layer], self.v[layer], mask=mask)
+        Rows share a window's tokens, so that a unit takes about as long whatever the rows; each has at least 64.
+        """
+        if rows == 1:
+            return self.tokens
+        share = max(1, self.tokens // rows)
+        return min(self.tokens, max(_LEAST, 1 << share.bit_length() - 1))
 
 
 class Windowed:
@@ -119,19 +96,27 @@ class Windowed:
         config: of the base model.
         groups: of adapters, as for ``step.gradients``.
         options: how a micro-batch is cut.
+        attention: the implementation over keys and values.
     """
 
-    def __init__(self, config: ModelConfig, groups: tuple[Group, ...], options: WindowOptions = WindowOptions()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: tuple[Group, ...],
+        options: WindowOptions = WindowOptions(),
+        attention: DenseKernel = "xla",
+    ):
         self.config = config
         self.groups = groups
         self.options = options
+        self.attention: DenseKernel = attention
         static = "past", "edited"
         self._embed = Program(lambda embed, tokens_BW: embed[tokens_BW], name="embed")
         self._zeros_like = Program(jnp.zeros_like, name="zeros-like")
-        self._zeros = Program(_zeros, name="zeros", static=("shape", "dtype", "layers"))
+        self._zeros = Program(zeros, name="zeros", static=("shape", "dtype", "layers"))
         self._no_grads = Program(self._no_grads_of, name="no-gradients")
         self._edits = Program(self._make_edits, name="edits")
-        self._forward = Program(self._forward_unit, name="forward", donate=("kv",), static=static)
+        self._forward = Program(self._forward_unit, name="forward", donate=("kv",), static=(*static, "keeps"))
         self._backward = Program(self._backward_unit, name="backward", donate=("d_kv", "d_edits"), static=static)
         self._loss = Program(self._loss_unit, name="loss", static=("loss",))
         self._only_loss = Program(self._only_loss_unit, name="evaluate")
@@ -153,6 +138,10 @@ class Windowed:
         config = self.config
         runs = -(-config.num_hidden_layers // self.options.layers)
         width = runs * config.hidden_size + 2 * config.num_hidden_layers * config.kv_size
+        if self.options.remat == "cheap":
+            # What ``q``, ``k``, ``v``, attention, ``o``, ``gate`` and ``up`` gave.
+            products = 2 * config.q_size + 2 * config.kv_size + config.hidden_size + 2 * config.intermediate_size
+            width += config.num_hidden_layers * products
         return tokens * width * jnp.dtype(dtype).itemsize
 
     def held_bytes(self, rows: int, length: int, params: int, dtype: Any) -> int:
@@ -169,7 +158,7 @@ class Windowed:
         config, options, size = self.config, self.options, jnp.dtype(dtype).itemsize
         layers = min(options.layers, config.num_hidden_layers)
         by_layers = options.order == "layers"
-        window = min(options.tokens, length)
+        window = min(options.in_a_row(rows), length)
         # Cotangents of keys and values gather in float32.
         d_kv = 2 * 4 * config.kv_size * (layers if by_layers else config.num_hidden_layers) * rows * length
         streams = 2 * config.hidden_size * size * rows * (length if by_layers else window)
@@ -216,8 +205,9 @@ class Windowed:
     def _cut(self, batch: Batch) -> tuple[Batch, int, list[int], list[int]]:
         """Return a batch in NumPy, tokens of a window, and where windows begin: those needed, those learned from."""
         batch = jax.tree.map(np.asarray, batch)
-        size = min(self.options.tokens, batch.tokens_BS.shape[1])
-        starts = range(0, batch.tokens_BS.shape[1], size)
+        num_rows, length = batch.tokens_BS.shape
+        size = min(self.options.in_a_row(num_rows), length)
+        starts = range(0, length, size)
         learned = [at for at in starts if (batch.weights_BS[:, at : at + size] != 0).any()]
         return batch, size, [at for at in starts if learned and at <= learned[-1]], learned
 
@@ -257,14 +247,14 @@ class Windowed:
 
     def _no_grads_of(self, edits: list[Any]) -> list[tuple[jax.Array, ...]]:
         """Return zeros for the gradients of edits: they gather in float32 whatever the stream's dtype."""
-        return [tuple(jnp.zeros(x.shape, jnp.float32) for x in _floats(own)) for own in edits]
+        return [tuple(jnp.zeros(x.shape, jnp.float32) for x in floats_of(own)) for own in edits]
 
     def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Any]:
         return edits_by_layer(self.config, self.groups, params, embed.dtype)
 
     def _fold_unit(self, params: tuple[Any, ...], embed: jax.Array, d_edits: list[Any]) -> tuple[Any, ...]:
         def fold(params: tuple[Any, ...]) -> list[tuple[jax.Array, ...]]:
-            return [_floats(own) for own in self._make_edits(params, embed)]
+            return [floats_of(own) for own in self._make_edits(params, embed)]
 
         edits, pull = jax.vjp(fold, params)
         (grads,) = pull(jax.tree.map(lambda d, own: d.astype(own.dtype), d_edits, edits))
@@ -277,7 +267,7 @@ class Windowed:
         first_layer: jax.Array,
         h_BWD: jax.Array,
         kv: KV,
-        window: _Window,
+        window: Window,
         dropout_J: jax.Array | None,
         length: int,
     ) -> tuple[jax.Array, KV]:
@@ -289,42 +279,53 @@ class Windowed:
             if dropout is not None:
                 dropout = dropout._replace(first_layer=first_layer, start=start, length=length)
             acts = make_edits(self.config, self.groups, edits, batch, dropout)
-        attention = _PastAttention(kv, start, segments_BP, batch.segments_BS)
+        attention = PastAttention(kv, start, segments_BP, batch.segments_BS, self.attention)
         layers = PlainLayers(self.config, rope_table(self.config, batch.positions_BS), attention, acts)
         for i, w in enumerate(ws):
             h_BWD = decoder_layer(layers, i, w, h_BWD)
         return h_BWD, KV(tuple(attention.k), tuple(attention.v))
 
-    def _forward_unit(
-        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: _Window, dropout_J: Any, *,
-        past: int, edited: bool,
-    ) -> tuple[jax.Array, KV]:  # fmt: skip
-        length = kv.k[0].shape[1]
-        so_far = jax.tree.map(lambda x: x[:, :past], kv)
-        own = edits if edited else None
-        h_BWD, new = self._run_layers(ws, own, first_layer, h_BWD, so_far, window, dropout_J, length)
-        kv = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, (0, 0, 0, 0)), kv, new)
-        return h_BWD, kv
-
-    def _backward_unit(
-        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: _Window, dropout_J: Any,
-        dh_BWD: Any, d_kv: KV, d_edits: Any, *, past: int, edited: bool,
-    ) -> tuple[jax.Array, KV, Any]:  # fmt: skip
-        length = kv.k[0].shape[1]
-        size = h_BWD.shape[1]
+    def _differentiated(
+        self, ws: Any, edits: Any, first_layer: Any, length: int, window: Window, dropout_J: Any, edited: bool
+    ) -> tuple[Callable[[Any, jax.Array, KV], tuple[jax.Array, KV]], tuple[Any, ...]]:
+        """Return what a unit computes, as a function of edits, stream and past; and the edits that it takes."""
+        size = window.batch.tokens_BS.shape[1]
 
         def run(floats: Any, h_BWD: jax.Array, so_far: KV) -> tuple[jax.Array, KV]:
-            acts = tuple(map(_with_floats, edits, floats)) if edited else None
+            acts = tuple(map(with_floats, edits, floats)) if edited else None
             h_BWD, new = self._run_layers(ws, acts, first_layer, h_BWD, so_far, window, dropout_J, length)
             return h_BWD, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, window.start, size, 1), new)
 
+        return run, tuple(map(floats_of, edits)) if edited else ()
+
+    def _forward_unit(
+        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any, *,
+        past: int, edited: bool, keeps: bool,
+    ) -> tuple[jax.Array, KV, Kept | None]:  # fmt: skip
+        length = kv.k[0].shape[1]
+        run, floats = self._differentiated(ws, edits, first_layer, length, window, dropout_J, edited)
+        so_far, kept = jax.tree.map(lambda x: x[:, :past], kv), None
+        if keeps:
+            (out, own), pull = jax.vjp(checkpointed(run, "cheap"), floats, h_BWD, so_far)
+            kept = Kept.of(pull, (ws, floats, h_BWD, so_far))
+        else:
+            out, own = run(floats, h_BWD, so_far)
+        kv = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, window.start, 1), kv, own)
+        return out, kv, kept
+
+    def _backward_unit(
+        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any,
+        dh_BWD: Any, d_kv: KV, d_edits: Any, kept: Kept | None, *, past: int, edited: bool,
+    ) -> tuple[jax.Array, KV, Any]:  # fmt: skip
+        length = kv.k[0].shape[1]
+        size = h_BWD.shape[1]
+        run, floats = self._differentiated(ws, edits, first_layer, length, window, dropout_J, edited)
         so_far = jax.tree.map(lambda x: x[:, :past], kv)
-        floats = tuple(map(_floats, edits)) if edited else ()
-        (out, own), pull = jax.vjp(run, floats, h_BWD, so_far)
+        pull = jax.vjp(run, floats, h_BWD, so_far)[1] if kept is None else kept.pullback((ws, floats, h_BWD, so_far))
         d_own = jax.tree.map(
-            lambda d, x: jax.lax.dynamic_slice_in_dim(d, window.start, size, 1).astype(x.dtype), d_kv, own
+            lambda d, x: jax.lax.dynamic_slice_in_dim(d, window.start, size, 1).astype(x.dtype), d_kv, kv
         )
-        d_new_edits, dh_BWD, d_past = pull((dh_BWD.astype(out.dtype), d_own))
+        d_new_edits, dh_BWD, d_past = pull((dh_BWD.astype(h_BWD.dtype), d_own))
         d_kv = jax.tree.map(lambda d, more: d.at[:, :past].add(more.astype(d.dtype)), d_kv, d_past)
         if edited:
             d_edits = jax.tree.map(lambda d, more: d + more.astype(d.dtype), d_edits, d_new_edits)
@@ -406,7 +407,7 @@ class _Run:
         self._runs = [range(at, min(at + step, count)) for at in range(0, count, step)]
         self._shape = (*batch.tokens_BS.shape, config.num_key_value_heads, config.head_dim)
         self._kv = [self._zeros(run, units.base["embed"].dtype) for run in self._runs]
-        self._inputs: dict[tuple[int, int], jax.Array] = {}
+        self._inputs: dict[tuple[int, int], tuple[jax.Array, Kept | None]] = {}
         self.outputs: dict[int, jax.Array] = {}
         # Many windows add to them.
         self.d_edits = owner._no_grads(edits)
@@ -414,7 +415,7 @@ class _Run:
     def _zeros(self, run: range, dtype: Any) -> KV:
         return self._owner._zeros(shape=self._shape, dtype=jnp.dtype(dtype), layers=len(run))
 
-    def window(self, at: int) -> _Window:
+    def window(self, at: int) -> Window:
         """Return the window that begins at a token."""
         here = slice(at, at + self._size)
         own = {
@@ -423,7 +424,7 @@ class _Run:
             if name.endswith(("_BS", "_BSG")) and value is not None
         }
         segments = self._batch.segments_BS
-        return _Window(
+        return Window(
             self._batch._replace(**own), np.int32(at), None if segments is None else segments[:, : self._past(at)]
         )
 
@@ -443,16 +444,18 @@ class _Run:
         """
         window, past = self.window(at), self._past(at)
         edited = bool(window.batch.edit_mask_BSG.any())
+        keeps = keep and self._owner.options.remat == "cheap"
         h_BWD: Any = None
         for n in range(len(self._runs)):
             yield f"forward-{past}"
             if h_BWD is None:
                 h_BWD = self._owner._embed(self._units.base["embed"], window.batch.tokens_BS)
-            if keep:
-                self._inputs[n, at] = h_BWD
-            h_BWD, self._kv[n] = self._owner._forward(
-                *self._arguments(n), h_BWD, self._kv[n], window, self._dropout_J, past=past, edited=edited
+            given = h_BWD
+            h_BWD, self._kv[n], kept = self._owner._forward(
+                *self._arguments(n), given, self._kv[n], window, self._dropout_J, past=past, edited=edited, keeps=keeps
             )
+            if keep:
+                self._inputs[n, at] = given, kept
             self._units.arrays = h_BWD
         assert h_BWD is not None
         self.outputs[at] = h_BWD
@@ -470,28 +473,16 @@ class _Run:
                 d_kv = whole[n]
             elif at == starts[0]:
                 d_kv = self._zeros(self._runs[n], jnp.float32)
-            h_BWD, dh_BWD = self._inputs.pop((n, at)), cotangents.pop(at, None)
+            (h_BWD, kept), dh_BWD = self._inputs.pop((n, at)), cotangents.pop(at, None)
             if dh_BWD is None:  # Nothing is learned from the window itself.
                 dh_BWD = self._owner._zeros_like(h_BWD)
             run = self._runs[n]
             cotangents[at], d_kv, d_edits = self._owner._backward(
                 *self._arguments(n), h_BWD, self._kv[n], self.window(at), self._dropout_J, dh_BWD, d_kv,
-                tuple(self.d_edits[i] for i in run), past=self._past(at), edited=at in edited,
+                tuple(self.d_edits[i] for i in run), kept, past=self._past(at), edited=at in edited,
             )  # fmt: skip
             for i, own in zip(run, d_edits, strict=True):
                 self.d_edits[i] = own
             if whole is not None:
                 whole[n] = d_kv
             self._units.arrays = cotangents[at]
-
-
-def _floats(edits: Any) -> tuple[jax.Array, ...]:
-    """Return what is differentiated of a layer's edits: all but the columns of the mask."""
-    return tuple(leaf for leaf in jax.tree.leaves(edits) if jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def _with_floats(edits: Any, floats: tuple[jax.Array, ...]) -> Any:
-    """Return a layer's edits with these in place of ``_floats``."""
-    leaves, tree = jax.tree.flatten(edits)
-    new = iter(floats)
-    return tree.unflatten([next(new) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves])

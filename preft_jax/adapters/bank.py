@@ -35,12 +35,21 @@ class Bank(NamedTuple):
 
     sites: dict[str, Pools]
 
+    @property
+    def num_pages(self) -> int:
+        """Rank pages of a layer and site, the null page included."""
+        return next((pools.a_LPDR.shape[1] for pools in self.sites.values()), 1)
+
     def at(self, layer: int, site: str, page: Array) -> tuple[PagePool, Array]:
         """Return a layer's view of a site and of page ids: the pages of all layers in a row, without a copy."""
         pools = self.sites[site]
         per_layer = pools.a_LPDR.shape[1]
         pool = PagePool(*(array.reshape(-1, *array.shape[2:]) for array in pools))
         return pool, jnp.where(page == 0, 0, page + layer * per_layer)
+
+    def own(self, layer: int, site: str) -> PagePool:
+        """Return a layer's own pages of a site, with page ids as they are: a copy, where they are read as an array."""
+        return PagePool(*(array[layer] for array in self.sites[site]))
 
     def site(self, layer: int, site: str, tiles: TilePages) -> Site:
         """Return where a batch's page lists act at one site of a layer."""

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from kernels import api
+from kernels import api, dispatch
 from kernels.types import PagePool, Site, TilePages
+from kernels.xla.lowrank import few_pages
 from preft_jax.adapters.bank import Bank
 from preft_jax.adapters.fold import LowRankEdit
 from preft_jax.shapes import NUM_GROUPS, SITES, check_axes
@@ -72,10 +73,16 @@ class RowEdits(NamedTuple):
         held = [(site, column) for site, column in zip(sites, starts, strict=False) if site in self.bank.sites]
         pools, pages = [], []
         for site, _ in held:
-            pool, page_BE = self.bank.at(layer, site, self.pages[site])
+            pool, page_BE = self._at(layer, site)
             pools.append(pool)
             pages.append(page_BE)
         return api.decode_edit(x, y_BW, pools, pages, columns=[column for _, column in held])
+
+    def _at(self, layer: int, site: str) -> tuple[PagePool, jax.Array]:
+        page_BE = self.pages[site]
+        if dispatch.chosen("decode_edit") == "xla" and few_pages(self.bank.num_pages, page_BE.size):
+            return self.bank.own(layer, site), page_BE
+        return self.bank.at(layer, site, page_BE)
 
 
 class Dropout(NamedTuple):

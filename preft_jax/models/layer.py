@@ -5,6 +5,7 @@ Sets of operations: ``FusedLayers`` (``models/fused.py``: what lies between two 
 residual streams, inputs and outputs of linears look between its operations; the layer only hands them on.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import jax
@@ -98,8 +99,13 @@ def hidden(layers: Layers, params: Params, tokens: jax.Array, *, remat: Remat = 
         def layer(stream: Any, w: Params = w, i: int = i) -> Any:
             return decoder_layer(layers, i, w, stream)
 
-        stream = layer(stream) if remat == "none" else jax.checkpoint(layer, policy=_POLICIES[remat])(stream)
+        stream = checkpointed(layer, remat)(stream)
     return layers.final_norm(params["norm"], stream)
+
+
+def checkpointed[**P, T](function: Callable[P, T], remat: Remat) -> Callable[P, T]:
+    """Return a function of layers whose backward pass computes again what ``remat`` says."""
+    return function if remat == "none" else jax.checkpoint(function, policy=_POLICIES[remat])
 
 
 def head_norms(config: ModelConfig, w: Params) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_all_that_micro_batches_call_is_rehearsed(kind, lively):
     jobs = make_jobs(lively, kind)
     trainer = Trainer(lively, jobs)
     trainer.admit()
-    shapes = shapes_of_jobs(trainer.layout.groups, jobs, trainer.num_rows(jobs)[0], OPTIONS.tokens)
+    shapes = shapes_of_jobs(trainer.layout.groups, jobs, trainer.num_rows(jobs)[0], OPTIONS)
     windowed = Windowed(lively.config, trainer.layout.groups, OPTIONS)
     base, state = shapes_of(lively.params), shapes_of(trainer.state)
     with Rehearsal() as rehearsal:

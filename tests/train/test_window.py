@@ -65,6 +65,34 @@ def test_windows_of_many_adapters_add_up(lively, rng):
     check(lively, groups, params, batch, WindowOptions(tokens=32))
 
 
+@pytest.mark.parametrize("order", ["layers", "windows"])
+def test_windows_add_up_if_products_are_kept(order, lively, rng):
+    groups, params, batch = setting(lively, ["lora", "direft"], rng, rows_each=1, packed=True)
+    options = WindowOptions(tokens=16, layers=2, order=order, remat="cheap")
+    check(lively, groups, params, batch, options, np.full(2, 0.3, np.float32))
+
+
+def test_what_is_kept_is_what_products_gave_and_no_weight(lively, rng):
+    """Little besides: the angles of rotations and what masks say."""
+    groups, params, batch = setting(lively, ["lora"], rng)
+    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=3, remat="cheap"))
+    units, kept = windowed.units(params, batch), []
+
+    class Noting:
+        def __call__(self, *args, **static):
+            out = forward(*args, **static)
+            kept.append(sum(leaf.nbytes for leaf in jax.tree.leaves(out[2])))
+            return out
+
+    forward, windowed._forward = windowed._forward, Noting()
+    units.finish(lively.params)
+    itemsize = lively.params["embed"].dtype.itemsize
+    less = windowed.kept_bytes(batch.tokens_BS.size, lively.params["embed"].dtype)
+    less -= Windowed(lively.config, groups, WindowOptions(layers=3)).kept_bytes(batch.tokens_BS.size, np.float32)
+    assert itemsize == 4
+    assert 0.9 * less <= sum(kept) <= 1.1 * less
+
+
 def test_windows_of_packed_rows_with_dropout_and_a_sliding_window(lively, rng):
     """And rows that no number of windows fills."""
     groups, params, batch = setting(lively, ["lora"], rng, packed=True)
@@ -121,9 +149,19 @@ def test_an_evaluation_is_the_loss_without_gradients_and_adds_one_program(lively
     assert windowed.evaluation(params, nothing).finish(lively.params).count_J == 0
 
 
+def test_rows_share_the_tokens_of_a_window():
+    assert [WindowOptions(tokens=512).in_a_row(rows) for rows in (1, 2, 3, 4, 8, 9)] == [512, 256, 128, 128, 64, 64]
+    assert [WindowOptions(tokens=40).in_a_row(rows) for rows in (1, 2, 64)] == [40, 40, 40]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"tokens": 0}, "tokens of a window is 0"), ({"layers": 1.5}, "layers"), ({"order": "rows"}, "allowed: layers, ")],
+    [
+        ({"remat": "none"}, "allowed: cheap, full"),
+        ({"tokens": 0}, "tokens of a window is 0"),
+        ({"layers": 1.5}, "layers"),
+        ({"order": "rows"}, "allowed: layers, "),
+    ],
 )
 def test_options_that_cut_nothing_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):

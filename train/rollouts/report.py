@@ -77,6 +77,8 @@ class RolloutReport(RunReport):
         self._write({"step": job.batch, "job": job.name} | values)
         self._transcripts.write(job.batch, job.name, groups)
         dropped = f", {values['samples_dropped']:.0f} dropped" if values["samples_dropped"] else ""
+        if values["prompts_left_out"]:
+            dropped += f", {values['prompts_left_out']:.0f} prompts too long"
         self.line(
             f"step {job.batch}/{job.steps}  reward {values['reward']:.3f} ± {values['reward_std']:.3f}  "
             f"length {values['completions/mean_length']:.1f}  loss {values['loss']:.4f}  "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,9 @@ from serve.engine.request import Request
 from train.jobs import Job
 from train.rollouts.options import RolloutConfig, RolloutOptions
 from train.rollouts.tasks import Prompt, Task
+
+_LOOKED_AT = 32
+"""Prompts of a job that are looked at before it begins: if all of them are too long, something is wrong."""
 
 
 class RolloutJob(Job):
@@ -123,11 +126,14 @@ class Sampler:
         max_jobs: jobs that are sampled for together; 0: all.
 
     Raises:
-        ConfigError: if prompts and completions may be longer than the model.
+        ConfigError: if prompts and completions may be longer than the model, or a job's prompts are all too long.
     """
 
     def __init__(self, model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int, max_jobs: int = 0):
         self._model = model
+        for job in jobs:
+            self._check_lengths(job, f"the first {_LOOKED_AT} prompts", map(job.task.at, range(_LOOKED_AT)))
+            self._check_lengths(job, "the held-out prompts", job.task.held_out)
         self.engine = Engine(model, engine_config(model, jobs, max_num_seqs=max_num_seqs, max_jobs=max_jobs))
 
     def sample(
@@ -157,8 +163,25 @@ class Sampler:
         return groups
 
     def _encode(self, prompt: Prompt, options: RolloutOptions) -> EncodedPrompt | None:
-        encoded = encode_prompt(self._model.tokenizer, prompt.prompt, vocab_size=self._model.config.vocab_size)
+        encoded = self._encoded(prompt)
         return encoded if len(encoded.token_ids) <= options.max_prompt_length else None
+
+    def _encoded(self, prompt: Prompt) -> EncodedPrompt:
+        return encode_prompt(self._model.tokenizer, prompt.prompt, vocab_size=self._model.config.vocab_size)
+
+    def _check_lengths(self, job: RolloutJob, what: str, prompts: Iterable[Prompt]) -> None:
+        """Raise ``ConfigError`` if all of some prompts would be left out."""
+        shortest, most = None, job.options.max_prompt_length
+        for prompt in prompts:
+            length = len(self._encoded(prompt).token_ids)
+            if length <= most:
+                return
+            shortest = length if shortest is None else min(shortest, length)
+        if shortest is not None:
+            raise ConfigError(
+                f"{job.name}: {what} are all longer than max_prompt_length {most}, the shortest has {shortest} tokens; "
+                "raise it"
+            )
 
 
 def _request(one: Asked, encoded: EncodedPrompt, adapter: Adapter, options: RolloutOptions) -> Request:

@@ -153,6 +153,10 @@ def test_a_steps_prompts_follow_from_seed_and_step_and_long_ones_are_left_out(sm
     (group,) = sampler.sample({job: asked}, {job: job.initial})[job]
     assert group.prompt == first[1].prompt
     assert sampler.sample({job: asked[:1]}, {job: job.initial}) == {job: []}
+    with pytest.raises(
+        ConfigError, match=r"first 32 prompts are all longer than max_prompt_length 1, the shortest has"
+    ):
+        Sampler(small, [cases.job(small, max_prompt_length=1)], max_num_seqs=4)
 
 
 def test_an_engine_has_room_for_all_jobs_and_their_longest_samples(tiny):
