@@ -94,7 +94,7 @@ def few_pages(pages: int, entries: int) -> bool:
         pages: of the pool, the null page included.
         entries: of all rows.
     """
-    return 1 < entries and pages - 1 <= 2 * entries
+    return entries > 1 and pages - 1 <= 2 * entries
 
 
 def _edit_rows(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE: jax.Array) -> jax.Array:
