@@ -115,9 +115,10 @@ def _edit_rows_by_page(x_BD: jax.Array, y_BF: jax.Array, pool: PagePool, page_BE
     """
     a_PDR, c_PR, b_PRF = pool.a_PDR[1:], pool.c_PR[1:], pool.b_PRF[1:]
     ids_P = jnp.arange(1, len(a_PDR) + 1, dtype=page_BE.dtype)
-    own_PB = (page_BE[None] == ids_P[:, None, None]).any(axis=-1)
+    # How often a row lists a page: each time counts.
+    listed_PB = (page_BE[None] == ids_P[:, None, None]).sum(axis=-1).astype(jnp.float32)[..., None]
     s_PBR = jnp.einsum("bd,pdr->pbr", x_BD, a_PDR.astype(x_BD.dtype), preferred_element_type=jnp.float32)
     s_PBR = (s_PBR + c_PR.astype(jnp.float32)[:, None]).astype(y_BF.dtype)
     delta_PBF = jnp.einsum("pbr,prf->pbf", s_PBR, b_PRF.astype(y_BF.dtype), preferred_element_type=jnp.float32)
-    delta_BF = jnp.where(own_PB[..., None], delta_PBF, 0.0).sum(axis=0)
+    delta_BF = jnp.where(listed_PB > 0, listed_PB * delta_PBF, 0.0).sum(axis=0)
     return (y_BF.astype(jnp.float32) + delta_BF).astype(y_BF.dtype)
