@@ -15,7 +15,7 @@ from preft_jax.errors import ConfigError
 
 KINDS = {
     "attention": ("attend_kernel", "combine_kernel"),
-    "norms": ("norm_kernel", "norm_shrink_kernel"),
+    "norms": ("norm_kernel", "norm_shrink_kernel", "norm_edit_part_kernel", "norm_shrink_part_kernel"),
     "rotation and cache": ("rope_kv_kernel",),
     "activation": ("silu_mul",),
     "matrix products": ("nvjet", "cutlass", "gemm", "cublas", "splitK", "gemv"),
