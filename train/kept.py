@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,15 +48,3 @@ class Kept:
     def tree_unflatten(cls, recipe: _Recipe, leaves: Sequence[Any]) -> "Kept":
         """Return it again."""
         return cls(leaves, recipe)
-
-
-def floats_of(edits: Any) -> tuple[jax.Array, ...]:
-    """Return what is differentiated of a layer's edits: all but the columns of the mask."""
-    return tuple(leaf for leaf in jax.tree.leaves(edits) if jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def with_floats(edits: Any, floats: tuple[jax.Array, ...]) -> Any:
-    """Return a layer's edits with these in place of ``floats_of``."""
-    leaves, tree = jax.tree.flatten(edits)
-    new = iter(floats)
-    return tree.unflatten([next(new) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves])

@@ -34,7 +34,6 @@ class Update:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingUnit(Unit):
-    """A unit with the name of its program, and the update that it is of (None: of none)."""
+    """A unit named after its program, and the update that it is of (None: of none)."""
 
-    name: str
     update: Update | None = None

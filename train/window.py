@@ -17,7 +17,7 @@ window without an edited token has no gradient of the edits, and only hands cota
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -36,8 +36,9 @@ from preft_jax.models.layer import checkpointed, decoder_layer
 from preft_jax.models.params import Params
 from preft_jax.models.plain import PlainLayers
 from train.data.batches import Batch
-from train.kept import Kept, floats_of, with_floats
+from train.kept import Kept
 from train.losses import CROSS_ENTROPY, Loss
+from train.packed import Floats, Packed, Vectors, floats_of
 from train.past import KV, PastAttention, Window, zeros
 from train.step import Group, Means, Sums, add_sums, edits_by_layer, make_dropout, make_edits, stream_losses
 
@@ -110,6 +111,9 @@ class Windowed:
         self.groups = groups
         self.options = options
         self.attention: DenseKernel = attention
+        count, step = config.num_hidden_layers, options.layers
+        # Of layers, one after the other: a unit has one of them.
+        self.runs = [range(at, min(at + step, count)) for at in range(0, count, step)]
         static = "past", "edited"
         self._embed = Program(lambda embed, tokens_BW: embed[tokens_BW], name="embed")
         self._zeros_like = Program(jnp.zeros_like, name="zeros-like")
@@ -245,25 +249,30 @@ class Windowed:
 
     # Programs
 
-    def _no_grads_of(self, edits: list[Any]) -> list[tuple[jax.Array, ...]]:
+    def _no_grads_of(self, edits: list[Packed]) -> list[Vectors]:
         """Return zeros for the gradients of edits: they gather in float32 whatever the stream's dtype."""
-        return [tuple(jnp.zeros(x.shape, jnp.float32) for x in floats_of(own)) for own in edits]
+        return [tuple(jnp.zeros(x.shape, jnp.float32) for x in own.vectors) for own in edits]
 
-    def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Any]:
-        return edits_by_layer(self.config, self.groups, params, embed.dtype)
+    def _by_run(self, params: tuple[Any, ...], embed: jax.Array) -> list[list[Any]]:
+        layers = edits_by_layer(self.config, self.groups, params, embed.dtype)
+        return [layers[run.start : run.stop] for run in self.runs]
 
-    def _fold_unit(self, params: tuple[Any, ...], embed: jax.Array, d_edits: list[Any]) -> tuple[Any, ...]:
-        def fold(params: tuple[Any, ...]) -> list[tuple[jax.Array, ...]]:
-            return [floats_of(own) for own in self._make_edits(params, embed)]
+    def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Packed]:
+        return list(map(Packed.of, self._by_run(params, embed)))
+
+    def _fold_unit(self, params: tuple[Any, ...], embed: jax.Array, d_edits: list[Vectors]) -> tuple[Any, ...]:
+        def fold(params: tuple[Any, ...]) -> list[Floats]:
+            return list(map(floats_of, self._by_run(params, embed)))
 
         edits, pull = jax.vjp(fold, params)
-        (grads,) = pull(jax.tree.map(lambda d, own: d.astype(own.dtype), d_edits, edits))
+        own = [packed.floats(d) for packed, d in zip(self._make_edits(params, embed), d_edits, strict=True)]
+        (grads,) = pull(jax.tree.map(lambda d, own: d.astype(own.dtype), own, edits))
         return grads
 
     def _run_layers(
         self,
         ws: tuple[Params, ...],
-        edits: tuple[Any, ...] | None,
+        edits: Sequence[Any] | None,
         first_layer: jax.Array,
         h_BWD: jax.Array,
         kv: KV,
@@ -286,20 +295,20 @@ class Windowed:
         return h_BWD, KV(tuple(attention.k), tuple(attention.v))
 
     def _differentiated(
-        self, ws: Any, edits: Any, first_layer: Any, length: int, window: Window, dropout_J: Any, edited: bool
+        self, ws: Any, edits: Packed, first_layer: Any, length: int, window: Window, dropout_J: Any, edited: bool
     ) -> tuple[Callable[[Any, jax.Array, KV], tuple[jax.Array, KV]], tuple[Any, ...]]:
         """Return what a unit computes, as a function of edits, stream and past; and the edits that it takes."""
         size = window.batch.tokens_BS.shape[1]
 
         def run(floats: Any, h_BWD: jax.Array, so_far: KV) -> tuple[jax.Array, KV]:
-            acts = tuple(map(with_floats, edits, floats)) if edited else None
+            acts = edits.edits(floats) if edited else None
             h_BWD, new = self._run_layers(ws, acts, first_layer, h_BWD, so_far, window, dropout_J, length)
             return h_BWD, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, window.start, size, 1), new)
 
-        return run, tuple(map(floats_of, edits)) if edited else ()
+        return run, edits.floats(edits.vectors) if edited else ()
 
     def _forward_unit(
-        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any, *,
+        self, ws: Any, edits: Packed, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any, *,
         past: int, edited: bool, keeps: bool,
     ) -> tuple[jax.Array, KV, Kept | None]:  # fmt: skip
         length = kv.k[0].shape[1]
@@ -314,9 +323,9 @@ class Windowed:
         return out, kv, kept
 
     def _backward_unit(
-        self, ws: Any, edits: Any, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any,
-        dh_BWD: Any, d_kv: KV, d_edits: Any, kept: Kept | None, *, past: int, edited: bool,
-    ) -> tuple[jax.Array, KV, Any]:  # fmt: skip
+        self, ws: Any, edits: Packed, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any,
+        dh_BWD: Any, d_kv: KV, d_edits: Vectors, kept: Kept | None, *, past: int, edited: bool,
+    ) -> tuple[jax.Array, KV, Vectors]:  # fmt: skip
         length = kv.k[0].shape[1]
         size = h_BWD.shape[1]
         run, floats = self._differentiated(ws, edits, first_layer, length, window, dropout_J, edited)
@@ -328,7 +337,8 @@ class Windowed:
         d_new_edits, dh_BWD, d_past = pull((dh_BWD.astype(h_BWD.dtype), d_own))
         d_kv = jax.tree.map(lambda d, more: d.at[:, :past].add(more.astype(d.dtype)), d_kv, d_past)
         if edited:
-            d_edits = jax.tree.map(lambda d, more: d + more.astype(d.dtype), d_edits, d_new_edits)
+            more = edits.pack(tuple(d.astype(jnp.float32) for d in d_new_edits))
+            d_edits = tuple(d + new for d, new in zip(d_edits, more, strict=True))
         return dh_BWD, d_kv, d_edits
 
     def _loss_unit(
@@ -395,18 +405,18 @@ class Units:
 class _Run:
     """What a micro-batch holds on the device while its units run."""
 
-    def __init__(self, owner: Windowed, units: Units, batch: Batch, size: int, edits: list[Any], dropout_J: Any):
+    def __init__(self, owner: Windowed, units: Units, batch: Batch, size: int, edits: list[Packed], dropout_J: Any):
         self._owner = owner
         self._units = units
         self._batch = batch
         self._size = size
         self._edits = edits
         self._dropout_J = dropout_J
-        config, step = owner.config, owner.options.layers
-        count = config.num_hidden_layers
-        self._runs = [range(at, min(at + step, count)) for at in range(0, count, step)]
+        config, self._runs = owner.config, owner.runs
         self._shape = (*batch.tokens_BS.shape, config.num_key_value_heads, config.head_dim)
         self._kv = [self._zeros(run, units.base["embed"].dtype) for run in self._runs]
+        self._windows: dict[int, Window] = {}
+        self._firsts = jax.device_put([np.int32(run.start) for run in self._runs])
         self._inputs: dict[tuple[int, int], tuple[jax.Array, Kept | None]] = {}
         self.outputs: dict[int, jax.Array] = {}
         # Many windows add to them.
@@ -416,7 +426,9 @@ class _Run:
         return self._owner._zeros(shape=self._shape, dtype=jnp.dtype(dtype), layers=len(run))
 
     def window(self, at: int) -> Window:
-        """Return the window that begins at a token."""
+        """Return the window that begins at a token, on the device."""
+        if at in self._windows:
+            return self._windows[at]
         here = slice(at, at + self._size)
         own = {
             name: value[:, here]
@@ -424,9 +436,9 @@ class _Run:
             if name.endswith(("_BS", "_BSG")) and value is not None
         }
         segments = self._batch.segments_BS
-        return Window(
-            self._batch._replace(**own), np.int32(at), None if segments is None else segments[:, : self._past(at)]
-        )
+        past = None if segments is None else segments[:, : self._past(at)]
+        self._windows[at] = window = jax.device_put(Window(self._batch._replace(**own), np.int32(at), past))
+        return window
 
     def _past(self, at: int) -> int:
         """Return how many tokens a window's program looks at: few sizes, so that there are few programs."""
@@ -435,7 +447,7 @@ class _Run:
     def _arguments(self, n: int) -> tuple[Any, ...]:
         run = self._runs[n]
         ws = tuple(self._units.base["layers"][i] for i in run)
-        return ws, tuple(self._edits[i] for i in run), np.int32(run.start)
+        return ws, self._edits[n], self._firsts[n]
 
     def forward(self, at: int, *, keep: bool = True) -> Iterator[str]:
         """Yield the names of a window's forward units, each of which is started when the next is asked for.
@@ -443,7 +455,7 @@ class _Run:
         ``keep``: what the backward units need of it.
         """
         window, past = self.window(at), self._past(at)
-        edited = bool(window.batch.edit_mask_BSG.any())
+        edited = bool(self._batch.edit_mask_BSG[:, at : at + self._size].any())
         keeps = keep and self._owner.options.remat == "cheap"
         h_BWD: Any = None
         for n in range(len(self._runs)):
@@ -476,13 +488,10 @@ class _Run:
             (h_BWD, kept), dh_BWD = self._inputs.pop((n, at)), cotangents.pop(at, None)
             if dh_BWD is None:  # Nothing is learned from the window itself.
                 dh_BWD = self._owner._zeros_like(h_BWD)
-            run = self._runs[n]
-            cotangents[at], d_kv, d_edits = self._owner._backward(
+            cotangents[at], d_kv, self.d_edits[n] = self._owner._backward(
                 *self._arguments(n), h_BWD, self._kv[n], self.window(at), self._dropout_J, dh_BWD, d_kv,
-                tuple(self.d_edits[i] for i in run), kept, past=self._past(at), edited=at in edited,
+                self.d_edits[n], kept, past=self._past(at), edited=at in edited,
             )  # fmt: skip
-            for i, own in zip(run, d_edits, strict=True):
-                self.d_edits[i] = own
             if whole is not None:
                 whole[n] = d_kv
             self._units.arrays = cotangents[at]

@@ -21,10 +21,12 @@ class Unit:
         start: starts it on the device, given the base model's weights as the engine holds them (the serving layout),
             and returns arrays that are there when it is done. It does not wait, and leaves the weights as they are.
         seconds: how long it is expected to take on the device.
+        name: of its kind; units of one name take the host about as long to start.
     """
 
     start: Callable[[Any], Any]
     seconds: float
+    name: str = ""
 
 
 class Work(Protocol):
@@ -113,7 +115,8 @@ class Background:
     """
 
     MARGIN = 0.001
-    """Seconds before the expected end of a unit at which an idle engine starts the next one behind it."""
+    """Seconds before the expected end of a unit at which the next one behind it is to be on the device, if no request
+    is there: the host begins to start it as much earlier as it took to start the last ones of that name."""
 
     LONGEST_PAUSE = 0.05
     """Seconds after which an idle engine looks again in any case: a unit may end sooner than expected."""
@@ -133,6 +136,8 @@ class Background:
         self._watch = ThreadPoolExecutor(1, "unit-watch")
         self._clock = clock
         self._next: Unit | None = None
+        # What the host took to start a unit, by name.
+        self._starting: dict[str, float] = {}
         # A unit that is between its queue and the calls under way.
         self.in_hand: Unit | None = None
 
@@ -163,11 +168,13 @@ class Background:
 
     def pause(self, last: UnitCall | None) -> float | None:
         """Return the seconds after which an idle engine should look again; None: there is nothing to do."""
-        if self._peek() is None and last is None:
+        following = self._peek()
+        if following is None and last is None:
             return getattr(self._work, "pause", None)
         if last is None or last.is_over:
             return 0.0
-        left = last.started + last.unit.seconds - self.MARGIN - self._clock()
+        ahead = self.MARGIN if following is None else self.MARGIN + self._starting.get(following.name, 0.0)
+        left = last.started + last.unit.seconds - ahead - self._clock()
         return min(max(0.0, left), self.LONGEST_PAUSE)
 
     def is_over(self, call: UnitCall) -> bool:
@@ -193,6 +200,7 @@ class Background:
         try:
             with self._may_compile():
                 arrays = unit.start(params)
+            self._starting[unit.name] = (self._starting.get(unit.name, 0.0) + self._clock() - started) / 2
             over = self._watch.submit(self._when_over, arrays)
             return UnitCall(unit=unit, arrays=arrays, started=started, over=over)
         except Exception as error:

@@ -321,7 +321,7 @@ class Engine:
             started = self._clock()
             call = start()
             call.started = started
-            self._under_way.calls.append(call)
+            self._under_way.started(call)
             self._stats.started(step)
             self._staging.settle(self.scheduler.next_adapters(2))
         self._under_way.start_beside(self.scheduler, self.runner.params)

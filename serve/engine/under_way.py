@@ -27,7 +27,7 @@ class UnderWay:
     """
 
     COVER = 0.004
-    """Seconds of units behind a step that give the host the time to start the next one."""
+    """Seconds of units behind a step that give the host the time to start the next one, if it took no longer."""
 
     MOST = 8
     """Units that are started behind a step at once, however short they are."""
@@ -38,6 +38,14 @@ class UnderWay:
         self._background = background
         self._clock = clock
         self._results_at = 0.0
+        # When the last step's results came, if nothing was waited for since; and what the host takes from there until
+        # the next step is started.
+        self._collected_at: float | None = None
+        self._host = 0.0
+
+    @property
+    def _cover(self) -> float:
+        return max(self.COVER, self._host)
 
     @property
     def steps(self) -> list[Step]:
@@ -48,7 +56,7 @@ class UnderWay:
     def covers(self) -> bool:
         """Whether units behind the last step, or alone, keep the device busy until a step is started behind them."""
         units = itertools.takewhile(lambda call: isinstance(call, UnitCall), reversed(self.calls))
-        return sum(call.unit.seconds for call in units if isinstance(call, UnitCall)) >= self.COVER
+        return sum(call.unit.seconds for call in units if isinstance(call, UnitCall)) >= self._cover
 
     @property
     def pause(self) -> float | None:
@@ -60,9 +68,19 @@ class UnderWay:
         last = self.calls[-1] if self.calls else None
         return last if isinstance(last, UnitCall) else None
 
+    def started(self, call: Call) -> None:
+        """Add a step that was just started behind all others."""
+        if self.steps:
+            self._host *= 0.98  # Not measured while steps are started ahead.
+        elif self._collected_at is not None and self.calls:
+            self._host += 0.2 * (self._clock() - self._collected_at - self._host)
+        self._collected_at = None
+        self.calls.append(call)
+
     def took(self, started: float) -> float:
-        """Return what the oldest call took, which is over now."""
-        return self._took(started, self._clock())
+        """Return what the oldest step took, which is over now."""
+        now = self._collected_at = self._clock()
+        return self._took(started, now)
 
     def _took(self, started: float, now: float) -> float:
         seconds, self._results_at = max(0.0, now - max(started, self._results_at)), now
@@ -106,7 +124,7 @@ class UnderWay:
 
     def _hides_host(self) -> bool:
         behind = itertools.islice(self.calls, 1, None)
-        return sum(call.unit.seconds for call in behind if isinstance(call, UnitCall)) >= self.COVER
+        return sum(call.unit.seconds for call in behind if isinstance(call, UnitCall)) >= self._cover
 
     def _open(self, requests: Requests) -> None:
         queue = [call.step if isinstance(call, Call) else call.unit for call in self.calls]
@@ -139,6 +157,7 @@ class UnderWay:
     def _end(self, call: UnitCall) -> None:
         """Wait for a unit, the oldest call."""
         self._background.in_hand = call.unit
+        self._collected_at = None
         self.calls.popleft()
         try:
             assert call.over is not None
