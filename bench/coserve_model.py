@@ -35,9 +35,9 @@ Request = tuple[float, int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Timed(Unit):
-    """A unit with what it really takes."""
+    """A unit with its kind, and what it really takes."""
 
-    name: int
+    kind: int
     takes: float
 
 
@@ -62,12 +62,12 @@ class Units:
         name = self._count % len(self._seconds)
         self._count += 1
         takes = self._seconds[name] * math.exp(self._rng.normal(0.0, self._spread))
-        return _Timed(start=lambda params: None, seconds=self._expected[name], name=name, takes=takes)
+        return _Timed(start=lambda params: None, seconds=self._expected[name], kind=name, takes=takes)
 
     def done(self, unit: Unit, seconds: float) -> None:
         """Expect a bit more of what was measured."""
         assert isinstance(unit, _Timed)
-        self._expected[unit.name] += 0.25 * (seconds - self._expected[unit.name])
+        self._expected[unit.kind] += 0.25 * (seconds - self._expected[unit.kind])
 
     def failed(self, unit: Unit, error: Exception) -> None:
         """Raise: nothing fails here."""

@@ -145,7 +145,7 @@ class Turns:
         if self.work is None or inner is None:
             return None
         owned = functools.partial(self._start, self.work, inner)
-        return _Owned(start=owned, seconds=inner.seconds, work=self.work, inner=inner)
+        return _Owned(start=owned, seconds=inner.seconds, name=inner.name, work=self.work, inner=inner)
 
     def _start(self, work: Work, inner: Unit, params: Any) -> Any:
         if work is not self.work:  # It was asked for in another turn, in which it will be asked for again.

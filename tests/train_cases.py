@@ -50,7 +50,7 @@ def gradients(model, adapter, rows, *, remat="none", packed=False, attention="xl
     programs = Programs(model.config, group, attention=attention, remat=remat)
     sums = programs.accumulate(model.params, (slots.params,), None, batch, None)
     count = float(sums.count_J[0])
-    grads = [np.asarray(leaf[0], np.float64) / count for leaf in _leaves(sums.grads[0])]
+    grads = [np.asarray(leaf[0], np.float64) / count for leaf in _leaves(sums.grads[0].tree)]
     return float(sums.loss_J[0]) / count, grads
 
 

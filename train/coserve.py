@@ -37,7 +37,7 @@ from preft_jax.models.params import Params
 from serve.engine.background import Unit
 from train.ahead import Ahead
 from train.hooks import Hooks
-from train.jobs import Job, first_state
+from train.jobs import Job, first_state, host_state
 from train.micro import micro_batches
 from train.room import Room
 from train.step import Slots
@@ -161,7 +161,7 @@ class Training:
         """
         try:
             with expected_compiles():
-                state = jax.device_get(first_state(job) if state is None else state)
+                state = first_state(job) if state is None else host_state(state)
             self._ahead.learn(job)
         except Exception as error:
             self._inbox.put(functools.partial(self._refuse, job, error))

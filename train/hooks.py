@@ -18,7 +18,7 @@ class Hooks:
         joined: told of a job that has a slot now.
         updated: told what an update gave a job, one update later.
         keeps: asked after each update of a job whether its state is wanted; ``kept`` gets it.
-        kept: told a job's state after so many updates, in arrays of the device that nothing changes.
+        kept: told a job's state after so many updates, as ``jobs.host_state`` takes it, which nothing changes.
         evaluates: asked after each update of a job whether its held-out rows are evaluated on; ``evaluated`` is told.
         evaluated: told the mean loss on held-out rows after so many updates, and how many tokens it is the mean of.
         left: told of a job that left, as it was asked to, and its state, with which it may join again.

@@ -21,7 +21,7 @@ from train.data.batches import BatchOptions, Row, plan_epoch
 from train.data.rows import DataOptions, Example
 from train.optimizer import Numbers, OptimizerConfig, numbers
 from train.run.start import load_start
-from train.step import Group, Slots, empty_slots, fold_config, unstacked
+from train.step import Group, Slots, empty_slots, fold_config, unpacked_slots, unstacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,6 +199,11 @@ def first_adapter(config: JobConfig, model: Model) -> Adapter:
 
 
 def first_state(job: Job) -> Slots:
-    """Return the parameters and the optimizer state of a job that was never updated."""
+    """Return the parameters and the optimizer state of a job that was never updated, in NumPy arrays."""
     group = Group(fold_config(job.initial.config), job.config.optimizer.optim, 1)
-    return unstacked(empty_slots(group, job.initial.params), 0)
+    return host_state(unstacked(empty_slots(group, job.initial.params), 0))
+
+
+def host_state(slots: Slots) -> Slots:
+    """Return a job's parameters and optimizer state, packed on the device, as trees of NumPy arrays."""
+    return unpacked_slots(jax.device_get(slots))

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from preft_jax.errors import ConfigError, did_you_mean
+from train.packed import Packed
 
 OPTIMIZERS = ("adamw", "lion", "sgd")
 
@@ -128,10 +129,9 @@ def _adam(n: Numbers) -> optax.GradientTransformation:
 
 
 def _scale_b(updates: Any, ratio: Any) -> Any:
-    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf * ratio if path[-1] == jax.tree_util.DictKey("lora_b") else leaf
-
-    return jax.tree_util.tree_map_with_path(one, updates)
+    """Scale LoRA's B, which stands last in packed parameters."""
+    assert isinstance(updates, Packed)
+    return updates.scaled_last(ratio)
 
 
 def init_state(optim: str, params: Any) -> Any:

@@ -1,91 +1,122 @@
-"""Edits of some layers in few arrays: a program takes each of its arguments at a price of its own."""
+"""A tree of arrays in few: a program takes each array among its arguments and results at a price of its own."""
 
-import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Floats = tuple[jax.Array, ...]
-"""What is differentiated of the edits of some layers: all but the columns of masks."""
+Floats = tuple[Any, ...]
+"""The leaves of a tree that are differentiated: all but integers, such as columns of masks."""
 
-Vectors = tuple[jax.Array, ...]
+Vectors = tuple[Any, ...]
 """The same end to end, one vector for each dtype."""
 
 
-def floats_of(layers: Sequence[Any]) -> Floats:
-    """Return what is differentiated of the edits of some layers."""
-    return tuple(leaf for leaf in jax.tree.leaves(tuple(layers)) if jnp.issubdtype(leaf.dtype, jnp.floating))
+def floats_of(tree: Any) -> Floats:
+    """Return what is differentiated of a tree."""
+    return tuple(leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf.dtype))
 
 
-@dataclasses.dataclass(frozen=True)
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
 class _Recipe:
-    """How edits are made of vectors and of what is not in them: structure, shapes and dtypes of all leaves."""
+    """How a tree is made of vectors and of what is not in them. Two of the same arguments are one object.
 
-    tree: Any
-    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    Attributes:
+        tree: its structure.
+        leaves: shape and dtype of each leaf, without axes that lead all of them.
+        dtypes: of the vectors, in their order.
+        places: of each float, its vector, where it begins there and where it ends.
+        order: of each vector, which floats it holds, by number.
+        num_last: of each vector, the numbers of the floats that stand last.
+    """
 
-    @property
-    def floats(self) -> list[tuple[tuple[int, ...], Any]]:
-        """Shapes and dtypes of what is in the vectors."""
-        return [(shape, dtype) for shape, dtype in self.leaves if jnp.issubdtype(dtype, jnp.floating)]
+    def __init__(self, tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...], last: tuple[bool, ...]):
+        self.tree, self.leaves = tree, leaves
+        floats = [(shape, dtype, end) for (shape, dtype), end in zip(leaves, last, strict=True) if _is_float(dtype)]
+        self.shapes = [shape for shape, _, _ in floats]
+        self.dtypes = list(dict.fromkeys(dtype for _, dtype, _ in floats))
+        self.places = [(0, 0, 0)] * len(floats)
+        self.order: list[list[int]] = []
+        self.num_last: list[int] = []
+        for n, own in enumerate(self.dtypes):
+            order = sorted((i for i, (_, dtype, _) in enumerate(floats) if dtype == own), key=lambda i: floats[i][2])
+            sizes = [int(np.prod(self.shapes[i])) for i in order]
+            for i, (start, end) in zip(order, itertools.pairwise(itertools.accumulate(sizes, initial=0)), strict=True):
+                self.places[i] = n, start, end
+            self.order.append(order)
+            self.num_last.append(sum(size for i, size in zip(order, sizes, strict=True) if floats[i][2]))
 
-    @property
-    def dtypes(self) -> list[Any]:
-        """Of the vectors, in their order."""
-        return list(dict.fromkeys(dtype for _, dtype in self.floats))
+
+_recipe = functools.cache(_Recipe)
 
 
 @jax.tree_util.register_pytree_node_class
 class Packed:
-    """Edits of some layers: one vector for each dtype, and what is not differentiated as it is.
+    """A tree, packed: its floats in one vector for each dtype, in which those that ``last`` chose stand last.
 
-        packed = Packed.of(layers)
+        packed = Packed.of(tree)
         floats = packed.floats(packed.vectors)
-        layers = packed.edits(floats)
+        tree = packed.unflatten(floats)
 
     Attributes:
-        vectors: what is differentiated.
+        vectors: of the floats; axes that lead all leaves lead them.
     """
 
     def __init__(self, vectors: Vectors, rest: tuple[Any, ...], recipe: _Recipe):
         self.vectors, self._rest, self._recipe = vectors, rest, recipe
 
     @classmethod
-    def of(cls, layers: Sequence[Any]) -> "Packed":
-        """Return the edits of layers packed."""
-        leaves, tree = jax.tree.flatten(tuple(layers))
-        recipe = _Recipe(tree, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves))
-        rest = tuple(leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.floating))
-        return cls(cls._vectors(floats_of(layers), recipe), rest, recipe)
+    def of(cls, tree: Any, axes: int = 0, last: Callable[[tuple[Any, ...]], bool] = lambda path: False) -> "Packed":
+        """Return a tree packed, whose leaves have so many leading axes in common.
+
+        Leaves of NumPy are packed by NumPy, and of shapes there are shapes. ``last`` is asked for each leaf's path.
+        """
+        paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
+        kinds = tuple((tuple(leaf.shape[axes:]), jnp.dtype(leaf.dtype)) for leaf in leaves)
+        recipe = _recipe(jax.tree.structure(tree), kinds, tuple(map(last, paths)))
+        rest = tuple(leaf for leaf in leaves if not _is_float(leaf.dtype))
+        return cls(cls._vectors(floats_of(tree), recipe, axes), rest, recipe)
 
     @staticmethod
-    def _vectors(floats: Floats, recipe: _Recipe) -> Vectors:
-        own = [[x for x, (_, of) in zip(floats, recipe.floats, strict=True) if of == dtype] for dtype in recipe.dtypes]
-        return tuple(jnp.concatenate([x.reshape(-1) for x in some]) for some in own)
+    def _vectors(floats: Floats, recipe: _Recipe, axes: int) -> Vectors:
+        return tuple(_end_to_end([floats[i] for i in order], axes) for order in recipe.order)
 
-    def pack(self, floats: Floats) -> Vectors:
-        """Return values for all floats, gradients for instance, as vectors; each in a dtype of its own."""
-        return self._vectors(floats, self._recipe)
+    def pack(self, floats: Floats, axes: int = 0) -> Vectors:
+        """Return values for all floats, gradients for instance, as vectors."""
+        return self._vectors(floats, self._recipe, axes)
 
     def floats(self, vectors: Vectors) -> Floats:
         """Return vectors cut to floats."""
-        at, found = dict.fromkeys(self._recipe.dtypes, 0), []
-        for shape, dtype in self._recipe.floats:
-            start, size = at[dtype], int(np.prod(shape))
-            vector = vectors[self._recipe.dtypes.index(dtype)]
-            found.append(vector[start : start + size].reshape(shape))
-            at[dtype] += size
-        return tuple(found)
-
-    def edits(self, floats: Floats) -> tuple[Any, ...]:
-        """Return the edits of each layer with these floats."""
-        inside, rest = iter(floats), iter(self._rest)
-        return self._recipe.tree.unflatten(
-            [next(inside) if jnp.issubdtype(dtype, jnp.floating) else next(rest) for _, dtype in self._recipe.leaves]
+        return tuple(
+            vectors[n][..., start:end].reshape(*vectors[n].shape[:-1], *shape)
+            for (n, start, end), shape in zip(self._recipe.places, self._recipe.shapes, strict=True)
         )
+
+    def unflatten(self, floats: Floats) -> Any:
+        """Return the tree with these floats."""
+        inside, rest = iter(floats), iter(self._rest)
+        leaves = [next(inside) if _is_float(dtype) else next(rest) for _, dtype in self._recipe.leaves]
+        return self._recipe.tree.unflatten(leaves)
+
+    @property
+    def tree(self) -> Any:
+        """The tree again."""
+        return self.unflatten(self.floats(self.vectors))
+
+    def scaled_last(self, factor: Any) -> "Packed":
+        """Return it with what stands last times a factor."""
+        vectors = [
+            jnp.where(jnp.arange(x.shape[-1]) < x.shape[-1] - count, x, x * factor) if count else x
+            for x, count in zip(self.vectors, self._recipe.num_last, strict=True)
+        ]
+        return Packed(tuple(vectors), self._rest, self._recipe)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], _Recipe]:
         """Return the vectors and the rest, and the recipe."""
@@ -96,3 +127,29 @@ class Packed:
         """Return it again."""
         vectors, rest = children
         return cls(vectors, rest, recipe)
+
+
+def pack_params(params: Any, axes: int = 0) -> Packed:
+    """Return an adapter's parameters, or what is of their shapes, as one vector; LoRA's B stands last."""
+    return Packed.of(params, axes, lambda path: path[-1] == jax.tree_util.DictKey("lora_b"))
+
+
+def trees_of(params: Sequence[Any]) -> tuple[Any, ...]:
+    """Return groups' parameters as trees: each array is a part of a vector, so they are taken apart once."""
+    return tuple(own.tree if isinstance(own, Packed) else own for own in params)
+
+
+def pack_like(params: Sequence[Any], trees: Sequence[Any]) -> tuple[Any, ...]:
+    """Return gradients of groups' trees packed, where ``params`` are."""
+    return tuple(
+        pack_params(tree, axes=1) if isinstance(own, Packed) else tree for own, tree in zip(params, trees, strict=True)
+    )
+
+
+def _end_to_end(arrays: Sequence[Any], axes: int) -> Any:
+    """Join arrays that have so many leading axes in common, flattened behind those."""
+    lead, sizes = arrays[0].shape[:axes], [int(np.prod(x.shape[axes:])) for x in arrays]
+    if isinstance(arrays[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*lead, sum(sizes)), arrays[0].dtype)
+    join = np.concatenate if all(isinstance(x, np.ndarray) for x in arrays) else jnp.concatenate
+    return join([x.reshape(*lead, size) for x, size in zip(arrays, sizes, strict=True)], axis=axes)

@@ -36,6 +36,7 @@ from preft_jax.shapes import RANK_PAGE, SITES
 from train.data.batches import Batch
 from train.losses import CROSS_ENTROPY, Loss, LossInputs
 from train.optimizer import Numbers, init_state, transformation
+from train.packed import Packed, pack_like, pack_params, trees_of
 
 _TILE = 128
 """Most tokens of a row that share a list of rank pages."""
@@ -65,7 +66,10 @@ def fold_config(config: AdapterConfig) -> AdapterConfig:
 
 
 class Slots(NamedTuple):
-    """A group's adapters: float32 parameters and optimizer states, every leaf with a leading axis of slots."""
+    """A group's adapters: float32 parameters and optimizer states, every leaf with a leading axis of slots.
+
+    Programs hold them packed (``packed_slots``): an adapter's parameters are one vector.
+    """
 
     params: Any
     opt_state: Any
@@ -105,9 +109,32 @@ class Report(NamedTuple):
 
 
 def empty_slots(group: Group, params: Any) -> Slots:
-    """Return a group's slots, all with one adapter's parameters (``params``, unstacked) and new optimizer states."""
-    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf, jnp.float32)] * group.size), params)
+    """Return a group's slots, all with one adapter's parameters (a tree, unstacked) and new optimizer states."""
+    packed = pack_params(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * group.size), packed)
     return Slots(stacked, jax.vmap(functools.partial(init_state, group.optim))(stacked))
+
+
+def packed_slots(slots: Slots) -> Slots:
+    """Return one adapter's parameters and optimizer state packed."""
+    structure = jax.tree.structure(slots.params)
+    return Slots(
+        *(
+            jax.tree.map(
+                lambda own: pack_params(own) if jax.tree.structure(own) == structure else own,
+                part,
+                is_leaf=lambda own: jax.tree.structure(own) == structure,
+            )
+            for part in slots
+        )
+    )
+
+
+def unpacked_slots(slots: Slots) -> Slots:
+    """Return parameters and optimizer states as trees, such as files hold; those in NumPy arrays are not copied."""
+    return jax.tree.map(
+        lambda own: own.tree if isinstance(own, Packed) else own, slots, is_leaf=lambda own: isinstance(own, Packed)
+    )
 
 
 def unstacked(slots: Slots, slot: int) -> Slots:
@@ -117,7 +144,8 @@ def unstacked(slots: Slots, slot: int) -> Slots:
 
 def _folds(groups: Sequence[Group], params: Sequence[Any]) -> list[Any]:
     """Return each group's folds; every leaf has a leading axis of slots."""
-    return [jax.vmap(functools.partial(fold_params, g.config))(p) for g, p in zip(groups, params, strict=True)]
+    trees = trees_of(params)
+    return [jax.vmap(functools.partial(fold_params, g.config))(p) for g, p in zip(groups, trees, strict=True)]
 
 
 class PagePlan(NamedTuple):
@@ -310,8 +338,8 @@ def gradients(
         found = batch_losses(config, base, batch, edits, num_slots, loss=loss, attention=attention, remat=remat)
         return found[0].sum(), found
 
-    grads, found = jax.grad(objective, has_aux=True)(params)
-    return Sums(grads, *found)
+    grads, found = jax.grad(objective, has_aux=True)(trees_of(params))
+    return Sums(pack_like(params, grads), *found)
 
 
 def add_sums(sums: Sums, new: Sums) -> Sums:

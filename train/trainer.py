@@ -24,7 +24,7 @@ from preft_jax.models.layer import Remat
 from preft_jax.models.layout import fused_layout
 from train.data.batches import Batch, Rows, collate
 from train.data.rows import Example
-from train.jobs import Job, first_state
+from train.jobs import Job, first_state, host_state
 from train.layout import Layout, moved, take
 from train.losses import Loss, find_loss
 from train.micro import DocumentRow, MicroBatch, by_document, check_rows, micro_batches
@@ -119,7 +119,7 @@ class Trainer:
         """Let a job join, now or once there is room; ``state`` is what ``state_of`` gave for it earlier."""
         if job.name in {other.name for other in self.jobs}:
             raise ConfigError(f"two jobs have the name {job.name!r}; give each its own")
-        self._restored[job] = jax.device_get(first_state(job) if state is None else state)
+        self._restored[job] = first_state(job) if state is None else host_state(state)
         self._waiting.append(job)
 
     def entering(self) -> list[Job]:
@@ -166,14 +166,14 @@ class Trainer:
         return self.layout.slot_of(job)
 
     def snapshot(self, job: Job) -> Slots:
-        """Return a running job's state as it is after the last update started, without waiting for it."""
+        """Return a running job's state as it is after the last update started, packed, without waiting for it."""
         self._settle()
         place = self.layout.places[job]
         return take(self._state[place.group], place.slot)
 
     def state_of(self, job: Job) -> Slots:
         """Return a running or waiting job's parameters and optimizer state, in NumPy arrays."""
-        return jax.device_get(self.snapshot(job)) if job in self.layout.places else self._restored[job]
+        return host_state(self.snapshot(job)) if job in self.layout.places else self._restored[job]
 
     def adapter_of(self, job: Job) -> Adapter:
         """Return a job's adapter as it is now."""

@@ -38,7 +38,7 @@ from preft_jax.models.plain import PlainLayers
 from train.data.batches import Batch
 from train.kept import Kept
 from train.losses import CROSS_ENTROPY, Loss
-from train.packed import Floats, Packed, Vectors, floats_of
+from train.packed import Floats, Packed, Vectors, floats_of, pack_like, trees_of
 from train.past import KV, PastAttention, Window, zeros
 from train.step import Group, Means, Sums, add_sums, edits_by_layer, make_dropout, make_edits, stream_losses
 
@@ -253,9 +253,9 @@ class Windowed:
         """Return zeros for the gradients of edits: they gather in float32 whatever the stream's dtype."""
         return [tuple(jnp.zeros(x.shape, jnp.float32) for x in own.vectors) for own in edits]
 
-    def _by_run(self, params: tuple[Any, ...], embed: jax.Array) -> list[list[Any]]:
+    def _by_run(self, params: tuple[Any, ...], embed: jax.Array) -> list[tuple[Any, ...]]:
         layers = edits_by_layer(self.config, self.groups, params, embed.dtype)
-        return [layers[run.start : run.stop] for run in self.runs]
+        return [tuple(layers[run.start : run.stop]) for run in self.runs]
 
     def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Packed]:
         return list(map(Packed.of, self._by_run(params, embed)))
@@ -264,10 +264,10 @@ class Windowed:
         def fold(params: tuple[Any, ...]) -> list[Floats]:
             return list(map(floats_of, self._by_run(params, embed)))
 
-        edits, pull = jax.vjp(fold, params)
+        edits, pull = jax.vjp(fold, trees_of(params))
         own = [packed.floats(d) for packed, d in zip(self._make_edits(params, embed), d_edits, strict=True)]
         (grads,) = pull(jax.tree.map(lambda d, own: d.astype(own.dtype), own, edits))
-        return grads
+        return pack_like(params, grads)
 
     def _run_layers(
         self,
@@ -301,7 +301,7 @@ class Windowed:
         size = window.batch.tokens_BS.shape[1]
 
         def run(floats: Any, h_BWD: jax.Array, so_far: KV) -> tuple[jax.Array, KV]:
-            acts = edits.edits(floats) if edited else None
+            acts = edits.unflatten(floats) if edited else None
             h_BWD, new = self._run_layers(ws, acts, first_layer, h_BWD, so_far, window, dropout_J, length)
             return h_BWD, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, window.start, size, 1), new)
 

@@ -256,7 +256,7 @@ def test_what_a_unit_is_expected_to_take_follows_what_was_measured(lively):
     assert training.next().seconds == 0.2, "once is no rule"
     training.done(first, 0.4)
     assert training.next().seconds == 0.4
-    assert jnp.isfinite(first.start(lively.params)[0]["q"].a_DR).all()
+    assert jnp.isfinite(first.start(lively.params)[0].vectors[0]).all()
     assert training.next().name == "forward-32"
 
 

@@ -15,6 +15,7 @@ from conftest import ADAPTER_CONFIGS
 from preft_jax.adapters.init import random_adapter
 from preft_jax.errors import ConfigError
 from train.data.batches import Rows, collate
+from train.packed import trees_of
 from train.step import Group, Programs, empty_slots, fold_config
 from train.window import Windowed, WindowOptions
 
@@ -47,10 +48,10 @@ def check(model, groups, params, batch, options, dropout=None):
     sums = units.finish(model.params)
     np.testing.assert_allclose(sums.loss_J, whole.loss_J, rtol=1e-5)
     np.testing.assert_array_equal(sums.count_J, whole.count_J)
-    for ours, expected in zip(*map(jax.tree.leaves, (sums.grads, whole.grads)), strict=True):
+    for ours, expected in zip(*(jax.tree.leaves(trees_of(own)) for own in (sums.grads, whole.grads)), strict=True):
         largest = np.abs(expected).max()
         np.testing.assert_allclose(ours, expected, atol=TOLERANCE * max(largest, 1e-3))
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole.grads)) > 1e-2
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(trees_of(whole.grads))) > 1e-2
     return sums
 
 
@@ -194,7 +195,7 @@ whole = Programs(model.config, groups, attention="xla", remat="none").accumulate
 for order in ("layers", "windows"):
     options = WindowOptions(tokens=16, layers=2, order=order)
     sums = Windowed(model.config, groups, options).units(params, batch).finish(base)
-    for ours, expected in zip(*map(jax.tree.leaves, (sums.grads, whole.grads)), strict=True):
+    for ours, expected in zip(*(jax.tree.leaves(w.trees_of(own)) for own in (sums.grads, whole.grads)), strict=True):
         assert ours.dtype == np.float64
         print(float(np.abs(ours - expected).max() / np.abs(expected).max()))
 """

@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.errors import AdapterError
 from preft_jax.io.adapter_files import save_adapter
@@ -17,7 +15,7 @@ from preft_jax.loading import Model
 from serve.jobs import JobRecord
 from serve.store.host import AdapterStore
 from train.checkpoint import CheckpointError, Checkpoints, latest_in
-from train.jobs import Job, first_state
+from train.jobs import Job, first_state, host_state
 from train.service.loading import JobError
 from train.service.records import Entry
 from train.step import Slots
@@ -47,7 +45,7 @@ def save_state(entry: Entry, model: Model, job: Job, step: int, state: Slots) ->
     try:
         if step not in checkpoints.steps:
             meta = {"trained_tokens": entry.record.trained_tokens, "data": job.data_digest, "model": model.digest}
-            checkpoints.save(step, meta, {_STATE: jax.device_get(state)})
+            checkpoints.save(step, meta, {_STATE: host_state(state)})
     finally:
         checkpoints.close()
 

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.device.compiles import expected_compiles
 from preft_jax.errors import PreftError
@@ -22,7 +20,7 @@ from preft_jax.loading import Model
 from serve.jobs import OPEN, Checkpoint, JobRecord
 from train.checkpoint import CheckpointError
 from train.coserve import Hooks
-from train.jobs import Job
+from train.jobs import Job, host_state
 from train.results import Result
 from train.service.keeping import Publisher, checkpoint_name, model_name, save_state
 from train.service.loading import JobError
@@ -162,9 +160,10 @@ class Results:
 
     def _kept(self, found: OpenJob, job: Job, step: int, state: Slots) -> None:
         try:
+            state = host_state(state)
             # Served first: a crash behind the state would leave the checkpoint out.
             if found.is_served_at(step) and found.entry.record.status in OPEN:
-                self._serve_checkpoint(found, step, Adapter(job.initial.config, jax.device_get(state.params)))
+                self._serve_checkpoint(found, step, Adapter(job.initial.config, state.params))
             self._save(found, job, step, state)
         finally:
             found.writing = False
