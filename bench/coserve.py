@@ -49,7 +49,7 @@ from serve.bench.plots import check_plotting
 from serve.engine.pacing import Promise
 from serve.engine.request import Request
 from train.coserve import Training, TrainingUnit
-from train.window import WindowOptions
+from train.cutting import WindowOptions
 
 SCHEMA = "preft-jax/coserve/1"
 NAMES = ("train-step", "train-windows", "alone", "coserve", "temporal")

@@ -151,8 +151,9 @@ def main() -> None:
     import vllm  # pyright: ignore[reportMissingImports]
     from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
-    found = []
+    found, output = [], args.output_json and args.output_json.resolve()
     with tempfile.TemporaryDirectory() as name:
+        os.chdir(name)  # vLLM starts modules by name, which look in the current folder first.
         folder = Path(name) / "model"
         folder.mkdir()
         peer_vllm.write_model(args.shape, folder)
@@ -181,7 +182,7 @@ def main() -> None:
             "ready_s": round(ready, 1),
             "rows": found,
         },
-        args.output_json,
+        output,
     )
 
 

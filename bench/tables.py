@@ -24,6 +24,7 @@ from bench.tables_device import (
     kernels,
     prefill,
     tpu_programs,
+    vllm_trace,
 )
 
 _BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -363,9 +364,12 @@ TABLES = {
     "h200-before-after": before_after,
     "h200-before-after-engine": before_after,
     "h200-coserve": coserve,
+    "h200-prefill-small": prefill,
     "h200-trace": trace,
+    "h200-trace-adapters": trace,
     "h200-trace-limit": trace,
     "h200-trace-limit-separate": trace,
+    "h200-vllm-trace": vllm_trace,
     "tpu-programs": tpu_programs,
 }
 

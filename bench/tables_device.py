@@ -203,6 +203,30 @@ def headline_summary(figures: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n{machine(figures)}; all-token: {machine(every)}.\n"
 
 
+def vllm_trace(figures: dict[str, Any]) -> str:
+    """What ``bench/peer_vllm_trace.py`` measured, a row for each pace."""
+    rows = [
+        [
+            "all at once" if row["speedup"] is None else f"{row['speedup']:.3g} times as fast as recorded",
+            f"{row['requests_per_s']:.2f}",
+            "" if row["speedup"] is None else f"**{row['request_goodput']:.2f}**",
+            "" if row["speedup"] is None else f"{row['goodput_fraction']:.1%}",
+            f"{row['output_throughput']:,.0f}",
+            f"{row['mean_ttft_ms']:,.0f} ({row['p99_ttft_ms']:,.0f})",
+            f"{row['mean_tpot_ms']:.1f} ({row['p99_tpot_ms']:.1f})",
+        ]
+        for row in figures["rows"]
+    ]
+    header = [
+        f"{figures['shape']}, vLLM {figures['versions']['vllm']}, {figures['rows'][0]['requests']:,} requests",
+        "requests/s", "goodput, requests/s", "within bounds", "output tokens/s", "mean TTFT, ms (p99)",
+        "mean TPOT, ms (p99)",
+    ]  # fmt: skip
+    bounds = "bounds: TTFT {ttft_ms:,g} ms, TPOT {tpot_ms:g} ms".format(**figures)
+    versions = f"torch {figures['versions']['torch']}"
+    return f"{markdown(header, rows)}\n{bounds}; {figures['date']}, {figures['device']['kind']}, {versions}.\n"
+
+
 def coserve(figures: dict[str, Any]) -> str:
     """Each contender of ``bench.coserve`` at each request rate: tokens trained, promises kept, times per token."""
     options, rows = figures["options"], []

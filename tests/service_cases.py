@@ -10,9 +10,9 @@ from serve.jobs import JobSpec
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.names import Registry
+from train.cutting import WindowOptions
 from train.service.options import ServiceOptions
 from train.service.service import Service
-from train.window import WindowOptions
 
 WINDOWS = WindowOptions(tokens=32, layers=3)
 LORA = {"rank": 8, "lora_alpha": 12.0, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "batch_size": 4,

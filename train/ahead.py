@@ -15,12 +15,13 @@ import jax
 
 from preft_jax.device.ahead import Rehearsal, is_spread, shapes_of
 from preft_jax.device.compiles import expected_compiles
+from train.cutting import WindowOptions
 from train.jobs import Job
 from train.layout import Layout, Place, moved
 from train.shapes import Shapes, rehearse, rows_of, shapes_of_jobs
 from train.step import Group, Programs, Slots, State
 from train.trainer import Trainer
-from train.window import Windowed, WindowOptions
+from train.window import Windowed
 
 _log = logging.getLogger("preft.train")
 

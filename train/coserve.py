@@ -36,6 +36,7 @@ from preft_jax.errors import plain
 from preft_jax.models.params import Params
 from serve.engine.background import Unit
 from train.ahead import Ahead
+from train.cutting import WindowOptions
 from train.hooks import Hooks
 from train.jobs import Job, first_state, host_state
 from train.micro import micro_batches
@@ -43,7 +44,6 @@ from train.room import Room
 from train.step import Slots
 from train.trainer import Result, StepResult, Trainer
 from train.under_way import WAITS, TrainingUnit, Update
-from train.window import WindowOptions
 
 __all__ = ["Hooks", "Training", "TrainingUnit"]
 

@@ -21,7 +21,7 @@ from train.data.batches import BatchOptions, Row, plan_epoch
 from train.data.rows import DataOptions, Example
 from train.optimizer import Numbers, OptimizerConfig, numbers
 from train.run.start import load_start
-from train.step import Group, Slots, empty_slots, fold_config, unpacked_slots, unstacked
+from train.step import Group, Slots, empty_slots, fold_config, tree_slots, unstacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,5 +205,5 @@ def first_state(job: Job) -> Slots:
 
 
 def host_state(slots: Slots) -> Slots:
-    """Return a job's parameters and optimizer state, packed on the device, as trees of NumPy arrays."""
-    return unpacked_slots(jax.device_get(slots))
+    """Return a job's parameters and optimizer state, flat on the device, as trees of NumPy arrays."""
+    return tree_slots(jax.device_get(slots))

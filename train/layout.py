@@ -11,7 +11,7 @@ import numpy as np
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.device.ahead import Program
 from train.jobs import Job
-from train.step import Group, Slots, State, fold_config, packed_slots, unstacked
+from train.step import Group, Slots, State, flat_slots, fold_config, unstacked
 
 
 class Place(NamedTuple):
@@ -63,7 +63,7 @@ class Layout:
 def moved(before: Layout, after: Layout, job: Job, state: State, own: Slots) -> State:
     """Return the state with a job's own (trees) where ``after``, which is ``before.with_job(job)``, has it."""
     at, slot = after.places[job]
-    own = packed_slots(own)
+    own = flat_slots(own)
     if all((group.config, group.optim) != _key(job) for group in before.groups):
         return (*(state[i] for i in before.used), _first(own))
     is_new = after.groups[at].size > before.groups[at].size

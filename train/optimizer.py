@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from preft_jax.errors import ConfigError, did_you_mean
-from train.packed import Packed
+from train.flat import Flat
 
 OPTIMIZERS = ("adamw", "lion", "sgd")
 
@@ -129,8 +129,8 @@ def _adam(n: Numbers) -> optax.GradientTransformation:
 
 
 def _scale_b(updates: Any, ratio: Any) -> Any:
-    """Scale LoRA's B, which stands last in packed parameters."""
-    assert isinstance(updates, Packed)
+    """Scale LoRA's B, which stands last in flat parameters."""
+    assert isinstance(updates, Flat)
     return updates.scaled_last(ratio)
 
 

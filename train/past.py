@@ -52,6 +52,9 @@ class PastAttention:
         """Attend ``q [B, W, H, C]``."""
         self.k[layer] = jax.lax.dynamic_update_slice_in_dim(self.k[layer], k, self._start, 1)
         self.v[layer] = jax.lax.dynamic_update_slice_in_dim(self.v[layer], v, self._start, 1)
+        if self.k[layer].shape[1] == q.shape[1] and window is None and self._segments is None:
+            # The first tokens: cuDNN leaves out what a causal mask hides, and computes what another one hides.
+            return self._dot_product(layer, q, is_causal=True)
         key_P = jnp.arange(self.k[layer].shape[1], dtype=jnp.int32)
         query_W1 = (self._start + jnp.arange(q.shape[1], dtype=jnp.int32))[:, None]
         mask = key_P <= query_W1
@@ -59,8 +62,10 @@ class PastAttention:
             mask &= key_P > query_W1 - window
         if self._segments is not None:
             mask = mask & (self._segments[1][:, :, None] == self._segments[0][:, None, :])
-        mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        return self._dot_product(layer, q, mask=mask[None, None] if mask.ndim == 2 else mask[:, None])
+
+    def _dot_product(self, layer: int, q: jax.Array, **masked: Any) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
             return jax.nn.dot_product_attention(
-                q, self.k[layer], self.v[layer], mask=mask, implementation=self._implementation
+                q, self.k[layer], self.v[layer], implementation=self._implementation, **masked
             )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from preft_jax.models.batch import bucket
+from train.cutting import WindowOptions
 from train.data.batches import SHORTEST, BatchOptions, empty_batch, plan_epoch
 from train.data.rows import Example
 from train.jobs import Job
@@ -15,7 +16,7 @@ from train.layout import take
 from train.losses import CROSS_ENTROPY
 from train.optimizer import Numbers
 from train.step import Group, Programs, State, Sums
-from train.window import Windowed, WindowOptions
+from train.window import Windowed
 
 _EPOCHS = 8
 """Epochs that are planned to see how long rows become; of a job with more, all lengths that there can be are taken."""

@@ -34,9 +34,9 @@ from preft_jax.models.logprobs import token_logprobs
 from preft_jax.models.params import Params
 from preft_jax.shapes import RANK_PAGE, SITES
 from train.data.batches import Batch
+from train.flat import Flat, flat_like, flat_params, trees_of
 from train.losses import CROSS_ENTROPY, Loss, LossInputs
 from train.optimizer import Numbers, init_state, transformation
-from train.packed import Packed, pack_like, pack_params, trees_of
 
 _TILE = 128
 """Most tokens of a row that share a list of rank pages."""
@@ -68,7 +68,7 @@ def fold_config(config: AdapterConfig) -> AdapterConfig:
 class Slots(NamedTuple):
     """A group's adapters: float32 parameters and optimizer states, every leaf with a leading axis of slots.
 
-    Programs hold them packed (``packed_slots``): an adapter's parameters are one vector.
+    Programs hold them flat (``flat_slots``): an adapter's parameters are one vector.
     """
 
     params: Any
@@ -110,18 +110,18 @@ class Report(NamedTuple):
 
 def empty_slots(group: Group, params: Any) -> Slots:
     """Return a group's slots, all with one adapter's parameters (a tree, unstacked) and new optimizer states."""
-    packed = pack_params(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
-    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * group.size), packed)
+    flat = flat_params(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * group.size), flat)
     return Slots(stacked, jax.vmap(functools.partial(init_state, group.optim))(stacked))
 
 
-def packed_slots(slots: Slots) -> Slots:
-    """Return one adapter's parameters and optimizer state packed."""
+def flat_slots(slots: Slots) -> Slots:
+    """Return one adapter's parameters and optimizer state flat."""
     structure = jax.tree.structure(slots.params)
     return Slots(
         *(
             jax.tree.map(
-                lambda own: pack_params(own) if jax.tree.structure(own) == structure else own,
+                lambda own: flat_params(own) if jax.tree.structure(own) == structure else own,
                 part,
                 is_leaf=lambda own: jax.tree.structure(own) == structure,
             )
@@ -130,10 +130,10 @@ def packed_slots(slots: Slots) -> Slots:
     )
 
 
-def unpacked_slots(slots: Slots) -> Slots:
+def tree_slots(slots: Slots) -> Slots:
     """Return parameters and optimizer states as trees, such as files hold; those in NumPy arrays are not copied."""
     return jax.tree.map(
-        lambda own: own.tree if isinstance(own, Packed) else own, slots, is_leaf=lambda own: isinstance(own, Packed)
+        lambda own: own.tree if isinstance(own, Flat) else own, slots, is_leaf=lambda own: isinstance(own, Flat)
     )
 
 
@@ -339,7 +339,7 @@ def gradients(
         return found[0].sum(), found
 
     grads, found = jax.grad(objective, has_aux=True)(trees_of(params))
-    return Sums(pack_like(params, grads), *found)
+    return Sums(flat_like(params, grads), *found)
 
 
 def add_sums(sums: Sums, new: Sums) -> Sums:

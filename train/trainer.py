@@ -166,7 +166,7 @@ class Trainer:
         return self.layout.slot_of(job)
 
     def snapshot(self, job: Job) -> Slots:
-        """Return a running job's state as it is after the last update started, packed, without waiting for it."""
+        """Return a running job's state as it is after the last update started, flat, without waiting for it."""
         self._settle()
         place = self.layout.places[job]
         return take(self._state[place.group], place.slot)

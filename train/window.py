@@ -16,9 +16,8 @@ Windows behind the last learned token are left out, and so are backward units of
 window without an edited token has no gradient of the edits, and only hands cotangents on.
 """
 
-import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,66 +27,19 @@ from kernels.xla.fused import rms_norm
 from preft_jax.adapters.edits import NoEdits
 from preft_jax.config import ModelConfig
 from preft_jax.device.ahead import Program
-from preft_jax.errors import ConfigError
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.batch import bucket
 from preft_jax.models.forward import rope_table
 from preft_jax.models.layer import checkpointed, decoder_layer
 from preft_jax.models.params import Params
 from preft_jax.models.plain import PlainLayers
+from train.cutting import WindowOptions
 from train.data.batches import Batch
+from train.flat import Flat, Floats, Vectors, flat_like, floats_of, trees_of
 from train.kept import Kept
 from train.losses import CROSS_ENTROPY, Loss
-from train.packed import Floats, Packed, Vectors, floats_of, pack_like, trees_of
 from train.past import KV, PastAttention, Window, zeros
 from train.step import Group, Means, Sums, add_sums, edits_by_layer, make_dropout, make_edits, stream_losses
-
-Order = Literal["layers", "windows"]
-
-_LEAST = 64
-"""Tokens that a window has in each of several rows, unless it has fewer in one: products of less are no quicker."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WindowOptions:
-    """How a micro-batch is cut into units.
-
-    Attributes:
-        tokens: of a window, over all rows: see ``in_a_row``.
-        layers: of a unit; what the first of them reads is kept.
-        order: which the backward pass goes through first. ``layers``: some layers on all windows, then those below;
-            cotangents of the whole stream and of the keys and values of these layers are held. ``windows``: a window
-            through all layers, then the one before it; cotangents of one window's stream and of all layers' keys and
-            values are held, which is more where there are many layers, and ends windows early.
-        remat: what backward units compute again. ``full``: all between what a unit's layers read and what they give.
-            ``cheap``: norms, rotations, attention and activations, but no product with a weight: a third less to
-            compute, and much more to keep (``Windowed.kept_bytes``).
-    """
-
-    tokens: int = 512
-    layers: int = 1
-    order: Order = "layers"
-    remat: Literal["cheap", "full"] = "full"
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} of a window is {value!r}; give an integer of at least 1")
-        if self.order not in ("layers", "windows"):
-            raise ConfigError(f"the order of windows is {self.order!r}; allowed: layers, windows")
-        if self.remat not in ("cheap", "full"):
-            raise ConfigError(f"remat of windows is {self.remat!r}; allowed: cheap, full")
-
-    def in_a_row(self, rows: int) -> int:
-        """Return the tokens of a window in each of so many rows.
-
-        Rows share a window's tokens, so that a unit takes about as long whatever the rows; each has at least 64.
-        """
-        if rows == 1:
-            return self.tokens
-        share = max(1, self.tokens // rows)
-        return min(self.tokens, max(_LEAST, 1 << share.bit_length() - 1))
 
 
 class Windowed:
@@ -249,7 +201,7 @@ class Windowed:
 
     # Programs
 
-    def _no_grads_of(self, edits: list[Packed]) -> list[Vectors]:
+    def _no_grads_of(self, edits: list[Flat]) -> list[Vectors]:
         """Return zeros for the gradients of edits: they gather in float32 whatever the stream's dtype."""
         return [tuple(jnp.zeros(x.shape, jnp.float32) for x in own.vectors) for own in edits]
 
@@ -257,17 +209,17 @@ class Windowed:
         layers = edits_by_layer(self.config, self.groups, params, embed.dtype)
         return [tuple(layers[run.start : run.stop]) for run in self.runs]
 
-    def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Packed]:
-        return list(map(Packed.of, self._by_run(params, embed)))
+    def _make_edits(self, params: tuple[Any, ...], embed: jax.Array) -> list[Flat]:
+        return list(map(Flat.of, self._by_run(params, embed)))
 
     def _fold_unit(self, params: tuple[Any, ...], embed: jax.Array, d_edits: list[Vectors]) -> tuple[Any, ...]:
         def fold(params: tuple[Any, ...]) -> list[Floats]:
             return list(map(floats_of, self._by_run(params, embed)))
 
         edits, pull = jax.vjp(fold, trees_of(params))
-        own = [packed.floats(d) for packed, d in zip(self._make_edits(params, embed), d_edits, strict=True)]
+        own = [flat.floats(d) for flat, d in zip(self._make_edits(params, embed), d_edits, strict=True)]
         (grads,) = pull(jax.tree.map(lambda d, own: d.astype(own.dtype), own, edits))
-        return pack_like(params, grads)
+        return flat_like(params, grads)
 
     def _run_layers(
         self,
@@ -295,7 +247,7 @@ class Windowed:
         return h_BWD, KV(tuple(attention.k), tuple(attention.v))
 
     def _differentiated(
-        self, ws: Any, edits: Packed, first_layer: Any, length: int, window: Window, dropout_J: Any, edited: bool
+        self, ws: Any, edits: Flat, first_layer: Any, length: int, window: Window, dropout_J: Any, edited: bool
     ) -> tuple[Callable[[Any, jax.Array, KV], tuple[jax.Array, KV]], tuple[Any, ...]]:
         """Return what a unit computes, as a function of edits, stream and past; and the edits that it takes."""
         size = window.batch.tokens_BS.shape[1]
@@ -308,7 +260,7 @@ class Windowed:
         return run, edits.floats(edits.vectors) if edited else ()
 
     def _forward_unit(
-        self, ws: Any, edits: Packed, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any, *,
+        self, ws: Any, edits: Flat, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any, *,
         past: int, edited: bool, keeps: bool,
     ) -> tuple[jax.Array, KV, Kept | None]:  # fmt: skip
         length = kv.k[0].shape[1]
@@ -323,7 +275,7 @@ class Windowed:
         return out, kv, kept
 
     def _backward_unit(
-        self, ws: Any, edits: Packed, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any,
+        self, ws: Any, edits: Flat, first_layer: Any, h_BWD: Any, kv: KV, window: Window, dropout_J: Any,
         dh_BWD: Any, d_kv: KV, d_edits: Vectors, kept: Kept | None, *, past: int, edited: bool,
     ) -> tuple[jax.Array, KV, Vectors]:  # fmt: skip
         length = kv.k[0].shape[1]
@@ -337,7 +289,7 @@ class Windowed:
         d_new_edits, dh_BWD, d_past = pull((dh_BWD.astype(h_BWD.dtype), d_own))
         d_kv = jax.tree.map(lambda d, more: d.at[:, :past].add(more.astype(d.dtype)), d_kv, d_past)
         if edited:
-            more = edits.pack(tuple(d.astype(jnp.float32) for d in d_new_edits))
+            more = edits.join(tuple(d.astype(jnp.float32) for d in d_new_edits))
             d_edits = tuple(d + new for d, new in zip(d_edits, more, strict=True))
         return dh_BWD, d_kv, d_edits
 
@@ -405,7 +357,7 @@ class Units:
 class _Run:
     """What a micro-batch holds on the device while its units run."""
 
-    def __init__(self, owner: Windowed, units: Units, batch: Batch, size: int, edits: list[Packed], dropout_J: Any):
+    def __init__(self, owner: Windowed, units: Units, batch: Batch, size: int, edits: list[Flat], dropout_J: Any):
         self._owner = owner
         self._units = units
         self._batch = batch

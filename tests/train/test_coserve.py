@@ -23,8 +23,8 @@ from serve.store.host import AdapterStore
 from serve.store.names import Registry
 from train import ahead
 from train.coserve import Hooks, Training
+from train.cutting import WindowOptions
 from train.trainer import Trainer
-from train.window import WindowOptions
 
 WINDOWS = WindowOptions(tokens=32, layers=3)
 NAMES = {"lora": 5, "loreft_f3l2": 3}

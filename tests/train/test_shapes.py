@@ -8,10 +8,11 @@ import train_cases as cases
 from conftest import ADAPTER_CONFIGS
 
 from preft_jax.device.ahead import Rehearsal, shapes_of
+from train.cutting import WindowOptions
 from train.micro import micro_batches
 from train.shapes import Rows, rehearse, rows_of, shapes_of_jobs
 from train.trainer import Trainer
-from train.window import Windowed, WindowOptions
+from train.window import Windowed
 
 OPTIONS = WindowOptions(tokens=16)
 

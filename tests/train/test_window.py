@@ -14,10 +14,11 @@ from conftest import ADAPTER_CONFIGS
 
 from preft_jax.adapters.init import random_adapter
 from preft_jax.errors import ConfigError
+from train.cutting import WindowOptions
 from train.data.batches import Rows, collate
-from train.packed import trees_of
+from train.flat import trees_of
 from train.step import Group, Programs, empty_slots, fold_config
-from train.window import Windowed, WindowOptions
+from train.window import Windowed
 
 TOLERANCE = 2e-5
 """Of the largest number of a leaf's gradient."""
@@ -184,7 +185,8 @@ def attention(q, k, v, mask=None, is_causal=False, **_):
     return jnp.einsum("bhqs,bshc->bqhc", jax.nn.softmax(jnp.where(seen, scores, -1e30)), v)
 
 jax.nn.dot_product_attention = attention  # JAX's own has its softmax in float32.
-from train.window import Windowed, WindowOptions
+from train.cutting import WindowOptions
+from train.window import Windowed
 jax.config.update("jax_numpy_dtype_promotion", "standard")  # Rotations are float32 in any case.
 model = preft_jax.load_model("tiny", dtype="float32")
 def wide(tree):

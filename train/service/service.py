@@ -26,6 +26,7 @@ from preft_jax.loading import Model
 from serve.jobs import OPEN, Checkpoint, Event, JobRecord, JobSpec, Status
 from serve.store.host import AdapterStore
 from train.coserve import Hooks, Training
+from train.cutting import WindowOptions
 from train.jobs import Job
 from train.service.keeping import Publisher, restore
 from train.service.loading import GivenUpError, JobError, load_job
@@ -35,7 +36,6 @@ from train.service.records import Entry, RecordError, Records, new_id
 from train.service.results import Results
 from train.service.turns import Turns
 from train.trainer import Trainer, TrainOptions
-from train.window import WindowOptions
 
 _log = logging.getLogger("preft.train")
 
@@ -49,7 +49,7 @@ class Service:
         directory: of the jobs, one process's at a time. What is in it goes on.
         name: of the base model, for records and names of adapters; None: the model's own.
         options: what is allowed.
-        windows: how training is cut into units.
+        windows: how training is cut into units; None: as suits the model and the device.
         train: how the trainer uses the device.
         make_training: makes what trains, given hooks and who is told of jobs that ended; None: a ``Training``.
         load: reads a job's rows.
@@ -71,7 +71,7 @@ class Service:
         *,
         name: str | None = None,
         options: ServiceOptions = ServiceOptions(),
-        windows: WindowOptions = WindowOptions(),
+        windows: WindowOptions | None = None,
         train: TrainOptions = TrainOptions(),
         make_training: Callable[[Hooks, Callable[..., object]], Any] | None = None,
         load: Callable[..., Job] = load_job,
@@ -95,7 +95,9 @@ class Service:
         self.training = (
             make_training(hooks, ended)
             if make_training is not None
-            else Training(Trainer(model, options=train), windows, ended=ended, hooks=hooks)
+            else Training(
+                Trainer(model, options=train), windows or WindowOptions.suited(model.config), ended=ended, hooks=hooks
+            )
         )
         self._take_up()
         self._reader = threading.Thread(target=self._read_jobs, name="finetune-reader", daemon=True)

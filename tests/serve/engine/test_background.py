@@ -9,6 +9,7 @@ from engine_outputs import TIGHT, assert_as_alone, drain, request, some
 from fake_engine import FakeClock
 
 from serve.engine.background import Background, Repeated, Unit, UnitCall
+from serve.engine.calls import Call
 from serve.engine.engine import Engine
 from serve.engine.observer import Observer
 from serve.engine.pacing import Promise, Share
@@ -87,6 +88,49 @@ def test_an_idle_engine_starts_the_next_unit_as_the_last_one_ends():
     assert background.pause(last) == 0
     assert not background.is_over(last), "another comes behind it"
     assert background.idle(last) is not None
+
+
+def test_a_unit_that_the_host_starts_slowly_is_begun_earlier():
+    """So much before the end of the last one as the last ones of its name took to be started, in the mean."""
+    clock = FakeClock()
+    background = Background(Units(seconds=0.02, start=lambda params: clock.sleep(0.008)), Share(0.0), clock)
+    last = background.start(background.idle(None), None)
+    for _ in range(8):
+        last = background.start(background.idle(UnitCall(unit=last.unit, arrays=None, started=-1.0)), None)
+    clock.sleep(0.001)
+    assert background.pause(last) == pytest.approx(0.02 - 0.009 - 0.008 - Background.MARGIN, abs=1e-4)
+    clock.sleep(0.003)
+    assert background.idle(last) is not None
+
+
+def started(steps, clock):
+    """Start a step as an engine does, and end it; ``steps`` is what is under way."""
+    call = Call(step=Step(), parts=[])
+    call.started = clock()
+    steps.started(call)
+    return call
+
+
+def test_a_step_is_planned_late_behind_units_that_hide_what_the_host_takes():
+    clock = FakeClock()
+    steps = UnderWay(Background(None, Share(0.0), clock), clock)
+
+    def behind_a_unit(seconds, host):
+        """One step ends before a unit, and the host takes so long to start the next."""
+        steps.calls.clear()
+        started(steps, clock)
+        steps.calls.append(UnitCall(unit=Unit(start=None, seconds=seconds), arrays=None, started=clock()))
+        steps.calls.popleft()
+        steps.took(clock())
+        covers = steps.covers
+        clock.sleep(host)
+        started(steps, clock)
+        return covers
+
+    assert behind_a_unit(0.005, host=0.008), "nothing was measured yet"
+    assert [behind_a_unit(0.005, host=0.008) for _ in range(20)][-1] is False
+    assert behind_a_unit(0.01, host=0.008)
+    assert [behind_a_unit(0.005, host=0.002) for _ in range(20)][-1] is True
 
 
 def test_there_is_nothing_to_wait_for_without_work():

@@ -16,9 +16,9 @@ from serve.jobs import JobSpec
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.names import Registry
+from train.cutting import WindowOptions
 from train.service.options import ServiceOptions
 from train.service.service import Service
-from train.window import WindowOptions
 
 HYPERPARAMETERS = {"rank": 4, "learning_rate": 3e-3, "batch_size": 4, "max_steps": 30, "save_steps": 10,
                    "max_length": 64}  # fmt: skip

@@ -58,12 +58,12 @@ _recipe = functools.cache(_Recipe)
 
 
 @jax.tree_util.register_pytree_node_class
-class Packed:
-    """A tree, packed: its floats in one vector for each dtype, in which those that ``last`` chose stand last.
+class Flat:
+    """A tree's flat form: its floats in one vector for each dtype, in which those that ``last`` chose stand last.
 
-        packed = Packed.of(tree)
-        floats = packed.floats(packed.vectors)
-        tree = packed.unflatten(floats)
+        flat = Flat.of(tree)
+        floats = flat.floats(flat.vectors)
+        tree = flat.unflatten(floats)
 
     Attributes:
         vectors: of the floats; axes that lead all leaves lead them.
@@ -73,10 +73,10 @@ class Packed:
         self.vectors, self._rest, self._recipe = vectors, rest, recipe
 
     @classmethod
-    def of(cls, tree: Any, axes: int = 0, last: Callable[[tuple[Any, ...]], bool] = lambda path: False) -> "Packed":
-        """Return a tree packed, whose leaves have so many leading axes in common.
+    def of(cls, tree: Any, axes: int = 0, last: Callable[[tuple[Any, ...]], bool] = lambda path: False) -> "Flat":
+        """Return the flat form of a tree whose leaves have so many leading axes in common.
 
-        Leaves of NumPy are packed by NumPy, and of shapes there are shapes. ``last`` is asked for each leaf's path.
+        Leaves of NumPy are joined by NumPy, and of shapes there are shapes. ``last`` is asked for each leaf's path.
         """
         paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
         kinds = tuple((tuple(leaf.shape[axes:]), jnp.dtype(leaf.dtype)) for leaf in leaves)
@@ -88,7 +88,7 @@ class Packed:
     def _vectors(floats: Floats, recipe: _Recipe, axes: int) -> Vectors:
         return tuple(_end_to_end([floats[i] for i in order], axes) for order in recipe.order)
 
-    def pack(self, floats: Floats, axes: int = 0) -> Vectors:
+    def join(self, floats: Floats, axes: int = 0) -> Vectors:
         """Return values for all floats, gradients for instance, as vectors."""
         return self._vectors(floats, self._recipe, axes)
 
@@ -110,39 +110,39 @@ class Packed:
         """The tree again."""
         return self.unflatten(self.floats(self.vectors))
 
-    def scaled_last(self, factor: Any) -> "Packed":
+    def scaled_last(self, factor: Any) -> "Flat":
         """Return it with what stands last times a factor."""
         vectors = [
             jnp.where(jnp.arange(x.shape[-1]) < x.shape[-1] - count, x, x * factor) if count else x
             for x, count in zip(self.vectors, self._recipe.num_last, strict=True)
         ]
-        return Packed(tuple(vectors), self._rest, self._recipe)
+        return Flat(tuple(vectors), self._rest, self._recipe)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], _Recipe]:
         """Return the vectors and the rest, and the recipe."""
         return (self.vectors, self._rest), self._recipe
 
     @classmethod
-    def tree_unflatten(cls, recipe: _Recipe, children: Any) -> "Packed":
+    def tree_unflatten(cls, recipe: _Recipe, children: Any) -> "Flat":
         """Return it again."""
         vectors, rest = children
         return cls(vectors, rest, recipe)
 
 
-def pack_params(params: Any, axes: int = 0) -> Packed:
-    """Return an adapter's parameters, or what is of their shapes, as one vector; LoRA's B stands last."""
-    return Packed.of(params, axes, lambda path: path[-1] == jax.tree_util.DictKey("lora_b"))
+def flat_params(params: Any, axes: int = 0) -> Flat:
+    """Return an adapter's parameters, or what is of their shapes, in flat form: one vector, in which LoRA's B stands last."""
+    return Flat.of(params, axes, lambda path: path[-1] == jax.tree_util.DictKey("lora_b"))
 
 
 def trees_of(params: Sequence[Any]) -> tuple[Any, ...]:
     """Return groups' parameters as trees: each array is a part of a vector, so they are taken apart once."""
-    return tuple(own.tree if isinstance(own, Packed) else own for own in params)
+    return tuple(own.tree if isinstance(own, Flat) else own for own in params)
 
 
-def pack_like(params: Sequence[Any], trees: Sequence[Any]) -> tuple[Any, ...]:
-    """Return gradients of groups' trees packed, where ``params`` are."""
+def flat_like(params: Sequence[Any], trees: Sequence[Any]) -> tuple[Any, ...]:
+    """Return gradients of groups' trees flat, where ``params`` are."""
     return tuple(
-        pack_params(tree, axes=1) if isinstance(own, Packed) else tree for own, tree in zip(params, trees, strict=True)
+        flat_params(tree, axes=1) if isinstance(own, Flat) else tree for own, tree in zip(params, trees, strict=True)
     )
 
 
