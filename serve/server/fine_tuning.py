@@ -133,8 +133,8 @@ def _add_create(app: FastAPI, serving: Serving, tuning: Tuning, bodies: Bodies, 
         paths = [*map(uploads.path, files), None]
         spec = JobSpec(
             training_file=body.training_file, training_path=uploads.path(files[0]),
-            validation_file=body.validation_file, validation_path=paths[1], suffix=body.suffix, seed=body.seed,
-            hyperparameters=body.asked, metadata=body.metadata, priority=body.priority,
+            validation_file=body.validation_file, validation_path=paths[1], uploaded=True, suffix=body.suffix,
+            seed=body.seed, hyperparameters=body.asked, metadata=body.metadata, priority=body.priority,
         )  # fmt: skip
         try:
             return tuning.jobs.create(spec, owner=identity.owner)

@@ -102,6 +102,7 @@ def test_the_official_client_follows_a_job_to_its_end(people, tuning, files):
     }  # fmt: skip
     spec = tuning.get(job.id).spec
     assert spec.training_path.read_bytes() == spec.validation_path.read_bytes() == ROWS
+    assert spec.uploaded
     tuning.begin(job.id)
     assert jobs.retrieve(job.id).status == "running"
     assert jobs.pause(job.id).status == "paused"
