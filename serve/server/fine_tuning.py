@@ -25,7 +25,7 @@ _OFF = {
     "/v1/files": _ALL,
     "/v1/files/{rest:path}": _ALL,
     "/v1/fine_tuning/{rest:path}": _ALL,
-    "/v1/models/{name}": ("DELETE",),
+    "/v1/models/{name:path}": ("DELETE",),
 }
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
@@ -276,7 +276,7 @@ def _add_changes(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> 
 
 
 def _add_delete(app: FastAPI, serving: Serving, tuning: Tuning, errors: dict[int | str, Any]) -> None:
-    @app.delete("/v1/models/{name}", responses=errors)
+    @app.delete("/v1/models/{name:path}", responses=errors)
     async def delete(request: Request, name: str) -> dict[str, Any]:
         """Delete an adapter that a job has made; requests that were taken before end as they would have."""
         identity = request.state.identity

@@ -237,6 +237,23 @@ def test_the_official_client_deletes_an_adapter_of_its_own(people, tuning):
     assert people["admin"].models.delete("ft:tiny:alice:1").deleted
 
 
+def test_names_may_hold_slashes(shared, people, tuning, files, monkeypatch):
+    """As the base model's does where it is a path, or an id of the Hub."""
+    base, adapter = "org/tiny", "ft:org/tiny::1"
+    monkeypatch.setattr(shared[0], "names", ("tiny", base))
+    monkeypatch.setattr(shared[0].adapters, "owners", {adapter: "alice"})
+    tuning.finish(make(people["alice"], files["alice"]).id, adapter)
+    models = people["alice"].models
+    assert [models.retrieve(name).id for name in (base, adapter)] == [base, adapter]
+    assert models.delete(adapter).to_dict() == {"id": adapter, "object": "model", "deleted": True}
+    assert tuning.deleted == [adapter]
+    with pytest.raises(openai.PermissionDeniedError) as denied:
+        models.delete(base)
+    with pytest.raises(openai.NotFoundError) as missing:
+        models.retrieve("org/nothing")
+    assert (denied.value.code, missing.value.code) == ("not_deletable", "model_not_found")
+
+
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize(
     ("who", "name", "error", "code"),
