@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from preft_jax.adapters.adapter import Adapter, check_fits
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.config import PRESETS, ModelConfig
 from preft_jax.errors import AdapterError, ConfigError, ModelError, check_type, did_you_mean
 from preft_jax.io.digest import model_digest, preset_digest
@@ -193,10 +194,15 @@ def _transposed(max_num_seqs: int) -> bool:
 def check_base(adapter: Adapter, model: Model) -> None:
     """Raise ``AdapterError`` if an adapter was made for another base model or does not fit this one."""
     check_type("model", model, Model, "what load_model returns", ModelError)
-    expected, given = model.digest, adapter.config.base_model_digest
+    check_made_for(adapter.config, model)
+    check_fits(adapter, model.config)
+
+
+def check_made_for(config: AdapterConfig, model: Model) -> None:
+    """``check_base`` by an adapter's configuration alone: raise ``AdapterError`` if it names another base model."""
+    expected, given = model.digest, config.base_model_digest
     if expected is not None and given is not None and expected != given:
         raise AdapterError(
             f"the adapter was made for the base model {given[:12]}..., this one is {expected[:12]}...; "
             "load the right base model"
         )
-    check_fits(adapter, model.config)

@@ -23,6 +23,7 @@ class JobSpec:
         training_path: where its rows are. It may go once the job has begun.
         validation_file: id of the file with held-out rows, or None.
         validation_path: where they are.
+        uploaded: whether these files are uploads, which nobody changes: the job then needs no copies of its own.
         suffix: part of the adapter's name, or None.
         seed: of the first adapter and of the order of rows; None: chosen, and then told.
         hyperparameters: by name: OpenAI's ``n_epochs``, ``batch_size`` and ``learning_rate_multiplier`` (numbers, or
@@ -35,6 +36,7 @@ class JobSpec:
     training_path: Path
     validation_file: str | None = None
     validation_path: Path | None = None
+    uploaded: bool = False
     suffix: str | None = None
     seed: int | None = None
     hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)

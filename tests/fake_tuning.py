@@ -7,6 +7,7 @@ import types
 
 from scripted_engine import ScriptedEngine
 
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import ConfigError, LimitError
 from serve.engine.async_engine import AsyncEngine
 from serve.jobs import OPEN, Checkpoint, Event, JobRecord
@@ -129,7 +130,9 @@ class NoAdapters:
         self.owners = {}
 
     def get(self, name):
-        return types.SimpleNamespace(name=name, owner=self.owners[name]) if name in self.owners else None
+        if name not in self.owners:
+            return None
+        return types.SimpleNamespace(name=name, owner=self.owners[name], created=0.0, config=AdapterConfig())
 
     def list(self):
         return []

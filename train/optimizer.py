@@ -70,8 +70,14 @@ class OptimizerConfig:
                 raise ConfigError(f"{name} is {value!r}; give a finite number")
 
     def learning_rates(self, total_steps: int) -> np.ndarray:
-        """Return the learning rate of each of ``total_steps`` updates, float32."""
+        """Return the learning rate of each of ``total_steps`` updates, float32.
+
+        They are those of transformers, where warm-up begins at zero: the first update moves nothing. A run of one
+        update would then learn nothing at all, so it has no warm-up.
+        """
         top, warmup = self.learning_rate, self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+        if total_steps == 1:
+            warmup = 0
         if self.lr_scheduler_type == "constant":
             warmup, after = 0, optax.constant_schedule(top)
         elif self.lr_scheduler_type == "constant_with_warmup":

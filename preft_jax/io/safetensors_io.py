@@ -5,6 +5,7 @@ have been checked.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -41,6 +42,7 @@ _DTYPES: Mapping[str, np.dtype] = {
 MAX_HEADER = 2**21
 """Bytes of a file's header unless another limit is given; 256 for each of eight thousand tensors."""
 
+_PIECE = 2**20
 _MAX_DIMENSIONS = 8
 _LARGEST = 2**63 - 1
 _ENTRY = ("data_offsets", "dtype", "shape")
@@ -67,6 +69,19 @@ def read_bytes(
         if max_bytes is not None and len(data) > size:
             raise error(f"{path} grows while it is read; {advice}")
         return data
+
+
+def file_digest(
+    path: Path, *, error: type[PreftError], advice: str, max_bytes: int | None = None, roots: Sequence[str] = ()
+) -> str:
+    """Return SHA-256 (hex) of a file; arguments and errors are those of ``read_bytes``."""
+    found = hashlib.sha256()
+    with _open(path, error, advice, roots) as file, _told(path, error, advice):
+        left = _check_size(path, file, max_bytes, error)
+        while piece := file.read(min(left, _PIECE)):
+            found.update(piece)
+            left -= len(piece)
+    return found.hexdigest()
 
 
 class TensorEntry(NamedTuple):

@@ -11,7 +11,7 @@ from preft_jax.adapters.edit_mask import extend_edit_mask, own_mask, prompt_edit
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
-from preft_jax.loading import Model, check_base
+from preft_jax.loading import Model, check_base, check_made_for
 from preft_jax.sampling.parameters import derived_seed
 from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from preft_jax.text.streams import TextStream
@@ -162,7 +162,8 @@ class Admission:
         return self.check_config(adapter.config)
 
     def check_config(self, config: AdapterConfig) -> int:
-        """``check_adapter`` by its configuration alone."""
+        """``check_adapter`` by its configuration alone, which is what is known of a name of an earlier run."""
+        check_made_for(config, self._model)
         if not config.prefill_only and not self._config.all_token:
             raise AdapterError(
                 "the adapter edits every token (positions 'all', as an adapter of PEFT does unless it says otherwise) "

@@ -191,7 +191,7 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
         found += [card(adapter, adapter.name) for adapter in serving.visible(request.state.identity)]
         return {"object": "list", "data": found}
 
-    @app.get("/v1/models/{name}", responses=ERRORS)
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(request: Request, name: str) -> dict[str, Any]:
         """Describe one of them."""
         return card(serving.adapter(name, request.state.identity), name)

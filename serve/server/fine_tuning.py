@@ -25,7 +25,7 @@ _OFF = {
     "/v1/files": _ALL,
     "/v1/files/{rest:path}": _ALL,
     "/v1/fine_tuning/{rest:path}": _ALL,
-    "/v1/models/{name}": ("DELETE",),
+    "/v1/models/{name:path}": ("DELETE",),
 }
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
@@ -133,8 +133,8 @@ def _add_create(app: FastAPI, serving: Serving, tuning: Tuning, bodies: Bodies, 
         paths = [*map(uploads.path, files), None]
         spec = JobSpec(
             training_file=body.training_file, training_path=uploads.path(files[0]),
-            validation_file=body.validation_file, validation_path=paths[1], suffix=body.suffix, seed=body.seed,
-            hyperparameters=body.asked, metadata=body.metadata, priority=body.priority,
+            validation_file=body.validation_file, validation_path=paths[1], uploaded=True, suffix=body.suffix,
+            seed=body.seed, hyperparameters=body.asked, metadata=body.metadata, priority=body.priority,
         )  # fmt: skip
         try:
             return tuning.jobs.create(spec, owner=identity.owner)
@@ -276,7 +276,7 @@ def _add_changes(app: FastAPI, tuning: Tuning, errors: dict[int | str, Any]) -> 
 
 
 def _add_delete(app: FastAPI, serving: Serving, tuning: Tuning, errors: dict[int | str, Any]) -> None:
-    @app.delete("/v1/models/{name}", responses=errors)
+    @app.delete("/v1/models/{name:path}", responses=errors)
     async def delete(request: Request, name: str) -> dict[str, Any]:
         """Delete an adapter that a job has made; requests that were taken before end as they would have."""
         identity = request.state.identity

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
 from preft_jax.errors import AdapterError
 from preft_jax.io.adapter_files import load_adapter, read_adapter, save_adapter
+from preft_jax.io.file_pair import pending_name
 
 KINDS = {
     "lora": AdapterConfig(rank=4, alpha=6),
@@ -37,7 +39,7 @@ KINDS = {
     "loreft": AdapterConfig(kind="loreft", rank=3, positions="f3+l2", share_weights=False),
     "all": AdapterConfig(kind="loreft", rank=2, positions="all", layers=(1,)),
 }
-PENDING = f".{TENSORS}.next"
+PENDING = "pending tensors"
 MOST_MEMORY = 2**26
 """Bytes that Python may hold at most while one directory is read; a valid one takes a hundredth."""
 
@@ -80,6 +82,9 @@ class Adapters:
             change(files)
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir()
+        if PENDING in files:
+            replaced = "" if files[TENSORS] is None else hashlib.sha256(files[TENSORS]).hexdigest()
+            files[pending_name(files[CONFIG] or b"", replaced)] = files.pop(PENDING)
         for name, data in files.items():
             if data is not None:
                 (self._directory / name).write_bytes(data)

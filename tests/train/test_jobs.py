@@ -148,6 +148,13 @@ def test_learning_rates_are_those_of_transformers(schedule, total, fields, warmu
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-6 * top)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("fields", [{}, {"warmup_ratio": 1.0}, {"warmup_steps": 5}])
+def test_a_run_of_one_update_has_no_warm_up(schedule, fields):
+    config = OptimizerConfig(learning_rate=0.5, lr_scheduler_type=schedule, **fields)
+    assert config.learning_rates(1).tolist() == [0.5]
+
+
 def test_each_update_has_its_own_rate_of_all_updates_of_the_job(tiny, rng):
     optimizer = {"lr_scheduler_type": "linear", "learning_rate": 0.5, "warmup_steps": 2}
     made = job(tiny, rng, 4, num_train_epochs=2.0, optimizer=optimizer)

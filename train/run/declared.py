@@ -85,7 +85,8 @@ def make_parser(
         group = parser.add_argument_group(title)
         for name, how in options.items():
             default = how.get("default")
-            text = how["help"] + (f" (default: {default})" if default not in (None, "") else "")
+            says_it = default in (None, "") or "(default: " in how["help"]
+            text = how["help"] + ("" if says_it else f" (default: {default})")
             others = [f"--{alias.replace('_', '-')}" for alias, of in ALIASES.items() if of == name]
             keywords = {key: value for key, value in how.items() if key not in ("default", "help")}
             group.add_argument(

@@ -24,7 +24,6 @@ class RunDirectory:
         names: of the jobs.
         named: whether each job has a directory of its name in it.
         picture: name of the picture that the run draws.
-        picture: name of the picture that the run draws.
 
     Raises:
         ConfigError: if a job has a name that the run needs for itself.

@@ -249,7 +249,7 @@ def _adapter_fields(v: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that are ``AdapterConfig``'s, by its names."""
 
     def listed(name: str) -> tuple[str, ...]:
-        return tuple(part.strip() for part in v[name].split(",") if part.strip())
+        return tuple(v[name].replace(",", " ").split())
 
     try:
         layers = tuple(int(layer) for layer in listed("layers")) or None

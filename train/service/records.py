@@ -113,7 +113,7 @@ class Records:
         return sorted(found, key=lambda entry: entry.record.id)
 
     def create(self, record: JobRecord, asked: Mapping[str, Any]) -> Entry:
-        """Make a job's directory, with its rows: another name of the files they are in, or a copy of these.
+        """Make a job's directory, with its rows: another name of uploads, and a copy of files that may change.
 
         Raises:
             ConfigError: if a file of rows is not there.
@@ -128,7 +128,7 @@ class Records:
                 if path is not None:
                     if not path.is_file():
                         raise ConfigError(f"the {what} file is not there any more; upload it again")
-                    _link(path, made / _rows_name(what, path))
+                    _take_rows(path, made / _rows_name(what, path), link=spec.uploaded)
             self.write(entry)
             (made / _EVENTS).touch()
             sync_directory(made)
@@ -213,11 +213,14 @@ def new_id(kind: str) -> str:
     return f"{kind}-{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
-def _link(source: Path, target: Path) -> None:
-    """Let a file have another name, or copy it where it cannot; it is on disk when this returns."""
-    try:
-        os.link(source, target)
-    except OSError:
+def _take_rows(source: Path, target: Path, *, link: bool) -> None:
+    """Copy a file, or give it another name where it may be linked and can be; it is on disk when this returns."""
+    linked = False
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            linked = True
+    if not linked:
         shutil.copyfile(source, target)
     with open(target, "rb") as file:
         os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """Saves of an adapter directory: a crash or an error at any step leaves one whole adapter."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,33 @@ def test_a_failed_first_save_leaves_no_directory(
     with pytest.raises(AdapterError, match="cannot be written"):
         save_adapter(tmp_path / "a", make(OLD, rng))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("same_config", [True, False])
+@pytest.mark.parametrize("has_old", [True, False])
+@pytest.mark.parametrize("error", [PowerCut, OSError])
+def test_an_adapter_that_is_copied_over_an_interrupted_save_is_the_one_that_is_read(
+    tmp_path: Path, same_config: bool, has_old: bool, error: type[BaseException], rng: np.random.Generator
+) -> None:
+    old, new, other, last = (make(config, rng) for config in (NEW, NEW, NEW if same_config else OLD, THIRD))
+    if has_old:
+        save_adapter(tmp_path / "a", old)
+    save_adapter(tmp_path / "other", other)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cut_power_at(monkeypatch, 4, error)
+        with pytest.raises((PowerCut, AdapterError)):
+            save_adapter(tmp_path / "a", new)
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert_same(load_adapter(tmp_path / "moved", MODEL), new)
+    shutil.copytree(tmp_path / "other", tmp_path / "a", dirs_exist_ok=True)
+    assert_same(load_adapter(tmp_path / "a", MODEL), other)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cut_power_at(monkeypatch, 3, error)
+        with pytest.raises((PowerCut, AdapterError)):
+            save_adapter(tmp_path / "a", last)
+    assert_same(load_adapter(tmp_path / "a", MODEL), other)
+    save_adapter(tmp_path / "a", last)
+    assert sorted(os.listdir(tmp_path / "a")) == [CONFIG, "adapter_model.safetensors"]
 
 
 def test_a_refused_save_leaves_the_old_adapter(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -116,6 +116,29 @@ def test_adapters_of_another_model_are_not_published(lively, adapters, store):
     assert store.tiers()["host_bytes"] == 0
 
 
+def test_a_name_of_an_earlier_run_is_not_served_on_another_base_model(lively, adapters, tmp_path, rng):
+    """The other model has the same shape, so that the rank pages that were kept would fit it."""
+    made_for = dataclasses.replace(adapters["lora"].config, base_model_digest=lively.digest)
+    save_adapter(tmp_path / "ann", Adapter(made_for, adapters["lora"].params))
+    refused = []
+    for digest in (lively.digest, "1" * 64, lively.digest):
+        base = dataclasses.replace(lively, digest=digest)
+        store = make_store(base, Registry(tmp_path / "names.sqlite"), tmp_path / "pages")
+        engine = Engine(base, TIGHT, store=store)
+        ann = store.get("ann") or store.register("ann", tmp_path / "ann")
+        try:
+            engine.add(request(some(rng, 5), ann))
+            store.check(ann.config)
+        except AdapterError as error:
+            refused.append((digest, str(error)))
+            with pytest.raises(AdapterError, match="made for the base model"):
+                store.check(ann.config)
+        store.close()
+    ((digest, reason),) = refused
+    assert digest == "1" * 64
+    assert reason.startswith(f"the adapter was made for the base model {lively.digest[:12]}")
+
+
 class Slow(AdapterFiles):
     """Loads when it is told to."""
 

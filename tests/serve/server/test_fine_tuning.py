@@ -102,6 +102,7 @@ def test_the_official_client_follows_a_job_to_its_end(people, tuning, files):
     }  # fmt: skip
     spec = tuning.get(job.id).spec
     assert spec.training_path.read_bytes() == spec.validation_path.read_bytes() == ROWS
+    assert spec.uploaded
     tuning.begin(job.id)
     assert jobs.retrieve(job.id).status == "running"
     assert jobs.pause(job.id).status == "paused"
@@ -234,6 +235,23 @@ def test_the_official_client_deletes_an_adapter_of_its_own(people, tuning):
     assert gone.to_dict() == {"id": "ft:tiny:alice:1", "object": "model", "deleted": True}
     assert tuning.deleted == ["ft:tiny:alice:1"]
     assert people["admin"].models.delete("ft:tiny:alice:1").deleted
+
+
+def test_names_may_hold_slashes(shared, people, tuning, files, monkeypatch):
+    """As the base model's does where it is a path, or an id of the Hub."""
+    base, adapter = "org/tiny", "ft:org/tiny::1"
+    monkeypatch.setattr(shared[0], "names", ("tiny", base))
+    monkeypatch.setattr(shared[0].adapters, "owners", {adapter: "alice"})
+    tuning.finish(make(people["alice"], files["alice"]).id, adapter)
+    models = people["alice"].models
+    assert [models.retrieve(name).id for name in (base, adapter)] == [base, adapter]
+    assert models.delete(adapter).to_dict() == {"id": adapter, "object": "model", "deleted": True}
+    assert tuning.deleted == [adapter]
+    with pytest.raises(openai.PermissionDeniedError) as denied:
+        models.delete(base)
+    with pytest.raises(openai.NotFoundError) as missing:
+        models.retrieve("org/nothing")
+    assert (denied.value.code, missing.value.code) == ("not_deletable", "model_not_found")
 
 
 @pytest.mark.usefixtures("served")

@@ -1,12 +1,14 @@
 """Options: the command line over a file over defaults, the options of jobs, and those of a run that is resumed."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from preft_jax import AdapterConfig, ConfigError
+from train.rollouts.options import make_parser as make_rl_parser
 from train.run.kept import OPTIONS_FILE, write_options
 from train.run.options import make_parser, settings
 
@@ -316,3 +318,10 @@ def test_a_run_that_has_not_been_cannot_be_resumed(content, tmp_path):
         (tmp_path / OPTIONS_FILE).write_text(content)
     with pytest.raises(ConfigError, match=r"no run in .* to resume"):
         parse("--output-dir", tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("make", [make_parser, make_rl_parser])
+def test_the_help_tells_each_default_once(make):
+    text = " ".join(make("Trains.").format_help().split())
+    assert re.findall(r"\(default: [^)]*\) \(default: [^)]*\)", text) == []
+    assert "others wait (default: all)" in text

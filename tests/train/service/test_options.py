@@ -42,6 +42,7 @@ def test_openais_names_and_train_sfts_come_to_the_same():
     theirs = plan(n_epochs=2, batch_size=4, learning_rate_multiplier=2.0, targets="q,v")
     assert ours.config == theirs.config
     assert ours.config.adapter.targets == ("q", "v")
+    assert all(plan(targets=text).config.adapter.targets == ("q", "v") for text in ("q_proj v_proj", "q_proj, v"))
     assert {name: ours.hyperparameters[name] for name in ("n_epochs", "batch_size", "learning_rate_multiplier")} == {
         "n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 2,
     }  # fmt: skip

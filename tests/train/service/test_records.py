@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 
 import pytest
 
@@ -19,10 +20,11 @@ def rows(tmp_path):
     return tmp_path / "rows.jsonl.gz"
 
 
-def record(rows, **fields):
+def record(rows, *, uploaded=False, **fields):
     spec = JobSpec(
         training_file="file-1", training_path=rows, validation_file="file-2", validation_path=rows, seed=3,
         suffix="mine", hyperparameters={"rank": 4, "targets": ["q", "v"]}, metadata={"a": "b"}, priority=2,
+        uploaded=uploaded,
     )  # fmt: skip
     return JobRecord(**{"id": new_id("ftjob"), "owner": "ann", "model": "tiny", "spec": spec, "status": "queued",
                         "created_at": 5, **fields})  # fmt: skip
@@ -47,16 +49,28 @@ def test_what_was_written_is_read_and_the_oldest_comes_first(rows, tmp_path):
     assert sorted(path.name for path in first.directory.iterdir()) == ["events.jsonl", "record.json"]
 
 
-def test_rows_are_copied_where_they_cannot_be_linked(rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("uploaded", [True, False])
+def test_only_uploads_are_linked(rows, tmp_path, uploaded):
+    """A file that its owner appends to, while the job waits, is no job's."""
+    entry = Records(tmp_path / "jobs").create(record(rows, uploaded=uploaded), {})
+    for what in ("training", "validation"):
+        assert os.path.samefile(entry.rows(what), rows) == uploaded
+    if not uploaded:
+        with open(rows, "ab") as file:
+            file.write(b" and more")
+    assert entry.rows("training").read_bytes() == entry.rows("validation").read_bytes() == b"rows"
+
+
+def test_uploads_are_copied_where_they_cannot_be_linked(rows, tmp_path, monkeypatch):
     def other_disk(*args, **kwargs):
         raise OSError(errno.EXDEV, "another disk")
 
     monkeypatch.setattr(os, "link", other_disk)
-    entry = Records(tmp_path / "jobs").create(record(rows), {})
+    entry = Records(tmp_path / "jobs").create(record(rows, uploaded=True), {})
     assert entry.rows("training").read_bytes() == b"rows"
 
 
-@pytest.mark.parametrize("name", ["link", "rename", "replace", "mkdir"])
+@pytest.mark.parametrize("name", ["copyfile", "rename", "replace", "mkdir"])
 def test_a_job_that_cannot_be_written_leaves_nothing(name, rows, tmp_path, monkeypatch):
     records = Records(tmp_path / "jobs")
 
@@ -64,9 +78,7 @@ def test_a_job_that_cannot_be_written_leaves_nothing(name, rows, tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, name, full)
-        if name == "link":
-            patch.setattr("shutil.copyfile", full)
+        patch.setattr(shutil if name == "copyfile" else os, name, full)
         with pytest.raises(RecordError, match="No space left on device"):
             records.create(record(rows), {})
     assert list((tmp_path / "jobs").iterdir()) == []
