@@ -130,7 +130,7 @@ class Flat:
 
 
 def flat_params(params: Any, axes: int = 0) -> Flat:
-    """Return an adapter's parameters, or what is of their shapes, in flat form: one vector, in which LoRA's B stands last."""
+    """Return an adapter's parameters, or what is of their shapes, flat: one vector, in which LoRA's B stands last."""
     return Flat.of(params, axes, lambda path: path[-1] == jax.tree_util.DictKey("lora_b"))
 
 
