@@ -139,6 +139,11 @@ class Turns:
         """Give a contender its turn."""
         self.work, self.pacing, self.ends = work, pacing or Share(0.0), []
 
+    @property
+    def pause(self) -> float | None:
+        """See ``Work``."""
+        return getattr(self.work, "pause", None)
+
     def next(self) -> Unit | None:
         """See ``Work``."""
         inner = self.work.next() if self.work is not None else None

@@ -342,6 +342,7 @@ TABLES = {
     "cpu-server-uniform": server,
     "cpu-server-zipf": server,
     "cpu-tiers": tiers,
+    "cpu-before-after": before_after,
     "h100-decode": decode,
     "h100-direft": engine,
     "h100-headline": headline,
