@@ -331,8 +331,22 @@ def accuracy(figures: dict[str, Any]) -> str:
     )
 
 
+def quantization(figures: dict[str, Any]) -> str:
+    """What base models in FP8 lose, alone and under an adapter."""
+    rows = []
+    for row in figures["rows"]:
+        is_plain = row["base"] == "plain"
+        same = ["", ""] if is_plain else [f"{row['mean_kl']:.2g}", f"{100 * row['same_top_1']:.1f}"]
+        size = f"{figures['weight_bytes'][row['base']] / 1e6:.0f}"
+        name = figures["dtype"] if is_plain else row["base"]
+        rows.append([name, row["adapter"], size, f"{row['perplexity']:.2f}", *same])
+    header = [f"{figures['model']}, linears in", "adapter", "MB", "perplexity", "mean KL, nats", "same top token, %"]
+    return f"{markdown(header, rows)}\n{figures['scored_tokens']:,} scored tokens; {machine(figures)}.\n"
+
+
 TABLES = {
     "cpu-accuracy": accuracy,
+    "cpu-fp8": quantization,
     "cpu-generation": cpu_generation,
     "cpu-adapters": cpu_adapters,
     "cpu-hostile": hostile,

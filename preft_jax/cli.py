@@ -1,6 +1,10 @@
 """What the programs' command lines share."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from preft_jax.quantize import SCHEMES
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
@@ -11,3 +15,25 @@ def hyphenated(arguments: Sequence[str]) -> list[str]:
         return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
     return [one(argument) for argument in arguments]
+
+
+def add_quantization(add: Callable[..., Any]) -> None:
+    """Add the options of ``load_model`` that quantise, ``add`` being ``add_argument`` of a parser or a group."""
+    help = "fp8: linears and what they read in FP8 (default: %(default)s)"
+    add("--quantization", choices=SCHEMES, default="none", help=help)
+    help = "layers that --quantization leaves as they are, such as 0,-1 for the first and the last (default: none)"
+    add("--keep-layers", type=_numbers, default=(), metavar="N,N", help=help)
+
+
+def quantization_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of ``load_model`` that ``add_quantization``'s options give."""
+    return {"quantization": args.quantization, "keep_layers": args.keep_layers}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of layers; give numbers with commas, such as 0,-1"
+        ) from None

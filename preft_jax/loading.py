@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from preft_jax.adapters.adapter import Adapter, check_fits
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.config import PRESETS, ModelConfig
 from preft_jax.errors import AdapterError, ConfigError, ModelError, check_type, did_you_mean
-from preft_jax.io.digest import model_digest, preset_digest
+from preft_jax.io.digest import digest_parts, model_digest, preset_digest
 from preft_jax.io.gguf import load_gguf
 from preft_jax.io.hf import load_hf_model, weight_files
 from preft_jax.io.hub import SMOLLM2_135M, cache_dir, hub_snapshot, packaged_gguf
@@ -22,6 +22,7 @@ from preft_jax.io.weights import MAX_DIFFERENCES
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import init_params
 from preft_jax.models.params import Params
+from preft_jax.quantize import Quantization, quantize
 from preft_jax.shapes import DTYPES
 from preft_jax.text.ends import end_token_ids
 from preft_jax.text.tokenizer import byte_tokenizer
@@ -40,6 +41,7 @@ class Model:
         tokenizer: a transformers ``PreTrainedTokenizerFast``, or ``None`` if the model came without one.
         digest: SHA-256 (hex) of config and weights, the same for every dtype it is loaded in.
         name: of the model, or what it was loaded as; empty if it was made by hand.
+        quantization: what was made of the weights since they were read (``Quantization.name``).
     """
 
     config: ModelConfig
@@ -47,11 +49,20 @@ class Model:
     tokenizer: Any
     digest: str
     name: str = ""
+    quantization: str = "none"
+
+    @property
+    def kv_digest(self) -> str:
+        """What the KV of a token depends on: the digest, and what the weights were quantised to after loading."""
+        if self.quantization == "none":
+            return self.digest
+        return digest_parts(b"preft-quantized-1", self.digest.encode(), self.quantization.encode())
 
     def __repr__(self) -> str:
         dtype = getattr(self.params["embed"], "dtype", "?") if isinstance(self.params, Mapping) else "no weights"
         millions, name = self.config.num_params() / 1e6, self.name or self.config.model_type
-        return f"Model({name!r}, {millions:,.1f}M parameters, {dtype}, digest {str(self.digest)[:12]})"
+        how = "" if self.quantization == "none" else f", {self.quantization}"
+        return f"Model({name!r}, {millions:,.1f}M parameters, {dtype}{how}, digest {str(self.digest)[:12]})"
 
 
 def resolve_dtype(dtype: Any = None) -> jnp.dtype:
@@ -73,7 +84,14 @@ def resolve_dtype(dtype: Any = None) -> jnp.dtype:
     return resolved
 
 
-def load_model(name_or_path: str | Path, dtype: Any = None, check_finite: bool = False, seed: int = 0) -> Model:
+def load_model(
+    name_or_path: str | Path,
+    dtype: Any = None,
+    check_finite: bool = False,
+    seed: int = 0,
+    quantization: str = "none",
+    keep_layers: Sequence[int] = (),
+) -> Model:
     """Load a base model.
 
     Args:
@@ -83,13 +101,21 @@ def load_model(name_or_path: str | Path, dtype: Any = None, check_finite: bool =
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default float32 on CPU, bfloat16 elsewhere.
         check_finite: look for NaN and infinity in the weights (reads all of them).
         seed: of a preset's random weights; not used otherwise.
+        quantization: ``"none"``, or ``"fp8"``: the layers' linears are in e4m3 and so are the activations that they
+            read, scales for each output and each token; the rest is in ``dtype``. A checkpoint that is in FP8 stays so
+            in either case.
+        keep_layers: layers that ``"fp8"`` leaves as they are, such as ``(0, -1)``.
 
     Raises:
         ModelError: if there is no such model, or it cannot be read or trusted.
-        ConfigError: if the model's kind or ``dtype`` is not supported.
+        ConfigError: if the model's kind, ``dtype`` or ``quantization`` is not supported.
     """
     resolved = resolve_dtype(dtype)
-    model = _load(name_or_path, resolved, seed)
+    how = Quantization(scheme=quantization, keep_layers=tuple(keep_layers))
+    model = _load(name_or_path, resolved, seed, how)
+    if how.scheme != "none":
+        params = quantize(model.params, how.keep_layers, consume=True)
+        model = dataclasses.replace(model, params=params, quantization=how.name(model.config.num_hidden_layers))
     if not model.name:
         model = dataclasses.replace(model, name=str(name_or_path))
     if check_finite:
@@ -97,36 +123,36 @@ def load_model(name_or_path: str | Path, dtype: Any = None, check_finite: bool =
     return model
 
 
-def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int) -> Model:
+def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int, how: Quantization) -> Model:
     name = str(name_or_path)
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return _load_directory(path, dtype)
+        return _load_directory(path, dtype, how)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {path}; give the path of a GGUF file that exists")
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, dtype, how)
     if name == _BUILT_IN:
-        model = _load_gguf(packaged_gguf(SMOLLM2_135M, cache_dir()), dtype)
+        model = _load_gguf(packaged_gguf(SMOLLM2_135M, cache_dir()), dtype, how)
         return dataclasses.replace(model, name="SmolLM2-135M-Instruct")
     if name in PRESETS:
         return _make_preset(name, dtype, seed)
     if HUB_ID.fullmatch(name):
-        return _load_directory(hub_snapshot(name), dtype)
+        return _load_directory(hub_snapshot(name), dtype, how)
     raise ModelError(
         f"there is no model {name!r}{did_you_mean(name, PRESETS)}; allowed: a directory with safetensors, a .gguf "
         f"file, {', '.join(PRESETS)}, or a Hugging Face Hub id such as 'org/name'"
     )
 
 
-def _load_directory(directory: Path, dtype: jnp.dtype) -> Model:
-    config, params, tokenizer = load_hf_model(directory, dtype)
+def _load_directory(directory: Path, dtype: jnp.dtype, how: Quantization) -> Model:
+    config, params, tokenizer = load_hf_model(directory, dtype, how)
     config = _with_ends(config, tokenizer, directory)
     return Model(config, params, tokenizer, model_digest(config, weight_files(directory), cache_dir()))
 
 
-def _load_gguf(path: Path, dtype: jnp.dtype) -> Model:
-    config, params, tokenizer = load_gguf(path, dtype)
+def _load_gguf(path: Path, dtype: jnp.dtype, how: Quantization) -> Model:
+    config, params, tokenizer = load_gguf(path, dtype, how)
     config = _with_ends(config, tokenizer, path)
     return Model(config, params, tokenizer, model_digest(config, [path], cache_dir()))
 

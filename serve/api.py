@@ -22,7 +22,7 @@ import uvicorn
 
 from preft_jax.adapters.config import MAX_RANK
 from preft_jax.adapters.pages import num_rank_pages
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_quantization, hyphenated, quantization_of
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="name or path (default: %(default)s)")
     add("--served-model-name", nargs="+", default=None, metavar="NAME", help="its names here (default: --model's)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add_quantization(add)
     add("--kv-cache-dtype", choices=DTYPES, default=None, help="of keys and values (default: that of the weights)")
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help=f"prompt plus output tokens (default: at most {_MODEL_LEN})")
@@ -417,7 +418,7 @@ def make_serving(args: argparse.Namespace) -> Serving:
     """Load what the command line names."""
     keys = Keys(parse_keys(args.api_key), args.admin_key)
     loading = RuntimeLoading(args.adapter_root)
-    model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
+    model = serving_model(load_model(args.model, args.dtype, **quantization_of(args)), args.max_num_seqs)
     names = tuple(args.served_model_name or (args.model,))
     config = _engine_config(args, model)
     store = _make_store(args, model)

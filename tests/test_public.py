@@ -53,7 +53,9 @@ SIGNATURES = {
     ),
     "preft_jax.init_adapter": "config, model, key",
     "preft_jax.load_adapter": "path, model, *, allow_base_mismatch=False, limits=None",
-    "preft_jax.load_model": "name_or_path, dtype=None, check_finite=False, seed=0",
+    "preft_jax.load_model": (
+        "name_or_path, dtype=None, check_finite=False, seed=0, quantization='none', keep_layers=()"
+    ),
     "preft_jax.logprobs": "model, prompts, answers, adapters=None, *, edit_masks=None, batch_size=8",
     "preft_jax.perplexity": "model, prompts, answers, adapters=None, options",
     "preft_jax.prompt_edit_mask": "prompt, config",

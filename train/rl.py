@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(found: RolloutSettings, console: Console) -> dict[str, str]:
-    model = serving_model(load_model(found.model, dtype=found.dtype), 2)
+    model = serving_model(load_model(found.model, found.dtype, quantization=found.quantization), 2)
     with RolloutRun(found, model, console) as run, ended_by_sigterm(run):
         return run.train()
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(found: Settings, console: Console) -> dict[str, str]:
     placement = Placement.single() if found.mesh is None else Placement.parse(found.mesh)
-    model = serving_model(load_model(found.model, dtype=found.dtype), 2)
+    model = serving_model(load_model(found.model, found.dtype, quantization=found.quantization), 2)
     with Run(found, model, placement, console) as run, ended_by_sigterm(run):
         return run.train()
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from preft_jax.adapters.adapter import Adapter, fold
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError
+from preft_jax.quantize import is_quantized
 
 
 def check_mergeable(config: AdapterConfig) -> None:
@@ -43,9 +44,14 @@ def merge_lora(params: Any, adapter: Adapter, *, dtype: Any = None) -> Any:
         A new tree. Sums are taken in float32 and cast once.
 
     Raises:
-        AdapterError: for a ReFT or prefill-only adapter, or one whose layers are not the model's.
+        AdapterError: for a ReFT or prefill-only adapter, one whose layers are not the model's, or a model in FP8.
     """
     check_mergeable(adapter.config)
+    if is_quantized(params):
+        raise AdapterError(
+            "an adapter cannot be merged into weights in FP8, which are too coarse for it; merge it into the "
+            "unquantised model, or serve it as an adapter"
+        )
     edits = fold(adapter)["layers"]
     if len(edits) != len(params["layers"]):
         raise AdapterError(

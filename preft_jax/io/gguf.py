@@ -22,6 +22,7 @@ from preft_jax.io.gguf_file import GGUFFile, open_gguf
 from preft_jax.io.weights import build_params, check_tensors, tensor_slots
 from preft_jax.models.forward import rope_frequencies
 from preft_jax.models.registry import GGUF_FAMILIES, family
+from preft_jax.quantize import PLAIN, Quantization
 from preft_jax.rope import DEFAULT_THETA, LinearRope, Llama3Rope, RopeScaling
 from preft_jax.text.tokenizer import gguf_tokenizer
 
@@ -201,8 +202,8 @@ def unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, dict[str, Any], Any]:
-    """Load ``(config, params, tokenizer)`` from a GGUF file, parameters dequantised to ``dtype``.
+def load_gguf(path: Path, dtype: Any, quantization: Quantization = PLAIN) -> tuple[ModelConfig, dict[str, Any], Any]:
+    """Load ``(config, params, tokenizer)`` from a GGUF file, parameters dequantised to ``dtype``, then quantised anew.
 
     The tokenizer is a transformers ``PreTrainedTokenizerFast``, or ``None`` if the file has none.
 
@@ -226,7 +227,7 @@ def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, dict[str, Any], Any]
             return unpermute_rows(weight, heads[site]) if site in heads else weight
 
         tokenizer = gguf_tokenizer(file.metadata, config.vocab_size, str(path))
-        return config, build_params(config, slots, read, dtype), tokenizer
+        return config, build_params(config, slots, read, dtype, quantization), tokenizer
     except PreftError:
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,20 @@ import safetensors.numpy
 
 from preft_jax.config import ModelConfig, config_from_hf, config_to_hf
 from preft_jax.errors import ConfigError, ModelError
-from preft_jax.io.weights import build_params, check_tensors, raise_differences, tensor_slots, tensors_of
+from preft_jax.io.safetensors_io import TensorFile, open_safetensors
+from preft_jax.io.weights import (
+    Slot,
+    build_params,
+    check_tensors,
+    fp8_slots,
+    raise_differences,
+    read_fp8,
+    tensor_slots,
+    tensors_of,
+)
+from preft_jax.models.linear import Quantized
 from preft_jax.models.registry import family
+from preft_jax.quantize import PLAIN, Quantization
 from preft_jax.text.tokenizer import load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -34,6 +46,9 @@ _log = logging.getLogger("preft.models")
 
 STORED_DTYPES = ("F32", "F16", "BF16")
 """Dtypes, as safetensors names them, that weights may be stored in."""
+
+_FP8 = "F8_E4M3"
+"""That of linears, where ``quantization_config`` says so."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -122,6 +137,9 @@ class _Shards:
     def __init__(self, directory: Path, stack: contextlib.ExitStack):
         self.directory = directory
         self.files: dict[str, Any] = {}
+        self._stack = stack
+        self._paths: dict[str, Path] = {}
+        self._opened: dict[Path, TensorFile] = {}
         for path in weight_files(directory):
             try:
                 file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
@@ -131,8 +149,14 @@ class _Shards:
                 if name in self.files:
                     raise ModelError(f"{directory} holds the tensor {name!r} in two files; keep one of them")
                 self.files[name] = file
+                self._paths[name] = path
 
-    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def in_fp8(self, slots: Mapping[str, Slot]) -> list[str]:
+        """Return the names of linears that are stored in FP8."""
+        names = (name for name, slot in slots.items() if slot.transposed and name in self.files)
+        return [name for name in names if self.files[name].get_slice(name).get_dtype() == _FP8]
+
+    def shapes(self, config: ModelConfig, in_fp8: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that are weights, after checking their dtypes."""
         shapes, wrong = {}, []
         for name, file in self.files.items():
@@ -140,7 +164,7 @@ class _Shards:
                 continue
             entry = file.get_slice(name)
             shapes[name] = tuple(entry.get_shape())
-            if entry.get_dtype() not in STORED_DTYPES:
+            if entry.get_dtype() not in STORED_DTYPES and name not in in_fp8:
                 wrong.append(f"dtype of {name}: {entry.get_dtype()}")
         allowed = f"allowed dtypes: {', '.join(STORED_DTYPES)}; save the model in one of them"
         raise_differences(str(self.directory), wrong, allowed)
@@ -162,7 +186,13 @@ class _Shards:
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in the dtype it is stored in."""
-        return self.files[name].get_tensor(name)
+        if self.files[name].get_slice(name).get_dtype() != _FP8:
+            return self.files[name].get_tensor(name)
+        path = self._paths[name]  # The package has no FP8 in NumPy.
+        if path not in self._opened:
+            opened = open_safetensors(path, error=ModelError, advice="get the file again", max_header_bytes=2**27)
+            self._opened[path] = self._stack.enter_context(opened)
+        return self._opened[path].read_one(name)
 
 
 def _tied_as_stored(config: ModelConfig, shards: _Shards, names: Mapping[str, str]) -> ModelConfig:
@@ -178,10 +208,14 @@ def _tied_as_stored(config: ModelConfig, shards: _Shards, names: Mapping[str, st
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
-def load_hf_model(directory: Path, dtype: Any) -> tuple[ModelConfig, dict[str, Any], Any]:
+def load_hf_model(
+    directory: Path, dtype: Any, quantization: Quantization = PLAIN
+) -> tuple[ModelConfig, dict[str, Any], Any]:
     """Load ``(config, params, tokenizer)`` from a Hugging Face model directory, parameters in ``dtype``.
 
-    Weights may be stored in float32, float16 or bfloat16. The tokenizer is ``None`` if the directory has no tokenizer.
+    Weights may be stored in float32, float16 or bfloat16; linears in FP8, where the config says so, and they stay in it
+    (``models/compressed.py`` says which checkpoints). The tokenizer is ``None`` if the directory has no tokenizer.
+    ``quantization`` is what becomes of the others, one after the other as they are read.
 
     Raises:
         ModelError: if a file is missing or damaged, or the tensors are not those of the config; with the differences.
@@ -194,8 +228,14 @@ def load_hf_model(directory: Path, dtype: Any) -> tuple[ModelConfig, dict[str, A
         shards = _Shards(directory, stack)
         config = _tied_as_stored(config, shards, names)
         slots = tensor_slots(config, names)
-        check_tensors(slots, shards.shapes(config), str(directory))
-        return config, build_params(config, slots, shards.read, dtype), tokenizer
+        in_fp8 = shards.in_fp8(slots) if _read_json(directory / "config.json").get("quantization_config") else ()
+        found = shards.shapes(config, in_fp8)
+        check_tensors({**slots, **fp8_slots(slots, in_fp8, found)}, found, str(directory))
+
+        def read(name: str) -> np.ndarray | Quantized:
+            return read_fp8(shards.read, name) if name in in_fp8 else shards.read(name)
+
+        return config, build_params(config, slots, read, dtype, quantization), tokenizer
 
 
 def save_hf_model(

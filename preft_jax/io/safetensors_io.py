@@ -27,6 +27,7 @@ _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -116,6 +117,11 @@ class TensorFile:
         """
         with _told(self._path, self._fail.error, self._fail.advice):
             return {name: self._tensor(entry) for name, entry in self.entries.items()}
+
+    def read_one(self, name: str) -> np.ndarray:
+        """Return one tensor, as ``read`` does."""
+        with _told(self._path, self._fail.error, self._fail.advice):
+            return self._tensor(self.entries[name])
 
     def _tensor(self, entry: TensorEntry) -> np.ndarray:
         self._file.seek(self._start + entry.begin)

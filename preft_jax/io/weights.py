@@ -15,7 +15,9 @@ import numpy as np
 
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ModelError
+from preft_jax.models.linear import Quantized
 from preft_jax.models.modules import abstract_params
+from preft_jax.quantize import Quantization
 from preft_jax.shapes import LINEAR_SITES
 
 MAX_DIFFERENCES = 8
@@ -81,31 +83,77 @@ def check_tensors(slots: Mapping[str, Slot], found: Mapping[str, tuple[int, ...]
     raise_differences(where, missing + extra + wrong, "get the config and the weights from the same model")
 
 
+SCALE = "weight_scale"
+"""Last part of the name of a weight's scales, in place of ``weight``."""
+
+
+def scale_name(name: str) -> str:
+    """Return the name of the scales of a weight that is in FP8."""
+    return name.removesuffix("weight") + SCALE
+
+
+def fp8_slots(slots: Mapping[str, Slot], names: Iterable[str], found: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """Return the slots of the scales of weights in FP8.
+
+    Args:
+        slots: of the model.
+        names: of the weights that are in FP8.
+        found: shape of each tensor of the file: a scale for each output, or one for all.
+    """
+    made = {}
+    for name in names:
+        outputs, path = slots[name].shape[0], (*slots[name].path, SCALE)
+        given = found.get(scale_name(name))
+        allowed = ((outputs, 1), (outputs,), (1,), ())
+        made[scale_name(name)] = Slot(path, given if given in allowed else (outputs, 1), False)
+    return made
+
+
+def read_fp8(read: Callable[[str], np.ndarray], name: str) -> Quantized:
+    """Read a weight in FP8 with its scales."""
+    w_FD, scale = read(name), read(scale_name(name)).astype(np.float32).reshape(-1)
+    return Quantized(jnp.asarray(w_FD), jnp.asarray(np.broadcast_to(scale, w_FD.shape[:1])))
+
+
 def build_params(
-    config: ModelConfig, slots: Mapping[str, Slot], read: Callable[[str], np.ndarray], dtype: Any
+    config: ModelConfig,
+    slots: Mapping[str, Slot],
+    read: Callable[[str], np.ndarray | Quantized],
+    dtype: Any,
+    quantization: Quantization,
 ) -> dict[str, Any]:
     """Read every slot's tensor and return the parameter tree in ``dtype`` on the default device.
 
     One tensor at a time is on its way, so host memory holds little more than the finished tree. ``read`` returns an
-    array that nothing else changes: on a CPU it may become the parameter without a copy.
+    array that nothing else changes: on a CPU it may become the parameter without a copy. A weight in FP8 stays
+    as it is, and others are quantised as they come.
     """
     params: dict[str, Any] = {"layers": [{} for _ in range(config.num_hidden_layers)]}
     for name, slot in slots.items():
-        array = jnp.asarray(read(name))
+        found = read(name)
         node: Any = params
         for step in slot.path[:-1]:
             node = node[step]
-        node[slot.path[-1]] = (array.T if slot.transposed else array).astype(dtype)
+        if not isinstance(found, Quantized):
+            array = jnp.asarray(found)
+            found = (array.T if slot.transposed else array).astype(dtype)
+        node[slot.path[-1]] = quantization.stored(slot.path, found, config.num_hidden_layers)
     return params
 
 
 def tensors_of(params: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
-    """Return ``{tensor name: numpy array}`` of a parameter tree, transposed back and contiguous."""
+    """Return ``{tensor name: numpy array}`` of a parameter tree, transposed back and contiguous.
+
+    Raises:
+        ModelError: for a weight in FP8.
+    """
     tensors = {}
     for name, slot in slots.items():
         node: Any = params
         for step in slot.path:
             node = node[step]
+        if isinstance(node, Quantized):
+            raise ModelError(f"{name} is in FP8, which is not written; give the model's unquantised weights")
         array = np.asarray(node)
         tensors[name] = np.ascontiguousarray(array.T if slot.transposed else array)
     return tensors

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preft_jax.errors import ConfigError, plain, shown
+from preft_jax.models.compressed import check_compressed
 
 HF_MODULES: Mapping[str, str] = {
     "q": "self_attn.q_proj",
@@ -60,13 +61,11 @@ ATTENTION_BIAS = "attention_bias true is not supported for model_type {model_typ
 SLIDING_WINDOW = "use_sliding_window true is not supported; set it to false to attend to everything"
 LLAMA_WINDOW = "sliding_window is not supported for model_type {model_type!r}, some tools apply it and others do not; \
 set it to null to attend to everything, or model_type to 'mistral'"
-QUANTIZATION = "quantization_config is not supported; load unquantised safetensors, or a GGUF file"
 
 REFUSED: Mapping[str, str] = {
     "mlp_bias": MLP_BIAS,
     "attention_bias": ATTENTION_BIAS,
     "use_sliding_window": SLIDING_WINDOW,
-    "quantization_config": QUANTIZATION,
 }
 """Fields of ``config.json`` that must not be set, for they change what is computed, and what is said of each."""
 
@@ -81,7 +80,7 @@ _FACTOR = re.compile(r"multiplier|scal|factor")
 """Names of fields whose value 1 changes nothing."""
 
 _READ = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_window_layers",
-         "attention_bias", "sliding_window")  # fmt: skip
+         "attention_bias", "sliding_window", "quantization_config")  # fmt: skip
 """Those that are read, or that change nothing unless another field says so."""
 
 LAYER_OPTIONS = ("qkv_bias", "qk_norm", "sliding_window")
@@ -124,6 +123,8 @@ class Family:
         for field, message in self.refused.items():
             if hf.get(field):
                 raise ConfigError(message.format(model_type=self.model_type))
+        if hf.get("quantization_config"):
+            check_compressed(hf["quantization_config"])
         for field, value in hf.items():
             neutral = not value or (value == 1 and value is not True and _FACTOR.search(field) is not None)
             if not neutral and _CHANGES.search(field) and field not in (*_READ, *self.refused):

@@ -5,6 +5,7 @@ each weight once a step, so it fuses the linears that share an input (``qkv``, `
 ``[output, input]`` where the backend streams them better that way.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from preft_jax.errors import ConfigError
-from preft_jax.models.linear import JOINED, Weight, stored
+from preft_jax.models.linear import JOINED, Quantized, Weight, side_by_side, stored
 from preft_jax.models.params import Params
 
 
@@ -21,7 +22,7 @@ def fused_layout(params: Params, *, transpose: bool, consume: bool = False, shar
 
     Args:
         params: the canonical tree. A serving tree comes back as it is.
-        transpose: store linears as ``[output, input]``.
+        transpose: store linears as ``[output, input]``; those in FP8 are in any case.
         consume: delete the linears of each layer once they are fused, so that the next layer's go where they were:
             else both trees are in memory, and the first leaves it in pieces. ``params`` cannot be used afterwards.
         shards: devices that the fused linears will be cut over. The heads of q, k and v that belong together (a KV
@@ -29,25 +30,27 @@ def fused_layout(params: Params, *, transpose: bool, consume: bool = False, shar
             the fused linear of its own heads and channels.
 
     Raises:
-        ConfigError: a linear cannot be cut into so many equal parts.
+        ConfigError: a linear cannot be cut into so many equal parts, or is in FP8 and one to be fused with it is not.
     """
+    join = functools.partial(_join, shards=shards)
 
-    def as_asked(w_DF: jax.Array) -> Weight:
-        return stored(w_DF, transpose=transpose)
+    def as_asked(weight: jax.Array | Quantized) -> Weight:
+        return stored(weight, transpose=transpose)
 
     def one(layer: Params) -> Params:
         out = {name: value for name, value in layer.items() if name.endswith("norm")}
         for parts, name in JOINED.items():
-            out[name] = as_asked(_side_by_side([layer[part] for part in parts], shards))
+            out[name] = as_asked(side_by_side([layer[part] for part in parts], join))
             if f"{parts[0]}_bias" in layer:
-                out[f"{name}_bias"] = _side_by_side([layer[f"{part}_bias"] for part in parts], shards)
+                out[f"{name}_bias"] = join([layer[f"{part}_bias"] for part in parts], 0)
         for name in ("o", "down"):
             out[name] = as_asked(layer[name])
         if consume:
             jax.block_until_ready(out)
-            for name in (*itertools.chain(*JOINED), *(("o", "down") if transpose else ())):
-                if isinstance(layer[name], jax.Array):
-                    layer[name].delete()
+            kept = {id(leaf) for leaf in jax.tree.leaves(out)}
+            for leaf in jax.tree.leaves([layer[name] for name in (*itertools.chain(*JOINED), "o", "down")]):
+                if isinstance(leaf, jax.Array) and id(leaf) not in kept:
+                    leaf.delete()
         return out
 
     if "qkv" in params["layers"][0]:
@@ -58,13 +61,12 @@ def fused_layout(params: Params, *, transpose: bool, consume: bool = False, shar
     return fused
 
 
-def _side_by_side(parts: Sequence[jax.Array], shards: int) -> jax.Array:
-    """Join the last axes of arrays: of each shard its part of every array, one shard after the other."""
+def _join(parts: Sequence[jax.Array], axis: int, shards: int) -> jax.Array:
+    """Join arrays on an axis: of each shard its part of every array, one shard after the other."""
     for part in parts:
-        if part.shape[-1] % shards:
-            raise ConfigError(f"a linear of width {part.shape[-1]} cannot be cut into {shards} equal parts")
+        if part.shape[axis] % shards:
+            raise ConfigError(f"a linear of width {part.shape[axis]} cannot be cut into {shards} equal parts")
     if shards == 1:
-        return jnp.concatenate(parts, axis=-1)
-    return jnp.concatenate(
-        [own for cut in zip(*(jnp.split(part, shards, -1) for part in parts), strict=True) for own in cut], axis=-1
-    )
+        return jnp.concatenate(parts, axis)
+    cuts = zip(*(jnp.split(part, shards, axis) for part in parts), strict=True)
+    return jnp.concatenate([own for cut in cuts for own in cut], axis)

@@ -4,12 +4,14 @@ A layer has one weight for each linear, or one for the linears that read the sam
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from preft_jax.errors import ConfigError
 from preft_jax.models.params import AXES, Params
 
 
@@ -21,8 +23,27 @@ class Transposed:
     w_FD: jax.Array
 
 
-Weight = jax.Array | Transposed
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A linear weight in FP8: ``w_FD * scale_F[:, None]``, stored as ``[output, input]`` in every layout.
+
+    Attributes:
+        w_FD: float8_e4m3fn. Matrix units multiply FP8 best where both operands have the summed axis last.
+        scale_F: float32, one for each output.
+    """
+
+    w_FD: jax.Array
+    scale_F: jax.Array
+
+
+Weight = jax.Array | Transposed | Quantized
 """A linear weight; an array is ``[input, output]``."""
+
+FP8 = jnp.float8_e4m3fn
+"""Four bits of exponent, three of mantissa, no infinity (Micikevicius et al., arXiv 2209.05433)."""
+
+LARGEST_FP8 = 448.0
 
 JOINED: Mapping[tuple[str, ...], str] = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}
 """Linears that read the same input -> the name under which the serving layout has them side by side."""
@@ -33,25 +54,96 @@ def linear(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
 
     Backends accumulate bfloat16 products in float32 whatever the result's dtype. Asking for a float32 result and
     rounding it afterwards would make a GPU write and read it once more.
+
+    An FP8 weight is multiplied with ``x`` in FP8, each of whose rows has a float32 scale of its own. What goes back
+    through it is that of the product with the dequantised weight, and a weight in FP8 has no gradient.
     """
+    if isinstance(weight, Quantized):
+        return _fp8_product(x, weight, jnp.dtype(dtype or x.dtype))
     return _product(x, weight, 0, dtype)
 
 
 def linear_transpose(y: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
     """``y @ weight.T`` for ``y [..., F]``: what goes back through a linear; ``dtype`` as in ``linear``."""
-    return _product(y, weight, 1, dtype)
+    return _product(y, Transposed(dequantized(weight, y.dtype)) if isinstance(weight, Quantized) else weight, 1, dtype)
 
 
-def _product(x: jax.Array, weight: Weight, axis: int, dtype: Any) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array | Transposed, axis: int, dtype: Any) -> jax.Array:
     """Multiply the last axis of ``x`` with the input (0) or the output (1) axis of a weight."""
     w, axis = (weight.w_FD, 1 - axis) if isinstance(weight, Transposed) else (weight, axis)
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, w, contract, preferred_element_type=dtype or x.dtype)
 
 
-def stored(w_DF: jax.Array, *, transpose: bool) -> Weight:
-    """Return a weight that is stored as ``[input, output]``, or as ``[output, input]``."""
-    return Transposed(jnp.asarray(w_DF).T) if transpose else w_DF
+def quantized_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return ``x [..., D]`` in FP8 and the float32 scale of each row ``[...]``: its largest magnitude is 448 in FP8.
+
+    A row of zeros has the scale 1. One with a value that is not finite has a scale that is not, so that products with
+    it are NaN.
+    """
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1) * (1 / LARGEST_FP8)
+    scale = jnp.where(scale == 0, 1.0, scale)
+    return (wide / scale[..., None]).astype(FP8), scale
+
+
+def quantized(weight: jax.Array | Transposed) -> Quantized:
+    """Return a weight in FP8, each output with its own scale."""
+    return Quantized(*quantized_rows(weight.w_FD if isinstance(weight, Transposed) else weight.T))
+
+
+def dequantized(weight: Quantized, dtype: Any) -> jax.Array:
+    """Return the numbers that an FP8 weight stands for, ``[output, input]``, rounded to ``dtype`` once."""
+    return (weight.w_FD.astype(jnp.float32) * weight.scale_F[:, None]).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _fp8_product(x: jax.Array, weight: Quantized, dtype: jnp.dtype) -> jax.Array:
+    x_q, scale = quantized_rows(x)
+    w_FD = weight.w_FD
+    if jax.default_backend() != "gpu":
+        # These have no product of FP8. Every FP8 number is one of the dtype's, so the products are the same.
+        x_q, w_FD = x_q.astype(x.dtype), w_FD.astype(x.dtype)
+    # Before its scales, a product is out of float16's range. As in ``linear``, no wider than the result otherwise.
+    wide = dtype if dtype == jnp.bfloat16 else jnp.float32
+    y = jax.lax.dot_general(x_q, w_FD, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
+    return (y.astype(jnp.float32) * scale[..., None] * weight.scale_F).astype(dtype)
+
+
+def _fp8_forward(x: jax.Array, weight: Quantized, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+    return _fp8_product(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+
+
+def _fp8_backward(dtype: jnp.dtype, kept: Any, dy: jax.Array) -> tuple[jax.Array, None]:
+    weight, like = kept
+    return linear_transpose(dy.astype(like.dtype), weight), None
+
+
+_fp8_product.defvjp(_fp8_forward, _fp8_backward)
+
+
+def stored(weight: jax.Array | Quantized, *, transpose: bool) -> Weight:
+    """Return a weight that is stored as ``[input, output]``, or as ``[output, input]``; one in FP8 stays as it is."""
+    if isinstance(weight, Quantized) or not transpose:
+        return weight
+    return Transposed(jnp.asarray(weight).T)
+
+
+def side_by_side(parts: Sequence[Any], join: Callable[[Sequence[jax.Array], int], jax.Array]) -> Any:
+    """Join the outputs of weights ``[input, output]`` or in FP8: ``join(arrays, axis)`` joins arrays on an axis.
+
+    Raises:
+        ConfigError: some are in FP8 and some are not.
+    """
+    number = sum(isinstance(part, Quantized) for part in parts)
+    if not number:
+        return join(parts, 1)
+    if number < len(parts):
+        raise ConfigError(
+            f"{number} of {len(parts)} linears that read the same input are in FP8; all of them must be, or "
+            "none, as they are joined"
+        )
+    return Quantized(join([part.w_FD for part in parts], 0), join([part.scale_F for part in parts], 0))
 
 
 def output_head(params: Params) -> Weight:
@@ -65,6 +157,8 @@ def logical_axes(params: Params) -> Params:
     def one(name: str, value: Any) -> Any:
         if isinstance(value, Transposed):
             return Transposed(AXES[name][::-1])  # type: ignore[arg-type]
+        if isinstance(value, Quantized):
+            return Quantized(AXES[name][::-1], AXES[name][1:])  # type: ignore[arg-type]
         return AXES[name]
 
     outer = {name: one(name, value) for name, value in params.items() if name != "layers"}

@@ -12,6 +12,7 @@ import jax
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.init import random_adapter
 from preft_jax.adapters.pages import adapter_page_counts
+from preft_jax.cli import quantization_of
 from preft_jax.device.memory import in_use, limit
 from preft_jax.errors import ConfigError
 from preft_jax.io.hf import read_config
@@ -115,7 +116,7 @@ class EngineSide:
         self.modes: tuple[str, ...] = args.mode
         self.counts = parse_counts(args.num_adapters or "16")
         wanted = {n: adapter_configs(n, args.adapter_kind, args.rank) for n in self.counts if self.modes != ("base",)}
-        self._model = model = load_model(args.model, dtype=args.dtype)
+        self._model = model = load_model(args.model, args.dtype, **quantization_of(args))
         most = model.config.max_position_embeddings
         self.facts = {"model": model.name, "server": None}
         self.vocabulary = Vocabulary(model.config.vocab_size, model.tokenizer, args.max_model_len or most)

@@ -94,7 +94,7 @@ class Admission:
         mask = self._mask(request)
         eos = () if sampling.ignore_eos else model.eos_token_ids
         salt = cache_salt(
-            base=self._model.digest,
+            base=self._model.kv_digest,
             kv_dtype=self._kv_dtype,
             adapter=None if request.adapter is None else request.adapter.digest,
             fold_version=FOLD_VERSION,

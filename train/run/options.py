@@ -9,6 +9,7 @@ from typing import Any, get_args
 from preft_jax.adapters.config import KINDS, AdapterConfig
 from preft_jax.errors import ConfigError
 from preft_jax.models.layer import Remat
+from preft_jax.quantize import SCHEMES
 from preft_jax.shapes import DTYPES
 from train.data.batches import BatchOptions
 from train.data.rows import DataOptions
@@ -25,6 +26,7 @@ _FLAG = {"action": argparse.BooleanOptionalAction}
 RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"default": "smollm2-135m", "help": "name, path or Hub id of the base model"},
     "dtype": {"choices": DTYPES, "help": "of the base model (default: float32 on CPU, bfloat16 elsewhere)"},
+    "quantization": {"choices": SCHEMES, "default": "none", "help": "of the base model: none or fp8"},
     "mesh": {"help": "devices: fsdp for all, fsdp=N for N (default: one)"},
     "output_dir": {"type": Path, "default": Path("out"), "help": "adapters, metrics and checkpoints"},
     "overwrite_output_dir": {**_FLAG, "default": False, "help": "begin anew where a run has been"},
@@ -121,6 +123,7 @@ class Settings:
     run: str
     mesh: str | None = None
     eval_generations: int = 0
+    quantization: str = "none"
 
 
 DECLARED = Declared("train.sft", RUN_OPTIONS, JOB_OPTIONS, "adapter, data and optimizer")

@@ -55,7 +55,7 @@ class Progress:
             for job in self._jobs:
                 self._trainer.add(job)
             return
-        if found.meta["model_digest"] != self._model.digest:
+        if found.meta["model_digest"] != self._model.kv_digest:
             raise ConfigError(f"the run is of another base model than {self._model.name!r}; give the --model it had")
         if found.meta["run"] != self._settings.run:
             raise ConfigError(
@@ -108,7 +108,7 @@ class Progress:
             }
             for job in self._jobs
         }  # fmt: skip
-        meta = {"model_digest": self._model.digest, "options": dict(self._settings.given), "jobs": known}
+        meta = {"model_digest": self._model.kv_digest, "options": dict(self._settings.given), "jobs": known}
         meta["run"] = self._settings.run
         states = {job.name: self._trainer.state_of(job) for job in alive}
         self._checkpoints.save(self.step, meta, states | self.ended)

@@ -39,7 +39,7 @@ class Report(RunReport):
         total, done = sum(job.total_steps for job in jobs), sum(job.step for job in jobs)
         super().__init__(settings, directory, reporters, console, kept=kept_until, total=total, done=done)
         self._model = model
-        self._num_params = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        self._num_params = model.config.num_params()
         self._peak = peak_flops(jax.devices()[0].device_kind)
         kept = read_metrics(directory.metrics)
         self.evaluated = {(row["job"], row["step"]) for row in kept if "eval_loss" in row}

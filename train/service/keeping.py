@@ -44,7 +44,7 @@ def save_state(entry: Entry, model: Model, job: Job, step: int, state: Slots) ->
     checkpoints = Checkpoints(entry.state)
     try:
         if step not in checkpoints.steps:
-            meta = {"trained_tokens": entry.record.trained_tokens, "data": job.data_digest, "model": model.digest}
+            meta = {"trained_tokens": entry.record.trained_tokens, "data": job.data_digest, "model": model.kv_digest}
             checkpoints.save(step, meta, {_STATE: host_state(state)})
     finally:
         checkpoints.close()
@@ -60,7 +60,7 @@ def restore(entry: Entry, model: Model, job: Job) -> Restored | None:
         found = latest_in(entry.state)
         if found is None:
             return None
-        if found.meta["model"] != model.digest:
+        if found.meta["model"] != model.kv_digest:
             raise JobError("other_model", "the job was begun on another base model; create it again")
         if found.meta["data"] != job.data_digest:
             raise JobError(
