@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import struct
 
@@ -6,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preft_jax.text.chat import EncodedPrompt
+from serve.engine.admission import Admission
+from serve.engine.config import EngineConfig
+from serve.engine.pages import PageManager
 from serve.engine.prefix import PageKeys, cache_salt
+from serve.engine.request import Request
 
 pytestmark = pytest.mark.host
 
@@ -194,3 +200,18 @@ def test_an_adapter_named_like_another_part_does_not_collide():
     salts = {cache_salt(**PARTS | {"adapter": name}) for name in names}
     assert len(salts | {SALT}) == len(names) + 1
     assert cache_salt(**PARTS | {"base": "0a1b", "adapter": "llama"}) != SALT
+
+
+def test_a_base_model_in_fp8_shares_no_page_with_the_plain_one(tiny_text):
+    """Though their digests are the same, so that adapters load on both."""
+
+    def first_key(model):
+        config = EngineConfig(max_num_seqs=1, max_model_len=64)
+        pages, seeds = PageManager(16, 4), np.random.default_rng(0)
+        admission = Admission(model, config, pages, lambda digest: True, "float32", seeds)
+        (sequence,) = admission.sequences(Request(prompt=EncodedPrompt((1, 2, 3, 4), ()), max_tokens=1), 0)
+        return sequence.keys.keys([1, 2, 3, 4], np.zeros((4, 2), bool), 4)[0]
+
+    models = [dataclasses.replace(tiny_text, quantization=name) for name in ("none", "fp8", "fp8, layers 0 kept")]
+    assert len({first_key(model) for model in models}) == 3
+    assert len({model.digest for model in models}) == 1

@@ -40,6 +40,7 @@ def begin(directory, *argv):
 RUN = [
     (["--model", "tiny"], lambda s: s.model, "tiny"),
     (["--dtype", "bfloat16"], lambda s: s.dtype, "bfloat16"),
+    (["--quantization", "fp8"], lambda s: s.quantization, "fp8"),
     (["--mesh", "fsdp=2"], lambda s: s.mesh, "fsdp=2"),
     (["--output-dir", "there"], lambda s: s.output_dir, Path("there")),
     (["--overwrite-output-dir"], lambda s: s.overwrite_output_dir, True),
