@@ -7,6 +7,7 @@ import pytest
 import train_cases as cases
 from conftest import ADAPTER_CONFIGS
 
+from preft_jax.config import PRESETS
 from preft_jax.device.ahead import Rehearsal, shapes_of
 from train.cutting import WindowOptions
 from train.micro import micro_batches
@@ -79,3 +80,15 @@ def test_lengths_of_many_epochs_are_all_that_there_can_be(lively):
     assert rows_of(short, 32)[0].lengths == {256}
     assert rows_of(long, 32)[0].lengths == {32, 64, 128, 256}
     assert rows_of(long, 32)[0].within(100).lengths == {32, 64, 128}
+
+
+@pytest.mark.host
+def test_an_accelerator_has_units_that_take_some_milliseconds(monkeypatch):
+    """About the same weights a unit for every model, and few layers: the host starts kernels for each."""
+    assert WindowOptions.suited(PRESETS["llama3-8b"]) == WindowOptions(), "on a CPU"
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    layers = {name: WindowOptions.suited(PRESETS[name]).layers for name in PRESETS}
+    assert layers["llama3-8b"] == 4
+    assert layers["llama3-70b"] == 1
+    assert layers["smollm2-135m"] == 8
+    assert layers["tiny"] == PRESETS["tiny"].num_hidden_layers
