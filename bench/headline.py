@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
-from bench.kernel_timing import Ceilings, measure_ceilings
+from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_quantization, hyphenated, quantization_of
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
@@ -84,20 +84,21 @@ def serve(
 
 
 def floors(
-    model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Namespace, rows: int = 0, adapters: int = 0
-) -> dict[str, float]:
+    model: ModelConfig, ceilings: Ceilings, dtypes: tuple[np.dtype, np.dtype], args: argparse.Namespace, rows: int = 0,
+    adapters: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """Return the least seconds of a whole prefill and of a decode step, at mean context.
 
     Args:
         model: shapes.
         ceilings: of the device.
-        dtype: of weights, KV and adapters.
+        dtypes: of KV, adapters and the output head, and of the layers' products.
         args: the options.
         rows: that decode at a time; 0: as many as may.
         adapters: all-token adapters in use: a decode step reads each of those of its rows once.
     """
-    rate = ceilings.flops_per_s[dtype]
-    size = np.dtype("float32" if dtype == "float32" else "float16").itemsize
+    dtype, linears = dtypes
+    rate, fast, size = ceilings.flops_per_s[dtype.name], ceilings.flops_per_s[linears.name], dtype.itemsize
     widths = [model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down")]
     layer = sum(d * f for d, f in widths)
     weights = model.num_hidden_layers * layer
@@ -106,9 +107,10 @@ def floors(
     heads = model.num_attention_heads * model.head_dim
     tokens, rows = args.num_prompts * args.input_len, rows or min(args.max_num_seqs, args.num_prompts)
     attention = 2 * 2 * model.num_hidden_layers * heads * args.input_len / 2
-    prefill = (tokens * (2 * weights + attention) + args.num_prompts * 2 * head) / rate
+    prefill = tokens * 2 * weights / fast + (tokens * attention + args.num_prompts * 2 * head) / rate
     context = args.input_len + args.output_len / 2
-    matmuls = max(2 * rows * (weights + head) / rate, (weights + head) * size / ceilings.bytes_per_s)
+    computing = 2 * rows * (weights / fast + head / rate)
+    matmuls = max(computing, (weights * linears.itemsize + head * size) / ceilings.bytes_per_s)
     edits = args.rank * size * model.num_hidden_layers * sum(d + f for d, f in widths)
     decode = matmuls + (rows * context * kv + min(adapters, rows) * edits) / ceilings.bytes_per_s
     waves = args.num_prompts / rows
@@ -151,9 +153,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
     modes, counts = check(args)
     console = Console(stderr=True)
-    model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
+    model = serving_model(load_model(args.model, dtype=args.dtype, **quantization_of(args)), args.max_num_seqs)
     dtype = model.params["embed"].dtype
-    ceilings = measure_ceilings([dtype.name], repeats=10)
+    dtypes = dtype, dtype_of_products(model.params)
+    ceilings = measure_ceilings(sorted({one.name for one in dtypes}), repeats=10)
     adapters = Adapters(model.config, args.adapter_kind, args.rank, dtype, max(counts))
     contenders: list[_Contender] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
@@ -176,10 +179,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     figures = {
         "schema": SCHEMA,
         "options": options,
-        "floors": floors(model.config, ceilings, dtype.name, args),
+        "floors": floors(model.config, ceilings, dtypes, args),
         "ceilings": {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
-            "matmul_tflop_per_s": round(ceilings.flops_per_s[dtype.name] / 1e12, 1),
+            "matmul_tflop_per_s": round(ceilings.flops_per_s[dtypes[1].name] / 1e12, 1),
         },
         "rows": [],
         **environment(),
@@ -198,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for found in figures["rows"]:
                 if found["mode"] == "all-token":
                     rows = int(found["most_running"]), found["num_adapters"]
-                    found["floor"] = floors(model.config, ceilings, dtype.name, args, *rows)
+                    found["floor"] = floors(model.config, ceilings, dtypes, args, *rows)
             keep(figures, args.output_json)
     return figures
 
@@ -267,6 +270,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add_quantization(add)
     add("--modes", default="all", help="base, prefill-only, all-token, separated by commas; default: all")
     add("--num-adapters", default="1,64,512", help="separated by commas (default: %(default)s)")
     add("--bank-adapters", type=int, default=64, help="adapters that the bank holds (default: %(default)s)")
