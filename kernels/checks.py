@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.types import PagePool, Shrunk, Site, TilePages
+from kernels.types import PagePool, Product, Shrunk, Site, TilePages, Unscaled
 
 RANK_PAGE = 16
 """Rank of a page."""
@@ -33,6 +33,24 @@ def check_array(name: str, array: Any, ndim: int, kind: Any) -> None:
 def check_activations(name: str, array: Any) -> None:
     """Check tokens by channels."""
     check_array(name, array, 2, jnp.floating)
+
+
+def check_product(name: str, product: Product) -> jax.Array:
+    """Check what a linear gives; return it, without its scales if it has any."""
+    if not isinstance(product, Unscaled):
+        check_activations(name, product)
+        return product
+    check_activations(f"{name}.y_TF", product.y_TF)
+    allowed = (jnp.bfloat16, jnp.float32)
+    check(product.y_TF.dtype in allowed, f"{name}.y_TF has dtype {product.y_TF.dtype}; allowed: bfloat16, float32")
+    for scale, size in (("row_T", product.y_TF.shape[0]), ("column_F", product.y_TF.shape[1])):
+        array = getattr(product, scale)
+        check_array(f"{name}.{scale}", array, 1, jnp.floating)
+        check(
+            array.shape == (size,) and array.dtype == jnp.float32,
+            f"{name}.{scale} is {array.dtype}{list(array.shape)}; expected float32[{size}]",
+        )
+    return product.y_TF
 
 
 def check_pool(pool: PagePool, width_in: int, width_out: int | None) -> None:

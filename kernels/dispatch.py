@@ -39,6 +39,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
     "decode_edit": ("xla", "triton", "pallas_tpu"),
     "paged_attention": ("xla", "triton", "pallas_tpu"),
     "decode_attention": ("xla", "triton"),
+    "quantize": ("xla", "triton"),
     "draw": ("xla", "triton"),
     "write_pages": ("xla", "triton"),
 }

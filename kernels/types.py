@@ -51,6 +51,28 @@ class Shrunk(NamedTuple):
     site: Site
 
 
+class QuantizedRows(NamedTuple):
+    """Rows in FP8: ``x_TD * scale_T[:, None]``, float8_e4m3fn and float32. Any axes may lead both."""
+
+    x_TD: jax.Array
+    scale_T: jax.Array
+
+
+class Unscaled(NamedTuple):
+    """A product of matrices in FP8 before its scales: ``y_TF * row_T[:, None] * column_F``, rounded to y's dtype.
+
+    The scales are float32; y is bfloat16 or float32, whose range such products do not leave.
+    """
+
+    y_TF: jax.Array
+    row_T: jax.Array
+    column_F: jax.Array
+
+
+Product = jax.Array | Unscaled
+"""What a linear gives, ``[T, F]``."""
+
+
 class Draws(NamedTuple):
     """A token of each row, int32 ``[B]``, and float32 ``[B]``: its log-probability under the logits, under what it was
     drawn from, and the logarithm of the sum of the exponentials of the logits.

@@ -18,5 +18,6 @@ from kernels.api.edits import lowrank_edit as lowrank_edit
 from kernels.api.edits import shrink as shrink
 from kernels.api.edits import write_pages as write_pages
 from kernels.api.layer import norm_shrink as norm_shrink
+from kernels.api.layer import quantize as quantize
 from kernels.api.layer import rope_kv as rope_kv
 from kernels.api.layer import silu_mul_shrink as silu_mul_shrink

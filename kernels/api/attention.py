@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from kernels import debug, dispatch
 from kernels.checks import (
     check,
-    check_activations,
     check_array,
     check_head_norms,
     check_heads,
+    check_product,
     check_rope,
 )
+from kernels.types import Product
 
 
 def paged_attention(
@@ -74,7 +75,7 @@ def paged_attention(
 
 
 def decode_attention(
-    qkv_BF: jax.Array,
+    qkv_BF: Product,
     cos_BX: jax.Array,
     sin_BX: jax.Array,
     kv_PSJC: jax.Array,
@@ -108,12 +109,12 @@ def decode_attention(
     Returns:
         ``[B, H, C]`` in the dtype of ``qkv_BF``, zero in idle rows, and the pool; softmax in float32.
     """
-    check_activations("qkv_BF", qkv_BF)
+    y_BF = check_product("qkv_BF", qkv_BF)
     check_array("kv_PSJC", kv_PSJC, 4, jnp.floating)
     check_array("page_table_BP", page_table_BP, 2, jnp.integer)
     check_array("position_B", position_B, 1, jnp.integer)
-    batch = qkv_BF.shape[0]
-    channels = check_heads("qkv_BF", qkv_BF.shape[1], kv_PSJC)
+    batch = y_BF.shape[0]
+    channels = check_heads("qkv_BF", y_BF.shape[1], kv_PSJC)
     check_rope(cos_BX, sin_BX, ("cos_BX", "sin_BX"), batch, channels)
     for name, array in (("page_table_BP", page_table_BP), ("position_B", position_B)):
         check(array.shape[0] == batch, f"{name} has {array.shape[0]} rows; qkv_BF has {batch}")

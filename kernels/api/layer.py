@@ -14,12 +14,13 @@ from kernels.checks import (
     check_heads,
     check_mask,
     check_pool,
+    check_product,
     check_rope,
     check_shrunk,
     check_sites,
     check_tiles,
 )
-from kernels.types import Shrunk, Site
+from kernels.types import Product, QuantizedRows, Shrunk, Site
 
 
 def norm_shrink(
@@ -31,9 +32,10 @@ def norm_shrink(
     sites: Sequence[Site],
     mask_TG: jax.Array,
     *,
-    add_TD: jax.Array | None = None,
+    add_TD: Product | None = None,
+    quantized: bool = False,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, jax.Array | QuantizedRows, tuple[jax.Array, ...]]:
     """Edit the residual stream, normalise it and shrink the result: everything between two matmuls in one pass.
 
     ``x += add + sum(s @ B for edits)`` (rounded once), then ``x += m * ((x @ A + c) @ B)`` at ``block``,
@@ -48,6 +50,7 @@ def norm_shrink(
         sites: those that read ``h``.
         mask_TG: bool edit mask.
         add_TD: the output of a linear that is added to the stream (of ``o``, of ``down``), or None.
+        quantized: whether ``h`` is asked for in FP8, see ``quantize``; it is shrunk before it is rounded.
         implementation: see the module.
 
     Returns:
@@ -60,9 +63,10 @@ def norm_shrink(
     check(weight_D.shape == (width,), f"weight_D has shape {weight_D.shape}; expected ({width},)")
     check_mask(mask_TG, tokens)
     if add_TD is not None:
+        y_TD = check_product("add_TD", add_TD)
         check(
-            add_TD.shape == x_TD.shape and add_TD.dtype == x_TD.dtype,
-            f"add_TD is {add_TD.dtype}{list(add_TD.shape)}; expected {x_TD.dtype}{list(x_TD.shape)}",
+            y_TD.shape == x_TD.shape and y_TD.dtype == x_TD.dtype,
+            f"add_TD is {y_TD.dtype}{list(y_TD.shape)}; expected {x_TD.dtype}{list(x_TD.shape)}",
         )
     for edit in edits:
         check_shrunk(edit, tokens, width)
@@ -73,12 +77,26 @@ def norm_shrink(
     for site in (*sites, *(edit.site for edit in edits), *([block] if block else [])):
         debug.check_tiles(site, *mask_TG.shape)
     return dispatch.run(
-        "norm_shrink", implementation, x_TD, tuple(edits), block, weight_D, eps, tuple(sites), mask_TG, add_TD=add_TD
-    )
+        "norm_shrink", implementation, x_TD, tuple(edits), block, weight_D, eps, tuple(sites), mask_TG, add_TD=add_TD,
+        quantized=quantized,
+    )  # fmt: skip
+
+
+def quantize(x_TD: jax.Array, *, implementation: str | None = None) -> QuantizedRows:
+    """Round rows to FP8 (e4m3), each with a scale of its own: its largest magnitude is 448 there.
+
+    A row of zeros has the scale 1. One with a value that is not finite holds NaN, and so do products with it.
+
+    Args:
+        x_TD: bfloat16, float16 or float32.
+        implementation: see the module.
+    """
+    check_activations("x_TD", x_TD)
+    return dispatch.run("quantize", implementation, x_TD)
 
 
 def rope_kv(
-    qkv_TF: jax.Array,
+    qkv_TF: Product,
     edits: Sequence[Shrunk | None],
     cos_TX: jax.Array,
     sin_TX: jax.Array,
@@ -107,10 +125,10 @@ def rope_kv(
     Returns:
         Rotated ``q_THC`` in the dtype of ``qkv_TF``, and the pool.
     """
-    check_activations("qkv_TF", qkv_TF)
+    y_TF = check_product("qkv_TF", qkv_TF)
     check_array("kv_PSJC", kv_PSJC, 4, jnp.floating)
     check_array("slots_T", slots_T, 1, jnp.integer)
-    tokens, width = qkv_TF.shape
+    tokens, width = y_TF.shape
     channels = check_heads("qkv_TF", width, kv_PSJC)
     check_rope(cos_TX, sin_TX, ("cos_TX", "sin_TX"), tokens, channels)
     check(slots_T.shape == (tokens,), f"slots_T has shape {slots_T.shape}; expected ({tokens},)")
@@ -129,13 +147,14 @@ def rope_kv(
 
 
 def silu_mul_shrink(
-    gate_up_TF: jax.Array,
+    gate_up_TF: Product,
     edits: Sequence[Shrunk | None],
     sites: Sequence[Site],
     mask_TG: jax.Array,
     *,
+    quantized: bool = False,
     implementation: str | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array | QuantizedRows, tuple[jax.Array, ...]]:
     """Edit the fused gate and up, and return ``h = silu(gate) * up`` and its shrink for the sites that read it.
 
     Args:
@@ -143,13 +162,13 @@ def silu_mul_shrink(
         edits: two, of gate and up; None for a site without edits.
         sites: those that read ``h``: ``down``, or none.
         mask_TG: bool edit mask.
+        quantized: whether ``h`` is asked for in FP8, see ``quantize``; it is shrunk before it is rounded.
         implementation: see the module.
 
     Returns:
         ``h_TF`` in the dtype of ``gate_up_TF``, and one float32 ``[T, E, R]`` a site.
     """
-    check_activations("gate_up_TF", gate_up_TF)
-    tokens, width = gate_up_TF.shape
+    tokens, width = check_product("gate_up_TF", gate_up_TF).shape
     check(width % 2 == 0, f"gate_up_TF has odd width {width}; gate and up stand side by side")
     check(len(edits) == 2, f"edits has {len(edits)} entries; expected two, of gate and up")
     check_mask(mask_TG, tokens)
@@ -160,4 +179,6 @@ def silu_mul_shrink(
     check_sites(tuple(sites), width // 2, tokens)
     for site in sites:
         debug.check_tiles(site, *mask_TG.shape)
-    return dispatch.run("silu_mul_shrink", implementation, gate_up_TF, tuple(edits), tuple(sites), mask_TG)
+    return dispatch.run(
+        "silu_mul_shrink", implementation, gate_up_TF, tuple(edits), tuple(sites), mask_TG, quantized=quantized
+    )

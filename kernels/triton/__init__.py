@@ -12,6 +12,7 @@ from kernels.triton.call import lowering_for as lowering_for
 from kernels.triton.decode import decode_edit as decode_edit
 from kernels.triton.draw import draw as draw
 from kernels.triton.fused import norm_shrink as norm_shrink
+from kernels.triton.fused import quantize as quantize
 from kernels.triton.fused import rope_kv as rope_kv
 from kernels.triton.fused import silu_mul_shrink as silu_mul_shrink
 from kernels.triton.lowrank import expand as expand

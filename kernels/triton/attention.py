@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.triton.call import call, check_dtype, power_of_two, require
+from kernels.triton.call import call, check_dtype, elements, power_of_two, product_args, require
 from kernels.triton.device.attention import attend_kernel, combine_kernel, decode_attend_kernel
+from kernels.types import Product, Unscaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def _combine(out_UTHC: jax.Array, lse_UTH2: jax.Array, dtype: Any) -> jax.Array:
 
 
 def decode_attention(
-    qkv_BF: jax.Array,
+    qkv_BF: Product,
     cos_BX: jax.Array,
     sin_BX: jax.Array,
     kv_PSJC: jax.Array,
@@ -145,39 +146,41 @@ def decode_attention(
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``kernels.api.decode_attention``. ``config`` is chosen by the shapes if None."""
-    check_dtype("qkv_BF", qkv_BF)
+    y_BF = elements(qkv_BF)
+    check_dtype("qkv_BF", y_BF)
     batch, width = page_table_BP.shape
     _, size, kv_heads2, channels = kv_PSJC.shape
-    kv_heads, heads = kv_heads2 // 2, qkv_BF.shape[1] // channels - kv_heads2
+    kv_heads, heads = kv_heads2 // 2, y_BF.shape[1] // channels - kv_heads2
     _check_channels("kv_PSJC", channels)
     group = heads // kv_heads
     if config is None:
         config = config_for(
             batch=batch, kv_heads=kv_heads, group=group, max_query_len=1,
             max_keys=min(width * size, window or width * size),
-            bytes_each=qkv_BF.dtype.itemsize,
+            bytes_each=y_BF.dtype.itemsize,
         )  # fmt: skip
     splits = config.splits
     whole = splits == 1
     out, lse, kv_PSJC = call(
         decode_attend_kernel,
-        qkv_BF, cos_BX, sin_BX, kv_PSJC, jnp.asarray(page_table_BP, jnp.int32), jnp.asarray(position_B, jnp.int32),
-        *(qkv_BF if weight is None else weight for weight in (q_norm_C, k_norm_C)),
+        *product_args(qkv_BF, y_BF), cos_BX, sin_BX, kv_PSJC,
+        jnp.asarray(page_table_BP, jnp.int32), jnp.asarray(position_B, jnp.int32),
+        *(y_BF if weight is None else weight for weight in (q_norm_C, k_norm_C)),
         out=[
-            jax.ShapeDtypeStruct((batch, heads, channels), qkv_BF.dtype)
+            jax.ShapeDtypeStruct((batch, heads, channels), y_BF.dtype)
             if whole
             else jax.ShapeDtypeStruct((splits, batch, heads, channels), jnp.float32),
             jax.ShapeDtypeStruct((1,) if whole else (splits, batch, heads, 2), jnp.float32),
             jax.ShapeDtypeStruct(kv_PSJC.shape, kv_PSJC.dtype),
         ],
-        aliases={3: 2},
+        aliases={5: 2},
         grid=(kv_heads, batch, splits),
         warps=config.warps, stages=config.stages,
         SCALE=scale, B=batch, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width, G=group,
         M=max(16, power_of_two(group)), BN=config.keys, SPLITS=splits, NORM=q_norm_C is not None, EPS=eps,
-        WINDOW=window or 0,
+        WINDOW=window or 0, SCALED=isinstance(qkv_BF, Unscaled),
     )  # fmt: skip
-    return (out if whole else _combine(out, lse, qkv_BF.dtype)), kv_PSJC
+    return (out if whole else _combine(out, lse, y_BF.dtype)), kv_PSJC
 
 
 def _check_channels(name: str, channels: int) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax_triton  # pyright: ignore[reportMissingImports]
+from triton import knobs  # pyright: ignore[reportMissingImports]
 
 from kernels.triton import interpret
-from kernels.types import Site, Unsupported
+from kernels.types import Product, Site, Unscaled, Unsupported
 from kernels.xla.lowrank import switched_on
 
 _target = jax.make_user_context(default_value=None)
@@ -63,6 +64,31 @@ def require(condition: bool, reason: str) -> None:
     """Raise ``Unsupported(reason)`` unless ``condition``."""
     if not condition:
         raise Unsupported(f"implementation 'triton': {reason}")
+
+
+def rounds_to_fp8() -> bool:
+    """Return whether the GPU that is lowered for rounds to FP8 (Ada, Hopper and later); Triton's interpreter does."""
+    if knobs.runtime.interpret:
+        return True
+    capability = _target.value
+    if capability is None and jax.default_backend() == "gpu":
+        capability = int(float(jax.local_devices()[0].compute_capability) * 10)
+    return capability is not None and capability >= 89
+
+
+def product_args(y: Product | None, filler: jax.Array) -> tuple[jax.Array, ...]:
+    """Return what a kernel needs to read a product: its elements and the scales of its rows and columns.
+
+    ``filler`` stands for what is not there.
+    """
+    if isinstance(y, Unscaled):
+        return tuple(y)
+    return (filler if y is None else y), filler, filler
+
+
+def elements(y: Product) -> jax.Array:
+    """Return a product without its scales, for its shape and dtype."""
+    return y.y_TF if isinstance(y, Unscaled) else y
 
 
 def block_of(width: int, most: int, what: str) -> int:

@@ -12,9 +12,12 @@ from kernels.triton.call import (
     call,
     ceil_div,
     check_dtype,
+    elements,
     power_of_two,
+    product_args,
     rank_of,
     require,
+    rounds_to_fp8,
     shrink_args,
     tile_size,
 )
@@ -24,12 +27,15 @@ from kernels.triton.device.fused import (
     norm_kernel,
     norm_shrink_kernel,
     norm_shrink_part_kernel,
+    quantize_kernel,
     rope_kv_kernel,
+    silu_mul_fp8_kernel,
     silu_mul_kernel,
     silu_mul_plain_kernel,
 )
 from kernels.triton.lowrank import MOST_SITES, expand, finish_parts, padded, shrink
-from kernels.types import Shrunk, Site
+from kernels.types import Product, QuantizedRows, Shrunk, Site, Unscaled
+from kernels.xla import fp8
 
 MOST_COLUMNS = 64
 """Ranks of all sites and entries that a fused shrink multiplies with. Beyond, rank pages cost more than another read
@@ -56,15 +62,54 @@ def norm_shrink(
     sites: tuple[Site, ...],
     mask_TG: jax.Array,
     *,
-    add_TD: jax.Array | None = None,
+    add_TD: Product | None = None,
+    quantized: bool = False,
     config: Blocks | None = None,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, jax.Array | QuantizedRows, tuple[jax.Array, ...]]:
     """See ``kernels.api.norm_shrink``. ``config`` is chosen by the shapes if None."""
     check_dtype("x_TD", x_TD)
-    tokens, width = x_TD.shape
     require(len(edits) <= 2, f"edits has {len(edits)} entries; at most two are fused")
     if not edits and not sites and block is None:
-        return *_norm(x_TD, add_TD, weight_D, eps), ()
+        return *_norm(x_TD, add_TD, weight_D, eps, quantized), ()
+    x_TD, h_TD, shrunk = _norm_shrink(x_TD, edits, block, weight_D, eps, sites, mask_TG, add_TD, config)
+    return x_TD, quantize(h_TD) if quantized else h_TD, shrunk
+
+
+def quantize(x_TD: jax.Array) -> QuantizedRows:
+    """See ``kernels.api.quantize``."""
+    check_dtype("x_TD", x_TD)
+    tokens, width = x_TD.shape
+    return QuantizedRows(*call(
+        quantize_kernel,
+        x_TD,
+        out=_quantized(tokens, width), grid=(tokens,), warps=_row_warps(width),
+        D=width, BD=power_of_two(width),
+    ))  # fmt: skip
+
+
+def _quantized(tokens: int, width: int) -> list[jax.ShapeDtypeStruct]:
+    require(rounds_to_fp8(), "this GPU does not round to FP8; those from compute capability 8.9 on do")
+    return [jax.ShapeDtypeStruct((tokens, width), fp8.FP8), jax.ShapeDtypeStruct((tokens,), jnp.float32)]
+
+
+def _row_warps(width: int) -> int:
+    """Return the warps of a program that has a whole row in registers."""
+    return max(1, min(16, power_of_two(width) // 1024))
+
+
+def _norm_shrink(
+    x_TD: jax.Array,
+    edits: tuple[Shrunk, ...],
+    block: Site | None,
+    weight_D: jax.Array,
+    eps: float,
+    sites: tuple[Site, ...],
+    mask_TG: jax.Array,
+    add_TD: Product | None,
+    config: Blocks | None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """Return the edited stream, its norm and the shrinks of that."""
+    tokens, width = x_TD.shape
     tile = tile_size(tokens, [*sites, *(edit.site for edit in edits), *([block] if block else [])])
     if block is not None and not _fusable((block,), 128):
         x_TD, _, _ = norm_shrink(x_TD, edits, None, weight_D, eps, (), mask_TG, add_TD=add_TD)
@@ -94,7 +139,7 @@ def norm_shrink(
     same = jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)
     new, h_TD, s0, s1, s2, _ = call(
         norm_shrink_kernel,
-        x_TD, x_TD if add_TD is None else add_TD, *pending, *block_args, weight_D,
+        x_TD, *product_args(add_TD, x_TD), *pending, *block_args, weight_D,
         *(padded(site_args) if site_args else [x_TD] * 4 * MOST_SITES),
         out=[
             same if changed else nothing, same,
@@ -103,8 +148,8 @@ def norm_shrink(
         ],
         grid=(ceil_div(tokens, config.rows),),
         warps=config.warps,
-        T=tokens, D=width, TILE=tile, EPS=eps, ADD=add_TD is not None, EDITS=len(edits),
-        BLOCK=block is not None, SITES=len(together),
+        T=tokens, D=width, TILE=tile, EPS=eps, ADD=add_TD is not None, SCALED=isinstance(add_TD, Unscaled),
+        EDITS=len(edits), BLOCK=block is not None, SITES=len(together),
         EE0=widths[0], EE1=widths[1], BE=block_entries, E=entries,
         EEB0=rank_of(widths[0]), EEB1=rank_of(widths[1]), BEB=rank_of(block_entries),
         BT=config.rows, BD=config.block, STAGES=config.stages,
@@ -114,7 +159,7 @@ def norm_shrink(
 
 
 def _edit_in_parts(
-    x_TD: jax.Array, add_TD: jax.Array | None, edits: tuple[Shrunk, ...], tile: int, config: Blocks
+    x_TD: jax.Array, add_TD: Product | None, edits: tuple[Shrunk, ...], tile: int, config: Blocks
 ) -> tuple[jax.Array, jax.Array]:
     """Return the stream with what is added to it, and the squares of each part of its rows ``[parts, T]``."""
     tokens, width = x_TD.shape
@@ -122,14 +167,15 @@ def _edit_in_parts(
     pending, widths = _pending_two(edits, x_TD)
     new, square_UT = call(
         norm_edit_part_kernel,
-        x_TD, x_TD if add_TD is None else add_TD, *pending,
+        x_TD, *product_args(add_TD, x_TD), *pending,
         out=[
             jax.ShapeDtypeStruct(x_TD.shape if changed else (1,), x_TD.dtype),
             jax.ShapeDtypeStruct((config.parts, tokens), jnp.float32),
         ],
         grid=(config.parts, ceil_div(tokens, config.rows)),
         warps=config.warps,
-        T=tokens, D=width, TILE=tile, ADD=add_TD is not None, EDITS=len(edits), EE0=widths[0], EE1=widths[1],
+        T=tokens, D=width, TILE=tile, ADD=add_TD is not None, SCALED=isinstance(add_TD, Unscaled),
+        EDITS=len(edits), EE0=widths[0], EE1=widths[1],
         EEB0=rank_of(widths[0]), EEB1=rank_of(widths[1]),
         BT=config.rows, BD=config.block, PARTS=config.parts, STAGES=config.stages,
     )  # fmt: skip
@@ -138,7 +184,7 @@ def _edit_in_parts(
 
 def _norm_in_parts(
     x_TD: jax.Array,
-    add_TD: jax.Array | None,
+    add_TD: Product | None,
     edits: tuple[Shrunk, ...],
     tile: int,
     weight_D: jax.Array,
@@ -175,33 +221,44 @@ def _pending_two(edits: tuple[Shrunk, ...], filler: jax.Array) -> tuple[list[jax
     return [array for edit in padded_edits for array in _pending(edit, filler)], _widths(padded_edits)
 
 
-def _norm(x_TD: jax.Array, add_TD: jax.Array | None, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def _norm(
+    x_TD: jax.Array, add_TD: Product | None, weight_D: jax.Array, eps: float, quantized: bool
+) -> tuple[jax.Array, jax.Array | QuantizedRows]:
     """Add and norm without edits: a row is read once, and few rows still fill the GPU."""
     tokens, width = x_TD.shape
     same, nothing = jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype), jax.ShapeDtypeStruct((1,), x_TD.dtype)
-    new, h_TD = call(
+    new, h_TD, scale_T = call(
         norm_kernel,
-        x_TD, x_TD if add_TD is None else add_TD, weight_D,
-        out=[nothing if add_TD is None else same, same],
+        x_TD, *product_args(add_TD, x_TD), weight_D,
+        out=[nothing if add_TD is None else same, *(_quantized(tokens, width) if quantized else [same, nothing])],
         grid=(tokens,),
         warps=max(1, min(8, width // 1024)),
-        D=width, BD=power_of_two(width), EPS=eps, ADD=add_TD is not None,
+        D=width, BD=power_of_two(width), EPS=eps, ADD=add_TD is not None, SCALED=isinstance(add_TD, Unscaled),
+        FP8=quantized,
     )  # fmt: skip
-    return (x_TD if add_TD is None else new), h_TD
+    return (x_TD if add_TD is None else new), QuantizedRows(h_TD, scale_T) if quantized else h_TD
 
 
-def _silu_mul(gate_up_TF: jax.Array) -> jax.Array:
-    """Multiply without edits, in many small programs."""
-    tokens, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+def _silu_mul(gate_up_TF: Product, quantized: bool) -> jax.Array | QuantizedRows:
+    """Multiply without edits: in many small programs, or a row in each where it is rounded to FP8."""
+    y_TF = elements(gate_up_TF)
+    tokens, width, scaled = y_TF.shape[0], y_TF.shape[1] // 2, isinstance(gate_up_TF, Unscaled)
+    if quantized:
+        return QuantizedRows(*call(
+            silu_mul_fp8_kernel,
+            *product_args(gate_up_TF, y_TF),
+            out=_quantized(tokens, width), grid=(tokens,), warps=_row_warps(width),
+            F=width, BF=power_of_two(width), SCALED=scaled,
+        ))  # fmt: skip
     block = block_of(width, 1024, "half the width of gate_up_TF")
     rows = 1024 // block
     (h_TF,) = call(
         silu_mul_plain_kernel,
-        gate_up_TF,
-        out=[jax.ShapeDtypeStruct((tokens, width), gate_up_TF.dtype)],
+        *product_args(gate_up_TF, y_TF),
+        out=[jax.ShapeDtypeStruct((tokens, width), y_TF.dtype)],
         grid=(width // block, ceil_div(tokens, rows)),
         warps=4,
-        T=tokens, F=width, BT=rows, BF=block,
+        T=tokens, F=width, BT=rows, BF=block, SCALED=scaled,
     )  # fmt: skip
     return h_TF
 
@@ -218,7 +275,7 @@ def _widths(edits: tuple[Shrunk | None, ...]) -> list[int]:
 
 
 def rope_kv(
-    qkv_TF: jax.Array,
+    qkv_TF: Product,
     edits: tuple[Shrunk | None, ...],
     cos_TX: jax.Array,
     sin_TX: jax.Array,
@@ -231,11 +288,12 @@ def rope_kv(
     config: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``kernels.api.rope_kv``. ``config`` is chosen by the shapes if None."""
-    check_dtype("qkv_TF", qkv_TF)
-    tokens = qkv_TF.shape[0]
+    y_TF = elements(qkv_TF)
+    check_dtype("qkv_TF", y_TF)
+    tokens = y_TF.shape[0]
     pages, size, kv_heads2, channels = kv_PSJC.shape
     kv_heads = kv_heads2 // 2
-    heads = qkv_TF.shape[1] // channels - kv_heads2
+    heads = y_TF.shape[1] // channels - kv_heads2
     require(
         channels >= 32 and channels & (channels - 1) == 0,
         f"kv_PSJC has head size {channels}; it must be a power of two from 32",
@@ -246,57 +304,71 @@ def rope_kv(
     config = config or for_rope(tile, tokens, max(widths))
     q_TF, kv_PSJC = call(
         rope_kv_kernel,
-        qkv_TF, cos_TX, sin_TX, kv_PSJC, slots_T,
-        *(array for edit in edits for array in _pending(edit, qkv_TF)),
-        *(qkv_TF if weight is None else weight for weight in (q_norm_C, k_norm_C)),
+        *product_args(qkv_TF, y_TF), cos_TX, sin_TX, kv_PSJC, slots_T,
+        *(array for edit in edits for array in _pending(edit, y_TF)),
+        *(y_TF if weight is None else weight for weight in (q_norm_C, k_norm_C)),
         out=[
-            jax.ShapeDtypeStruct((tokens, heads * channels), qkv_TF.dtype),
+            jax.ShapeDtypeStruct((tokens, heads * channels), y_TF.dtype),
             jax.ShapeDtypeStruct(kv_PSJC.shape, kv_PSJC.dtype),
         ],
-        aliases={3: 1},
+        aliases={5: 1},
         grid=((heads + 2 * kv_heads) // together, ceil_div(tokens, config.rows)),
         warps=config.warps,
         T=tokens, H=heads, K=kv_heads, C=channels, SLOTS=pages * size, TILE=tile, HB=together,
         EDIT0=edits[0] is not None, EDIT1=edits[1] is not None, EDIT2=edits[2] is not None,
         E0=widths[0], E1=widths[1], E2=widths[2],
         EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), EB2=rank_of(widths[2]), BT=config.rows,
-        NORM=q_norm_C is not None, EPS=eps,
+        NORM=q_norm_C is not None, EPS=eps, SCALED=isinstance(qkv_TF, Unscaled),
     )  # fmt: skip
     return q_TF.reshape(tokens, heads, channels), kv_PSJC
 
 
 def silu_mul_shrink(
-    gate_up_TF: jax.Array,
+    gate_up_TF: Product,
     edits: tuple[Shrunk | None, ...],
     sites: tuple[Site, ...],
     mask_TG: jax.Array,
     *,
+    quantized: bool = False,
     config: Blocks | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array | QuantizedRows, tuple[jax.Array, ...]]:
     """See ``kernels.api.silu_mul_shrink``. ``config`` is chosen by the shapes if None."""
-    check_dtype("gate_up_TF", gate_up_TF)
-    tokens, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
-    tile = tile_size(tokens, [*sites, *(edit.site for edit in edits if edit is not None)])
+    check_dtype("gate_up_TF", elements(gate_up_TF))
     if not sites and all(edit is None for edit in edits):
-        return _silu_mul(gate_up_TF), ()
+        return _silu_mul(gate_up_TF, quantized), ()
+    h_TF, shrunk = _silu_mul_shrink(gate_up_TF, edits, sites, mask_TG, config)
+    return quantize(h_TF) if quantized else h_TF, shrunk
+
+
+def _silu_mul_shrink(
+    gate_up_TF: Product,
+    edits: tuple[Shrunk | None, ...],
+    sites: tuple[Site, ...],
+    mask_TG: jax.Array,
+    config: Blocks | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y_TF = elements(gate_up_TF)
+    tokens, width = y_TF.shape[0], y_TF.shape[1] // 2
+    tile = tile_size(tokens, [*sites, *(edit.site for edit in edits if edit is not None)])
     fused = len(sites) == 1 and _fusable(sites, MOST_COLUMNS)
     entries = sites[0].tiles.page_NE.shape[1] if fused else 1
     widths = _widths(edits)
-    config = config or for_silu_mul(tile, tokens, width, max(widths), gate_up_TF.dtype)
+    config = config or for_silu_mul(tile, tokens, width, max(widths), y_TF.dtype)
     if fused:
         a, _, page, _ = shrink_args(sites[0], mask_TG)
     else:
-        a = page = gate_up_TF
+        a = page = y_TF
     h_TF, part_UTER = call(
         silu_mul_kernel,
-        gate_up_TF, *(array for edit in edits for array in _pending(edit, gate_up_TF)), a, page,
+        *product_args(gate_up_TF, y_TF), *(array for edit in edits for array in _pending(edit, y_TF)), a, page,
         out=[
-            jax.ShapeDtypeStruct((tokens, width), gate_up_TF.dtype),
+            jax.ShapeDtypeStruct((tokens, width), y_TF.dtype),
             jax.ShapeDtypeStruct((config.parts, tokens, entries, 16) if fused else (1,), jnp.float32),
         ],
         grid=(config.parts, ceil_div(tokens, config.rows)),
         warps=config.warps,
-        T=tokens, F=width, TILE=tile, EDIT0=edits[0] is not None, EDIT1=edits[1] is not None, SHRINK=fused,
+        T=tokens, F=width, TILE=tile, SCALED=isinstance(gate_up_TF, Unscaled), EDIT0=edits[0] is not None,
+        EDIT1=edits[1] is not None, SHRINK=fused,
         E0=widths[0], E1=widths[1], EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), E=entries,
         BT=config.rows, BF=config.block, RUN=width // config.parts, STAGES=config.stages,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
@@ -52,6 +53,23 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+_ROUNDED = {"bf16": (ml_dtypes.bfloat16, np.uint16), "fp8e4nv": (ml_dtypes.float8_e4m3fn, np.uint8)}
+"""How the interpreter holds the dtypes that it would not round to the nearest number."""
+
+
+def _rounding(convert: Any) -> Any:
+    """Return a conversion of the interpreter's that rounds float32 to the nearest number, as GPUs do."""
+
+    def rounded(self: Any, src: Any, dst_type: Any, *mode: Any) -> Any:
+        found = _ROUNDED.get(dst_type.scalar.name) if src.dtype.scalar.is_fp32() else None
+        if found is None:
+            return convert(self, src, dst_type, *mode)
+        dtype, bits = found
+        return interpreter.TensorHandle(src.data.astype(dtype).view(bits), dst_type.scalar)
+
+    return rounded
+
+
 _patch_tensor = interpreter._patch_lang_tensor
 
 
@@ -63,6 +81,8 @@ def _patch_index(tensor: Any, scope: Any) -> None:
 
 interpreter._patch_lang_tensor = _patch_index
 interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.InterpreterBuilder.create_fp_to_fp = _rounding(interpreter.InterpreterBuilder.create_fp_to_fp)
+interpreter.InterpreterBuilder.cast_impl = _rounding(interpreter.InterpreterBuilder.cast_impl)
 
 
 def _nothing(dtype: Any) -> Any:

@@ -7,6 +7,7 @@ from kernels.xla.backward import expand_backward as expand_backward
 from kernels.xla.backward import shrink_backward as shrink_backward
 from kernels.xla.decode import decode_attention as decode_attention
 from kernels.xla.draw import draw as draw
+from kernels.xla.fp8 import quantize as quantize
 from kernels.xla.fused import norm_shrink as norm_shrink
 from kernels.xla.fused import rope_kv as rope_kv
 from kernels.xla.fused import silu_mul_shrink as silu_mul_shrink

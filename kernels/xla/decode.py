@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.types import Product
 from kernels.xla.attention import paged_attention
 from kernels.xla.fused import rope_kv
 
 
 def decode_attention(
-    qkv_BF: jax.Array,
+    qkv_BF: Product,
     cos_BX: jax.Array,
     sin_BX: jax.Array,
     kv_PSJC: jax.Array,

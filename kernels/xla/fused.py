@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.types import Shrunk, Site
+from kernels.types import Product, QuantizedRows, Shrunk, Site
+from kernels.xla.fp8 import quantize, scaled
 from kernels.xla.lowrank import edit_delta, expand, shrink
 
 
@@ -39,23 +40,24 @@ def norm_shrink(
     sites: tuple[Site, ...],
     mask_TG: jax.Array,
     *,
-    add_TD: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    add_TD: Product | None = None,
+    quantized: bool = False,
+) -> tuple[jax.Array, jax.Array | QuantizedRows, tuple[jax.Array, ...]]:
     """See ``kernels.api.norm_shrink``."""
     if add_TD is not None or edits:
         x32_TD = x_TD.astype(jnp.float32)
         if add_TD is not None:
-            x32_TD += add_TD.astype(jnp.float32)
+            x32_TD += scaled(add_TD).astype(jnp.float32)
         x_TD = sum((edit_delta(edit, x_TD.dtype) for edit in edits), x32_TD).astype(x_TD.dtype)
     if block is not None:
         (s_TER,) = shrink(x_TD, (block,), mask_TG)
         x_TD = expand(Shrunk(s_TER, block), x_TD)
     h_TD = rms_norm(x_TD, weight_D.astype(x_TD.dtype), eps)
-    return x_TD, h_TD, shrink(h_TD, sites, mask_TG)
+    return x_TD, quantize(h_TD) if quantized else h_TD, shrink(h_TD, sites, mask_TG)
 
 
 def rope_kv(
-    qkv_TF: jax.Array,
+    qkv_TF: Product,
     edits: tuple[Shrunk | None, ...],
     cos_TX: jax.Array,
     sin_TX: jax.Array,
@@ -67,6 +69,7 @@ def rope_kv(
     eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``kernels.api.rope_kv``."""
+    qkv_TF = scaled(qkv_TF)
     channels = kv_PSJC.shape[3]
     kv_size = kv_PSJC.shape[2] // 2 * channels
     q_size = qkv_TF.shape[1] - 2 * kv_size
@@ -80,10 +83,15 @@ def rope_kv(
 
 
 def silu_mul_shrink(
-    gate_up_TF: jax.Array, edits: tuple[Shrunk | None, ...], sites: tuple[Site, ...], mask_TG: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    gate_up_TF: Product,
+    edits: tuple[Shrunk | None, ...],
+    sites: tuple[Site, ...],
+    mask_TG: jax.Array,
+    *,
+    quantized: bool = False,
+) -> tuple[jax.Array | QuantizedRows, tuple[jax.Array, ...]]:
     """See ``kernels.api.silu_mul_shrink``."""
-    parts = jnp.split(gate_up_TF, 2, axis=1)
+    parts = jnp.split(scaled(gate_up_TF), 2, axis=1)
     gate, up = (y if edit is None else expand(edit, y) for y, edit in zip(parts, edits, strict=True))
     h_TF = jax.nn.silu(gate) * up
-    return h_TF, shrink(h_TF, sites, mask_TG)
+    return quantize(h_TF) if quantized else h_TF, shrink(h_TF, sites, mask_TG)

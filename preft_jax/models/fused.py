@@ -5,18 +5,18 @@ Used where the backend has these kernels and the weights are in the serving layo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels import api, dispatch
-from kernels.types import Shrunk, Site
+from kernels.types import Product, QuantizedRows, Shrunk, Site, Unscaled
 from preft_jax.adapters.edits import NoEdits, PackedEdits, RowEdits
 from preft_jax.config import ModelConfig
 from preft_jax.models.cache import KVCache
 from preft_jax.models.layer import QKV, head_norms
-from preft_jax.models.linear import joined, project
+from preft_jax.models.linear import joined, multiplies_fp8, name_of, project, unscaled_product
 from preft_jax.models.params import Params
 from preft_jax.models.places import Decoding, Mixed, Places
 
@@ -34,18 +34,25 @@ class Stream(NamedTuple):
     """The residual stream ``x_TD``, and what the next norm adds to it: a linear's output, its edits, ``block``'s."""
 
     x_TD: jax.Array
-    added_TD: jax.Array | None = None
+    added_TD: Product | None = None
     edits: tuple[Shrunk, ...] = ()
     block: Site | None = None
 
 
-class Value(NamedTuple):
-    """What linears read, with the first half of their edits; or their outputs side by side, with edits to be added.
+class Read(NamedTuple):
+    """What linears read, and of each of them the first half of its edits; None where the bank does not hold it.
 
-    ``edits`` has one for each linear, None where the bank does not hold it.
+    Linears in FP8 read rows in FP8.
     """
 
-    y_TF: jax.Array
+    x_TD: jax.Array | QuantizedRows
+    edits: tuple[Shrunk | None, ...]
+
+
+class Given(NamedTuple):
+    """Outputs of linears side by side, and the edits that are to be added to each. In FP8 their scales are, too."""
+
+    y_TF: Product
     edits: tuple[Shrunk | None, ...]
 
 
@@ -82,18 +89,29 @@ class FusedLayers:
         tokens = self._cos_TX.shape[0]
         self._mask_TG = jnp.zeros((tokens, 1), jnp.bool_) if self._packed is None else self._packed.mask_TG
         self._implementation = implementation
+        self._dtype: Any = jnp.float32
 
     @property
     def cache(self) -> KVCache:
         """The cache after all layers so far."""
         return KVCache(self.kv)
 
+    def _in_fp8(self, w: Params, sites: tuple[str, ...]) -> bool:
+        """Return whether linears take rows in FP8 and leave out scales. All-token edits read both in full."""
+        return self._rows is None and multiplies_fp8(w, sites, self._dtype)
+
     def begin(self, x: jax.Array) -> Stream:
         """See ``Layers.begin``."""
+        self._dtype = x.dtype
         return Stream(x)
 
-    def norm(self, layer: int, weight_D: jax.Array, stream: Stream, sites: tuple[str, ...]) -> tuple[Stream, Value]:
+    def norm(self, layer: int, w: Params, name: str, stream: Stream, sites: tuple[str, ...]) -> tuple[Stream, Read]:
         """See ``Layers.norm``."""
+        return self._norm(layer, w[name], stream, sites, self._in_fp8(w, sites))
+
+    def _norm(
+        self, layer: int, weight_D: jax.Array, stream: Stream, sites: tuple[str, ...], quantized: bool = False
+    ) -> tuple[Stream, Read]:
         held = self._sites(layer, sites)
         x_TD, h_TD, shrunk = api.norm_shrink(
             stream.x_TD,
@@ -104,19 +122,26 @@ class FusedLayers:
             _present(held),
             self._mask_TG,
             add_TD=stream.added_TD,
+            quantized=quantized,
             implementation=self._implementation,
         )
-        return Stream(x_TD), Value(h_TD, _edits(held, shrunk))
+        return Stream(x_TD), Read(h_TD, _edits(held, shrunk))
 
-    def project(self, layer: int, w: Params, h: Value, sites: tuple[str, ...]) -> Value:
+    def project(self, layer: int, w: Params, h: Read, sites: tuple[str, ...]) -> Given:
         """See ``Layers.project``."""
-        y_TF = project(w, h.y_TF, sites)
+        if self._in_fp8(w, sites):
+            rows = h.x_TD
+            if not isinstance(rows, QuantizedRows):
+                rows = api.quantize(rows, implementation=self._implementation)
+            return Given(unscaled_product(rows, w[name_of(sites)], self._dtype), h.edits)
+        assert not isinstance(h.x_TD, QuantizedRows)
+        y_TF = project(w, h.x_TD, sites)
         if self._rows is not None:
             widths = [self._config.site_shape(site)[1] for site in sites]
-            y_TF = self._rows.apply_beside(widths, layer, sites, h.y_TF, y_TF)
-        return Value(y_TF, h.edits)
+            y_TF = self._rows.apply_beside(widths, layer, sites, h.x_TD, y_TF)
+        return Given(y_TF, h.edits)
 
-    def attend(self, layer: int, w: Params, qkv: Value) -> Value:
+    def attend(self, layer: int, w: Params, qkv: Given) -> Read:
         """See ``Layers.attend``."""
         mixed_THC = self._attend(layer, w, qkv, self._places, self._cos_TX, self._sin_TX)
         mixed_TD = mixed_THC.reshape(mixed_THC.shape[0], -1)
@@ -125,16 +150,17 @@ class FusedLayers:
         shrunk = api.shrink(
             mixed_TD, [s.pool for s in own], [s.tiles for s in own], self._mask_TG, implementation=self._implementation
         )
-        return Value(mixed_TD, _edits(held, shrunk))
+        return Read(mixed_TD, _edits(held, shrunk))
 
     def _attend(
-        self, layer: int, w: Params, qkv: Value, places: Places, cos_TX: jax.Array, sin_TX: jax.Array
+        self, layer: int, w: Params, qkv: Given, places: Places, cos_TX: jax.Array, sin_TX: jax.Array
     ) -> jax.Array:
         """Rotate, keep keys and values, attend; returns ``[T, H, C]``."""
         if isinstance(places, Mixed):
             packed_THC = self._attend(layer, w, qkv, places.packed, cos_TX, sin_TX)
-            at = qkv.y_TF.shape[0] - places.rows.position_B.shape[0]
-            rows_BHC = self._attend(layer, w, Value(qkv.y_TF[at:], ()), places.rows, cos_TX[at:], sin_TX[at:])
+            at = cos_TX.shape[0] - places.rows.position_B.shape[0]
+            rows = Given(_rows_from(qkv.y_TF, at), ())
+            rows_BHC = self._attend(layer, w, rows, places.rows, cos_TX[at:], sin_TX[at:])
             return places.put_rows(packed_THC, rows_BHC)
         options = {**head_norms(self._config, w), "implementation": self._implementation}
         window = self._config.sliding_window
@@ -151,15 +177,16 @@ class FusedLayers:
             max_query_len=places.max_query_len, window=window, implementation=self._implementation,
         )  # fmt: skip
 
-    def gate(self, layer: int, gate_up: Value) -> Value:
+    def gate(self, layer: int, w: Params, gate_up: Given) -> Read:
         """See ``Layers.gate``."""
         held = self._sites(layer, ("down",))
         h_TF, shrunk = api.silu_mul_shrink(
-            gate_up.y_TF, gate_up.edits, _present(held), self._mask_TG, implementation=self._implementation
-        )
-        return Value(h_TF, _edits(held, shrunk))
+            gate_up.y_TF, gate_up.edits, _present(held), self._mask_TG, quantized=self._in_fp8(w, ("down",)),
+            implementation=self._implementation,
+        )  # fmt: skip
+        return Read(h_TF, _edits(held, shrunk))
 
-    def add(self, layer: int, w: Params, stream: Stream, h: Value, site: str) -> Stream:
+    def add(self, layer: int, w: Params, stream: Stream, h: Read, site: str) -> Stream:
         """See ``Layers.add``."""
         y_TD, edits = self.project(layer, w, h, (site,))
         return Stream(stream.x_TD, y_TD, tuple(edit for edit in edits if edit is not None))
@@ -167,6 +194,7 @@ class FusedLayers:
     def end(self, layer: int, stream: Stream) -> Stream:
         """See ``Layers.end``."""
         if self._rows is not None and "block" in self._rows.bank.sites and stream.added_TD is not None:
+            assert not isinstance(stream.added_TD, Unscaled)
             x_TD = stream.x_TD + stream.added_TD
             (x_TD,) = self._rows.apply(layer, ("block",), x_TD, (x_TD,))
             return Stream(x_TD)
@@ -175,7 +203,9 @@ class FusedLayers:
 
     def final_norm(self, weight_D: jax.Array, stream: Stream) -> jax.Array:
         """See ``Layers.final_norm``."""
-        return self.norm(0, weight_D, stream, ())[1].y_TF
+        h_TD = self._norm(0, weight_D, stream, ())[1].x_TD
+        assert not isinstance(h_TD, QuantizedRows)
+        return h_TD
 
     def _sites(self, layer: int, names: Sequence[str]) -> list[Site | None]:
         """Return where the batch's page lists act at some sites; None where the bank does not hold one."""
@@ -183,6 +213,13 @@ class FusedLayers:
             return [None] * len(names)
         bank, tiles, _ = self._packed
         return [bank.site(layer, name, tiles[name]) if name in bank.sites else None for name in names]
+
+
+def _rows_from(y_TF: Product, at: int) -> Product:
+    """Return the rows of a product from ``at`` on."""
+    if isinstance(y_TF, Unscaled):
+        return Unscaled(y_TF.y_TF[at:], y_TF.row_T[at:], y_TF.column_F)
+    return y_TF[at:]
 
 
 def _present(sites: Sequence[Site | None]) -> tuple[Site, ...]:

@@ -39,8 +39,8 @@ class Layers(Protocol):
         """Return the residual stream of embedded tokens ``x [..., D]``."""
         ...
 
-    def norm(self, layer: int, weight_D: jax.Array, stream: Any, sites: tuple[str, ...]) -> tuple[Any, Any]:
-        """Return the stream, and its RMS norm as the linears ``sites`` read it."""
+    def norm(self, layer: int, w: Params, name: str, stream: Any, sites: tuple[str, ...]) -> tuple[Any, Any]:
+        """Return the stream, and its RMS norm by the weight ``name`` as the linears ``sites`` read it."""
         ...
 
     def project(self, layer: int, w: Params, h: Any, sites: tuple[str, ...]) -> Any:
@@ -54,7 +54,7 @@ class Layers(Protocol):
         """
         ...
 
-    def gate(self, layer: int, gate_up: Any) -> Any:
+    def gate(self, layer: int, w: Params, gate_up: Any) -> Any:
         """Return ``silu(gate) * up`` as ``down`` reads it."""
         ...
 
@@ -74,12 +74,12 @@ class Layers(Protocol):
 def decoder_layer(layers: Layers, layer: int, w: Params, stream: Any) -> Any:
     """Run one layer on a residual stream and return it: attention, then a gated MLP, each behind a norm."""
     with jax.named_scope("attention"):
-        stream, h = layers.norm(layer, w["attn_norm"], stream, QKV)
+        stream, h = layers.norm(layer, w, "attn_norm", stream, QKV)
         mixed = layers.attend(layer, w, layers.project(layer, w, h, QKV))
         stream = layers.add(layer, w, stream, mixed, "o")
     with jax.named_scope("mlp"):
-        stream, h = layers.norm(layer, w["mlp_norm"], stream, GATE_UP)
-        h = layers.gate(layer, layers.project(layer, w, h, GATE_UP))
+        stream, h = layers.norm(layer, w, "mlp_norm", stream, GATE_UP)
+        h = layers.gate(layer, w, layers.project(layer, w, h, GATE_UP))
         stream = layers.add(layer, w, stream, h, "down")
         return layers.end(layer, stream)
 

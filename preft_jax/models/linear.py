@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.types import QuantizedRows, Unscaled
+from kernels.xla.fp8 import quantize, scaled
 from preft_jax.errors import ConfigError
 from preft_jax.models.params import AXES, Params
 
@@ -39,11 +41,6 @@ class Quantized:
 
 Weight = jax.Array | Transposed | Quantized
 """A linear weight; an array is ``[input, output]``."""
-
-FP8 = jnp.float8_e4m3fn
-"""Four bits of exponent, three of mantissa, no infinity (Micikevicius et al., arXiv 2209.05433)."""
-
-LARGEST_FP8 = 448.0
 
 JOINED: Mapping[tuple[str, ...], str] = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}
 """Linears that read the same input -> the name under which the serving layout has them side by side."""
@@ -75,21 +72,30 @@ def _product(x: jax.Array, weight: jax.Array | Transposed, axis: int, dtype: Any
     return jax.lax.dot_general(x, w, contract, preferred_element_type=dtype or x.dtype)
 
 
-def quantized_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``x [..., D]`` in FP8 and the float32 scale of each row ``[...]``: its largest magnitude is 448 in FP8.
+def multiplies_fp8(w: Params, sites: tuple[str, ...], dtype: Any) -> bool:
+    """Return whether ``joined`` linears multiply in FP8 and may leave scales to what reads their outputs in ``dtype``.
 
-    A row of zeros has the scale 1. One with a value that is not finite has a scale that is not, so that products with
-    it are NaN.
+    Not where a bias is added to the outputs, or where the backend takes FP8 numbers in another dtype.
     """
-    wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) * (1 / LARGEST_FP8)
-    scale = jnp.where(scale == 0, 1.0, scale)
-    return (wide / scale[..., None]).astype(FP8), scale
+    name, in_range = name_of(sites), jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+    return isinstance(w[name], Quantized) and f"{name}_bias" not in w and in_range and _has_fp8()
+
+
+def _has_fp8() -> bool:
+    """Return whether the backend multiplies matrices in FP8."""
+    return jax.default_backend() == "gpu"
+
+
+def unscaled_product(x: QuantizedRows, weight: Quantized, dtype: Any) -> Unscaled:
+    """Multiply rows in FP8 with a weight in FP8; what reads the product applies the scales."""
+    contract = (((x.x_TD.ndim - 1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(x.x_TD, weight.w_FD, contract, preferred_element_type=dtype)
+    return Unscaled(y, x.scale_T, weight.scale_F)
 
 
 def quantized(weight: jax.Array | Transposed) -> Quantized:
     """Return a weight in FP8, each output with its own scale."""
-    return Quantized(*quantized_rows(weight.w_FD if isinstance(weight, Transposed) else weight.T))
+    return Quantized(*quantize(weight.w_FD if isinstance(weight, Transposed) else weight.T))
 
 
 def dequantized(weight: Quantized, dtype: Any) -> jax.Array:
@@ -99,15 +105,14 @@ def dequantized(weight: Quantized, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _fp8_product(x: jax.Array, weight: Quantized, dtype: jnp.dtype) -> jax.Array:
-    x_q, scale = quantized_rows(x)
-    w_FD = weight.w_FD
-    if jax.default_backend() != "gpu":
+    rows = quantize(x)
+    if not _has_fp8():
         # These have no product of FP8. Every FP8 number is one of the dtype's, so the products are the same.
-        x_q, w_FD = x_q.astype(x.dtype), w_FD.astype(x.dtype)
+        rows = rows._replace(x_TD=rows.x_TD.astype(x.dtype))
+        weight = dataclasses.replace(weight, w_FD=weight.w_FD.astype(x.dtype))
     # Before its scales, a product is out of float16's range. As in ``linear``, no wider than the result otherwise.
     wide = dtype if dtype == jnp.bfloat16 else jnp.float32
-    y = jax.lax.dot_general(x_q, w_FD, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
-    return (y.astype(jnp.float32) * scale[..., None] * weight.scale_F).astype(dtype)
+    return scaled(unscaled_product(rows, weight, wide)).astype(dtype)
 
 
 def _fp8_forward(x: jax.Array, weight: Quantized, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
@@ -171,9 +176,14 @@ def joined(w: Params, sites: tuple[str, ...]) -> bool:
     return len(sites) == 1 or JOINED[sites] in w
 
 
+def name_of(sites: tuple[str, ...]) -> str:
+    """Return the name of the weight that has one linear, or ``joined`` linears side by side."""
+    return sites[0] if len(sites) == 1 else JOINED[sites]
+
+
 def project(w: Params, h: jax.Array, sites: tuple[str, ...]) -> jax.Array:
     """Return the outputs of ``joined`` linears that read ``h [..., D]``, side by side, biases included."""
-    name = sites[0] if len(sites) == 1 else JOINED[sites]
+    name = name_of(sites)
     y = linear(h, w[name])
     return y + w[f"{name}_bias"] if f"{name}_bias" in w else y
 

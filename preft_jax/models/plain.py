@@ -37,10 +37,10 @@ class PlainLayers:
         return x
 
     def norm(
-        self, layer: int, weight_D: jax.Array, stream: jax.Array, sites: tuple[str, ...]
+        self, layer: int, w: Params, name: str, stream: jax.Array, sites: tuple[str, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """See ``Layers.norm``."""
-        return stream, rms_norm(stream, weight_D, self._config.rms_norm_eps)
+        return stream, rms_norm(stream, w[name], self._config.rms_norm_eps)
 
     def project(self, layer: int, w: Params, h: jax.Array, sites: tuple[str, ...]) -> tuple[jax.Array, ...]:
         """See ``Layers.project``."""
@@ -59,7 +59,7 @@ class PlainLayers:
         )
         return checkpoint_name(mixed.reshape(*mixed.shape[:-2], -1), SAVED)
 
-    def gate(self, layer: int, gate_up: tuple[jax.Array, ...]) -> jax.Array:
+    def gate(self, layer: int, w: Params, gate_up: tuple[jax.Array, ...]) -> jax.Array:
         """See ``Layers.gate``."""
         gate, up = (checkpoint_name(y, SAVED) for y in gate_up)
         return jax.nn.silu(gate) * up

@@ -23,11 +23,12 @@ from kernels import dispatch
 from kernels.types import PagePool, Unsupported
 from preft_jax.adapters.bank import init_bank
 from preft_jax.config import PRESETS
-from preft_jax.models import forward
+from preft_jax.models import forward, linear
 from preft_jax.models.batch import DecodeBatch, Span, pack_prefill
 from preft_jax.models.cache import init_cache
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import abstract_params
+from preft_jax.quantize import quantize
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
@@ -155,6 +156,24 @@ def programs(request):
                 functools.partial(forward.decode_adapted, config), params, bank, pages, cache, rows, donate_argnums=3
             ),
         }
+
+
+def test_a_decode_step_in_fp8_has_one_kernel_more_a_layer(programs, monkeypatch, compiled):
+    """It rounds what ``o`` reads; norms and SiLU round what others read, and what reads outputs scales them."""
+    monkeypatch.setattr(linear, "_has_fp8", lambda: True)
+    config, _ = programs
+    params = jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, jnp.bfloat16))
+    params = jax.eval_shape(quantize, params)
+    cache = jax.eval_shape(lambda: init_cache(config, 37, 16, jnp.bfloat16))
+    rows = DecodeBatch(np.zeros(4, np.int32), np.zeros(4, np.int32), np.zeros((4, 4), np.int32))
+    with dispatch.preferring("triton"):
+        text = lower(functools.partial(forward.decode, config), params, cache, rows, donate_argnums=1)
+    assert text.count("@triton_kernel_call") == 5 * config.num_hidden_layers + 1
+    products = re.findall(
+        r"stablehlo.dot_general.*: \(tensor<[^>]*f8E4M3FN>, tensor<[^>]*f8E4M3FN>\) -> tensor<\S*xbf16>", text
+    )
+    assert len(products) == 4 * config.num_hidden_layers
+    assert "stablehlo.divide" not in text
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "decode_adapted"])

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kernels.triton.device.common import load_product
+
 
 @triton.jit
 def _attend_keys(
@@ -122,11 +124,19 @@ def _normed(y, scale, weight_ptr, c, dtype: tl.constexpr):
 
 
 @triton.jit
+def _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, column, mask, SCALED: tl.constexpr):
+    """Return columns of a row of queries, keys and values in float32."""
+    y = load_product(qkv_ptr, token + column, qkv_row, row, qkv_column, column, mask, None, mask, SCALED)
+    return y.to(tl.float32)
+
+
+@triton.jit
 def decode_attend_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, table_ptr, position_ptr, q_norm, k_norm, out_ptr, lse_ptr, kv_out,
+    qkv_ptr, qkv_row, qkv_column, cos_ptr, sin_ptr, kv_ptr, table_ptr, position_ptr, q_norm, k_norm,
+    out_ptr, lse_ptr, kv_out,
     SCALE: tl.constexpr, B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr, WINDOW: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, WINDOW: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """A program: the G query heads of one KV head of a row, over a split of the keys before its token.
 
@@ -142,11 +152,11 @@ def decode_attend_kernel(
     cos = tl.load(cos_ptr + row * (C // 2) + c % (C // 2))
     sin = tl.load(sin_ptr + row * (C // 2) + c % (C // 2))
     sin = tl.where(c < C // 2, -sin, sin)
-    token = qkv_ptr + row * ((H + 2 * K) * C)
+    token = row * ((H + 2 * K) * C)
     live = m < G
     at_head = (head * G + m)[:, None] * C
-    q = tl.load(token + at_head + c[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-    q_other = tl.load(token + at_head + other[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    q = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_head + c[None, :], live[:, None], SCALED)
+    q_other = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_head + other[None, :], live[:, None], SCALED)
     if NORM:
         scale = tl.rsqrt(tl.sum(q * q, 1) / C + EPS)[:, None]
         q = _normed(q, scale, q_norm, c[None, :], dtype)
@@ -155,18 +165,19 @@ def decode_attend_kernel(
     own = position >= 0
     if SPLITS > 1:
         own = own & (split == SPLITS - 1)
-    token += (H + head) * C
+    at_k = (H + head) * C
+    own_k = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_k + c, own, SCALED)
+    k_other = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_k + other, own, SCALED)
     if NORM:
-        own_k = tl.load(token + c, mask=own, other=0.0).to(tl.float32)
-        k_other = tl.load(token + other, mask=own, other=0.0).to(tl.float32)
         scale_k = tl.rsqrt(tl.sum(own_k * own_k, 0) / C + EPS)
         own_k = _normed(own_k, scale_k, k_norm, c, dtype) * cos
         own_k += _normed(k_other, scale_k, k_norm, other, dtype) * sin
     else:
-        own_k = tl.load(token + c, mask=own, other=0.0).to(tl.float32) * cos
-        own_k += tl.load(token + other, mask=own, other=0.0).to(tl.float32) * sin
+        own_k = own_k * cos
+        own_k += k_other * sin
     own_k = own_k.to(dtype).to(kv_ptr.dtype.element_ty)
-    own_v = tl.load(token + K * C + c, mask=own, other=0.0).to(kv_ptr.dtype.element_ty)
+    own_v = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_k + K * C + c, own, SCALED)
+    own_v = own_v.to(kv_ptr.dtype.element_ty)
     stop = position
     first = 0
     if WINDOW:

@@ -9,6 +9,39 @@ import triton.language as tl
 
 
 @triton.jit
+def _load_scale(scale_ptr, at, mask):
+    """Return scales; ``mask`` None reads all of them."""
+    if mask is None:  # noqa: SIM108 (Triton compiles both sides of an expression)
+        scale = tl.load(scale_ptr + at)
+    else:
+        scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
+    return scale
+
+
+@triton.jit
+def load_product(
+    y_ptr, at, row_ptr, row, column_ptr, column, mask, row_mask, column_mask, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Return elements ``at`` of a product in its dtype, with the scales of its rows and columns if it is SCALED.
+
+    The masks are of the elements, of ``row`` and of ``column``; the last two may be None.
+    """
+    y = tl.load(y_ptr + at, mask=mask, other=0.0)
+    if SCALED:
+        scale = _load_scale(row_ptr, row, row_mask)
+        y = (y.to(tl.float32) * scale * _load_scale(column_ptr, column, column_mask)).to(y.dtype)
+    return y
+
+
+@triton.jit
+def rounded_row(x):
+    """Return a row of float32 numbers in FP8, and its scale."""
+    scale = tl.max(tl.abs(x), 0) * (1 / 448)
+    scale = tl.where(scale == 0, 1.0, scale)
+    return tl.math.div_rn(x, scale).to(tl.float8e4nv), scale
+
+
+@triton.jit
 def load_pages(page_ptr, tile, entry, E: tl.constexpr, EB: tl.constexpr):
     """Return the page of each column of ``EB`` entries, int64 ``[16 EB]``."""
     column = tl.arange(0, 16 * EB)

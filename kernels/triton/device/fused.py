@@ -10,14 +10,17 @@ from kernels.triton.device.common import (
     load_a,
     load_b,
     load_pages,
+    load_product,
     load_s,
+    rounded_row,
     store_zeros,
 )
 
 
 @triton.jit
 def _stream(
-    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile, D: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile,
+    D: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
     EDITS: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr,
 ):  # fmt: skip
     """Return columns ``d`` of the residual stream with what is added to it, rounded once."""
@@ -26,7 +29,10 @@ def _stream(
     if ADD or EDITS > 0:
         y = x.to(tl.float32)
         if ADD:
-            y += tl.load(add_ptr + base + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+            y += load_product(
+                add_ptr, base + d[None, :], add_row, row[:, None], add_column, d[None, :], live[:, None],
+                live[:, None], None, SCALED,
+            ).to(tl.float32)  # fmt: skip
         if EDITS > 0:
             y = add_edit(y, es0, eb0, ep0, row, live, tile, d, D, E0, EB0, dtype)
         if EDITS > 1:
@@ -37,9 +43,11 @@ def _stream(
 
 @triton.jit
 def _squares(
-    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_b, block_page, block_s, x_out, base, row, live, tile,
+    x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, block_b, block_page, block_s, x_out, base, row,
+    live, tile,
     begin, end,
-    D: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr, BLOCK: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr,
+    D: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, EDITS: tl.constexpr, BLOCK: tl.constexpr,
+    EE0: tl.constexpr, EE1: tl.constexpr,
     EEB0: tl.constexpr, EEB1: tl.constexpr, BE: tl.constexpr, BEB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +56,8 @@ def _squares(
     squares = tl.zeros([BT, BD], tl.float32)
     for start in tl.range(begin, end, BD, num_stages=STAGES):
         d = start + tl.arange(0, BD)
-        x = _stream(x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile, D, ADD, EDITS,
-                    EE0, EE1, EEB0, EEB1)  # fmt: skip
+        x = _stream(x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row,
+                    live, tile, D, ADD, SCALED, EDITS, EE0, EE1, EEB0, EEB1)  # fmt: skip
         if BLOCK:
             y = add_edit(x.to(tl.float32), block_s, block_b, block_page, row, live, tile, d, D, BE, BEB, dtype)
             x = y.to(dtype)
@@ -94,10 +102,12 @@ def _scaled(
 
 @triton.jit
 def _norm_rows(
-    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own, weight_ptr,
+    x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own,
+    weight_ptr,
     a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
     x_out, h_out, s0, s1, s2, block_s, row, live, tile,
-    D: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, EDITS: tl.constexpr,
+    BLOCK: tl.constexpr,
     SITES: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr, BE: tl.constexpr, E: tl.constexpr,
     EEB0: tl.constexpr, EEB1: tl.constexpr, BEB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr, WRITE: tl.constexpr,
@@ -110,14 +120,15 @@ def _norm_rows(
         acc = tl.zeros([BT, 16 * BE], tl.float32)
         for start in tl.range(0, D, BD, num_stages=STAGES):
             d = start + tl.arange(0, BD)
-            x = _stream(x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile, D, ADD, EDITS,
-                        EE0, EE1, EEB0, EEB1)  # fmt: skip
+            x = _stream(x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row,
+                        live, tile, D, ADD, SCALED, EDITS, EE0, EE1, EEB0, EEB1)  # fmt: skip
             acc = tl.dot(x, load_a(block_a, page, d, D, BE, dtype), acc, input_precision="tf32x3")
         finish_shrink(acc, block_c, block_page, block_own, block_s, row, live, tile, 0, BE, BE)
         tl.debug_barrier()
     squares = _squares(
-        x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_b, block_page, block_s, x_out, base, row, live, tile, 0, D,
-        D, ADD, EDITS, BLOCK, EE0, EE1, EEB0, EEB1, BE, BEB, BT, BD, STAGES, WRITE,
+        x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, block_b, block_page, block_s, x_out, base,
+        row, live, tile, 0, D,
+        D, ADD, SCALED, EDITS, BLOCK, EE0, EE1, EEB0, EEB1, BE, BEB, BT, BD, STAGES, WRITE,
     )  # fmt: skip
     scale = tl.rsqrt(squares / D + EPS)
     if WRITE:
@@ -141,31 +152,51 @@ def _norm_rows(
 
 @triton.jit
 def norm_kernel(
-    x_ptr, add_ptr, weight_ptr, x_out, h_out,
-    D: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, add_ptr, add_row, add_column, weight_ptr, x_out, h_out, scale_out,
+    D: tl.constexpr, BD: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """A program: one row without edits, in registers."""
+    """A program: one row without edits, in registers; with FP8 it is rounded to that, and its scale is left."""
     d = tl.arange(0, BD)
-    at = tl.program_id(0).to(tl.int64) * D + d
+    row = tl.program_id(0)
+    at = row.to(tl.int64) * D + d
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + at, mask=d < D, other=0.0)
     if ADD:
-        x = (x.to(tl.float32) + tl.load(add_ptr + at, mask=d < D, other=0.0).to(tl.float32)).to(dtype)
+        y = load_product(add_ptr, at, add_row, row, add_column, d, d < D, None, d < D, SCALED)
+        x = (x.to(tl.float32) + y.to(tl.float32)).to(dtype)
         tl.store(x_out + at, x, mask=d < D)
     x32 = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x32 * x32, 0) / D + EPS)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    h = (x32 * scale).to(dtype).to(tl.float32) * weight
-    tl.store(h_out + at, h.to(dtype), mask=d < D)
+    h = ((x32 * scale).to(dtype).to(tl.float32) * weight).to(dtype)
+    if FP8:
+        rounded, own = rounded_row(h.to(tl.float32))
+        tl.store(h_out + at, rounded, mask=d < D)
+        tl.store(scale_out + row, own)
+    else:
+        tl.store(h_out + at, h, mask=d < D)
+
+
+@triton.jit
+def quantize_kernel(x_ptr, x_out, scale_out, D: tl.constexpr, BD: tl.constexpr):
+    """A program: one row, in registers."""
+    d = tl.arange(0, BD)
+    row = tl.program_id(0)
+    at = row.to(tl.int64) * D + d
+    rounded, scale = rounded_row(tl.load(x_ptr + at, mask=d < D, other=0.0).to(tl.float32))
+    tl.store(x_out + at, rounded, mask=d < D)
+    tl.store(scale_out + row, scale)
 
 
 @triton.jit
 def norm_shrink_kernel(
-    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own, weight_ptr,
+    x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own,
+    weight_ptr,
     a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
     x_out, h_out, s0, s1, s2, block_s,
-    T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr,
-    BLOCK: tl.constexpr, SITES: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr, BE: tl.constexpr, E: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
+    EDITS: tl.constexpr, BLOCK: tl.constexpr, SITES: tl.constexpr, EE0: tl.constexpr, EE1: tl.constexpr,
+    BE: tl.constexpr, E: tl.constexpr,
     EEB0: tl.constexpr, EEB1: tl.constexpr, BEB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -190,17 +221,19 @@ def norm_shrink_kernel(
         some = tl.maximum(some, any_page(page2, tile, E))
     if some > 0:
         _norm_rows(
-            x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own,
+            x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page,
+            block_own,
             weight_ptr, a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
             x_out, h_out, s0, s1, s2, block_s, row, live, tile,
-            D, EPS, ADD, EDITS, BLOCK, SITES, EE0, EE1, BE, E, EEB0, EEB1, BEB, BT, BD, STAGES, WRITE,
+            D, EPS, ADD, SCALED, EDITS, BLOCK, SITES, EE0, EE1, BE, E, EEB0, EEB1, BEB, BT, BD, STAGES, WRITE,
         )  # fmt: skip
     else:
         _norm_rows(
-            x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page, block_own,
+            x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, block_a, block_c, block_b, block_page,
+            block_own,
             weight_ptr, a0, c0, page0, own0, a1, c1, page1, own1, a2, c2, page2, own2,
             x_out, h_out, s0, s1, s2, block_s, row, live, tile,
-            D, EPS, ADD, 0, BLOCK, 0, EE0, EE1, BE, E, EEB0, EEB1, BEB, BT, BD, STAGES, WRITE,
+            D, EPS, ADD, SCALED, 0, BLOCK, 0, EE0, EE1, BE, E, EEB0, EEB1, BEB, BT, BD, STAGES, WRITE,
         )  # fmt: skip
         if SITES > 0:
             store_zeros(s0, row, live, E)
@@ -212,8 +245,8 @@ def norm_shrink_kernel(
 
 @triton.jit
 def norm_edit_part_kernel(
-    x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, x_out, square_out,
-    T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr,
+    x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, x_out, square_out,
+    T: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, EDITS: tl.constexpr,
     EE0: tl.constexpr, EE1: tl.constexpr, EEB0: tl.constexpr, EEB1: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -233,16 +266,18 @@ def norm_edit_part_kernel(
     at = square_out + part * T + row
     if some > 0:
         squares = _squares(
-            x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, x_ptr, x_ptr, x_ptr, x_out, base, row, live, tile,
+            x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, x_ptr, x_ptr, x_ptr, x_out, base, row,
+            live, tile,
             part * RUN, part * RUN + RUN,
-            D, ADD, EDITS, False, EE0, EE1, EEB0, EEB1, 1, 1, BT, BD, STAGES, WRITE,
+            D, ADD, SCALED, EDITS, False, EE0, EE1, EEB0, EEB1, 1, 1, BT, BD, STAGES, WRITE,
         )  # fmt: skip
         tl.store(at, squares, mask=live)
     else:
         squares = _squares(
-            x_ptr, add_ptr, es0, eb0, ep0, es1, eb1, ep1, x_ptr, x_ptr, x_ptr, x_out, base, row, live, tile,
+            x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, x_ptr, x_ptr, x_ptr, x_out, base, row,
+            live, tile,
             part * RUN, part * RUN + RUN,
-            D, ADD, 0, False, EE0, EE1, EEB0, EEB1, 1, 1, BT, BD, STAGES, WRITE,
+            D, ADD, SCALED, 0, False, EE0, EE1, EEB0, EEB1, 1, 1, BT, BD, STAGES, WRITE,
         )  # fmt: skip
         tl.store(at, squares, mask=live)
 
@@ -301,14 +336,20 @@ def norm_shrink_part_kernel(
 
 @triton.jit
 def _rope_head(
-    qkv_ptr, s_ptr, b_ptr, page_ptr, row, live, tile, column, head, F: tl.constexpr, WIDTH: tl.constexpr,
-    C: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, EDIT: tl.constexpr,
+    qkv_ptr, qkv_row, qkv_column, s_ptr, b_ptr, page_ptr, row, live, tile, column, head, F: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, EDIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Return the two halves of one head in float32, edited."""
     half = tl.arange(0, C // 2)
-    base = qkv_ptr + row.to(tl.int64)[:, None] * WIDTH + column
-    first = tl.load(base + half[None, :], mask=live[:, None], other=0.0)
-    second = tl.load(base + C // 2 + half[None, :], mask=live[:, None], other=0.0)
+    base = row.to(tl.int64)[:, None] * WIDTH
+    at = column + half[None, :]
+    first = load_product(
+        qkv_ptr, base + at, qkv_row, row[:, None], qkv_column, at, live[:, None], live[:, None], None, SCALED
+    )
+    at += C // 2
+    second = load_product(
+        qkv_ptr, base + at, qkv_row, row[:, None], qkv_column, at, live[:, None], live[:, None], None, SCALED
+    )
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     if EDIT:
         f = head * C + half
@@ -334,12 +375,14 @@ def _norm_head(first, second, weight_ptr, C: tl.constexpr, EPS: tl.constexpr, dt
 
 @triton.jit
 def rope_kv_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, slot_ptr, s0, b0, page0, s1, b1, page1, s2, b2, page2, q_norm, k_norm,
+    qkv_ptr, qkv_row, qkv_column, cos_ptr, sin_ptr, kv_ptr, slot_ptr, s0, b0, page0, s1, b1, page1, s2, b2, page2,
+    q_norm, k_norm,
     q_out, kv_out,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     HB: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr, EDIT2: tl.constexpr,
     E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     EB0: tl.constexpr, EB1: tl.constexpr, EB2: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """A program: BT rows by HB heads, all of them of q, of k or of v."""
     row = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -357,8 +400,9 @@ def rope_kv_kernel(
             for n in range(HB):
                 head = first_head + n
                 a, b = _rope_head(
-                    qkv_ptr, s0, b0, page0, row, live, tile, head * C, head, H * C, WIDTH, C, E0, EB0, EDIT0
-                )
+                    qkv_ptr, qkv_row, qkv_column, s0, b0, page0, row, live, tile, head * C, head, H * C,
+                    WIDTH, C, E0, EB0, EDIT0, SCALED,
+                )  # fmt: skip
                 if NORM:
                     a, b = _norm_head(a, b, q_norm, C, EPS, dtype)
                 else:
@@ -372,8 +416,9 @@ def rope_kv_kernel(
             for n in range(HB):
                 head = first_head - H + n
                 a, b = _rope_head(
-                    qkv_ptr, s1, b1, page1, row, live, tile, (H + head) * C, head, K * C, WIDTH, C, E1, EB1, EDIT1
-                )
+                    qkv_ptr, qkv_row, qkv_column, s1, b1, page1, row, live, tile, (H + head) * C, head, K * C,
+                    WIDTH, C, E1, EB1, EDIT1, SCALED,
+                )  # fmt: skip
                 if NORM:
                     a, b = _norm_head(a, b, k_norm, C, EPS, dtype)
                 else:
@@ -387,17 +432,30 @@ def rope_kv_kernel(
         for n in range(HB):
             head = first_head - H - K + n
             a, b = _rope_head(
-                qkv_ptr, s2, b2, page2, row, live, tile, (H + K + head) * C, head, K * C, WIDTH, C, E2, EB2, EDIT2
-            )
+                qkv_ptr, qkv_row, qkv_column, s2, b2, page2, row, live, tile, (H + K + head) * C, head, K * C,
+                WIDTH, C, E2, EB2, EDIT2, SCALED,
+            )  # fmt: skip
             at = kv_out + (slot.to(tl.int64)[:, None] * (2 * K) + 2 * head + 1) * C + half[None, :]
             tl.store(at, a.to(kv_out.dtype.element_ty), mask=kept[:, None])
             tl.store(at + C // 2, b.to(kv_out.dtype.element_ty), mask=kept[:, None])
 
 
 @triton.jit
+def _gate_up(
+    gu_ptr, gu_row, gu_column, at, row, column, row_mask, column_mask, F: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Return elements ``at`` of gate, and those of up, in float32; one of the masks is that of the elements."""
+    mask = row_mask if column_mask is None else column_mask
+    gate = load_product(gu_ptr, at, gu_row, row, gu_column, column, mask, row_mask, column_mask, SCALED)
+    upper = load_product(gu_ptr, at + F, gu_row, row, gu_column, F + column, mask, row_mask, column_mask, SCALED)
+    return gate.to(tl.float32), upper.to(tl.float32)
+
+
+@triton.jit
 def _silu_rows(
-    gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
-    T: tl.constexpr, F: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr, SHRINK: tl.constexpr,
+    gu_ptr, gu_row, gu_column, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
+    T: tl.constexpr, F: tl.constexpr, SCALED: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr,
+    SHRINK: tl.constexpr,
     E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr, E: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -415,8 +473,7 @@ def _silu_rows(
     for start in tl.range(part * RUN, part * RUN + RUN, BF, num_stages=STAGES):
         f = start + tl.arange(0, BF)
         at = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
-        gate = tl.load(gu_ptr + at, mask=live[:, None], other=0.0).to(tl.float32)
-        upper = tl.load(gu_ptr + at + F, mask=live[:, None], other=0.0).to(tl.float32)
+        gate, upper = _gate_up(gu_ptr, gu_row, gu_column, at, row[:, None], f[None, :], live[:, None], None, F, SCALED)
         if EDIT0:
             if E0 == EB0:
                 gate = tl.dot(gate_s, load_b(gb, gate_page, f, F, EB0, dtype), gate, input_precision="tf32x3")
@@ -441,7 +498,8 @@ def _silu_rows(
 
 @triton.jit
 def silu_mul_plain_kernel(
-    gu_ptr, h_out, T: tl.constexpr, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+    gu_ptr, gu_row, gu_column, h_out,
+    T: tl.constexpr, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """A program: BT rows by BF columns without edits."""
     row = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -449,16 +507,32 @@ def silu_mul_plain_kernel(
     live = (row < T)[:, None]
     at = row.to(tl.int64)[:, None] * F + f[None, :]
     wide = at + row.to(tl.int64)[:, None] * F
-    gate = tl.load(gu_ptr + wide, mask=live, other=0.0).to(tl.float32)
-    upper = tl.load(gu_ptr + wide + F, mask=live, other=0.0).to(tl.float32)
+    gate, upper = _gate_up(gu_ptr, gu_row, gu_column, wide, row[:, None], f[None, :], live, None, F, SCALED)
     tl.store(h_out + at, (gate * tl.sigmoid(gate) * upper).to(h_out.dtype.element_ty), mask=live)
 
 
 @triton.jit
+def silu_mul_fp8_kernel(
+    gu_ptr, gu_row, gu_column, h_out, scale_out, F: tl.constexpr, BF: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """A program: one row without edits, in registers, rounded to FP8; its scale is left."""
+    f = tl.arange(0, BF)
+    row = tl.program_id(0)
+    at = row.to(tl.int64) * F + f
+    wide = row.to(tl.int64) * (2 * F) + f
+    gate, upper = _gate_up(gu_ptr, gu_row, gu_column, wide, row, f, None, f < F, F, SCALED)
+    h = (gate * tl.sigmoid(gate) * upper).to(gu_ptr.dtype.element_ty)
+    rounded, scale = rounded_row(h.to(tl.float32))
+    tl.store(h_out + at, rounded, mask=f < F)
+    tl.store(scale_out + row, scale)
+
+
+@triton.jit
 def silu_mul_kernel(
-    gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out,
-    T: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, EDIT0: tl.constexpr, EDIT1: tl.constexpr,
-    SHRINK: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr, E: tl.constexpr,
+    gu_ptr, gu_row, gu_column, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out,
+    T: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, EDIT0: tl.constexpr,
+    EDIT1: tl.constexpr, SHRINK: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr,
+    E: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: BT rows by RUN columns, BF at a time; with SHRINK it leaves a part of the shrink of h.
@@ -478,13 +552,13 @@ def silu_mul_kernel(
         some = tl.maximum(some, any_page(page_ptr, tile, E))
     if some > 0:
         _silu_rows(
-            gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
-            T, F, EDIT0, EDIT1, SHRINK, E0, E1, EB0, EB1, E, BT, BF, RUN, STAGES,
+            gu_ptr, gu_row, gu_column, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
+            T, F, SCALED, EDIT0, EDIT1, SHRINK, E0, E1, EB0, EB1, E, BT, BF, RUN, STAGES,
         )  # fmt: skip
     else:
         _silu_rows(
-            gu_ptr, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
-            T, F, False, False, False, E0, E1, EB0, EB1, E, BT, BF, RUN, STAGES,
+            gu_ptr, gu_row, gu_column, gs, gb, gp, us, ub, up, a_ptr, page_ptr, h_out, part_out, part, row, live, tile,
+            T, F, SCALED, False, False, False, E0, E1, EB0, EB1, E, BT, BF, RUN, STAGES,
         )  # fmt: skip
         if SHRINK:
             store_zeros(part_out + part.to(tl.int64) * (T * 16 * E), row, live, E)

@@ -1,0 +1,24 @@
+"""Numbers in FP8: e4m3, that is four bits of exponent, three of mantissa and no infinity (arXiv 2209.05433)."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.types import Product, QuantizedRows, Unscaled
+
+FP8 = jnp.float8_e4m3fn
+LARGEST_FP8 = 448.0
+
+
+def quantize(x_TD: jax.Array) -> QuantizedRows:
+    """See ``kernels.api.quantize``; any axes may lead ``x``."""
+    wide = x_TD.astype(jnp.float32)
+    scale_T = jnp.max(jnp.abs(wide), axis=-1) * (1 / LARGEST_FP8)
+    scale_T = jnp.where(scale_T == 0, 1.0, scale_T)
+    return QuantizedRows((wide / scale_T[..., None]).astype(FP8), scale_T)
+
+
+def scaled(y: Product) -> jax.Array:
+    """Return a product with its scales, in its dtype."""
+    if not isinstance(y, Unscaled):
+        return y
+    return (y.y_TF.astype(jnp.float32) * y.row_T[..., None] * y.column_F).astype(y.y_TF.dtype)
