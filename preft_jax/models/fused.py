@@ -19,6 +19,7 @@ from preft_jax.models.layer import QKV, head_norms
 from preft_jax.models.linear import joined, project
 from preft_jax.models.params import Params
 from preft_jax.models.places import Decoding, Mixed, Places
+from preft_jax.models.shard import embedded, summed
 
 
 def why_not(params: Params) -> str | None:
@@ -88,9 +89,9 @@ class FusedLayers:
         """The cache after all layers so far."""
         return KVCache(self.kv)
 
-    def begin(self, x: jax.Array) -> Stream:
+    def begin(self, embed_VD: jax.Array, tokens: jax.Array) -> Stream:
         """See ``Layers.begin``."""
-        return Stream(x)
+        return Stream(embedded(self._config, embed_VD, tokens))
 
     def norm(self, layer: int, weight_D: jax.Array, stream: Stream, sites: tuple[str, ...]) -> tuple[Stream, Value]:
         """See ``Layers.norm``."""
@@ -162,7 +163,10 @@ class FusedLayers:
     def add(self, layer: int, w: Params, stream: Stream, h: Value, site: str) -> Stream:
         """See ``Layers.add``."""
         y_TD, edits = self.project(layer, w, h, (site,))
-        return Stream(stream.x_TD, y_TD, tuple(edit for edit in edits if edit is not None))
+        pending = [edit for edit in edits if edit is not None]
+        # Shrunk, an edit is a hundredth of what it is expanded.
+        y_TD, shrunk = summed(self._config, (y_TD, [edit.s_TER for edit in pending]))
+        return Stream(stream.x_TD, y_TD, tuple(Shrunk(s, edit.site) for s, edit in zip(shrunk, pending, strict=True)))
 
     def end(self, layer: int, stream: Stream) -> Stream:
         """See ``Layers.end``."""
