@@ -3,8 +3,8 @@
 Rows of random weights' tokens with a context of so many tokens each, in pages of their own, all at once; the steps of
 a call are started one after the other, as the engine does it. The floor is the larger of FLOPs over the measured
 matrix product rate and bytes over the measured copy bandwidth, summed over the matrix products of a layer, attention
-and the head, nothing overlapped. ``--profile`` adds the time of each kind of kernel. A table for people, then one JSON
-line.
+and the head, nothing overlapped; with ``--mesh``, of one device's part. ``--profile`` adds the time of each kind of
+kernel, of the first device. A table for people, then one JSON line.
 """
 
 import argparse
@@ -23,23 +23,31 @@ from rich.table import Table
 
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.kernel_timing import Ceilings, measure_ceilings
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_mesh, hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
-from preft_jax.models.cache import init_cache, pages_for
+from preft_jax.models.cache import cache_axes, init_cache, pages_for
+from preft_jax.models.shard import shard_config
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
 from serve.bench.environment import environment
 from serve.bench.output import emit
 from serve.engine import programs as device
+from serve.engine.spread import WHOLE, Spread
 
 SCHEMA = "preft-jax/decode/1"
 PAGE_SIZE = 64
 
 
-def floor_seconds(model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows: int, context: int) -> float:
-    """Return the least seconds of a decode step."""
+def floor_seconds(
+    model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows: int, context: int, devices: int = 1
+) -> float:
+    """Return the least seconds of a decode step, of a device's own products and keys if there are several.
+
+    What devices tell each other is not counted.
+    """
+    model = shard_config(model, devices)
 
     def product(d: int, f: int) -> float:
         flops, moved = 2 * rows * d * f, dtype.itemsize * (d * f + rows * (d + f))
@@ -48,7 +56,7 @@ def floor_seconds(model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows:
     q, k, v, o, gate, up, down = (model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down"))
     layer = product(q[0], q[1] + k[1] + v[1]) + product(*o) + product(gate[0], gate[1] + up[1]) + product(*down)
     kv = 2 * model.kv_size * dtype.itemsize * rows * context / ceilings.bytes_per_s
-    return model.num_hidden_layers * (layer + kv) + product(model.hidden_size, model.vocab_size)
+    return model.num_hidden_layers * (layer + kv) + product(model.hidden_size, model.vocab_size // devices)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -64,28 +72,29 @@ class Decoding:
 
     def __init__(self, model: Model, rows: int, context: int, steps: int):
         pages = pages_for(context + steps, PAGE_SIZE)
-        dtype = model.params["embed"].dtype
-        self.cache = init_cache(model.config, rows * pages, PAGE_SIZE, dtype)
+        dtype, spread = model.params["embed"].dtype, Spread(model.placement, model.config)
+        make = functools.partial(init_cache, num_pages=rows * pages, page_size=PAGE_SIZE, dtype=dtype)
+        self.cache = spread.make(make, cache_axes(model.config))()
         self._params = model.params
         self._steps = steps
         rng = np.random.default_rng(0)
         token = rng.integers(0, model.config.vocab_size, rows).astype(np.int32)
         position, remaining = np.full(rows, context, np.int32), np.full(rows, steps, np.int32)
-        self._slots = jax.device_put(device.Slots.of(token, position, remaining))
+        self._slots = spread.put(device.Slots.of(token, position, remaining))
         table = rng.permutation(rows * pages).astype(np.int32).reshape(rows, pages)
         index, stops = np.arange(rows, dtype=np.int32), np.full((rows, 16), -1, np.int32)
         picks = device.Picks(index, np.full((rows, 5), -1, np.int32), stops)  # All go on.
         picks.slot[:] = index
         sampling = sampling_arrays([SamplingParams(temperature=0.0)] * rows, [0] * rows, rows).plain
-        made = jax.device_put((device.Rows(index, table), picks, sampling))
+        made = spread.put((device.Rows(index, table), picks, sampling))
         self._rows, self._picks, self._sampling = made
-        self._logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
+        self._logits = spread.make(lambda own: jnp.zeros((rows, own.vocab_size), jnp.float32))()
         start = time.perf_counter()
-        decode = jax.jit(functools.partial(device.decode, model.config, rows), donate_argnums=(1, 2))
         args = self._params, self.cache, self._logits, self._slots, self._rows
-        self._decode = decode.lower(*args).compile(device.compiler_options())
-        args = self._logits, self._slots, self._picks, self._sampling
-        self._draw = jax.jit(device.draw_plain).lower(*args).compile(device.compiler_options())
+        decode = functools.partial(device.decode, spread.config, rows)
+        decode = spread.trace(decode, args, out=(self.cache, WHOLE), donate=(1, 2))
+        draw = spread.trace(device.draw_plain, (self._logits, self._slots, self._picks, self._sampling), out=WHOLE)
+        self._decode, self._draw = (one.lower().compile(device.compiler_options()) for one in (decode, draw))
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> Any:
@@ -108,7 +117,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time every size and return the figures that the JSON line holds."""
     console = Console(stderr=True)
     sizes = [parse_size(text) for text in args.sizes.split(",")]
-    model = serving_model(load_model(args.model, dtype=args.dtype), max(rows for rows, _ in sizes))
+    loaded = load_model(args.model, dtype=args.dtype, mesh=args.mesh)
+    model = serving_model(loaded, max(rows for rows, _ in sizes))
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)
     figures = []
@@ -117,7 +127,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(2):
             decoding.seconds()
         seconds = float(np.median([decoding.seconds() for _ in range(args.repeats)]))
-        floor = floor_seconds(model.config, ceilings, dtype, rows, context + args.steps // 2)
+        floor = floor_seconds(
+            model.config, ceilings, dtype, rows, context + args.steps // 2, model.placement.num_devices
+        )
         figure: dict[str, Any] = {
             "rows": rows,
             "context": context,
@@ -138,6 +150,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "options": options,
+        "num_devices": model.placement.num_devices,
         "ceilings": {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
             "matmul_tflop_per_s": round(ceilings.flops_per_s[dtype.name] / 1e12, 1),
@@ -155,6 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add_mesh(add)
     add("--sizes", default="64x900,256x400,512x384", help="ROWSxCONTEXT, with commas (default: %(default)s)")
     add("--steps", type=int, default=8, help="of a call (default: %(default)s)")
     add("--repeats", type=int, default=5, help="calls; the median counts (default: %(default)s)")

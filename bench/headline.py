@@ -26,7 +26,7 @@ from rich.table import Table
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.kernel_timing import Ceilings, measure_ceilings
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_mesh, hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
@@ -84,19 +84,23 @@ def serve(
 
 
 def floors(
-    model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Namespace, rows: int = 0, adapters: int = 0
-) -> dict[str, float]:
+    model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Namespace, rows: int = 0, adapters: int = 0,
+    *, devices: int = 1,
+) -> dict[str, float]:  # fmt: skip
     """Return the least seconds of a whole prefill and of a decode step, at mean context.
+
+    Each of several devices has an equal part of all bytes and FLOPs; what they tell each other is not counted.
 
     Args:
         model: shapes.
-        ceilings: of the device.
+        ceilings: of a device.
         dtype: of weights, KV and adapters.
         args: the options.
         rows: that decode at a time; 0: as many as may.
         adapters: all-token adapters in use: a decode step reads each of those of its rows once.
+        devices: that the model is cut over.
     """
-    rate = ceilings.flops_per_s[dtype]
+    rate, bandwidth = devices * ceilings.flops_per_s[dtype], devices * ceilings.bytes_per_s
     size = np.dtype("float32" if dtype == "float32" else "float16").itemsize
     widths = [model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down")]
     layer = sum(d * f for d, f in widths)
@@ -108,9 +112,9 @@ def floors(
     attention = 2 * 2 * model.num_hidden_layers * heads * args.input_len / 2
     prefill = (tokens * (2 * weights + attention) + args.num_prompts * 2 * head) / rate
     context = args.input_len + args.output_len / 2
-    matmuls = max(2 * rows * (weights + head) / rate, (weights + head) * size / ceilings.bytes_per_s)
+    matmuls = max(2 * rows * (weights + head) / rate, (weights + head) * size / bandwidth)
     edits = args.rank * size * model.num_hidden_layers * sum(d + f for d, f in widths)
-    decode = matmuls + (rows * context * kv + min(adapters, rows) * edits) / ceilings.bytes_per_s
+    decode = matmuls + (rows * context * kv + min(adapters, rows) * edits) / bandwidth
     waves = args.num_prompts / rows
     return {
         "prefill_seconds": round(prefill, 3),
@@ -129,6 +133,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     ):  # fmt: skip
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    if args.host_copies is not None and args.host_copies < 1:
+        raise ConfigError(f"--host-copies is {args.host_copies}; give at least 1, or leave it out for all")
     if args.max_concurrency is not None and args.max_concurrency < 1:
         raise ConfigError(f"--max-concurrency is {args.max_concurrency}; give at least 1, or leave it out for all")
     modes = list(MODES) if args.modes == "all" else args.modes.split(",")
@@ -151,10 +157,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
     modes, counts = check(args)
     console = Console(stderr=True)
-    model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
+    model = serving_model(load_model(args.model, dtype=args.dtype, mesh=args.mesh), args.max_num_seqs)
+    devices = model.placement.num_devices
     dtype = model.params["embed"].dtype
     ceilings = measure_ceilings([dtype.name], repeats=10)
-    adapters = Adapters(model.config, args.adapter_kind, args.rank, dtype, max(counts))
+    adapters = Adapters(
+        model.config, args.adapter_kind, args.rank, dtype, max(counts), placement=model.placement,
+        copies=args.host_copies,
+    )  # fmt: skip
     contenders: list[_Contender] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
         longest, together = args.input_len + args.output_len, args.prefill_tokens // args.input_len
@@ -176,7 +186,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     figures = {
         "schema": SCHEMA,
         "options": options,
-        "floors": floors(model.config, ceilings, dtype.name, args),
+        "num_devices": devices,
+        "floors": floors(model.config, ceilings, dtype.name, args, devices=devices),
         "ceilings": {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
             "matmul_tflop_per_s": round(ceilings.flops_per_s[dtype.name] / 1e12, 1),
@@ -198,7 +209,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for found in figures["rows"]:
                 if found["mode"] == "all-token":
                     rows = int(found["most_running"]), found["num_adapters"]
-                    found["floor"] = floors(model.config, ceilings, dtype.name, args, *rows)
+                    found["floor"] = floors(model.config, ceilings, dtype.name, args, *rows, devices=devices)
             keep(figures, args.output_json)
     return figures
 
@@ -267,9 +278,14 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add_mesh(add)
     add("--modes", default="all", help="base, prefill-only, all-token, separated by commas; default: all")
     add("--num-adapters", default="1,64,512", help="separated by commas (default: %(default)s)")
     add("--bank-adapters", type=int, default=64, help="adapters that the bank holds (default: %(default)s)")
+    help = (
+        "different adapters in host memory, of which others are copied too, where it has no room for all (default: all)"
+    )
+    add("--host-copies", type=int, default=None, help=help)
     add("--adapter-kind", default="lora", choices=("lora", "direft"), help="(default: %(default)s)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")
     add(

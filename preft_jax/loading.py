@@ -250,6 +250,14 @@ def _transposed(max_num_seqs: int) -> bool:
     return jax.default_backend() == "cpu" and max_num_seqs == 1
 
 
+def check_whole(model: Model) -> None:
+    """Raise ``ModelError`` if a model is cut over devices, which an engine alone computes with."""
+    if model.placement.mesh is not None:
+        raise ModelError(
+            f"this model is cut over {model.placement.num_devices} devices to be served; load it without mesh"
+        )
+
+
 def check_base(adapter: Adapter, model: Model) -> None:
     """Raise ``AdapterError`` if an adapter was made for another base model or does not fit this one."""
     check_type("model", model, Model, "what load_model returns", ModelError)

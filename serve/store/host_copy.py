@@ -1,6 +1,7 @@
 """The host copy of an adapter: its rank pages as the device takes them."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from preft_jax.adapters.pages import PackedSite
-from preft_jax.device.mesh import Placement
+from preft_jax.device.mesh import SINGLE, Placement
 from preft_jax.shapes import LINEAR_SITES
 from serve.store.slabs import slab
 
@@ -61,7 +62,13 @@ def slab_sharding(placement: Placement, slabs: Any, memory: str | None) -> Any:
 
 def pin(known: Known, placement: Placement | None = None) -> Known:
     """Return rank pages in memory that a model's GPUs can read; other backends take them as they are."""
-    placement = placement or Placement.single()
     if jax.default_backend() != "gpu":
         return known
-    return known._replace(slabs=jax.device_put(known.slabs, slab_sharding(placement, known.slabs, "pinned_host")))
+    return known._replace(
+        slabs=jax.device_put(known.slabs, slab_sharding(placement or SINGLE, known.slabs, "pinned_host"))
+    )
+
+
+def pin_for(placement: Placement) -> Callable[[Known], Known]:
+    """Return ``pin`` for a model's devices."""
+    return functools.partial(pin, placement=placement)

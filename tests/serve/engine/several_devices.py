@@ -14,13 +14,14 @@ import pytest
 from engine_runs import ATOL, TIGHT, request, serve
 from hlo import assert_in_place
 
-from preft_jax import AdapterConfig, ConfigError, SamplingParams, load_model, random_adapter
+from preft_jax import AdapterConfig, ConfigError, SamplingParams, adapter_of_edits, load_model, random_adapter
 from preft_jax.config import PRESETS
 from preft_jax.device.mesh import Placement
 from preft_jax.io.hf import save_hf_model
 from preft_jax.loading import serving_model, spread_model
 from preft_jax.models import fused
 from preft_jax.models.modules import init_params
+from preft_jax.shapes import SITES
 from serve.engine.engine import Engine
 from serve.engine.spread import bytes_of
 from serve.store.files import AdapterFiles
@@ -84,8 +85,17 @@ def assert_equal(ours, theirs):
 
 
 def test_two_devices_serve_every_kind_of_adapter_as_one(lively, adapters, rng):
-    """Chunked prompts, preemption, a prefix from the cache, all-token adapters; then everything again after a sleep."""
-    kinds = ("lora", "direft", "loreft_f3l2", "lora_all", "lora_r24", None, "loreft", "lora_pattern", "loreft_all")
+    """Chunked prompts, preemption, a prefix from the cache, all-token adapters, and edits with constants.
+
+    Of a constant where the input is cut, the sum over devices has one.
+    """
+    edits = {
+        (layer, site): tuple(rng.standard_normal(shape) * 0.3 for shape in ((d, 5), (5,), (5, f)))
+        for layer in (0, 2)
+        for site, (d, f) in ((site, lively.config.site_shape(site)) for site in SITES)
+    }
+    adapters = {**adapters, "constants": adapter_of_edits(edits, lively.config, positions="prompt")}
+    kinds = ("constants", "lora", "direft", "loreft_f3l2", "lora_all", "lora_r24", None, "loreft", "lora_pattern")
     requests = asked(rng, adapters, (None, *kinds, "direft_free", "direft_free"))
     alone = serve(Engine(lively, TEN_PAGES), requests)
     engine = Engine(spread_model(lively, "tp=2"), TEN_PAGES)
