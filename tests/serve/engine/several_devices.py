@@ -5,6 +5,7 @@ Sums over devices are other sums than a device's own, so log-probabilities are e
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -14,16 +15,27 @@ import pytest
 from engine_runs import ATOL, TIGHT, request, serve
 from hlo import assert_in_place
 
+from kernels import dispatch
 from preft_jax import AdapterConfig, ConfigError, SamplingParams, adapter_of_edits, load_model, random_adapter
+from preft_jax.adapters.bank import bank_axes, init_bank
 from preft_jax.config import PRESETS
 from preft_jax.device.mesh import Placement
+from preft_jax.device.packed import pack
 from preft_jax.io.hf import save_hf_model
 from preft_jax.loading import serving_model, spread_model
 from preft_jax.models import fused
-from preft_jax.models.modules import init_params
+from preft_jax.models.cache import cache_axes, init_cache
+from preft_jax.models.layout import fused_layout
+from preft_jax.models.linear import logical_axes
+from preft_jax.models.modules import abstract_params, init_params
 from preft_jax.shapes import SITES
+from serve.engine import programs as device
+from serve.engine.arrays import Arrays, constants_of
+from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.engine.spread import bytes_of
+from serve.engine.programs import Slots
+from serve.engine.rank_pages import RankPages
+from serve.engine.spread import WHOLE, Spread, bytes_of
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.names import Registry
@@ -33,6 +45,7 @@ WIDE = dataclasses.replace(
     qk_norm=True, tie_word_embeddings=False, model_type="qwen3",
 )  # fmt: skip
 """Two layers, four KV heads, an output head of its own."""
+GPU = EngineConfig(max_num_seqs=8, max_model_len=512, prefill_tokens=256, max_rank=16).resolve("gpu")
 TEN_PAGES = dataclasses.replace(TIGHT, bank_pages=12)
 
 
@@ -58,10 +71,22 @@ def wide_adapters():
         "loreft": AdapterConfig(kind="loreft", rank=8), "direft": AdapterConfig(kind="direft", rank=16),
     }  # fmt: skip
     keys = jax.random.split(jax.random.key(1), len(configs))
-    return {
+    drawn = {
         name: random_adapter(config, WIDE, key, strength=0.7)
         for (name, config), key in zip(configs.items(), keys, strict=True)
     }
+    return {**drawn, "constants": constants(WIDE)}
+
+
+def constants(config):
+    """Return an adapter of edits that have a constant, at every site of the first layer and the last."""
+    rng = np.random.default_rng(4)
+    edits = {
+        (layer, site): tuple(rng.standard_normal(shape) * 0.3 for shape in ((d, 5), (5,), (5, f)))
+        for layer in (0, config.num_hidden_layers - 1)
+        for site, (d, f) in ((site, config.site_shape(site)) for site in SITES)
+    }
+    return adapter_of_edits(edits, config, positions="prompt")
 
 
 def asked(rng, adapters, kinds):
@@ -89,12 +114,7 @@ def test_two_devices_serve_every_kind_of_adapter_as_one(lively, adapters, rng):
 
     Of a constant where the input is cut, the sum over devices has one.
     """
-    edits = {
-        (layer, site): tuple(rng.standard_normal(shape) * 0.3 for shape in ((d, 5), (5,), (5, f)))
-        for layer in (0, 2)
-        for site, (d, f) in ((site, lively.config.site_shape(site)) for site in SITES)
-    }
-    adapters = {**adapters, "constants": adapter_of_edits(edits, lively.config, positions="prompt")}
+    adapters = {**adapters, "constants": constants(lively.config)}
     kinds = ("constants", "lora", "direft", "loreft_f3l2", "lora_all", "lora_r24", None, "loreft", "lora_pattern")
     requests = asked(rng, adapters, (None, *kinds, "direft_free", "direft_free"))
     alone = serve(Engine(lively, TEN_PAGES), requests)
@@ -110,7 +130,7 @@ def test_two_devices_serve_every_kind_of_adapter_as_one(lively, adapters, rng):
 def test_four_devices_serve_over_fused_operations_with_mixed_calls_as_one(wide, wide_adapters, rng, monkeypatch):
     monkeypatch.setattr(fused, "why_not", lambda params: None)
     config = dataclasses.replace(TEN_PAGES, all_token=False, prefill_tokens=64, mixed_tokens=64)
-    requests = asked(rng, wide_adapters, (None, "lora", "direft", "lora_r24", "loreft", None, "lora"))
+    requests = asked(rng, wide_adapters, (None, "constants", "direft", "lora_r24", "loreft", "lora", "lora"))
     alone = serve(Engine(wide, config), requests, every=2)
     engine = Engine(spread_model(wide, "tp=4"), config)
     assert_equal(serve(engine, requests, every=2), alone)
@@ -154,7 +174,7 @@ def own(arrays):
 
 
 @pytest.mark.parametrize(("vocab", "around"), [(256, 1), (250, 0)])
-def test_a_decode_step_sums_twice_a_layer_and_works_in_place(wide, vocab, around, compiled_here):
+def test_a_decode_step_sums_twice_a_layer_and_works_in_place(wide, vocab, around, compiled_here, monkeypatch):
     """Beside that, embeddings are summed and logits gathered; a vocabulary that does not divide is whole everywhere."""
     config = dataclasses.replace(WIDE, vocab_size=vocab)
     model = dataclasses.replace(wide, config=config, params=init_params(config, jax.random.key(0)))
@@ -168,8 +188,11 @@ def test_a_decode_step_sums_twice_a_layer_and_works_in_place(wide, vocab, around
     none = {"reduce-scatter": 0, "collective-permute": 0, "all-to-all": 0}
     layers = config.num_hidden_layers
     assert collectives(text["decode-6"]) == {"all-reduce": 2 * layers + around, "all-gather": around, **none}
-    # Plain operations add an edit to a device's part of an output, so there is no sum more.
+    # Plain operations add an edit to a device's part of an output. Of fused ones, what o and down shrink goes along.
     assert collectives(text["prefill-32"]) == {"all-reduce": 2 * layers + around, "all-gather": around, **none}
+    monkeypatch.setattr(fused, "why_not", lambda params: None)
+    text["fused"] = runner.programs.trace("prefill-32").lower().compile().as_text()
+    assert collectives(text["fused"]) == collectives(text["prefill-32"])
     assert collectives(text["copy-pages"]) == {"all-reduce": 0, "all-gather": 0, **none}
 
 
@@ -209,3 +232,60 @@ def test_a_model_that_cannot_be_cut_so_is_refused(lively):
     with pytest.raises(ConfigError, match="does not run over tp, which cuts the model for serving; give fsdp=N"):
         Placement.parse("tp=2")
     assert load_model("tiny", mesh="tp=1,dp=1").placement == Placement.single()
+
+
+def lying(spread, tree, axes):
+    """Return shapes of arrays that lie so."""
+
+    def one(leaf, own):
+        sharding = spread.placement.sharding(leaf.shape, own)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree, axes)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("llama3-70b", 2), ("llama3-70b", 8)])
+def test_every_operation_of_a_devices_part_is_a_kernel_of_a_gpu(name, devices, caplog):
+    """Lowered for one: what a kernel does not take is logged."""
+    triton = pytest.importorskip("kernels.triton")
+    config = dataclasses.replace(PRESETS[name], num_hidden_layers=2)
+    spread, bf16 = Spread(Placement.parse(f"tp={devices}", cuts="tp"), config), jnp.bfloat16
+    layout = functools.partial(fused_layout, transpose=False, shards=devices)
+    params = jax.eval_shape(layout, abstract_params(config, bf16))
+    params = lying(spread, params, logical_axes(params))
+    bank = lying(spread, jax.eval_shape(lambda: init_bank(config, 5, bf16)), bank_axes(SITES))
+    cache = lying(spread, jax.eval_shape(lambda: init_cache(config, 37, 64, bf16)), cache_axes(config))
+    runner_arrays = Arrays(GPU, 8, 4, True, lambda tree: tree)
+    logits, slots = jax.ShapeDtypeStruct((8, config.vocab_size), jnp.float32), Slots.empty(8)
+    tokens = pack(runner_arrays.packed([], lambda _: {}, 256))
+    rows, picks = runner_arrays.rows([], 8), runner_arrays.picks([], [], [], 8)
+    pages = RankPages(config, spread, SITES, bf16, 8)
+    with dispatch.preferring("triton"), triton.lowering_for(90):
+        traced = {
+            "prefill": spread.trace(
+                functools.partial(device.prefill, spread.config, 256), (params, bank, cache, logits, tokens),
+                out=(cache, WHOLE, WHOLE), donate=(2, 3),
+            ),
+            "decode": spread.trace(
+                functools.partial(device.decode, spread.config, 8), (params, cache, logits, slots, rows),
+                out=(cache, WHOLE), donate=(1, 2),
+            ),
+            "decode_adapted": spread.trace(
+                functools.partial(device.decode_adapted, spread.config, 8),
+                (params, bank, runner_arrays.row_pages([], lambda _: {}, 8), cache, logits, slots, rows),
+                out=(cache, WHOLE), donate=(3, 4),
+            ),
+            "draw": spread.trace(
+                device.draw_plain, (logits, slots, picks, constants_of([], 8, plainly=True)[1]), out=WHOLE
+            ),
+            **{name: pages.trace(name, bank) for name in pages.programs},
+        }  # fmt: skip
+        texts = {name: one.lower(lowering_platforms=("cuda",)).as_text() for name, one in traced.items()}
+    assert not [record for record in caplog.records if record.name == "preft.kernels"], caplog.text
+    calls = {name: text.count("@triton_kernel_call") for name, text in texts.items()}
+    assert calls == {
+        "prefill": 22, "decode": 11, "decode_adapted": 31, "draw": 1, "write-whole-pages": 7, "write-pages": 8
+    }  # fmt: skip
+    sums = {name: text.count("stablehlo.all_reduce") for name, text in texts.items()}
+    # In a prefill, what o and down shrink is summed with what they give.
+    assert [sums[name] for name in ("prefill", "decode", "decode_adapted", "draw")] == [9, 5, 5, 0]
