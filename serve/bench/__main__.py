@@ -114,9 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--burstiness", type=float, default=1.0, help="1 is a Poisson process, less comes in bursts (gamma process)")
     add("--max-concurrency", type=int, default=None, help="most requests at one time; others wait to be sent")
     add("--num-warmups", type=int, default=1, help="requests served first and not counted (default: %(default)s)")
-    add(
-        "--rounds", type=int, default=1, help="how often contenders take turns; intervals need 3 (default: %(default)s)"
-    )
+    add("--rounds", type=int, default=1, help="turns of each contender; intervals need 3 (default: %(default)s)")
     add("--seed", type=int, default=0, help="of prompts, lengths, arrivals, adapters and users (default: %(default)s)")
 
     add = parser.add_argument_group("adapters").add_argument
