@@ -35,7 +35,7 @@ from bench.coserve_model import poisson
 from bench.coserve_parts import Every, Turns, WholeSteps, make_trainer, run_for
 from bench.engine_contenders import WatchedEngine, engine_config
 from bench.trace import digest_of, draw, longest_of, rate_of
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_quantization, hyphenated, quantization_of
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
 from preft_jax.models.layer import Remat
@@ -161,15 +161,17 @@ def read_earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
 def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the figures hold, by name."""
     own = ("output_json", "continue_json", "plot")
-    return {name: value for name, value in vars(args).items() if name not in own} | {
-        "trace": args.trace and args.trace.name
-    }
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(args).items()
+        if name not in own
+    } | {"trace": args.trace and args.trace.name}
 
 
 def make_machine(args: argparse.Namespace, served: Sequence[Trace], console: Console) -> Machine:
     """Load the weights, compile everything, and time some updates."""
     start = time.perf_counter()
-    model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
+    model = serving_model(load_model(args.model, dtype=args.dtype, **quantization_of(args)), args.max_num_seqs)
     longest = max(longest_of(one, args.max_model_len, model.config.max_position_embeddings) for one in served)
     config = engine_config(args, "base", 1, ("q",), max_model_len=longest, prefill_seqs=PREFILL_SEQS)
     config = dataclasses.replace(config, reserved_bytes=int(args.reserved_gib * 2**30))
@@ -386,6 +388,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-seconds", type=float, default=15.0, help="of training alone (default: %(default)s)")
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="of the base (default: float32 on CPU, bfloat16 elsewhere)")
+    add_quantization(add)
     add("--jobs", type=int, default=1, help="LoRA jobs side by side (default: %(default)s)")
     add("--rows", type=int, default=1, help="of an update of each job (default: %(default)s)")
     add("--seq", type=int, default=2048, help="tokens of a row (default: %(default)s)")

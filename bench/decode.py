@@ -3,8 +3,9 @@
 Rows of random weights' tokens with a context of so many tokens each, in pages of their own, all at once; the steps of
 a call are started one after the other, as the engine does it. The floor is the larger of FLOPs over the measured
 matrix product rate and bytes over the measured copy bandwidth, summed over the matrix products of a layer, attention
-and the head, nothing overlapped; with ``--mesh``, of one device's part. ``--profile`` adds the time of each kind of
-kernel, of the first device. A table for people, then one JSON line.
+and the head, nothing overlapped. With ``--mesh`` the devices share both equally; what they tell each other is not
+counted. ``--profile`` adds the time of each kind of kernel, of the first device. A table for people, then one JSON
+line.
 """
 
 import argparse
@@ -22,13 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
-from bench.kernel_timing import Ceilings, measure_ceilings
-from preft_jax.cli import add_mesh, hyphenated
+from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
+from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.models.cache import cache_axes, init_cache, pages_for
-from preft_jax.models.shard import shard_config
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
 from serve.bench.environment import environment
@@ -41,22 +41,18 @@ PAGE_SIZE = 64
 
 
 def floor_seconds(
-    model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows: int, context: int, devices: int = 1
+    model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows: int, context: int, linears: np.dtype | None = None
 ) -> float:
-    """Return the least seconds of a decode step, of a device's own products and keys if there are several.
+    """Return the least seconds of a decode step; ``linears``: dtype of the layers' products (None: ``dtype``)."""
 
-    What devices tell each other is not counted.
-    """
-    model = shard_config(model, devices)
-
-    def product(d: int, f: int) -> float:
-        flops, moved = 2 * rows * d * f, dtype.itemsize * (d * f + rows * (d + f))
-        return ceilings.floor(flops, moved, dtype.name)[0]
+    def product(d: int, f: int, own: np.dtype = linears or dtype) -> float:
+        flops, moved = 2 * rows * d * f, own.itemsize * d * (f + rows) + dtype.itemsize * rows * f
+        return ceilings.floor(flops, moved, own.name)[0]
 
     q, k, v, o, gate, up, down = (model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down"))
     layer = product(q[0], q[1] + k[1] + v[1]) + product(*o) + product(gate[0], gate[1] + up[1]) + product(*down)
     kv = 2 * model.kv_size * dtype.itemsize * rows * context / ceilings.bytes_per_s
-    return model.num_hidden_layers * (layer + kv) + product(model.hidden_size, model.vocab_size // devices)
+    return model.num_hidden_layers * (layer + kv) + product(model.hidden_size, model.vocab_size, dtype)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -117,19 +113,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time every size and return the figures that the JSON line holds."""
     console = Console(stderr=True)
     sizes = [parse_size(text) for text in args.sizes.split(",")]
-    loaded = load_model(args.model, dtype=args.dtype, mesh=args.mesh)
+    loaded = load_model(args.model, dtype=args.dtype, **quantization_of(args), mesh=args.mesh)
     model = serving_model(loaded, max(rows for rows, _ in sizes))
+    devices = model.placement.num_devices
     dtype = model.params["embed"].dtype
-    ceilings = measure_ceilings([dtype.name], repeats=10)
+    linears = dtype_of_products(model.params)
+    ceilings = measure_ceilings(sorted({dtype.name, linears.name}), repeats=10)
     figures = []
     for rows, context in sizes:
         decoding = Decoding(model, rows, context, args.steps)
         for _ in range(2):
             decoding.seconds()
         seconds = float(np.median([decoding.seconds() for _ in range(args.repeats)]))
-        floor = floor_seconds(
-            model.config, ceilings, dtype, rows, context + args.steps // 2, model.placement.num_devices
-        )
+        own = ceilings.together(devices)
+        floor = floor_seconds(model.config, own, dtype, rows, context + args.steps // 2, linears)
         figure: dict[str, Any] = {
             "rows": rows,
             "context": context,
@@ -150,10 +147,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "options": options,
-        "num_devices": model.placement.num_devices,
+        "num_devices": devices,
         "ceilings": {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
-            "matmul_tflop_per_s": round(ceilings.flops_per_s[dtype.name] / 1e12, 1),
+            "matmul_tflop_per_s": round(ceilings.flops_per_s[linears.name] / 1e12, 1),
         },
         "rows": figures,
         **environment(),
@@ -168,6 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add_quantization(add)
     add_mesh(add)
     add("--sizes", default="64x900,256x400,512x384", help="ROWSxCONTEXT, with commas (default: %(default)s)")
     add("--steps", type=int, default=8, help="of a call (default: %(default)s)")

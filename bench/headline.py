@@ -8,7 +8,8 @@ medians over rounds. Adapters lie folded in host memory; a bank of ``--bank-adap
 all-token adapters, all that are in use), so adapters beyond that are copied to the device while it serves.
 
 Beside each phase stands its floor: the larger of FLOPs over the measured matrix product rate and bytes over the
-measured copy bandwidth, summed over matmuls and attention, nothing overlapped.
+measured copy bandwidth, summed over matmuls and attention, nothing overlapped. With ``--mesh`` the devices share both
+equally; what they tell each other is not counted.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
-from bench.kernel_timing import Ceilings, measure_ceilings
+from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import add_mesh, hyphenated
+from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
@@ -84,24 +85,21 @@ def serve(
 
 
 def floors(
-    model: ModelConfig, ceilings: Ceilings, dtype: str, args: argparse.Namespace, rows: int = 0, adapters: int = 0,
-    *, devices: int = 1,
+    model: ModelConfig, ceilings: Ceilings, dtypes: tuple[np.dtype, np.dtype], args: argparse.Namespace, rows: int = 0,
+    adapters: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Return the least seconds of a whole prefill and of a decode step, at mean context.
 
-    Each of several devices has an equal part of all bytes and FLOPs; what they tell each other is not counted.
-
     Args:
         model: shapes.
-        ceilings: of a device.
-        dtype: of weights, KV and adapters.
+        ceilings: of the device.
+        dtypes: of KV, adapters and the output head, and of the layers' products.
         args: the options.
         rows: that decode at a time; 0: as many as may.
         adapters: all-token adapters in use: a decode step reads each of those of its rows once.
-        devices: that the model is cut over.
     """
-    rate, bandwidth = devices * ceilings.flops_per_s[dtype], devices * ceilings.bytes_per_s
-    size = np.dtype("float32" if dtype == "float32" else "float16").itemsize
+    dtype, linears = dtypes
+    rate, fast, size = ceilings.flops_per_s[dtype.name], ceilings.flops_per_s[linears.name], dtype.itemsize
     widths = [model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down")]
     layer = sum(d * f for d, f in widths)
     weights = model.num_hidden_layers * layer
@@ -110,11 +108,12 @@ def floors(
     heads = model.num_attention_heads * model.head_dim
     tokens, rows = args.num_prompts * args.input_len, rows or min(args.max_num_seqs, args.num_prompts)
     attention = 2 * 2 * model.num_hidden_layers * heads * args.input_len / 2
-    prefill = (tokens * (2 * weights + attention) + args.num_prompts * 2 * head) / rate
+    prefill = tokens * 2 * weights / fast + (tokens * attention + args.num_prompts * 2 * head) / rate
     context = args.input_len + args.output_len / 2
-    matmuls = max(2 * rows * (weights + head) / rate, (weights + head) * size / bandwidth)
+    computing = 2 * rows * (weights / fast + head / rate)
+    matmuls = max(computing, (weights * linears.itemsize + head * size) / ceilings.bytes_per_s)
     edits = args.rank * size * model.num_hidden_layers * sum(d + f for d, f in widths)
-    decode = matmuls + (rows * context * kv + min(adapters, rows) * edits) / bandwidth
+    decode = matmuls + (rows * context * kv + min(adapters, rows) * edits) / ceilings.bytes_per_s
     waves = args.num_prompts / rows
     return {
         "prefill_seconds": round(prefill, 3),
@@ -157,10 +156,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
     modes, counts = check(args)
     console = Console(stderr=True)
-    model = serving_model(load_model(args.model, dtype=args.dtype, mesh=args.mesh), args.max_num_seqs)
-    devices = model.placement.num_devices
+    model = serving_model(
+        load_model(args.model, dtype=args.dtype, **quantization_of(args), mesh=args.mesh), args.max_num_seqs
+    )
     dtype = model.params["embed"].dtype
-    ceilings = measure_ceilings([dtype.name], repeats=10)
+    dtypes = dtype, dtype_of_products(model.params)
+    ceilings = measure_ceilings(sorted({one.name for one in dtypes}), repeats=10)
+    devices = model.placement.num_devices
     adapters = Adapters(
         model.config, args.adapter_kind, args.rank, dtype, max(counts), placement=model.placement,
         copies=args.host_copies,
@@ -187,10 +189,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "schema": SCHEMA,
         "options": options,
         "num_devices": devices,
-        "floors": floors(model.config, ceilings, dtype.name, args, devices=devices),
+        "floors": floors(model.config, ceilings.together(devices), dtypes, args),
         "ceilings": {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
-            "matmul_tflop_per_s": round(ceilings.flops_per_s[dtype.name] / 1e12, 1),
+            "matmul_tflop_per_s": round(ceilings.flops_per_s[dtypes[1].name] / 1e12, 1),
         },
         "rows": [],
         **environment(),
@@ -209,7 +211,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for found in figures["rows"]:
                 if found["mode"] == "all-token":
                     rows = int(found["most_running"]), found["num_adapters"]
-                    found["floor"] = floors(model.config, ceilings, dtype.name, args, *rows, devices=devices)
+                    found["floor"] = floors(model.config, ceilings.together(devices), dtypes, args, *rows)
             keep(figures, args.output_json)
     return figures
 
@@ -278,13 +280,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add_quantization(add)
     add_mesh(add)
     add("--modes", default="all", help="base, prefill-only, all-token, separated by commas; default: all")
     add("--num-adapters", default="1,64,512", help="separated by commas (default: %(default)s)")
     add("--bank-adapters", type=int, default=64, help="adapters that the bank holds (default: %(default)s)")
-    help = (
-        "different adapters in host memory, of which others are copied too, where it has no room for all (default: all)"
-    )
+    help = "different adapters in host memory, for others too, where it has no room for all (default: all)"
     add("--host-copies", type=int, default=None, help=help)
     add("--adapter-kind", default="lora", choices=("lora", "direft"), help="(default: %(default)s)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")

@@ -12,6 +12,8 @@ import numpy as np
 from bench.attention_case import AttentionInputs
 from bench.edit_case import EditInputs, normal
 from bench.kernel_cases import Case
+from preft_jax.models.linear import FP8
+from preft_jax.quantize import is_quantized
 
 CACHE_BYTES = 64 << 20
 """More than the last cache of a GPU or a CPU core's share (50 MB of L2 on an H100)."""
@@ -25,6 +27,11 @@ class Ceilings(NamedTuple):
 
     bytes_per_s: float
     flops_per_s: dict[str, float]
+
+    def together(self, devices: int) -> "Ceilings":
+        """Return those of several devices that share all bytes and FLOPs equally, and tell each other nothing."""
+        rates = {dtype: devices * rate for dtype, rate in self.flops_per_s.items()}
+        return Ceilings(devices * self.bytes_per_s, rates)
 
     def floor(self, flops: int, moved: int, dtype: str) -> tuple[float, str]:
         """Return the least seconds of a case, and which ceiling says so: ``compute`` or ``memory``."""
@@ -57,8 +64,22 @@ def measure_ceilings(dtypes: Sequence[str], repeats: int) -> Ceilings:
     rates = {}
     for dtype in dtypes:
         a, b = (normal(rng, (size, size), dtype, size**-0.25) for _ in range(2))
-        rates[dtype] = 2 * size**3 / _best_call(jax.jit(lambda a, b: a @ b), a, b, repeats=repeats)
+        rates[dtype] = 2 * size**3 / _best_call(jax.jit(_product), a, b, repeats=repeats)
     return Ceilings(bandwidth, rates)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    if a.dtype != FP8:
+        return a @ b
+    # Matrix units multiply FP8 with the summed axis last in both, which no transpose gives.
+    product = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+    return product.astype(FP8)
+
+
+def dtype_of_products(params: Any) -> np.dtype:
+    """Return the dtype of a layer's matrix products: FP8 where weights are and the backend multiplies it."""
+    fp8 = is_quantized(params) and jax.default_backend() == "gpu"
+    return np.dtype(FP8) if fp8 else params["embed"].dtype
 
 
 def plan(moved: int, floor: float) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_quantization, hyphenated, quantization_of
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
 from preft_jax.models.layer import Remat
@@ -153,6 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="of the base (default: float32 on CPU, bfloat16 elsewhere)")
+    add_quantization(add)
     add("--rank", type=int, default=16, help="(default: %(default)s)")
     add("--steps", type=int, default=6, help="updates; the first two are not counted (default: %(default)s)")
     add("--variants", default="4x2048:cheap", help="ROWSxTOKENS[/ACCUMULATED][:REMAT][*JOBS][@PACKED], with commas")
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(peer(args, Variant.parse(text), autocast))
                 print(rows[-1], file=sys.stderr, flush=True)
         variants = [Variant.parse(text) for text in args.variants.split(",")]
-        model = serving_model(load_model(args.model, dtype=args.dtype), 2)
+        model = serving_model(load_model(args.model, dtype=args.dtype, **quantization_of(args)), 2)
         for variant in variants:
             rows.append(measure(args, model, variant))
             print(rows[-1], file=sys.stderr, flush=True)

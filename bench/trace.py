@@ -33,7 +33,7 @@ from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_quantization, hyphenated, quantization_of
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.models.batch import round_up
@@ -156,7 +156,11 @@ def draw(trace: Trace, users: Sequence[int], vocab_size: int, max_model_len: int
 def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the figures hold, by name."""
     own = ("output_json", "continue_json")
-    return {name: value for name, value in vars(args).items() if name not in own} | {"trace": args.trace.name}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(args).items()
+        if name not in own
+    } | {"trace": args.trace.name}
 
 
 def read_earlier(args: argparse.Namespace, modes: Sequence[str], trace: Trace) -> dict[str, Any] | None:
@@ -266,7 +270,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "more with --minutes or --limit, or give --speedup"
         )
     users = draw_users(np.random.default_rng(2), count, args.num_adapters, args.adapter_distribution)
-    model = serving_model(load_model(args.model, dtype=args.dtype), args.max_num_seqs)
+    model = serving_model(load_model(args.model, dtype=args.dtype, **quantization_of(args)), args.max_num_seqs)
     longest = longest_of(trace, args.max_model_len, model.config.max_position_embeddings)
     workload = draw(trace, users, model.config.vocab_size, longest, min(WARM_UPS, args.max_num_seqs))
     texts = workload.texts
@@ -359,6 +363,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tpot-ms", type=float, default=50.0, help="bound of a request's mean time per token (default: %(default)s)")
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
+    add_quantization(add)
     add("--max-num-seqs", type=int, default=256, help="requests at a time (default: %(default)s)")
     add(
         "--max-model-len",

@@ -13,7 +13,7 @@ from train.data.batches import BatchOptions, Rows, collate
 from train.data.rows import DataOptions, Example
 from train.jobs import Job, JobConfig
 from train.optimizer import OptimizerConfig
-from train.step import Group, Programs, empty_slots, fold_config
+from train.step import Group, Programs, empty_slots, fold_config, sums_of
 from train.trainer import Trainer, TrainOptions
 
 LORA = AdapterConfig(rank=2)
@@ -48,7 +48,7 @@ def gradients(model, adapter, rows, *, remat="none", packed=False, attention="xl
     slots = empty_slots(group[0], adapter.params)
     batch = collate([Rows(rows, 0, 0, 0)], num_rows=len(rows), max_length=256, packed=packed)
     programs = Programs(model.config, group, attention=attention, remat=remat)
-    sums = programs.accumulate(model.params, (slots.params,), None, batch, None)
+    sums = sums_of(programs.accumulate(model.params, (slots.params,), None, batch, None), (slots.params,))
     count = float(sums.count_J[0])
     grads = [np.asarray(leaf[0], np.float64) / count for leaf in _leaves(sums.grads[0].tree)]
     return float(sums.loss_J[0]) / count, grads

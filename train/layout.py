@@ -11,6 +11,7 @@ import numpy as np
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.device.ahead import Program
 from train.jobs import Job
+from train.optimizer import Numbers
 from train.step import Group, Slots, State, flat_slots, fold_config, unstacked
 
 
@@ -96,3 +97,11 @@ _take = Program(unstacked, name="take")
 def take(slots: Slots, slot: int) -> Slots:
     """Return a copy of what lies in a slot."""
     return _take(slots, np.int32(slot))
+
+
+def stacked(layout: Layout, numbers: Mapping[Job, Numbers]) -> tuple[Numbers, ...]:
+    """Return each group's numbers of the optimizer, ``[n]``; those of slots that do not step do not matter."""
+    found = [[Numbers(*[np.float32(1)] * len(Numbers._fields))] * group.size for group in layout.groups]
+    for job, own in numbers.items():
+        found[layout.places[job].group][layout.places[job].slot] = own
+    return tuple(Numbers(*map(np.stack, zip(*some, strict=True))) for some in found)

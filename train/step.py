@@ -10,7 +10,7 @@ program.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +95,13 @@ class Sums(NamedTuple):
     loss_J: Array
     count_J: Array
     metrics: dict[str, Means]
+
+
+Bare = tuple[Any, ...]
+"""The leaves of a state or of gradients as a tuple, then what else a program gives, as plain tuples and dictionaries:
+JAX puts these together without a line of Python, so nothing comes between a program that took arrays (donated) and its
+results.
+"""
 
 
 class Report(NamedTuple):
@@ -352,6 +359,16 @@ def add_sums(sums: Sums, new: Sums) -> Sums:
     return Sums(grads, loss_J, count_J, metrics)
 
 
+def bare(sums: Sums) -> Bare:
+    """Return sums bare."""
+    return tuple(jax.tree.leaves(sums.grads)), *sums[1:]
+
+
+def sums_of(found: Bare, params: tuple[Any, ...]) -> Sums:
+    """Return bare sums again, of gradients of these parameters."""
+    return Sums(jax.tree.structure(params).unflatten(found[0]), *found[1:])
+
+
 def evaluate(
     config: ModelConfig,
     groups: tuple[Group, ...],
@@ -421,6 +438,22 @@ def update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[N
     return tuple(new), Report(loss_J, jnp.concatenate(norms), jnp.concatenate(finite), metrics)
 
 
+def bare_update(groups: tuple[Group, ...], state: State, sums: Sums, numbers: tuple[Numbers, ...]) -> Bare:
+    """Return what ``update`` does, bare: the leaves of the state, and the report as a tuple."""
+    new, report = update(groups, state, sums, numbers)
+    return tuple(jax.tree.leaves(new)), tuple(report)
+
+
+def updated_of(found: Bare, state: State) -> tuple[State, Report]:
+    """Return what ``bare_update`` gave again as ``update`` has it; ``state`` is any of the same structure."""
+    return jax.tree.structure(state).unflatten(found[0]), Report(*found[1])
+
+
+def is_donated(leaves: Iterable[Any]) -> bool:
+    """Return whether a program took one of these arrays."""
+    return any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array))
+
+
 class Programs:
     """The jitted functions for one base model and one tuple of groups; each compiles once for each bucketed length.
 
@@ -441,9 +474,9 @@ class Programs:
             static_argnames=("loss",),
             out_shardings=replicated,
         )
-        self._add = jax.jit(add_sums, donate_argnames=("sums",), out_shardings=replicated)
+        self._add = jax.jit(lambda sums, new: bare(add_sums(sums, new)), donate_argnums=0, out_shardings=replicated)
         self.update = Program(
-            functools.partial(update, groups), name="update", donate=("state",), out_shardings=replicated
+            functools.partial(bare_update, groups), name="update", donate=("state",), out_shardings=replicated
         )
         self.evaluate = jax.jit(functools.partial(evaluate, config, groups, attention))
         self.score = jax.jit(functools.partial(score, config, groups, attention))
@@ -451,10 +484,10 @@ class Programs:
     def accumulate(
         self, base: Params, params: tuple[Any, ...], sums: Sums | None, batch: Batch, dropout_J: Array | None,
         loss: Loss = CROSS_ENTROPY,
-    ) -> Sums:  # fmt: skip
+    ) -> Bare:  # fmt: skip
         """Return the sums (donated; None at an update's first micro-batch) with a micro-batch's ``gradients`` added.
 
         These are a program of their own: it takes long to compile, and the first micro-batch needs it, too.
         """
         new = self._gradients(base, params, batch, dropout_J, loss=loss)
-        return new if sums is None else self._add(sums, new)
+        return bare(new) if sums is None else self._add(sums, new)

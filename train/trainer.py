@@ -25,12 +25,12 @@ from preft_jax.models.layout import fused_layout
 from train.data.batches import Batch, Rows, collate
 from train.data.rows import Example
 from train.jobs import Job, first_state, host_state
-from train.layout import Layout, moved, take
+from train.layout import Layout, moved, stacked, take
 from train.losses import Loss, find_loss
 from train.micro import DocumentRow, MicroBatch, by_document, check_rows, micro_batches
 from train.optimizer import Numbers
 from train.results import Entries, Pending, Result, StepResult, results_of
-from train.step import Means, Programs, Report, Slots, State, Sums
+from train.step import Bare, Means, Programs, Slots, State, Sums, is_donated, sums_of, updated_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,9 @@ class Trainer:
         self._restored: dict[Job, Slots] = {}
         # Updates whose results are still to be fetched, oldest first.
         self._pending: tuple[Pending, ...] = ()
-        # The update that is done, of which jobs' clocks do not know yet.
-        self._updated: tuple[tuple[Slots, ...], Report] | None = None
+        # The update that is done, of which jobs' clocks do not know yet, and sums as a program gave them.
+        self._updated: Bare | None = None
+        self._added: Bare | None = None
         self._entries: Entries | None = None
         # What jobs had gathered when ``step`` began with their micro-batches, and their clocks then.
         self._began: tuple[dict[Job, int], dict[Job, int]] = {}, {}
@@ -200,7 +201,8 @@ class Trainer:
         args = self._base, micro.params, micro.sums, micro.batch, micro.dropout_J
         accumulate, after = functools.partial(self.programs.accumulate, loss=micro.loss), self._after(micro)
         # As in ``optim_step``: the sums are donated.
-        self._sums, self._gathered, self._tokens, self._padded_tokens = accumulate(*args), *after
+        self._added, self._gathered, self._tokens, self._padded_tokens = accumulate(*args), *after
+        self._settle()
 
     def score(self, rows: Mapping[Job, Sequence[DocumentRow]]) -> dict[Job, list[list[np.ndarray]]]:
         """Return the log-probabilities of documents' tokens under jobs' adapters as they are now, without dropout.
@@ -255,6 +257,7 @@ class Trainer:
         Raises:
             ConfigError: if a job has gathered nothing.
         """
+        self._settle()
         jobs = list(dict.fromkeys(self._gathered if jobs is None else jobs))
         idle = [job.name for job in jobs if job not in self._gathered]
         if idle:
@@ -263,7 +266,7 @@ class Trainer:
             return self.finish()
         numbers = {job: job.numbers() for job in jobs} | dict(numbers or {})
         sums, *rest = self._split_sums(jobs)
-        args = self._state, sums, self._stacked(numbers)
+        args = self._state, sums, stacked(self.layout, numbers)
         entries = [(job, self.slot_of(job), job.step, float(numbers[job].learning_rate)) for job in jobs]
         after = {
             "_sums": rest[0], "_gathered": rest[1], "_tokens": 0, "_padded_tokens": 0,
@@ -280,20 +283,22 @@ class Trainer:
         Raises:
             PreftError: if the state was lost then.
         """
+        if self._added is not None:
+            self._sums = sums_of(self._added, tuple(slots.params for slots in self._state))
+            self._added = None
         if self._updated is not None and self._entries is not None:
-            self._state, report = self._updated
+            self._state, report = updated_of(self._updated, self._state)
             for job, _, step, _ in self._entries.jobs:
                 job.step = step + 1
-            if all(pending.report is not report for pending in self._pending):
+            if all(pending.report.loss_J is not report.loss_J for pending in self._pending):
                 self._pending = (*self._pending, Pending(report, self._entries))
             self._updated = None
-        leaves = [jax.tree.leaves(slots.params)[0] for slots in self._state]
-        if any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)):
+        if is_donated(jax.tree.leaves(slots.params)[0] for slots in self._state):
             raise PreftError(
                 "the trainer was interrupted in the middle of an update, and its state is lost; make another one, from "
                 "the last checkpoint or adapter"
             )
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._sums)):
+        if is_donated(jax.tree.leaves(self._sums)):
             self._sums, self._gathered = None, {}
             raise PreftError(
                 "the trainer was interrupted in the middle of forward_backward, and what was gathered is lost; give "
@@ -336,7 +341,7 @@ class Trainer:
 
     def forget_gathered(self) -> None:
         """Drop what jobs have gathered for their next updates."""
-        self._sums, self._gathered, self._tokens, self._padded_tokens = None, {}, 0, 0
+        self._sums, self._added, self._gathered, self._tokens, self._padded_tokens = None, None, {}, 0, 0
 
     def wait(self) -> None:
         """Wait for the last update; raises what it failed with, and ``PreftError`` if the state was lost."""
@@ -469,13 +474,6 @@ class Trainer:
         for job, rate in rates.items():
             dropout[self.slot_of(job)] = rate
         return dropout
-
-    def _stacked(self, numbers: Mapping[Job, Numbers]) -> tuple[Numbers, ...]:
-        """Return each group's numbers, ``[n]``; those of slots that do not step do not matter."""
-        stacked = [[Numbers(*[np.float32(1)] * len(Numbers._fields))] * group.size for group in self.layout.groups]
-        for job, own in numbers.items():
-            stacked[self.layout.places[job].group][self.layout.places[job].slot] = own
-        return tuple(Numbers(*map(np.stack, zip(*some, strict=True))) for some in stacked)
 
     # Evaluation
 

@@ -17,7 +17,7 @@ from preft_jax.errors import ConfigError
 from train.cutting import WindowOptions
 from train.data.batches import Rows, collate
 from train.flat import trees_of
-from train.step import Group, Programs, empty_slots, fold_config
+from train.step import Group, Programs, empty_slots, fold_config, sums_of
 from train.window import Windowed
 
 TOLERANCE = 2e-5
@@ -42,9 +42,8 @@ def setting(model, names, rng, *, prompts=((30, 9), (3, 40)), packed=False, rows
 
 def check(model, groups, params, batch, options, dropout=None):
     """Compare with ``step.gradients``; return the sums of units."""
-    whole = Programs(model.config, groups, attention="xla", remat="none").accumulate(
-        model.params, params, None, batch, dropout
-    )
+    programs = Programs(model.config, groups, attention="xla", remat="none")
+    whole = sums_of(programs.accumulate(model.params, params, None, batch, dropout), params)
     units = Windowed(model.config, groups, options).units(params, batch, dropout)
     sums = units.finish(model.params)
     np.testing.assert_allclose(sums.loss_J, whole.loss_J, rtol=1e-5)
@@ -176,7 +175,7 @@ jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64  # What the code does in float32 it does in float64.
 import test_window as w
 import preft_jax
-from train.step import Programs
+from train.step import Programs, sums_of
 
 def attention(q, k, v, mask=None, is_causal=False, **_):
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -193,7 +192,8 @@ def wide(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 groups, params, batch = w.setting(model, ["lora"], np.random.default_rng(0))
 base, params, batch = wide(model.params), wide(params), jax.tree.map(np.asarray, wide(batch))
-whole = Programs(model.config, groups, attention="xla", remat="none").accumulate(base, params, None, batch, None)
+programs = Programs(model.config, groups, attention="xla", remat="none")
+whole = sums_of(programs.accumulate(base, params, None, batch, None), params)
 for order in ("layers", "windows"):
     options = WindowOptions(tokens=16, layers=2, order=order)
     sums = Windowed(model.config, groups, options).units(params, batch).finish(base)
