@@ -16,7 +16,16 @@ from engine_runs import ATOL, TIGHT, request, serve
 from hlo import assert_in_place
 
 from kernels import dispatch
-from preft_jax import AdapterConfig, ConfigError, SamplingParams, adapter_of_edits, load_model, random_adapter
+from preft_jax import (
+    AdapterConfig,
+    ConfigError,
+    ModelError,
+    SamplingParams,
+    adapter_of_edits,
+    load_model,
+    logprobs,
+    random_adapter,
+)
 from preft_jax.adapters.bank import bank_axes, init_bank
 from preft_jax.config import PRESETS
 from preft_jax.device.mesh import Placement
@@ -39,6 +48,7 @@ from serve.engine.spread import WHOLE, Spread, bytes_of
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
 from serve.store.names import Registry
+from train.trainer import Trainer
 
 WIDE = dataclasses.replace(
     PRESETS["tiny"], num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=8, qkv_bias=True,
@@ -214,6 +224,13 @@ def test_weights_are_read_and_drawn_in_the_parts_of_each_device(tmp_path, quanti
                 largest = max(jax.tree.leaves(layer[linear]), key=lambda leaf: leaf.nbytes)
                 assert bytes_of(largest) * 2 == largest.nbytes
         assert bytes_of(serving.params["embed"]) * 2 == serving.params["embed"].nbytes
+
+
+def test_what_computes_on_one_device_refuses_a_model_that_is_cut(lively):
+    model = spread_model(lively, "tp=2")
+    for call in (lambda: logprobs(model, [[1, 2]], [[3]]), lambda: Trainer(model), lambda: spread_model(model, "tp=2")):
+        with pytest.raises(ModelError, match=r"several devices|2 devices"):
+            call()
 
 
 def test_a_model_that_cannot_be_cut_so_is_refused(lively):
