@@ -3,7 +3,8 @@
 Rows of random weights' tokens with a context of so many tokens each, in pages of their own, all at once; the steps of
 a call are started one after the other, as the engine does it. The floor is the larger of FLOPs over the measured
 matrix product rate and bytes over the measured copy bandwidth, summed over the matrix products of a layer, attention
-and the head, nothing overlapped. ``--profile`` adds the time of each kind of kernel. A table for people, then one JSON
+and the head, nothing overlapped. With ``--mesh`` the devices share both equally; what they tell each other is not
+counted. ``--profile`` adds the time of each kind of kernel, of the first device. A table for people, then one JSON
 line.
 """
 
@@ -23,16 +24,17 @@ from rich.table import Table
 
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
-from preft_jax.cli import add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
-from preft_jax.models.cache import init_cache, pages_for
+from preft_jax.models.cache import cache_axes, init_cache, pages_for
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
 from serve.bench.environment import environment
 from serve.bench.output import emit
 from serve.engine import programs as device
+from serve.engine.spread import WHOLE, Spread
 
 SCHEMA = "preft-jax/decode/1"
 PAGE_SIZE = 64
@@ -66,28 +68,29 @@ class Decoding:
 
     def __init__(self, model: Model, rows: int, context: int, steps: int):
         pages = pages_for(context + steps, PAGE_SIZE)
-        dtype = model.params["embed"].dtype
-        self.cache = init_cache(model.config, rows * pages, PAGE_SIZE, dtype)
+        dtype, spread = model.params["embed"].dtype, Spread(model.placement, model.config)
+        make = functools.partial(init_cache, num_pages=rows * pages, page_size=PAGE_SIZE, dtype=dtype)
+        self.cache = spread.make(make, cache_axes(model.config))()
         self._params = model.params
         self._steps = steps
         rng = np.random.default_rng(0)
         token = rng.integers(0, model.config.vocab_size, rows).astype(np.int32)
         position, remaining = np.full(rows, context, np.int32), np.full(rows, steps, np.int32)
-        self._slots = jax.device_put(device.Slots.of(token, position, remaining))
+        self._slots = spread.put(device.Slots.of(token, position, remaining))
         table = rng.permutation(rows * pages).astype(np.int32).reshape(rows, pages)
         index, stops = np.arange(rows, dtype=np.int32), np.full((rows, 16), -1, np.int32)
         picks = device.Picks(index, np.full((rows, 5), -1, np.int32), stops)  # All go on.
         picks.slot[:] = index
         sampling = sampling_arrays([SamplingParams(temperature=0.0)] * rows, [0] * rows, rows).plain
-        made = jax.device_put((device.Rows(index, table), picks, sampling))
+        made = spread.put((device.Rows(index, table), picks, sampling))
         self._rows, self._picks, self._sampling = made
-        self._logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
+        self._logits = spread.make(lambda own: jnp.zeros((rows, own.vocab_size), jnp.float32))()
         start = time.perf_counter()
-        decode = jax.jit(functools.partial(device.decode, model.config, rows), donate_argnums=(1, 2))
         args = self._params, self.cache, self._logits, self._slots, self._rows
-        self._decode = decode.lower(*args).compile(device.compiler_options())
-        args = self._logits, self._slots, self._picks, self._sampling
-        self._draw = jax.jit(device.draw_plain).lower(*args).compile(device.compiler_options())
+        decode = functools.partial(device.decode, spread.config, rows)
+        decode = spread.trace(decode, args, out=(self.cache, WHOLE), donate=(1, 2))
+        draw = spread.trace(device.draw_plain, (self._logits, self._slots, self._picks, self._sampling), out=WHOLE)
+        self._decode, self._draw = (one.lower().compile(device.compiler_options()) for one in (decode, draw))
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> Any:
@@ -110,9 +113,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time every size and return the figures that the JSON line holds."""
     console = Console(stderr=True)
     sizes = [parse_size(text) for text in args.sizes.split(",")]
-    model = serving_model(
-        load_model(args.model, dtype=args.dtype, **quantization_of(args)), max(rows for rows, _ in sizes)
-    )
+    loaded = load_model(args.model, dtype=args.dtype, **quantization_of(args), mesh=args.mesh)
+    model = serving_model(loaded, max(rows for rows, _ in sizes))
+    devices = model.placement.num_devices
     dtype = model.params["embed"].dtype
     linears = dtype_of_products(model.params)
     ceilings = measure_ceilings(sorted({dtype.name, linears.name}), repeats=10)
@@ -122,7 +125,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(2):
             decoding.seconds()
         seconds = float(np.median([decoding.seconds() for _ in range(args.repeats)]))
-        floor = floor_seconds(model.config, ceilings, dtype, rows, context + args.steps // 2, linears)
+        own = ceilings.together(devices)
+        floor = floor_seconds(model.config, own, dtype, rows, context + args.steps // 2, linears)
         figure: dict[str, Any] = {
             "rows": rows,
             "context": context,
@@ -143,6 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "options": options,
+        "num_devices": devices,
         "ceilings": {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
             "matmul_tflop_per_s": round(ceilings.flops_per_s[linears.name] / 1e12, 1),
@@ -161,6 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_mesh(add)
     add("--sizes", default="64x900,256x400,512x384", help="ROWSxCONTEXT, with commas (default: %(default)s)")
     add("--steps", type=int, default=8, help="of a call (default: %(default)s)")
     add("--repeats", type=int, default=5, help="calls; the median counts (default: %(default)s)")

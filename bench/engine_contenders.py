@@ -18,6 +18,7 @@ from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig, adapter_shapes
 from preft_jax.adapters.pages import PackedSite
 from preft_jax.config import ModelConfig
+from preft_jax.device.mesh import SINGLE, Placement
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from preft_jax.sampling.parameters import SamplingParams
@@ -35,9 +36,22 @@ COUNTED = ("most_running", "preemptions", "adapter_loads", "adapter_waits", "rec
 
 
 class Adapters:
-    """Random adapters that cost no time to make: each is a window of one random buffer, and named by its number."""
+    """Random adapters that cost no time to make: each is a window of one random buffer, and named by its number.
 
-    def __init__(self, model: ModelConfig, kind: str, rank: int, dtype: Any, count: int):
+    Args:
+        model: sizes of the model.
+        kind: of the adapters.
+        rank: of all of them.
+        dtype: of their rank pages.
+        count: of adapters.
+        placement: of the model.
+        copies: different adapters in host memory; others are copied from where these lie. None: all of them.
+    """
+
+    def __init__(
+        self, model: ModelConfig, kind: str, rank: int, dtype: Any, count: int, *, placement: Placement = SINGLE,
+        copies: int | None = None,
+    ):  # fmt: skip
         if rank % RANK_PAGE:
             raise ConfigError(f"--rank is {rank}; give a multiple of {RANK_PAGE}")
         self._model = model
@@ -46,6 +60,7 @@ class Adapters:
         longest = max(self._size(*model.site_shape(site)) for site in self._config.targets)
         noise = np.random.default_rng(0).standard_normal(longest + 64 * count, np.float32)
         self._noise = (noise * 0.02).astype(dtype)
+        self._placement, self._copies = placement, copies or count
         self._pinned: dict[int, Known] = {}
 
     def _size(self, *widths: int) -> int:
@@ -69,7 +84,7 @@ class Adapters:
 
     def known(self, number: int) -> Known:
         """Return an adapter as it lies in host memory."""
-        return pin(pack(self._packed(number), self._noise.dtype))
+        return pin(pack(self._packed(number), self._noise.dtype), self._placement)
 
     def _packed(self, number: int) -> dict[str, PackedSite]:
         layers, sites = self._model.num_hidden_layers, {}
@@ -87,11 +102,11 @@ class Adapters:
         """
         own = [self.make(i, "all" if mode == "all-token" else "prompt") for i in range(count)]
         numbers = sorted(range(count) if used is None else set(range(count)).intersection(used))
-        missing = [i for i in numbers if i not in self._pinned]
+        missing = sorted({i % self._copies for i in numbers} - set(self._pinned))
         with ThreadPoolExecutor() as pool:
             self._pinned |= dict(zip(missing, pool.map(self.known, missing), strict=True))
         for i in numbers:
-            engine.adapters.put(own[i].digest, self._pinned[i])
+            engine.adapters.put(own[i].digest, self._pinned[i % self._copies])
         return own
 
 

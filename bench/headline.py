@@ -8,7 +8,8 @@ medians over rounds. Adapters lie folded in host memory; a bank of ``--bank-adap
 all-token adapters, all that are in use), so adapters beyond that are copied to the device while it serves.
 
 Beside each phase stands its floor: the larger of FLOPs over the measured matrix product rate and bytes over the
-measured copy bandwidth, summed over matmuls and attention, nothing overlapped.
+measured copy bandwidth, summed over matmuls and attention, nothing overlapped. With ``--mesh`` the devices share both
+equally; what they tell each other is not counted.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from rich.table import Table
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
@@ -131,6 +132,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     ):  # fmt: skip
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    if args.host_copies is not None and args.host_copies < 1:
+        raise ConfigError(f"--host-copies is {args.host_copies}; give at least 1, or leave it out for all")
     if args.max_concurrency is not None and args.max_concurrency < 1:
         raise ConfigError(f"--max-concurrency is {args.max_concurrency}; give at least 1, or leave it out for all")
     modes = list(MODES) if args.modes == "all" else args.modes.split(",")
@@ -153,11 +156,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender and return the figures that the JSON line holds."""
     modes, counts = check(args)
     console = Console(stderr=True)
-    model = serving_model(load_model(args.model, dtype=args.dtype, **quantization_of(args)), args.max_num_seqs)
+    model = serving_model(
+        load_model(args.model, dtype=args.dtype, **quantization_of(args), mesh=args.mesh), args.max_num_seqs
+    )
     dtype = model.params["embed"].dtype
     dtypes = dtype, dtype_of_products(model.params)
     ceilings = measure_ceilings(sorted({one.name for one in dtypes}), repeats=10)
-    adapters = Adapters(model.config, args.adapter_kind, args.rank, dtype, max(counts))
+    devices = model.placement.num_devices
+    adapters = Adapters(
+        model.config, args.adapter_kind, args.rank, dtype, max(counts), placement=model.placement,
+        copies=args.host_copies,
+    )  # fmt: skip
     contenders: list[_Contender] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
         longest, together = args.input_len + args.output_len, args.prefill_tokens // args.input_len
@@ -179,7 +188,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     figures = {
         "schema": SCHEMA,
         "options": options,
-        "floors": floors(model.config, ceilings, dtypes, args),
+        "num_devices": devices,
+        "floors": floors(model.config, ceilings.together(devices), dtypes, args),
         "ceilings": {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
             "matmul_tflop_per_s": round(ceilings.flops_per_s[dtypes[1].name] / 1e12, 1),
@@ -201,7 +211,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for found in figures["rows"]:
                 if found["mode"] == "all-token":
                     rows = int(found["most_running"]), found["num_adapters"]
-                    found["floor"] = floors(model.config, ceilings, dtypes, args, *rows)
+                    found["floor"] = floors(model.config, ceilings.together(devices), dtypes, args, *rows)
             keep(figures, args.output_json)
     return figures
 
@@ -271,9 +281,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_mesh(add)
     add("--modes", default="all", help="base, prefill-only, all-token, separated by commas; default: all")
     add("--num-adapters", default="1,64,512", help="separated by commas (default: %(default)s)")
     add("--bank-adapters", type=int, default=64, help="adapters that the bank holds (default: %(default)s)")
+    help = "different adapters in host memory, for others too, where it has no room for all (default: all)"
+    add("--host-copies", type=int, default=None, help=help)
     add("--adapter-kind", default="lora", choices=("lora", "direft"), help="(default: %(default)s)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")
     add(

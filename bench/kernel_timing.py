@@ -12,7 +12,7 @@ import numpy as np
 from bench.attention_case import AttentionInputs
 from bench.edit_case import EditInputs, normal
 from bench.kernel_cases import Case
-from preft_jax.models.linear import FP8
+from kernels.xla.fp8 import FP8
 from preft_jax.quantize import is_quantized
 
 CACHE_BYTES = 64 << 20
@@ -27,6 +27,11 @@ class Ceilings(NamedTuple):
 
     bytes_per_s: float
     flops_per_s: dict[str, float]
+
+    def together(self, devices: int) -> "Ceilings":
+        """Return those of several devices that share all bytes and FLOPs equally, and tell each other nothing."""
+        rates = {dtype: devices * rate for dtype, rate in self.flops_per_s.items()}
+        return Ceilings(devices * self.bytes_per_s, rates)
 
     def floor(self, flops: int, moved: int, dtype: str) -> tuple[float, str]:
         """Return the least seconds of a case, and which ceiling says so: ``compute`` or ``memory``."""

@@ -25,19 +25,21 @@ from rich.table import Table
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from kernels import dispatch
 from preft_jax.adapters.allocator import SitePages
-from preft_jax.adapters.bank import Bank, Pools, init_bank
+from preft_jax.adapters.bank import Bank, Pools, bank_axes, init_bank
 from preft_jax.adapters.pages import num_rank_pages
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_mesh, hyphenated
 from preft_jax.config import PRESETS, ModelConfig
-from preft_jax.errors import ConfigError
+from preft_jax.device.mesh import Placement
+from preft_jax.errors import PreftError
 from preft_jax.models import forward
 from preft_jax.models.batch import Span, pack_prefill
-from preft_jax.models.cache import KVCache, init_cache, pages_for
+from preft_jax.models.cache import KVCache, cache_axes, init_cache, pages_for
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import init_params
-from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
+from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS, SITES
 from serve.bench.environment import environment
 from serve.bench.output import emit
+from serve.engine.spread import WHOLE, Spread
 
 SCHEMA = "preft-jax/prefill/1"
 PAGE_SIZE, TILE = 64, 64
@@ -110,26 +112,24 @@ def make_batch(config: ModelConfig, case: Case, rng: np.random.Generator) -> Any
             )
         )
     total = case.requests * case.length
-    batch = pack_prefill(
+    return pack_prefill(
         spans, num_tokens=total, num_requests=case.requests, page_table_width=kv_pages, page_size=PAGE_SIZE,
         tile=min(TILE, total),
     )  # fmt: skip
-    return jax.tree.map(jnp.asarray, batch)
 
 
 class Contender:
     """One compiled prefill: a case with one implementation of the kernels. The KV cache is passed from call to call."""
 
-    def __init__(self, config: ModelConfig, case: Case, params: Any, bank: Bank, cache: KVCache, implementation: str):
+    def __init__(self, spread: Spread, case: Case, params: Any, bank: Bank, cache: KVCache, implementation: str):
         self.case = case
         self._arguments = params, (bank if case.rank else None)
-        self._batch = make_batch(config, case, np.random.default_rng(0))
-        function = functools.partial(forward.prefill, config, max_query_len=case.length)
-        self._program = jax.jit(function, donate_argnums=2)
+        self._batch = spread.put(make_batch(spread.config, case, np.random.default_rng(0)))
+        function = functools.partial(forward.prefill, spread.config, max_query_len=case.length)
         with dispatch.preferring(implementation):
             start = time.perf_counter()
-            lowered = self._program.lower(*self._arguments, cache, self._batch)
-            compiled = lowered.compile()
+            args = *self._arguments, cache, self._batch
+            compiled = spread.trace(function, args, out=(WHOLE, cache), donate=(2,)).lower().compile()
             self.compile_seconds = time.perf_counter() - start
         self._run = compiled
         text = compiled.as_text() or ""
@@ -158,19 +158,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = PRESETS[args.model]
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     cases = [case for case in (SMALL if args.selection == "small" else CASES) if args.cases.search(case.name)]
-    params = fused_layout(init_params(config, jax.random.key(0), dtype), transpose=False)
-    bank = random_bank(config, max(case.pages for case in cases), dtype)
+    placement = Placement.parse(args.mesh, cuts="tp")
+    spread = Spread(placement, config)
+    drawn = init_params(config, jax.random.key(0), dtype, placement)
+    params = fused_layout(drawn, transpose=False, consume=True, shards=placement.tensor)
+    pages = max(case.pages for case in cases)
+    bank = spread.make(lambda own: random_bank(own, pages, dtype), bank_axes(SITES))()
     tokens = max(case.requests * pages_for(case.length, PAGE_SIZE) for case in cases)
-    cache = init_cache(config, tokens, PAGE_SIZE, dtype)
+    cache = spread.make(lambda own: init_cache(own, tokens, PAGE_SIZE, dtype), cache_axes(config))()
     rows = []
     for implementation in args.implementations:
         bases: dict[Case, Contender] = {}
         for case in cases:
             plain = base_of(case)
             if plain not in bases:
-                bases[plain] = Contender(config, plain, params, bank, cache, implementation)
+                bases[plain] = Contender(spread, plain, params, bank, cache, implementation)
             base = bases[plain]
-            edited = Contender(config, case, params, bank, cache, implementation)
+            edited = Contender(spread, case, params, bank, cache, implementation)
             row, cache = compare(base, edited, cache, args.rounds)
             if args.profile:
                 row["base_profile"], cache = where(base, cache, args.profile, console)
@@ -181,6 +185,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": args.model,
         "dtype": dtype.name,
+        "num_devices": placement.num_devices,
         "options": {"rounds": args.rounds, "page_size": PAGE_SIZE, "tile": TILE},
         "cases": rows,
         **environment(),
@@ -260,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__)
     parser.add_argument("--model", choices=sorted(PRESETS), default="llama3-8b", help="shape; weights are random")
+    add_mesh(parser.add_argument)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--selection", choices=("full", "small"), default="full", help="small: a few hundred tokens")
     parser.add_argument(
@@ -282,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--cases {args.cases.pattern!r} matches no case of --selection {args.selection}")
     try:
         check_profiling(args.profile)
-    except ConfigError as error:
+        figures = run(args)
+    except PreftError as error:
         parser.error(str(error))
-    figures = run(args)
     Console().print(table(figures))
     emit(figures, args.output_json)
     return 0

@@ -25,6 +25,11 @@ def add_quantization(add: Callable[..., Any]) -> None:
     add("--keep-layers", type=_numbers, default=(), metavar="N,N", help=help)
 
 
+def add_mesh(add: Callable[..., Any]) -> None:
+    """Add the option that says over which devices a model is cut to serve it, ``mesh`` of ``load_model``."""
+    add("--mesh", default=None, help="devices that the model is cut over: tp=N, or tp for all (default: one device)")
+
+
 def quantization_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of ``load_model`` that ``add_quantization``'s options give."""
     return {"quantization": args.quantization, "keep_layers": args.keep_layers}

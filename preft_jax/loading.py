@@ -5,7 +5,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from preft_jax.adapters.adapter import Adapter, check_fits
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.config import PRESETS, ModelConfig
+from preft_jax.device.mesh import SINGLE, Placement
 from preft_jax.errors import AdapterError, ConfigError, ModelError, check_type, did_you_mean
 from preft_jax.io.digest import digest_parts, model_digest, preset_digest
 from preft_jax.io.gguf import load_gguf
@@ -22,6 +23,7 @@ from preft_jax.io.weights import MAX_DIFFERENCES
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import init_params
 from preft_jax.models.params import Params
+from preft_jax.models.shard import shard_config
 from preft_jax.quantize import Quantization, quantize
 from preft_jax.shapes import DTYPES
 from preft_jax.text.ends import end_token_ids
@@ -42,6 +44,7 @@ class Model:
         digest: SHA-256 (hex) of config and weights, the same for every dtype it is loaded in.
         name: of the model, or what it was loaded as; empty if it was made by hand.
         quantization: what was made of the weights since they were read (``Quantization.name``).
+        placement: devices that the weights are cut over.
     """
 
     config: ModelConfig
@@ -50,6 +53,7 @@ class Model:
     digest: str
     name: str = ""
     quantization: str = "none"
+    placement: Placement = SINGLE
 
     @property
     def kv_digest(self) -> str:
@@ -62,6 +66,7 @@ class Model:
         dtype = getattr(self.params["embed"], "dtype", "?") if isinstance(self.params, Mapping) else "no weights"
         millions, name = self.config.num_params() / 1e6, self.name or self.config.model_type
         how = "" if self.quantization == "none" else f", {self.quantization}"
+        how += "" if self.placement.mesh is None else f", on {self.placement.num_devices} devices"
         return f"Model({name!r}, {millions:,.1f}M parameters, {dtype}{how}, digest {str(self.digest)[:12]})"
 
 
@@ -91,6 +96,7 @@ def load_model(
     seed: int = 0,
     quantization: str = "none",
     keep_layers: Sequence[int] = (),
+    mesh: str | Placement | None = None,
 ) -> Model:
     """Load a base model.
 
@@ -105,16 +111,19 @@ def load_model(
             read, scales for each output and each token; the rest is in ``dtype``. A checkpoint that is in FP8 stays so
             in either case.
         keep_layers: layers that ``"fp8"`` leaves as they are, such as ``(0, -1)``.
+        mesh: devices that the model is cut over, to serve it (docs/scale.md): ``"tp=2"``, or ``"tp"`` for all. Each
+            weight goes to its devices as it is read or drawn: none has the whole model.
 
     Raises:
         ModelError: if there is no such model, or it cannot be read or trusted.
-        ConfigError: if the model's kind, ``dtype`` or ``quantization`` is not supported.
+        ConfigError: if the model's kind, ``dtype`` or ``quantization`` is not supported, or it cannot be cut so.
     """
     resolved = resolve_dtype(dtype)
     how = Quantization(scheme=quantization, keep_layers=tuple(keep_layers))
-    model = _load(name_or_path, resolved, seed, how)
+    placement = mesh if isinstance(mesh, Placement) else Placement.parse(mesh, cuts="tp")
+    model = _load(name_or_path, resolved, seed, _How(how, placement))
     if how.scheme != "none":
-        params = quantize(model.params, how.keep_layers, consume=True)
+        params = placement.put_params(quantize(model.params, how.keep_layers, consume=True))
         model = dataclasses.replace(model, params=params, quantization=how.name(model.config.num_hidden_layers))
     if not model.name:
         model = dataclasses.replace(model, name=str(name_or_path))
@@ -123,7 +132,14 @@ def load_model(
     return model
 
 
-def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int, how: Quantization) -> Model:
+class _How(NamedTuple):
+    """What becomes of weights as they are read, and where they go."""
+
+    quantization: Quantization
+    placement: Placement
+
+
+def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int, how: _How) -> Model:
     name = str(name_or_path)
     path = Path(name).expanduser()
     if name and path.is_dir():
@@ -136,7 +152,7 @@ def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int, how: Quantizati
         model = _load_gguf(packaged_gguf(SMOLLM2_135M, cache_dir()), dtype, how)
         return dataclasses.replace(model, name="SmolLM2-135M-Instruct")
     if name in PRESETS:
-        return _make_preset(name, dtype, seed)
+        return _make_preset(name, dtype, seed, how.placement)
     if HUB_ID.fullmatch(name):
         return _load_directory(hub_snapshot(name), dtype, how)
     raise ModelError(
@@ -145,16 +161,17 @@ def _load(name_or_path: str | Path, dtype: jnp.dtype, seed: int, how: Quantizati
     )
 
 
-def _load_directory(directory: Path, dtype: jnp.dtype, how: Quantization) -> Model:
-    config, params, tokenizer = load_hf_model(directory, dtype, how)
+def _load_directory(directory: Path, dtype: jnp.dtype, how: _How) -> Model:
+    config, params, tokenizer = load_hf_model(directory, dtype, *how)
     config = _with_ends(config, tokenizer, directory)
-    return Model(config, params, tokenizer, model_digest(config, weight_files(directory), cache_dir()))
+    digest = model_digest(config, weight_files(directory), cache_dir())
+    return Model(config, params, tokenizer, digest, placement=how.placement)
 
 
-def _load_gguf(path: Path, dtype: jnp.dtype, how: Quantization) -> Model:
-    config, params, tokenizer = load_gguf(path, dtype, how)
+def _load_gguf(path: Path, dtype: jnp.dtype, how: _How) -> Model:
+    config, params, tokenizer = load_gguf(path, dtype, *how)
     config = _with_ends(config, tokenizer, path)
-    return Model(config, params, tokenizer, model_digest(config, [path], cache_dir()))
+    return Model(config, params, tokenizer, model_digest(config, [path], cache_dir()), placement=how.placement)
 
 
 def _with_ends(config: ModelConfig, tokenizer: Any, where: Path) -> ModelConfig:
@@ -163,12 +180,12 @@ def _with_ends(config: ModelConfig, tokenizer: Any, where: Path) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=ends)
 
 
-def _make_preset(name: str, dtype: jnp.dtype, seed: int) -> Model:
+def _make_preset(name: str, dtype: jnp.dtype, seed: int, placement: Placement) -> Model:
     """Make a preset with random weights: the same ones, rounded, in every dtype, as the digest promises."""
     config = PRESETS[name]
-    params = init_params(config, jax.random.key(seed), dtype)
+    params = init_params(config, jax.random.key(seed), dtype, placement)
     tokenizer = byte_tokenizer() if name == "tiny" else None
-    return Model(config, params, tokenizer, preset_digest(config, name, seed))
+    return Model(config, params, tokenizer, preset_digest(config, name, seed), placement=placement)
 
 
 def _check_finite(params: Any, where: str) -> None:
@@ -195,7 +212,8 @@ def serving_params(model: Model, max_num_seqs: int) -> Params:
     transpose = _transposed(max_num_seqs)
     made = _serving_params.get(model)
     if made is None or made[0] != transpose:
-        made = _serving_params[model] = (transpose, fused_layout(model.params, transpose=transpose))
+        params = fused_layout(model.params, transpose=transpose, shards=model.placement.tensor)
+        made = _serving_params[model] = (transpose, model.placement.put_params(params))
     return made[1]
 
 
@@ -209,12 +227,35 @@ def serving_model(model: Model, max_num_seqs: int) -> Model:
     """
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(model.params) if isinstance(leaf, jax.Array)):
         raise ModelError("this model's weights were moved to a serving layout before; load it again")
-    params = fused_layout(model.params, transpose=_transposed(max_num_seqs), consume=True)
-    return dataclasses.replace(model, params=params)
+    shards = model.placement.tensor
+    params = fused_layout(model.params, transpose=_transposed(max_num_seqs), consume=True, shards=shards)
+    return dataclasses.replace(model, params=model.placement.put_params(params))
+
+
+def spread_model(model: Model, mesh: str | Placement) -> Model:
+    """Return a model, which lies on one device in the canonical layout, cut over several, as ``load_model`` cuts it.
+
+    Raises:
+        ConfigError: it cannot be cut so.
+        ModelError: it lies on several devices, or in another layout.
+    """
+    placement = mesh if isinstance(mesh, Placement) else Placement.parse(mesh, cuts="tp")
+    if model.placement.mesh is not None or "qkv" in model.params["layers"][0]:
+        raise ModelError("this model lies on several devices or in the serving layout; load it with mesh instead")
+    shard_config(model.config, placement.tensor)
+    return dataclasses.replace(model, params=placement.put_params(model.params), placement=placement)
 
 
 def _transposed(max_num_seqs: int) -> bool:
     return jax.default_backend() == "cpu" and max_num_seqs == 1
+
+
+def check_whole(model: Model) -> None:
+    """Raise ``ModelError`` if a model is cut over devices, which an engine alone computes with."""
+    if model.placement.mesh is not None:
+        raise ModelError(
+            f"this model is cut over {model.placement.num_devices} devices to be served; load it without mesh"
+        )
 
 
 def check_base(adapter: Adapter, model: Model) -> None:

@@ -16,7 +16,7 @@ from preft_jax.adapters.adapter import Adapter, fold
 from preft_jax.adapters.edit_mask import extend_edit_mask, own_mask, prompt_edit_mask
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ModelError, RequestError, check_type, shown
-from preft_jax.loading import Model, check_base
+from preft_jax.loading import Model, check_base, check_whole
 from preft_jax.models.batch import bucket
 from preft_jax.models.forward import edits_of, hidden_states
 from preft_jax.models.logprobs import token_logprobs
@@ -62,6 +62,7 @@ def logprobs(
         ModelError: if ``model`` is no ``Model``.
     """
     check_type("model", model, Model, "what load_model returns", ModelError)
+    check_whole(model)
     single = is_one(prompts) if isinstance(prompts, str | Sequence) or hasattr(prompts, "__array__") else True
     prompts = as_list(prompts)
     answers = [answers] if single and is_one(answers) else as_list(answers, "answers")

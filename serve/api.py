@@ -7,8 +7,6 @@ is JSON, one line each, on standard error.
 
 import argparse
 import asyncio
-import datetime
-import json
 import logging
 import os
 import signal
@@ -22,7 +20,7 @@ import uvicorn
 
 from preft_jax.adapters.config import MAX_RANK
 from preft_jax.adapters.pages import num_rank_pages
-from preft_jax.cli import add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
@@ -35,13 +33,14 @@ from serve.finetune import Service, make_service, read_jobs, start_jobs
 from serve.server.app import make_app
 from serve.server.auth import Keys, RuntimeLoading, parse_keys
 from serve.server.connections import AT_ONCE, Connections, allowed_connections
+from serve.server.log import JsonLines
 from serve.server.serving import Serving
 from serve.server.slow_clients import timed_protocol
 from serve.server.tuning import Tuning
 from serve.store.directory import AdapterDirectory
 from serve.store.files import AdapterFiles
 from serve.store.host import AdapterStore
-from serve.store.host_copy import pin
+from serve.store.host_copy import pin_for
 from serve.store.names import Registry
 from serve.store.uploads import UploadLimits, Uploads
 
@@ -69,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--served-model-name", nargs="+", default=None, metavar="NAME", help="its names here (default: --model's)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_mesh(add)
     add("--kv-cache-dtype", choices=DTYPES, default=None, help="of keys and values (default: that of the weights)")
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help=f"prompt plus output tokens (default: at most {_MODEL_LEN})")
@@ -201,6 +201,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--finetune-ttft-ms is given without --finetune-tpot-ms; give both, or a --finetune-share")
     if _fine_tunes(args) and args.finetune_state is None and args.state_dir is None:
         raise ConfigError("fine-tuning needs --finetune-state, or --state-dir: files and jobs are kept there")
+    if _fine_tunes(args) and args.mesh is not None:
+        raise ConfigError(f"--mesh is {args.mesh}, and fine-tuning is on one device; leave one of them out")
     if args.finetune is not None:
         read_jobs(args.finetune)  # What is wrong with it is told before the model is loaded.
     if args.port > 65535:
@@ -255,7 +257,8 @@ def _make_store(args: argparse.Namespace, model: Model) -> AdapterStore:
     files = AdapterFiles(model, kept, limits=_adapter_limits(args, model), roots=roots)
     registry = Registry(None if state is None else state / "adapters.sqlite")
     files.drop_others({adapter.digest for adapter in registry.list()})
-    return AdapterStore(files, registry, host_bytes=int(args.adapter_memory_gib * 2**30), pin=pin)
+    host_bytes = int(args.adapter_memory_gib * 2**30)
+    return AdapterStore(files, registry, host_bytes=host_bytes, pin=pin_for(model.placement))
 
 
 def _adapter_limits(args: argparse.Namespace, model: Model) -> AdapterLimits:
@@ -313,19 +316,6 @@ def _make_tuning(args: argparse.Namespace, service: Service, engine: AsyncEngine
     )
     uploads = Uploads(_state(args) / "files", limits)
     return Tuning(jobs=service, uploads=uploads, upload_seconds=args.upload_timeout)
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and the record's ``facts``."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a record's line."""
-        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
-        line = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
-        line |= getattr(record, "facts", {})
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
 
 
 def _start_log(level: str) -> None:
@@ -418,7 +408,8 @@ def make_serving(args: argparse.Namespace) -> Serving:
     """Load what the command line names."""
     keys = Keys(parse_keys(args.api_key), args.admin_key)
     loading = RuntimeLoading(args.adapter_root)
-    model = serving_model(load_model(args.model, args.dtype, **quantization_of(args)), args.max_num_seqs)
+    model = load_model(args.model, args.dtype, **quantization_of(args), mesh=args.mesh)
+    model = serving_model(model, args.max_num_seqs)
     names = tuple(args.served_model_name or (args.model,))
     config = _engine_config(args, model)
     store = _make_store(args, model)

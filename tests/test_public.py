@@ -54,7 +54,7 @@ SIGNATURES = {
     "preft_jax.init_adapter": "config, model, key",
     "preft_jax.load_adapter": "path, model, *, allow_base_mismatch=False, limits=None",
     "preft_jax.load_model": (
-        "name_or_path, dtype=None, check_finite=False, seed=0, quantization='none', keep_layers=()"
+        "name_or_path, dtype=None, check_finite=False, seed=0, quantization='none', keep_layers=(), mesh=None"
     ),
     "preft_jax.logprobs": "model, prompts, answers, adapters=None, *, edit_masks=None, batch_size=8",
     "preft_jax.perplexity": "model, prompts, answers, adapters=None, options",

@@ -17,7 +17,7 @@ import numpy as np
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.device.mesh import Placement
 from preft_jax.errors import ConfigError, PreftError
-from preft_jax.loading import Model
+from preft_jax.loading import Model, check_whole
 from preft_jax.models.attention import DenseKernel
 from preft_jax.models.batch import bucket
 from preft_jax.models.layer import Remat
@@ -80,6 +80,7 @@ class Trainer:
         options: TrainOptions = TrainOptions(),
         placement: Placement | None = None,
     ):
+        check_whole(model)
         self.model = model
         self.options = options
         self._placement = placement or Placement.single()

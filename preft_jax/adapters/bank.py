@@ -19,6 +19,7 @@ from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.adapters.pages import PackedSite
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
+from preft_jax.models.params import AXES
 from preft_jax.shapes import RANK_PAGE, SITES
 
 
@@ -28,6 +29,21 @@ class Pools(NamedTuple):
     a_LPDR: Array
     c_LPR: Array
     b_LPRF: Array
+
+
+BLOCK_AXES = ("hidden", "hidden")
+"""The logical axes of what the site ``block`` reads and writes; a linear's are those of its weight."""
+
+
+def bank_axes(sites: Sequence[str]) -> "Bank":
+    """Return the logical axes of a bank's arrays: A is cut with what a site reads, B with what it writes."""
+
+    def axes(site: str) -> Pools:
+        reads, writes = AXES.get(site, BLOCK_AXES)
+        lead = ("layers", "pages")
+        return Pools((*lead, reads, "rank"), (*lead, "rank"), (*lead, "rank", writes))
+
+    return Bank({site: axes(site) for site in sites})
 
 
 class Bank(NamedTuple):

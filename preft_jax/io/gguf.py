@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from preft_jax.config import ModelConfig
+from preft_jax.device.mesh import SINGLE, Placement
 from preft_jax.errors import ConfigError, ModelError, PreftError, plain, shown
 from preft_jax.io.gguf_file import GGUFFile, open_gguf
 from preft_jax.io.weights import build_params, check_tensors, tensor_slots
@@ -202,7 +203,9 @@ def unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def load_gguf(path: Path, dtype: Any, quantization: Quantization = PLAIN) -> tuple[ModelConfig, dict[str, Any], Any]:
+def load_gguf(
+    path: Path, dtype: Any, quantization: Quantization = PLAIN, placement: Placement = SINGLE
+) -> tuple[ModelConfig, dict[str, Any], Any]:
     """Load ``(config, params, tokenizer)`` from a GGUF file, parameters dequantised to ``dtype``, then quantised anew.
 
     The tokenizer is a transformers ``PreTrainedTokenizerFast``, or ``None`` if the file has none.
@@ -227,7 +230,7 @@ def load_gguf(path: Path, dtype: Any, quantization: Quantization = PLAIN) -> tup
             return unpermute_rows(weight, heads[site]) if site in heads else weight
 
         tokenizer = gguf_tokenizer(file.metadata, config.vocab_size, str(path))
-        return config, build_params(config, slots, read, dtype, quantization), tokenizer
+        return config, build_params(config, slots, read, dtype, quantization, placement), tokenizer
     except PreftError:
         raise
     except Exception as error:

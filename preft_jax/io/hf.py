@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from preft_jax.config import ModelConfig, config_from_hf, config_to_hf
+from preft_jax.device.mesh import SINGLE, Placement
 from preft_jax.errors import ConfigError, ModelError
 from preft_jax.io.safetensors_io import TensorFile, open_safetensors
 from preft_jax.io.weights import (
@@ -209,13 +210,13 @@ def _tied_as_stored(config: ModelConfig, shards: _Shards, names: Mapping[str, st
 
 
 def load_hf_model(
-    directory: Path, dtype: Any, quantization: Quantization = PLAIN
+    directory: Path, dtype: Any, quantization: Quantization = PLAIN, placement: Placement = SINGLE
 ) -> tuple[ModelConfig, dict[str, Any], Any]:
     """Load ``(config, params, tokenizer)`` from a Hugging Face model directory, parameters in ``dtype``.
 
     Weights may be stored in float32, float16 or bfloat16; linears in FP8, where the config says so, and they stay in it
     (``models/compressed.py`` says which checkpoints). The tokenizer is ``None`` if the directory has no tokenizer.
-    ``quantization`` is what becomes of the others, one after the other as they are read.
+    ``quantization`` is what becomes of the others, one after the other as they are read, ``placement`` where they go.
 
     Raises:
         ModelError: if a file is missing or damaged, or the tensors are not those of the config; with the differences.
@@ -235,7 +236,7 @@ def load_hf_model(
         def read(name: str) -> np.ndarray | Quantized:
             return read_fp8(shards.read, name) if name in in_fp8 else shards.read(name)
 
-        return config, build_params(config, slots, read, dtype, quantization), tokenizer
+        return config, build_params(config, slots, read, dtype, quantization, placement), tokenizer
 
 
 def save_hf_model(

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from preft_jax.config import ModelConfig
+from preft_jax.device.mesh import Placement
 from preft_jax.errors import ModelError
 from preft_jax.models.linear import Quantized
 from preft_jax.models.modules import abstract_params
+from preft_jax.models.params import AXES
+from preft_jax.models.shard import shard_config
 from preft_jax.quantize import Quantization
 from preft_jax.shapes import LINEAR_SITES
 
@@ -110,9 +112,9 @@ def fp8_slots(slots: Mapping[str, Slot], names: Iterable[str], found: Mapping[st
 
 
 def read_fp8(read: Callable[[str], np.ndarray], name: str) -> Quantized:
-    """Read a weight in FP8 with its scales."""
+    """Read a weight in FP8 with its scales, NumPy arrays."""
     w_FD, scale = read(name), read(scale_name(name)).astype(np.float32).reshape(-1)
-    return Quantized(jnp.asarray(w_FD), jnp.asarray(np.broadcast_to(scale, w_FD.shape[:1])))
+    return Quantized(w_FD, np.broadcast_to(scale, w_FD.shape[:1]))
 
 
 def build_params(
@@ -121,21 +123,27 @@ def build_params(
     read: Callable[[str], np.ndarray | Quantized],
     dtype: Any,
     quantization: Quantization,
+    placement: Placement,
 ) -> dict[str, Any]:
-    """Read every slot's tensor and return the parameter tree in ``dtype`` on the default device.
+    """Read every slot's tensor and return the parameter tree in ``dtype``, on the default device or cut over several.
 
-    One tensor at a time is on its way, so host memory holds little more than the finished tree. ``read`` returns an
+    One tensor at a time is on its way, so host memory holds little more than the finished tree, and one tensor beside
+    devices with memory of their own, each of which gets its part alone. ``read`` returns an
     array that nothing else changes: on a CPU it may become the parameter without a copy. A weight in FP8 stays
     as it is, and others are quantised as they come.
     """
+    shard_config(config, placement.tensor)
     params: dict[str, Any] = {"layers": [{} for _ in range(config.num_hidden_layers)]}
     for name, slot in slots.items():
         found = read(name)
         node: Any = params
         for step in slot.path[:-1]:
             node = node[step]
-        if not isinstance(found, Quantized):
-            array = jnp.asarray(found)
+        axes = AXES[str(slot.path[-1])]
+        if isinstance(found, Quantized):
+            found = Quantized(placement.place(found.w_FD, axes[::-1]), placement.place(found.scale_F, axes[1:]))
+        else:
+            array = placement.place(found, axes[::-1] if slot.transposed else axes)
             found = (array.T if slot.transposed else array).astype(dtype)
         node[slot.path[-1]] = quantization.stored(slot.path, found, config.num_hidden_layers)
     return params

@@ -41,6 +41,12 @@ class KVCache(NamedTuple):
         return self.kv[0].shape[0]
 
 
+def cache_axes(config: ModelConfig) -> Any:
+    """Return the logical axes of a cache, in place of each pool."""
+    axes: list[Any] = [KV_AXES] * config.num_hidden_layers
+    return KVCache(axes)
+
+
 def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> KVCache:
     """Return a cache of zeros with ``num_pages`` pages of ``page_size`` tokens a layer."""
     if num_pages < 1 or page_size < 1:

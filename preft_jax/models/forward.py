@@ -27,6 +27,7 @@ from preft_jax.models.linear import linear, output_head
 from preft_jax.models.params import Params
 from preft_jax.models.places import Mixed, Places, packed_places, row_places
 from preft_jax.models.plain import PlainLayers
+from preft_jax.models.shard import own_bank, whole_logits
 from preft_jax.sampling.device import top_logprobs
 from preft_jax.shapes import check_axes
 
@@ -72,8 +73,13 @@ def _cached_hidden(
     return hidden(PlainLayers(config, rope, attention, edits), params, tokens_T), attention.cache
 
 
-def _packed_edits(bank: Bank | None, batch: PrefillBatch) -> NoEdits | PackedEdits:
-    return NoEdits() if bank is None else PackedEdits(bank, batch.tiles, batch.edit_mask_TG)
+def _logits(config: ModelConfig, params: Params, h: jax.Array) -> jax.Array:
+    """Return ``lm_head`` of the whole vocabulary, on a device that has a part of the model too."""
+    return whole_logits(config, lm_head(params, h))
+
+
+def _packed_edits(config: ModelConfig, bank: Bank | None, batch: PrefillBatch) -> NoEdits | PackedEdits:
+    return NoEdits() if bank is None else PackedEdits(own_bank(config, bank), batch.tiles, batch.edit_mask_TG)
 
 
 def _prefill_hidden(
@@ -81,7 +87,7 @@ def _prefill_hidden(
 ) -> tuple[jax.Array, KVCache]:
     return _cached_hidden(
         config, params, cache, batch.tokens_T, batch.positions_T, packed_places(batch, max_query_len),
-        _packed_edits(bank, batch),
+        _packed_edits(config, bank, batch),
     )  # fmt: skip
 
 
@@ -100,7 +106,8 @@ def prefill(
     and spans may hold generated tokens (recomputed un-edited after preemption).
 
     Args:
-        config: static.
+        config: static. Inside ``jax.shard_map``, what a device has of the model (``models/shard.py``): weights, bank
+            and cache are its own then, logits whole; so in all programs here with a cache.
         params: canonical or serving layout.
         bank: rank pages; None computes the plain base model.
         cache: donated by the jitted program.
@@ -111,7 +118,7 @@ def prefill(
         ``logits_BV`` (float32) of each request's last token in the batch, and the cache.
     """
     h_TD, cache = _prefill_hidden(config, params, bank, cache, batch, max_query_len)
-    return lm_head(params, h_TD[batch.last_token_B]), cache
+    return _logits(config, params, h_TD[batch.last_token_B]), cache
 
 
 def prefill_scored(
@@ -136,7 +143,7 @@ def prefill_scored(
 
     def score(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h_ID, next_I = block
-        logits_IV = lm_head(params, h_ID)
+        logits_IV = _logits(config, params, h_ID)
         chosen_I = jnp.take_along_axis(logits_IV, next_I[:, None], axis=1)[:, 0]
         return chosen_I - jax.nn.logsumexp(logits_IV, axis=1), top_logprobs(logits_IV, count)
 
@@ -144,7 +151,7 @@ def prefill_scored(
     blocks = (h_TD.reshape(-1, size, h_TD.shape[1]), next_T.reshape(-1, size))
     logprob_NI, tops_NIE = jax.lax.map(score, blocks)
     tops = jax.tree.map(lambda x: x.reshape(-1, count), tops_NIE)
-    return lm_head(params, h_TD[batch.last_token_B]), cache, logprob_NI.reshape(-1), tops
+    return _logits(config, params, h_TD[batch.last_token_B]), cache, logprob_NI.reshape(-1), tops
 
 
 def mixed(
@@ -177,9 +184,11 @@ def mixed(
     places = Mixed(packed_places(batch, max_query_len), row_places(rows))
     tokens_T = places.put_rows(jnp.asarray(batch.tokens_T), rows.tokens_B)
     positions_T = places.put_rows(jnp.asarray(batch.positions_T), rows.positions_B)
-    h_TD, cache = _cached_hidden(config, params, cache, tokens_T, positions_T, places, _packed_edits(bank, batch))
+    h_TD, cache = _cached_hidden(
+        config, params, cache, tokens_T, positions_T, places, _packed_edits(config, bank, batch)
+    )
     size = rows.tokens_B.shape[0]
-    logits = lm_head(params, jnp.concatenate([h_TD[-size:], h_TD[batch.last_token_B]]))
+    logits = _logits(config, params, jnp.concatenate([h_TD[-size:], h_TD[batch.last_token_B]]))
     return logits[:size], logits[size:], cache
 
 
@@ -188,7 +197,7 @@ def _decode(
 ) -> tuple[jax.Array, KVCache]:
     position_B = jnp.maximum(batch.positions_B, 0)
     h_BD, cache = _cached_hidden(config, params, cache, batch.tokens_B, position_B, row_places(batch), edits)
-    return lm_head(params, h_BD), cache
+    return _logits(config, params, h_BD), cache
 
 
 def decode(config: ModelConfig, params: Params, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array, KVCache]:
@@ -204,7 +213,7 @@ def decode_adapted(
     config: ModelConfig, params: Params, bank: Bank, pages: dict[str, jax.Array], cache: KVCache, batch: DecodeBatch
 ) -> tuple[jax.Array, KVCache]:
     """Decode one token a row, some rows with an all-token adapter; ``pages[site]`` is int32 ``[B, E]``, 0 for none."""
-    return _decode(config, params, cache, batch, RowEdits(bank, pages))
+    return _decode(config, params, cache, batch, RowEdits(own_bank(config, bank), pages))
 
 
 def _check_rows(config: ModelConfig, params: Params, tokens_BS: Any, segments_BS: Any, positions_BS: Any) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels import api, dispatch
 from kernels.types import Product, QuantizedRows, Shrunk, Site, Unscaled
+from kernels.xla.fp8 import scaled
 from preft_jax.adapters.edits import NoEdits, PackedEdits, RowEdits
 from preft_jax.config import ModelConfig
 from preft_jax.models.cache import KVCache
@@ -19,6 +20,7 @@ from preft_jax.models.layer import QKV, head_norms
 from preft_jax.models.linear import joined, multiplies_fp8, name_of, project, unscaled_product
 from preft_jax.models.params import Params
 from preft_jax.models.places import Decoding, Mixed, Places
+from preft_jax.models.shard import ShardConfig, embedded, summed
 
 
 def why_not(params: Params) -> str | None:
@@ -100,10 +102,10 @@ class FusedLayers:
         """Return whether linears take rows in FP8 and leave out scales. All-token edits read both in full."""
         return self._rows is None and multiplies_fp8(w, sites, self._dtype)
 
-    def begin(self, x: jax.Array) -> Stream:
+    def begin(self, embed_VD: jax.Array, tokens: jax.Array) -> Stream:
         """See ``Layers.begin``."""
-        self._dtype = x.dtype
-        return Stream(x)
+        self._dtype = embed_VD.dtype
+        return Stream(embedded(self._config, embed_VD, tokens))
 
     def norm(self, layer: int, w: Params, name: str, stream: Stream, sites: tuple[str, ...]) -> tuple[Stream, Read]:
         """See ``Layers.norm``."""
@@ -189,7 +191,12 @@ class FusedLayers:
     def add(self, layer: int, w: Params, stream: Stream, h: Read, site: str) -> Stream:
         """See ``Layers.add``."""
         y_TD, edits = self.project(layer, w, h, (site,))
-        return Stream(stream.x_TD, y_TD, tuple(edit for edit in edits if edit is not None))
+        pending = [edit for edit in edits if edit is not None]
+        # Shrunk, an edit is a hundredth of what it is expanded.
+        if isinstance(self._config, ShardConfig):
+            y_TD = scaled(y_TD)  # Devices have scales of their own.
+        y_TD, shrunk = summed(self._config, (y_TD, [edit.s_TER for edit in pending]))
+        return Stream(stream.x_TD, y_TD, tuple(Shrunk(s, edit.site) for s, edit in zip(shrunk, pending, strict=True)))
 
     def end(self, layer: int, stream: Stream) -> Stream:
         """See ``Layers.end``."""

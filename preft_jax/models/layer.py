@@ -35,8 +35,8 @@ class Layers(Protocol):
     ``layer`` is a layer's number, ``w`` its weights. Every operation applies the edits of its sites.
     """
 
-    def begin(self, x: jax.Array) -> Any:
-        """Return the residual stream of embedded tokens ``x [..., D]``."""
+    def begin(self, embed_VD: jax.Array, tokens: jax.Array) -> Any:
+        """Return the residual stream of tokens."""
         ...
 
     def norm(self, layer: int, w: Params, name: str, stream: Any, sites: tuple[str, ...]) -> tuple[Any, Any]:
@@ -93,7 +93,7 @@ def hidden(layers: Layers, params: Params, tokens: jax.Array, *, remat: Remat = 
         tokens: int32, with any leading axes that ``layers`` takes.
         remat: what a backward pass computes again instead of finding it in memory, see ``Remat``.
     """
-    stream = layers.begin(params["embed"][tokens])
+    stream = layers.begin(params["embed"], tokens)
     for i, w in enumerate(params["layers"]):
 
         def layer(stream: Any, w: Params = w, i: int = i) -> Any:

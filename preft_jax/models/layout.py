@@ -68,5 +68,7 @@ def _join(parts: Sequence[jax.Array], axis: int, shards: int) -> jax.Array:
             raise ConfigError(f"a linear of width {part.shape[axis]} cannot be cut into {shards} equal parts")
     if shards == 1:
         return jnp.concatenate(parts, axis)
-    cuts = zip(*(jnp.split(part, shards, axis) for part in parts), strict=True)
-    return jnp.concatenate([own for cut in cuts for own in cut], axis)
+    # Parts that are cut over devices along this axis stay where they are: no device sees another's.
+    cut = [part.reshape(*part.shape[:axis], shards, -1, *part.shape[axis + 1 :]) for part in parts]
+    joined = jnp.concatenate(cut, axis + 1)
+    return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])

@@ -35,8 +35,8 @@ class Quantized:
         scale_F: float32, one for each output.
     """
 
-    w_FD: jax.Array
-    scale_F: jax.Array
+    w_FD: Any
+    scale_F: Any
 
 
 Weight = jax.Array | Transposed | Quantized

@@ -8,25 +8,40 @@ import jax.numpy as jnp
 from flax import nnx
 
 from preft_jax.config import ModelConfig
+from preft_jax.device.mesh import Placement
 from preft_jax.models.params import Params, ParamSpec, layer_specs, outer_specs
+from preft_jax.models.shard import shard_config
 
 
-def _made(spec: ParamSpec, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Param:
+def _made(spec: ParamSpec, dtype: jnp.dtype, rngs: nnx.Rngs, placement: Placement) -> nnx.Param:
     """Draw a parameter with standard deviation 0.02, in float32 and then cast: one seed is one model, rounded, in every
-    dtype. Norms begin with ones, biases with zeros.
+    dtype and on any devices, each of which draws its part. Norms begin with ones, biases with zeros.
     """
+    sharding = placement.sharding(spec.shape, spec.axes)
     if spec.init == "normal":
-        drawn = 0.02 * jax.random.normal(rngs.params(), spec.shape, jnp.float32)
-        return nnx.Param(drawn.astype(dtype))
-    return nnx.Param(jnp.ones(spec.shape, dtype) if spec.init == "ones" else jnp.zeros(spec.shape, dtype))
+        return nnx.Param((0.02 * _normal(rngs.params(), spec.shape, sharding)).astype(dtype))
+    value = 1 if spec.init == "ones" else 0
+    return nnx.Param(jnp.full(spec.shape, value, dtype, device=sharding))
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], sharding: jax.sharding.NamedSharding | None) -> jax.Array:
+    """Draw numbers where they are to lie; where that is changes none of them."""
+    if sharding is None:
+        return jax.random.normal(key, shape, jnp.float32)
+    return _drawn(shape, sharding)(key)
+
+
+@functools.cache
+def _drawn(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding) -> Any:
+    return jax.jit(lambda key: jax.random.normal(key, shape, jnp.float32), out_shardings=sharding)
 
 
 class Layer(nnx.Module):
     """One decoder layer: attention and a gated MLP, each after an RMS norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs, placement: Placement):
         for name, spec in layer_specs(config).items():
-            setattr(self, name, _made(spec, dtype, rngs))
+            setattr(self, name, _made(spec, dtype, rngs, placement))
 
 
 class Llama(nnx.Module):
@@ -35,15 +50,18 @@ class Llama(nnx.Module):
     Calling it on ``tokens_BS`` (int32) returns ``logits_BSV`` (float32) of the plain base model.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        dtype = jnp.dtype(dtype)
+    def __init__(
+        self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs, placement: Placement | None = None
+    ):
+        dtype, placement = jnp.dtype(dtype), placement or Placement.single()
         self.config = config
         specs = outer_specs(config)
-        self.embed = _made(specs["embed"], dtype, rngs)
-        self.layers = nnx.List([Layer(config, dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = _made(specs["norm"], dtype, rngs)
+        self.embed = _made(specs["embed"], dtype, rngs, placement)
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([Layer(config, dtype, rngs=rngs, placement=placement) for _ in layers])
+        self.norm = _made(specs["norm"], dtype, rngs, placement)
         if "lm_head" in specs:
-            self.lm_head = _made(specs["lm_head"], dtype, rngs)
+            self.lm_head = _made(specs["lm_head"], dtype, rngs, placement)
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Return float32 ``logits_BSV``."""
@@ -59,13 +77,19 @@ def module_params(module: Llama) -> Params:
     return {**pure, "layers": [layers[i] for i in range(len(layers))]}
 
 
-def _init(key: jax.Array, config: ModelConfig, dtype: Any) -> Params:
-    return module_params(Llama(config, dtype=dtype, rngs=nnx.Rngs(params=key)))
+def _init(key: jax.Array, config: ModelConfig, dtype: Any, placement: Placement | None = None) -> Params:
+    return module_params(Llama(config, dtype=dtype, rngs=nnx.Rngs(params=key), placement=placement))
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Return random weights (normal, standard deviation 0.02; norms one, biases zero), made on the default device."""
-    return _init(key, config, jnp.dtype(dtype))
+def init_params(
+    config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, placement: Placement | None = None
+) -> Params:
+    """Return random weights (normal, standard deviation 0.02; norms one, biases zero).
+
+    They are made on the default device, or each part of them on the device of a placement that has it.
+    """
+    shard_config(config, 1 if placement is None else placement.tensor)
+    return _init(key, config, jnp.dtype(dtype), placement)
 
 
 @functools.cache

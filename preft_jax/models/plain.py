@@ -14,6 +14,7 @@ from preft_jax.models.attention import Attention
 from preft_jax.models.layer import SAVED
 from preft_jax.models.linear import project_each
 from preft_jax.models.params import Params
+from preft_jax.models.shard import embedded, summed
 
 
 class PlainLayers:
@@ -32,9 +33,9 @@ class PlainLayers:
         self._attention = attention
         self._edits = edits
 
-    def begin(self, x: jax.Array) -> jax.Array:
+    def begin(self, embed_VD: jax.Array, tokens: jax.Array) -> jax.Array:
         """See ``Layers.begin``."""
-        return x
+        return embedded(self._config, embed_VD, tokens)
 
     def norm(
         self, layer: int, w: Params, name: str, stream: jax.Array, sites: tuple[str, ...]
@@ -67,7 +68,7 @@ class PlainLayers:
     def add(self, layer: int, w: Params, stream: jax.Array, h: jax.Array, site: str) -> jax.Array:
         """See ``Layers.add``."""
         (y,) = self.project(layer, w, h, (site,))
-        stream = stream + y
+        stream = stream + summed(self._config, y)
         # The stream behind an MLP is the next layer's input, which is kept in any case.
         return checkpoint_name(stream, SAVED) if site == "o" else stream
 

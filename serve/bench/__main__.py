@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from preft_jax.cli import add_quantization, hyphenated
+from preft_jax.cli import add_mesh, add_quantization, hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.hub import cache_dir
 from serve.bench.client import ENDPOINTS
@@ -41,6 +41,7 @@ _ENGINE_ONLY = (
     "dtype",
     "quantization",
     "keep_layers",
+    "mesh",
     "adapter_kind",
     "rank",
     "max_num_seqs",
@@ -77,6 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_mesh(add)
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help="prompt plus output tokens (default: what the lengths need)")
     add(
@@ -112,9 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--burstiness", type=float, default=1.0, help="1 is a Poisson process, less comes in bursts (gamma process)")
     add("--max-concurrency", type=int, default=None, help="most requests at one time; others wait to be sent")
     add("--num-warmups", type=int, default=1, help="requests served first and not counted (default: %(default)s)")
-    add(
-        "--rounds", type=int, default=1, help="how often contenders take turns; intervals need 3 (default: %(default)s)"
-    )
+    add("--rounds", type=int, default=1, help="turns of each contender; intervals need 3 (default: %(default)s)")
     add("--seed", type=int, default=0, help="of prompts, lengths, arrivals, adapters and users (default: %(default)s)")
 
     add = parser.add_argument_group("adapters").add_argument

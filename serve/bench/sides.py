@@ -116,9 +116,9 @@ class EngineSide:
         self.modes: tuple[str, ...] = args.mode
         self.counts = parse_counts(args.num_adapters or "16")
         wanted = {n: adapter_configs(n, args.adapter_kind, args.rank) for n in self.counts if self.modes != ("base",)}
-        self._model = model = load_model(args.model, args.dtype, **quantization_of(args))
+        self._model = model = load_model(args.model, args.dtype, **quantization_of(args), mesh=args.mesh)
         most = model.config.max_position_embeddings
-        self.facts = {"model": model.name, "server": None}
+        self.facts = {"model": model.name, "server": None, "num_devices": model.placement.num_devices}
         self.vocabulary = Vocabulary(model.config.vocab_size, model.tokenizer, args.max_model_len or most)
         self._args, self._make_engine, self._clock, self._sleep = args, make_engine, clock, sleep
         self._engines: dict[str, Any] = {}

@@ -31,13 +31,22 @@ class Arrays:
         table_width: KV pages of the longest sequence.
         prefill_rows: rows of a packed batch; a gap between two chunks takes one.
         draws_plainly: whether a program of its own draws for rows that have a temperature and a seed only.
+        put: sends arrays to the device.
     """
 
-    def __init__(self, config: EngineConfig, table_width: int, prefill_rows: int, draws_plainly: bool):
+    def __init__(
+        self,
+        config: EngineConfig,
+        table_width: int,
+        prefill_rows: int,
+        draws_plainly: bool,
+        put: Callable[[Any], Any] = jax.device_put,
+    ):
         self._config = config
         self._table_width = table_width
         self._prefill_rows = prefill_rows
         self._draws_plainly = draws_plainly
+        self._put = put
         self._constants: tuple[Any, Any] | None = None
 
     # Prompts
@@ -106,7 +115,7 @@ class Arrays:
         key = size, tuple(map(id, sequences))
         if self._constants is None or self._constants[0] != key:
             plainly = self._draws_plainly and draw_plainly(sequences)
-            made = jax.device_put(constants_of(sequences, size, plainly=plainly))
+            made = self._put(constants_of(sequences, size, plainly=plainly))
             self._constants = (key, (made, list(sequences)))  # The sequences live on, so that an id is one's own.
         return self._constants[1][0]
 

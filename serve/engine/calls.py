@@ -103,7 +103,7 @@ class Starter:
         tokens = self._runner.config.prefill_tokens if scored else self._runner.prefill_size(step.num_tokens)
         # Ahead of all copies, which would hold them up.
         batch = self._arrays.packed(step.chunks, self._place, tokens)
-        packed = jax.device_put(pack((batch, self._arrays.following(step.chunks)) if scored else batch))
+        packed = self._runner.put(pack((batch, self._arrays.following(step.chunks)) if scored else batch))
         wanted = {chunk.sequence.adapter for chunk in step.chunks if chunk.sequence.adapter is not None}
         self._staging.bring(wanted)
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
@@ -118,7 +118,7 @@ class Starter:
         size = self._runner.mixed_rows(tokens)
         first = size - beside
         batch = self._arrays.packed(step.chunks, self._place, tokens)
-        packed = jax.device_put(pack((self._arrays.rows(sequences, size, first), batch)))
+        packed = self._runner.put(pack((self._arrays.rows(sequences, size, first), batch)))
         self._staging.bring({c.sequence.adapter for c in step.chunks if c.sequence.adapter is not None})
         copies = self._staging.copies(self._scheduler.next_adapters(2)) or _nothing
         return Prepared(step, copies, functools.partial(self._mixed, step, first, tokens, packed))
@@ -183,7 +183,7 @@ class Starter:
         rows, picks = self._arrays.rows(sequences, size), self._arrays.picks(sequences, range(count), fresh, size)
         pages = self._arrays.row_pages(sequences, self._place, rows_of_program) if adapted else None
         # Here once for all repeats, and ahead of copies: these would hold them up, and the call would hold up copies.
-        rows, picks, pages = jax.device_put((rows, picks, pages))
+        rows, picks, pages = runner.put((rows, picks, pages))
         begin()
         drawn = []
         for _ in range(repeats):

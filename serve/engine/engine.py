@@ -239,7 +239,8 @@ class Engine:
                 self._end(Delta(sequence=sequence, finish="abort", error=error))
 
     def _pack(self, adapter: Adapter) -> Known:
-        return pin(pack(pack_adapter(adapter, self.model.config, self.runner.bank_dtype), self.runner.bank_dtype))
+        packed = pack_adapter(adapter, self.model.config, self.runner.bank_dtype)
+        return pin(pack(packed, self.runner.bank_dtype), self.model.placement)
 
     # Steps
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
+from preft_jax.models.shard import shard_config
 from preft_jax.shapes import RANK_PAGE
 from serve.engine.config import EngineConfig
 
@@ -38,6 +39,7 @@ def share_out(
     logit_rows: int,
     staged_pages: int,
     writes: int,
+    num_devices: int = 1,
 ) -> Room:
     """Return what there is room for: KV pages for all rows, or what memory leaves.
 
@@ -52,22 +54,26 @@ def share_out(
         logit_rows: rows of the buffer of logits.
         staged_pages: rank pages to be copied ahead, fewer where memory is short; 0: there are no adapters.
         writes: rank pages that one call writes.
+        num_devices: devices that the model is cut over, each with so much memory.
 
     Raises:
         ConfigError: if not even one sequence fits.
     """
     free -= config.reserved_bytes
-    layer = config.prefill_tokens * (4 * model.hidden_size + 3 * model.intermediate_size) * dtype.itemsize
+    own = shard_config(model, num_devices)
+    layer = config.prefill_tokens * (4 * own.hidden_size + 3 * own.intermediate_size) * dtype.itemsize
     calls = 2 * layer + 6 * 4 * logit_rows * model.vocab_size
     staged = 0
     if staged_pages:
         widths = sum(map(sum, map(model.site_shape, config.bank_sites)))
         slab = RANK_PAGE * widths * model.num_hidden_layers * bank_dtype.itemsize
         # With all-token adapters, memory is what limits the rows of a step, and a bank seldom changes.
-        staged_pages = max(writes, min(staged_pages, (free - calls) // (16 if config.all_token else 6) // slab))
+        # Slabs lie cut over devices; those being written are gathered on each, whole and then in its own parts.
+        part, gathered = slab // num_devices, 2 * slab if num_devices > 1 else slab
+        staged_pages = max(writes, min(staged_pages, (free - calls) // (16 if config.all_token else 6) // part))
         # Copies that wait to be written, and those being written.
-        staged = (staged_pages + (config.tile_entries or 1) + writes) * slab
-    page = 2 * model.num_hidden_layers * model.kv_size * kv_dtype.itemsize * (config.page_size or 1)
+        staged = (staged_pages + (config.tile_entries or 1)) * part + writes * gathered
+    page = 2 * own.num_hidden_layers * own.kv_size * kv_dtype.itemsize * (config.page_size or 1)
     fitting = (free - calls - staged) // page
     if fitting < table_width:
         raise ConfigError(

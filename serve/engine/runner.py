@@ -10,14 +10,15 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from preft_jax.adapters.allocator import AdapterPages
-from preft_jax.adapters.bank import Bank, init_bank
+from preft_jax.adapters.bank import Bank, bank_axes, init_bank
+from preft_jax.config import ModelConfig
 from preft_jax.device.memory import Budget, devices_of
 from preft_jax.device.packed import Packed, pack
 from preft_jax.device.programs import Programs
@@ -25,18 +26,17 @@ from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
 from preft_jax.models import fused
 from preft_jax.models.batch import bucket, round_up
-from preft_jax.models.cache import KVCache, init_cache, pages_for
+from preft_jax.models.cache import KVCache, cache_axes, init_cache, pages_for
 from preft_jax.sampling.arrays import PlainSampling, SamplingArrays
 from preft_jax.sampling.rows import Drawn
-from preft_jax.shapes import LINEAR_SITES, RANK_PAGE
 from serve.engine import memory
 from serve.engine import programs as device
 from serve.engine.arrays import Arrays, constants_of
 from serve.engine.config import EngineConfig
 from serve.engine.packing import READS_WEIGHTS, worth_filling
+from serve.engine.rank_pages import RankPages
 from serve.engine.residency import Load
-from serve.store.host_copy import ALL_LINEARS
-from serve.store.slabs import slab_width
+from serve.engine.spread import WHOLE, Spread, bytes_of
 
 _log = logging.getLogger("preft.engine")
 
@@ -47,13 +47,6 @@ WRITES = 8
 """Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
 
 
-class _Write(NamedTuple):
-    """A rank page of each site of an adapter, or of all linears, and where they go."""
-
-    slabs: dict[str, Any]
-    page: dict[str, int]
-
-
 class Runner:
     """Runs an engine's calls on the device."""
 
@@ -62,6 +55,7 @@ class Runner:
         self.config = config
         self.params = serving_params(model, config.max_num_seqs)
         self.dtype = self.params["embed"].dtype
+        self.spread = Spread(model.placement, model.config)
         self.kv_dtype = jnp.dtype(config.kv_dtype or self.dtype)
         self.bank_dtype = jnp.dtype(config.bank_dtype or self.dtype)
         if reason := fused.why_not(self.params):
@@ -72,18 +66,19 @@ class Runner:
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
         # Rank pages that may be copied ahead: those of a prefill call, fewer where memory is short.
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
+        self.rank_pages = RankPages(model.config, self.spread, config.bank_sites, self.bank_dtype, self._writes)
+        self._new_bank = self._bank_maker()
         self.bank = self._new_bank()
         self._choose_programs()
         room = self._room()
         self.staged_pages, self._working_bytes = room.staged_pages, room.call_bytes + room.staged_bytes
         self.num_kv_pages = config.num_kv_pages or room.kv_pages
         self.cache = self._first_cache()
-        self._logits = self._new_logits()
-        self.slots, self.texts_SL = self._new_slots()
-        self.arrays = Arrays(config, self.table_width, self._prefill_rows, self.draws_plainly)
+        self._new_drawing = self._drawing_maker()
+        self._logits, self.slots, self.texts_SL = self._new_drawing()
+        self.arrays = Arrays(config, self.table_width, self._prefill_rows, self.draws_plainly, self.put)
         self.step_seconds: dict[str, float] = {}
-        self._no_texts = {rows: jnp.zeros((rows, config.max_model_len), jnp.int32) for rows in self.draw_counts}
-        self._empty_slabs: dict[str, jax.Array] = {}
+        self._no_texts = {rows: self.put(np.zeros((rows, config.max_model_len), np.int32)) for rows in self.draw_counts}
         self.programs = self._name_programs()
 
     def _choose_programs(self) -> None:
@@ -119,24 +114,33 @@ class Runner:
 
     # Memory
 
-    def _new_logits(self) -> jax.Array:
-        return jnp.zeros((self._logit_rows, self.model.config.vocab_size), jnp.float32)
-
-    def _new_slots(self) -> tuple[device.Slots, jax.Array]:
-        """Return the places of sequences that run, and room for their texts."""
-        count = self.config.max_num_seqs
-        return device.Slots.empty(count), jnp.zeros((count, self.config.max_model_len), jnp.int32)
-
-    def _new_bank(self) -> Bank | None:
+    def _bank_maker(self) -> Callable[[], Bank | None]:
         config = self.config
-        return (
-            init_bank(self.model.config, config.bank_pages, self.bank_dtype, config.bank_sites)
-            if self._adapters
-            else None
-        )
 
-    def _new_cache(self) -> KVCache:
-        return init_cache(self.model.config, self.num_kv_pages, self.config.page_size or 1, self.kv_dtype)
+        def make(model: ModelConfig) -> Bank:
+            return init_bank(model, config.bank_pages, self.bank_dtype, config.bank_sites)
+
+        return self.spread.make(make, bank_axes(config.bank_sites)) if self._adapters else lambda: None
+
+    def _cache_maker(self) -> Callable[[], KVCache]:
+        def make(model: ModelConfig) -> KVCache:
+            return init_cache(model, self.num_kv_pages, self.config.page_size or 1, self.kv_dtype)
+
+        return self.spread.make(make, cache_axes(self.model.config))
+
+    def _drawing_maker(self) -> Callable[[], tuple[jax.Array, device.Slots, jax.Array]]:
+        """Return what makes room for logits, the places of sequences that run, and room for their texts."""
+        count = self.config.max_num_seqs
+
+        def make(model: ModelConfig) -> tuple[jax.Array, device.Slots, jax.Array]:
+            logits_RV = jnp.zeros((self._logit_rows, model.vocab_size), jnp.float32)
+            return logits_RV, device.Slots.empty(count), jnp.zeros((count, self.config.max_model_len), jnp.int32)
+
+        return self.spread.make(make)
+
+    def put(self, tree: Any) -> Any:
+        """Send arrays of the host to every device."""
+        return self.spread.put(tree)
 
     def _room(self) -> memory.Room:
         """Share the device's memory out, and lease what the engine takes of it; on a CPU there is nothing to share."""
@@ -149,6 +153,7 @@ class Runner:
             self.model.config, self.config, self.memory.free, dtype=self.dtype, kv_dtype=self.kv_dtype,
             bank_dtype=self.bank_dtype, table_width=self.table_width, logit_rows=self._logit_rows,
             staged_pages=self.staged_pages if self._adapters else 0, writes=self._writes,
+            num_devices=self.spread.num_devices,
         )  # fmt: skip
         self.memory.lease("calls", room.call_bytes)
         self.memory.lease("adapters on their way", room.staged_bytes)
@@ -158,11 +163,12 @@ class Runner:
         """Make the cache, with fewer pages if memory that is free lies in pieces too small for it."""
         while True:
             cache = room = None
+            self._new_cache = self._cache_maker()
             try:
-                cache, room = self._new_cache(), jnp.zeros(self._working_bytes, jnp.uint8)
+                cache, room = self._new_cache(), self._new_room()
                 jax.block_until_ready((cache, room))
                 if self.memory is not None:
-                    size = sum(pool.nbytes for pool in cache.kv)
+                    size = bytes_of(cache)
                     self.memory.lease("KV cache", size if self._working_bytes else min(size, self.memory.free))
                 return cache
             except jax.errors.JaxRuntimeError as error:
@@ -177,6 +183,9 @@ class Runner:
                     ) from error
             self.num_kv_pages = fewer
 
+    def _new_room(self) -> jax.Array:
+        return self.spread.make(lambda _: jnp.zeros(self._working_bytes, jnp.uint8))()
+
     def reset(self) -> None:
         """Make cache and bank anew: a call that failed may have consumed them. The old ones are let go first.
 
@@ -187,8 +196,7 @@ class Runner:
         try:
             self.bank = self._new_bank()
             self.cache = self._new_cache()
-            self._logits = self._new_logits()
-            self.slots, self.texts_SL = self._new_slots()
+            self._logits, self.slots, self.texts_SL = self._new_drawing()
             jax.block_until_ready((self.bank, self.cache, self._logits))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -241,55 +249,52 @@ class Runner:
         for tokens in self.mixed_counts:
             traces[f"mixed-{tokens}"] = functools.partial(self._trace_mixed, tokens)
         traces["copy-pages"] = self._trace_copy
-        if self._adapters:
-            if ALL_LINEARS in self._slab_widths():
-                traces["write-whole-pages"] = functools.partial(self._trace_write, True)
-            traces["write-pages"] = functools.partial(self._trace_write, False)
-        return Programs(
-            traces, key=key or (self.model.config, config, str(abstract)), options=device.compiler_options()
-        )
+        for name in self.rank_pages.programs if self._adapters else ():
+            traces[name] = functools.partial(self._trace_write, name)
+        key = key or (self.model.config, config, self.model.placement, str(abstract))
+        return Programs(traces, key=key, options=device.compiler_options())
 
     def _query_len(self, tokens: int) -> int:
         """Return the static bound on one sequence's tokens in a prefill call; a gap is a row of the batch, too."""
         return min(max(self.config.chunk_tokens or tokens, self.config.tile), tokens)
 
     def _trace_prefill(self, tokens: int) -> Any:
-        function = functools.partial(device.prefill, self.model.config, self._query_len(tokens))
+        function = functools.partial(device.prefill, self.spread.config, self._query_len(tokens))
         args = self.params, self.bank, self.cache, self._logits, self._no_chunks(tokens)
-        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+        return self.spread.trace(function, args, out=(self.cache, WHOLE, WHOLE), donate=(2, 3))
 
     def _trace_score(self) -> Any:
         tokens = self.config.prefill_tokens
-        function = functools.partial(device.score, self.model.config, self._query_len(tokens))
+        function = functools.partial(device.score, self.spread.config, self._query_len(tokens))
         args = self.params, self.bank, self.cache, self._logits, self._no_scores()
-        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+        return self.spread.trace(function, args, out=(self.cache, WHOLE, WHOLE, WHOLE), donate=(2, 3))
 
     def _trace_draw(self, size: int) -> Any:
         picks, (_, sampling) = self.arrays.picks([], [], [], size), constants_of([], size, plainly=False)
         args = self._logits, self.slots, self.texts_SL, picks, sampling, self._no_texts[size]
-        return jax.jit(device.draw).trace(*args)
+        return self.spread.trace(device.draw, args, out=WHOLE)
 
     def _trace_draw_plain(self, size: int) -> Any:
         picks, (_, sampling) = self.arrays.picks([], [], [], size), constants_of([], size, plainly=True)
-        return jax.jit(device.draw_plain).trace(self._logits, self.slots, picks, sampling)
+        return self.spread.trace(device.draw_plain, (self._logits, self.slots, picks, sampling), out=WHOLE)
 
     def _trace_decode(self, count: int) -> Any:
         rows = self.arrays.rows([], self.draw_size(count))
-        function = functools.partial(device.decode, self.model.config, count)
+        function = functools.partial(device.decode, self.spread.config, count)
         args = self.params, self.cache, self._logits, self.slots, rows
-        return jax.jit(function, donate_argnums=(1, 2)).trace(*args)
+        return self.spread.trace(function, args, out=(self.cache, WHOLE), donate=(1, 2))
 
     def _trace_decode_adapted(self, count: int) -> Any:
         rows, pages = self.arrays.rows([], self.draw_size(count)), self.arrays.row_pages([], _nowhere, count)
-        function = functools.partial(device.decode_adapted, self.model.config, count)
+        function = functools.partial(device.decode_adapted, self.spread.config, count)
         args = self.params, self.bank, pages, self.cache, self._logits, self.slots, rows
-        return jax.jit(function, donate_argnums=(3, 4)).trace(*args)
+        return self.spread.trace(function, args, out=(self.cache, WHOLE), donate=(3, 4))
 
     def _trace_mixed(self, tokens: int) -> Any:
         count = self.mixed_rows(tokens)
-        function = functools.partial(device.mixed, self.model.config, count, self._query_len(tokens))
+        function = functools.partial(device.mixed, self.spread.config, count, self._query_len(tokens))
         args = self.params, self.bank, self.cache, self._logits, self.slots, self._no_rows(tokens)
-        return jax.jit(function, donate_argnums=(2, 3)).trace(*args)
+        return self.spread.trace(function, args, out=(self.cache, WHOLE), donate=(2, 3))
 
     def _no_chunks(self, tokens: int) -> Packed:
         return pack(self.arrays.packed([], _nowhere, tokens))
@@ -303,34 +308,28 @@ class Runner:
 
     def _trace_copy(self) -> Any:
         none = np.zeros(COPIES, np.int32)
-        return jax.jit(device.copy_pages, donate_argnums=0).trace(self.cache, none, none)
+        return self.spread.trace(device.copy_pages, (self.cache, none, none), out=self.cache, donate=(0,))
 
-    def _trace_write(self, whole: bool) -> Any:
-        slabs, page = self._no_writes()
-        linears = slabs.pop(ALL_LINEARS, None)
-        function, slabs = (device.write_whole_slabs, linears) if whole else (device.write_slabs, slabs)
-        return jax.jit(function, donate_argnums=0).trace(self.bank, slabs, page)
+    def _trace_write(self, name: str) -> Any:
+        assert self.bank is not None
+        return self.rank_pages.trace(name, self.bank)
 
     def _use_all(self) -> None:
         """Call every program on nothing: on a GPU the first calls of one are slow (a second, for a large prefill)."""
         for _ in range(2):
             for tokens in self.token_counts:
-                self.prefill(tokens, jax.device_put(self._no_chunks(tokens)))
+                self.prefill(tokens, self.put(self._no_chunks(tokens)))
             if self.config.scoring:
-                self.score(jax.device_put(self._no_scores()))
+                self.score(self.put(self._no_scores()))
             for tokens in self.mixed_counts:
-                self.mixed(tokens, jax.device_put(self._no_rows(tokens)))
+                self.mixed(tokens, self.put(self._no_rows(tokens)))
             for size in self.draw_counts:
                 picks = self.arrays.picks([], [], [], size)
                 for plainly in {False, self.draws_plainly}:
-                    self.draw(picks, jax.device_put(constants_of([], size, plainly=plainly))[1])
+                    self.draw(picks, self.put(constants_of([], size, plainly=plainly))[1])
             self.copy_pages([(0, self.num_kv_pages)])
-            if self._adapters:
-                slabs, page = self._no_writes()
-                linears = slabs.pop(ALL_LINEARS, None)
-                if linears is not None:
-                    self.bank = self.programs["write-whole-pages"](self.bank, linears, page)
-                self.bank = self.programs["write-pages"](self.bank, slabs, page)
+            for name in self.rank_pages.programs if self._adapters else ():
+                self.bank = self.programs[name](self.bank, *self.rank_pages.nothing(name))
         jax.block_until_ready((self.cache, self.bank, self.slots))
 
     def _time_decode(self) -> None:
@@ -444,45 +443,12 @@ class Runner:
 
     def copy_adapters(self, loads: Many[Load]) -> list[Load]:
         """Begin to copy adapters' rank pages to the device; returns the loads with the copies."""
-        on_device = self.params["norm"].sharding.with_memory_kind("device")
-        copied = jax.device_put([load.slabs for load in loads], on_device)
-        return [load._replace(slabs=slabs) for load, slabs in zip(loads, copied, strict=True)]
+        return self.rank_pages.copied(loads)
 
     def write_adapters(self, loads: Many[Load]) -> None:
         """Write the copied rank pages of adapters to the bank, ``writes`` of them in a call."""
-        whole: list[_Write] = []
-        apart: list[_Write] = []
-        for load in loads:
-            for n in range(load.num_pages):
-                slabs = {site: own[n] for site, own in load.slabs.items() if n < len(own)}
-                page = {site: place.pages[n] for site, place in load.place.items() if n < len(place.pages)}
-                (whole if ALL_LINEARS in slabs else apart).append(_Write(slabs, page))
-        for name, writes in (("write-whole-pages", whole), ("write-pages", apart)):
-            for at in range(0, len(writes), self._writes):
-                slabs, page_SK = self._no_writes()
-                for n, write in enumerate(writes[at : at + self._writes]):
-                    for site, slab in write.slabs.items():
-                        slabs[site][n] = slab
-                    for site, number in write.page.items():
-                        page_SK[self.config.bank_sites.index(site), n] = number
-                linears = slabs.pop(ALL_LINEARS, None)
-                self.bank = self.programs[name](self.bank, linears if name == "write-whole-pages" else slabs, page_SK)
-
-    def _no_writes(self) -> tuple[dict[str, list[Any]], np.ndarray]:
-        """Return arguments of calls that write nothing but zeros to the null page."""
-        if not self._empty_slabs:
-            layers, widths = self.model.config.num_hidden_layers, self._slab_widths()
-            self._empty_slabs = jax.device_put({s: np.zeros((layers, w), self.bank_dtype) for s, w in widths.items()})
-        nowhere = np.zeros((len(self.config.bank_sites), self._writes), np.int32)
-        return {site: [slab] * self._writes for site, slab in self._empty_slabs.items()}, nowhere
-
-    def _slab_widths(self) -> dict[str, int]:
-        """Return the width of the slabs of each site, and of all linears if the bank holds them."""
-        model = self.model.config
-        widths = {s: slab_width(*model.site_shape(s), RANK_PAGE, self.bank_dtype) for s in self.config.bank_sites}
-        if set(LINEAR_SITES) <= set(widths):
-            widths[ALL_LINEARS] = sum(widths[site] for site in LINEAR_SITES)
-        return widths
+        for name, slabs, page_SK in self.rank_pages.calls(loads):
+            self.bank = self.programs[name](self.bank, slabs, page_SK)
 
 
 def _nowhere(_: Any) -> AdapterPages:

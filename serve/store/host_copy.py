@@ -1,12 +1,15 @@
 """The host copy of an adapter: its rank pages as the device takes them."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from preft_jax.adapters.pages import PackedSite
+from preft_jax.device.mesh import SINGLE, Placement
 from preft_jax.shapes import LINEAR_SITES
 from serve.store.slabs import slab
 
@@ -46,9 +49,26 @@ def pack(edits: Mapping[str, PackedSite], dtype: Any) -> Known:
     return Known(sites, {site: [slab(edits[site], n, dtype) for n in range(len(sites[site].groups))] for site in sites})
 
 
-def pin(known: Known) -> Known:
-    """Return rank pages in memory that a GPU can read; other backends take them as they are."""
+SLAB_AXES = ("layers", "slab")
+"""The logical axes of a slab."""
+
+
+def slab_sharding(placement: Placement, slabs: Any, memory: str | None) -> Any:
+    """Return how slabs lie in a kind of memory, in place of each or of all; over devices they are cut equally."""
+    if placement.mesh is None:
+        return None if memory is None else SingleDeviceSharding(jax.devices()[0], memory_kind=memory)
+    return jax.tree.map(lambda slab: placement.sharding(slab.shape, SLAB_AXES, memory), slabs)
+
+
+def pin(known: Known, placement: Placement | None = None) -> Known:
+    """Return rank pages in memory that a model's GPUs can read; other backends take them as they are."""
     if jax.default_backend() != "gpu":
         return known
-    pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-    return known._replace(slabs=jax.device_put(known.slabs, pinned))
+    return known._replace(
+        slabs=jax.device_put(known.slabs, slab_sharding(placement or SINGLE, known.slabs, "pinned_host"))
+    )
+
+
+def pin_for(placement: Placement) -> Callable[[Known], Known]:
+    """Return ``pin`` for a model's devices."""
+    return functools.partial(pin, placement=placement)

@@ -36,6 +36,7 @@ def test_the_floor_grows_with_what_is_read():
     assert one == pytest.approx(15.0e-3, rel=0.02), "7.5 billion weights of two bytes at 1 TB/s"
     long = decode.floor_seconds(model, ceilings, dtype, 1, 1001)
     assert long - one == pytest.approx(1000 * 131072 / 1e12, rel=1e-3)
+    assert decode.floor_seconds(model, ceilings.together(4), dtype, 1, 1001) == pytest.approx(long / 4, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from preft_jax.device.mesh import TABLE, spec
+from preft_jax.adapters.bank import bank_axes, init_bank
+from preft_jax.device.mesh import SINGLE, TABLE, Placement, spec
 from preft_jax.errors import ConfigError
 from preft_jax.models.cache import KV_AXES
 from preft_jax.models.layout import fused_layout
@@ -49,6 +50,39 @@ def test_one_axis_of_the_mesh_cuts_one_axis_of_an_array_the_first_that_divides()
 
 def test_kv_pages_are_cut_as_their_linears():
     assert spec(TENSOR, (9, 16, 4, 32), KV_AXES) == PartitionSpec(None, None, "tensor", None)
+
+
+def test_rank_pages_are_cut_as_their_linears_and_those_of_the_stream_are_whole(lively):
+    bank = jax.eval_shape(lambda: init_bank(lively.config, 3, jnp.float32))
+    found = jax.tree.map(lambda leaf, axes: spec(TENSOR, leaf.shape, axes), bank, bank_axes(bank.sites)).sites
+    whole = PartitionSpec(None, None, None)
+    assert found["q"] == found["gate"] == (PartitionSpec(*[None] * 4), whole, PartitionSpec(None, None, None, "tensor"))
+    assert found["o"] == found["down"] == (PartitionSpec(None, None, "tensor", None), whole, PartitionSpec(*[None] * 4))
+    assert found["block"] == (PartitionSpec(*[None] * 4), whole, PartitionSpec(*[None] * 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "cuts", "told"),
+    [
+        ("fsdp=2", "tp", "does not run over fsdp, which cuts weights and batches for training; give tp=N"),
+        ("tp=2", "fsdp", "does not run over tp, which cuts the model for serving; give fsdp=N"),
+        ("tp=1,dp=2", "tp", "does not run over dp, copies of the model: start one server for each; give tp=N"),
+        ("tp=99", "tp", "asks for 99 devices"),
+        ("tp=0", "tp", "asks for 0 devices"),
+        ("tp=", "tp", "is 'tp='; give tp, or tp=N for N devices"),
+        ("two", "fsdp", "is 'two'; give fsdp, or fsdp=N for N devices"),
+    ],
+)
+def test_a_mesh_that_a_program_does_not_have_is_refused(text, cuts, told):
+    with pytest.raises(ConfigError, match=told):
+        Placement.parse(text, cuts=cuts)
+
+
+@pytest.mark.parametrize("text", [None, "tp=1", "tp=1,dp=1", "fsdp=1"])
+def test_one_device_has_no_mesh(text):
+    placement = Placement.parse(text, cuts="tp")
+    assert placement == SINGLE
+    assert (placement.num_devices, placement.num_shards, placement.tensor) == (1, 1, 1)
 
 
 def test_every_axis_that_a_parameter_names_is_in_the_table(lively):

@@ -364,7 +364,7 @@ def test_pages_written_together_are_those_written_one_by_one(writes, dtype, tiny
     """Five adapters of many kinds at once, as on an accelerator; c keeps its float32 bits in a bfloat16 bank."""
     model = tiny if dtype == "float32" else load_model("tiny", dtype=dtype)
     runner = Runner(model, dataclasses.replace(TIGHT, bank_pages=12).resolve("cpu"))
-    runner._writes = writes
+    runner.rank_pages.writes = writes
     runner.programs = runner._name_programs(key=(dtype, writes))
     allocator, loads = BankAllocator(12), []
     expected = init_bank(model.config, 12, runner.dtype)
