@@ -32,7 +32,7 @@ from preft_jax.device.mesh import Placement
 from preft_jax.device.packed import pack
 from preft_jax.io.hf import save_hf_model
 from preft_jax.loading import serving_model, spread_model
-from preft_jax.models import fused
+from preft_jax.models import fused, linear
 from preft_jax.models.cache import cache_axes, init_cache
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.linear import logical_axes
@@ -172,6 +172,19 @@ def test_adapters_of_a_store_come_in_equal_parts_over_the_devices_links(wide, wi
     assert bytes_of(slab) * 2 == slab.nbytes
 
 
+def test_products_in_fp8_have_their_scales_before_devices_add_them(rng, monkeypatch):
+    """What o and down read is rounded with each device's own scales, so two devices round a little otherwise."""
+    monkeypatch.setattr(fused, "why_not", lambda params: None)
+    monkeypatch.setattr(linear, "_has_fp8", lambda: True)
+    whole, cut = (load_model("tiny", quantization="fp8", mesh=mesh) for mesh in ("tp=1", "tp=2"))
+    adapter = random_adapter(AdapterConfig(rank=8), whole.config, jax.random.key(3), strength=0.7)
+    requests = [dataclasses.replace(one, max_tokens=1) for one in asked(rng, {"lora": adapter}, (None, "lora", "lora"))]
+    config = dataclasses.replace(TEN_PAGES, all_token=False)
+    for group, others in zip(serve(Engine(cut, config), requests), serve(Engine(whole, config), requests), strict=True):
+        assert group[0].token_ids == others[0].token_ids
+        np.testing.assert_allclose(group[0].logprobs, others[0].logprobs, atol=0.03)
+
+
 def collectives(text):
     """Return how many collectives of each kind an optimised program has."""
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -220,8 +233,8 @@ def test_weights_are_read_and_drawn_in_the_parts_of_each_device(tmp_path, quanti
             np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
         serving = serving_model(cut, 4)
         for layer in serving.params["layers"]:
-            for linear in ("qkv", "o", "gate_up", "down"):
-                largest = max(jax.tree.leaves(layer[linear]), key=lambda leaf: leaf.nbytes)
+            for site in ("qkv", "o", "gate_up", "down"):
+                largest = max(jax.tree.leaves(layer[site]), key=lambda leaf: leaf.nbytes)
                 assert bytes_of(largest) * 2 == largest.nbytes
         assert bytes_of(serving.params["embed"]) * 2 == serving.params["embed"].nbytes
 
