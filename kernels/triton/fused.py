@@ -22,16 +22,13 @@ from kernels.triton.call import (
     tile_size,
 )
 from kernels.triton.config import Blocks, for_norm, for_rope, for_silu_mul
-from kernels.triton.device.fused import (
+from kernels.triton.device.fp8 import quantize_kernel, quantize_part_kernel
+from kernels.triton.device.fused import rope_kv_kernel, silu_mul_kernel, silu_mul_plain_kernel
+from kernels.triton.device.norm import (
     norm_edit_part_kernel,
     norm_kernel,
     norm_shrink_kernel,
     norm_shrink_part_kernel,
-    quantize_kernel,
-    rope_kv_kernel,
-    silu_mul_fp8_kernel,
-    silu_mul_kernel,
-    silu_mul_plain_kernel,
 )
 from kernels.triton.lowrank import MOST_SITES, expand, finish_parts, padded, shrink
 from kernels.types import Product, QuantizedRows, Shrunk, Site, Unscaled
@@ -240,27 +237,31 @@ def _norm(
 
 
 def _silu_mul(gate_up_TF: Product, quantized: bool) -> jax.Array | QuantizedRows:
-    """Multiply without edits: in many small programs, or a row in each where it is rounded to FP8."""
+    """Multiply without edits, in many small programs. They know the largest of what they give, which is rounded next:
+    a row of it is too long for one program.
+    """
     y_TF = elements(gate_up_TF)
     tokens, width, scaled = y_TF.shape[0], y_TF.shape[1] // 2, isinstance(gate_up_TF, Unscaled)
-    if quantized:
-        return QuantizedRows(*call(
-            silu_mul_fp8_kernel,
-            *product_args(gate_up_TF, y_TF),
-            out=_quantized(tokens, width), grid=(tokens,), warps=_row_warps(width),
-            F=width, BF=power_of_two(width), SCALED=scaled,
-        ))  # fmt: skip
     block = block_of(width, 1024, "half the width of gate_up_TF")
-    rows = 1024 // block
-    (h_TF,) = call(
+    rows = (4096 if scaled else 1024) // block  # A program reads the scales of its columns once.
+    blocks, grid = width // block, (width // block, ceil_div(tokens, rows))
+    most = jax.ShapeDtypeStruct((tokens, blocks) if quantized else (1,), jnp.float32)
+    h_TF, most_TB = call(
         silu_mul_plain_kernel,
         *product_args(gate_up_TF, y_TF),
-        out=[jax.ShapeDtypeStruct((tokens, width), y_TF.dtype)],
-        grid=(width // block, ceil_div(tokens, rows)),
+        out=[jax.ShapeDtypeStruct((tokens, width), y_TF.dtype), most],
+        grid=grid,
         warps=4,
-        T=tokens, F=width, BT=rows, BF=block, SCALED=scaled,
+        T=tokens, F=width, BT=rows, BF=block, SCALED=scaled, MOST=quantized,
     )  # fmt: skip
-    return h_TF
+    if not quantized:
+        return h_TF
+    return QuantizedRows(*call(
+        quantize_part_kernel,
+        h_TF, most_TB,
+        out=_quantized(tokens, width), grid=grid, warps=4,
+        T=tokens, D=width, BLOCKS=blocks, BB=power_of_two(blocks), BT=rows, BD=block,
+    ))  # fmt: skip
 
 
 def _pending(edit: Shrunk | None, filler: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

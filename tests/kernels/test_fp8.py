@@ -106,7 +106,12 @@ def test_scales_are_applied_by_what_reads_the_product(name, implementation, rng)
     run = jax.jit(OPERATIONS[EDITS[name].op], static_argnums=(0, 1))
     y = product(rng, inputs.x_TD)
     ours = run(implementation, False, inputs, y)
-    assert_same(ours, run(implementation, False, inputs, jax.jit(scaled)(y)))
+    expected = run(implementation, False, inputs, jax.jit(scaled)(y))
+    if EDITS[name].dtype == "float32":
+        # Where nothing is rounded in between, a GPU multiplies and adds in one step.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), ours, expected)
+    else:
+        assert_same(ours, expected)
     other = run(implementation, False, inputs, y._replace(column_F=y.column_F * 1.5))
     assert any((np.asarray(a, np.float32) != np.asarray(b, np.float32)).any()
                for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True))  # fmt: skip

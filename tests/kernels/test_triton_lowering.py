@@ -158,8 +158,8 @@ def programs(request):
         }
 
 
-def test_a_decode_step_in_fp8_has_one_kernel_more_a_layer(programs, monkeypatch, compiled):
-    """It rounds what ``o`` reads; norms and SiLU round what others read, and what reads outputs scales them."""
+def test_a_decode_step_in_fp8_has_two_kernels_more_a_layer(programs, monkeypatch, compiled):
+    """They round what ``o`` and ``down`` read; norms round what others read, and what reads outputs scales them."""
     monkeypatch.setattr(linear, "_has_fp8", lambda: True)
     config, _ = programs
     params = jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, jnp.bfloat16))
@@ -168,7 +168,7 @@ def test_a_decode_step_in_fp8_has_one_kernel_more_a_layer(programs, monkeypatch,
     rows = DecodeBatch(np.zeros(4, np.int32), np.zeros(4, np.int32), np.zeros((4, 4), np.int32))
     with dispatch.preferring("triton"):
         text = lower(functools.partial(forward.decode, config), params, cache, rows, donate_argnums=1)
-    assert text.count("@triton_kernel_call") == 5 * config.num_hidden_layers + 1
+    assert text.count("@triton_kernel_call") == 6 * config.num_hidden_layers + 1
     products = re.findall(
         r"stablehlo.dot_general.*: \(tensor<[^>]*f8E4M3FN>, tensor<[^>]*f8E4M3FN>\) -> tensor<\S*xbf16>", text
     )
@@ -236,6 +236,13 @@ def test_kernels_are_right_in_tritons_interpreter():
         f"tests/kernels/test_decode_attention.py::test_it_is_attention_with_the_own_token_rotated_and_kept[triton-{case}]"
         for case in ("mixed/bf16", "page-64", "idle-rows", "split", "head-norm/split", "head-norm/bf16")
     ]
+    tests += [
+        f"tests/kernels/test_fp8.py::{test}[triton-{op}/narrow/plain/mixed]"
+        for test in ("test_scales_are_applied_by_what_reads_the_product",
+                     "test_what_the_next_product_reads_is_rounded_after_its_shrink")
+        for op in ("norm_shrink", "silu_mul_shrink")
+    ]  # fmt: skip
+    tests += ["tests/kernels/test_fp8.py::test_rows_are_rounded_to_their_largest[triton-48-bfloat16]"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},

@@ -34,14 +34,6 @@ def load_product(
 
 
 @triton.jit
-def rounded_row(x):
-    """Return a row of float32 numbers in FP8, and its scale."""
-    scale = tl.max(tl.abs(x), 0) * (1 / 448)
-    scale = tl.where(scale == 0, 1.0, scale)
-    return tl.math.div_rn(x, scale).to(tl.float8e4nv), scale
-
-
-@triton.jit
 def load_pages(page_ptr, tile, entry, E: tl.constexpr, EB: tl.constexpr):
     """Return the page of each column of ``EB`` entries, int64 ``[16 EB]``."""
     column = tl.arange(0, 16 * EB)

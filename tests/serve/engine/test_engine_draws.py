@@ -128,4 +128,4 @@ def test_a_call_takes_few_arrays_from_the_host(plainly, lively, adapters, rng, m
     serve(engine, [second])  # Its adapter is there.
     # Rows and picks are sent once, for both steps.
     decode = [("put", 4), *[("decode", 0), ("draw-plain", 0)] * 2]
-    assert calls == [("put", 1), ("prefill", 0), ("put", 3), ("draw-plain", 2), *decode]
+    assert calls == [("put", 1), ("prefill", 0), ("put", 3), ("draw-plain", 2), *decode], calls
