@@ -24,13 +24,14 @@ from rich.table import Table
 
 from bench.kernel_profile import breakdown, check_profiling, print_kernels, profile
 from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
-from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.models.cache import cache_axes, init_cache, pages_for
 from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
+from preft_jax.shapes import KV_DTYPES
 from serve.bench.environment import environment
 from serve.bench.output import emit
 from serve.engine import programs as device
@@ -41,9 +42,17 @@ PAGE_SIZE = 64
 
 
 def floor_seconds(
-    model: ModelConfig, ceilings: Ceilings, dtype: np.dtype, rows: int, context: int, linears: np.dtype | None = None
+    model: ModelConfig,
+    ceilings: Ceilings,
+    dtype: np.dtype,
+    rows: int,
+    context: int,
+    linears: np.dtype | None = None,
+    keys: np.dtype | None = None,
 ) -> float:
-    """Return the least seconds of a decode step; ``linears``: dtype of the layers' products (None: ``dtype``)."""
+    """Return the least seconds of a decode step; ``linears`` and ``keys``: dtypes of the layers' products and of the KV
+    cache (None: ``dtype``).
+    """
 
     def product(d: int, f: int, own: np.dtype = linears or dtype) -> float:
         flops, moved = 2 * rows * d * f, own.itemsize * d * (f + rows) + dtype.itemsize * rows * f
@@ -51,7 +60,7 @@ def floor_seconds(
 
     q, k, v, o, gate, up, down = (model.site_shape(site) for site in ("q", "k", "v", "o", "gate", "up", "down"))
     layer = product(q[0], q[1] + k[1] + v[1]) + product(*o) + product(gate[0], gate[1] + up[1]) + product(*down)
-    kv = 2 * model.kv_size * dtype.itemsize * rows * context / ceilings.bytes_per_s
+    kv = 2 * model.kv_size * (keys or dtype).itemsize * rows * context / ceilings.bytes_per_s
     return model.num_hidden_layers * (layer + kv) + product(model.hidden_size, model.vocab_size, dtype)
 
 
@@ -66,10 +75,10 @@ def parse_size(text: str) -> tuple[int, int]:
 class Decoding:
     """A decode program with its rows."""
 
-    def __init__(self, model: Model, rows: int, context: int, steps: int):
+    def __init__(self, model: Model, rows: int, context: int, steps: int, kv_dtype: str | None = None):
         pages = pages_for(context + steps, PAGE_SIZE)
         dtype, spread = model.params["embed"].dtype, Spread(model.placement, model.config)
-        make = functools.partial(init_cache, num_pages=rows * pages, page_size=PAGE_SIZE, dtype=dtype)
+        make = functools.partial(init_cache, num_pages=rows * pages, page_size=PAGE_SIZE, dtype=kv_dtype or dtype)
         self.cache = spread.make(make, cache_axes(model.config))()
         self._params = model.params
         self._steps = steps
@@ -117,16 +126,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = serving_model(loaded, max(rows for rows, _ in sizes))
     devices = model.placement.num_devices
     dtype = model.params["embed"].dtype
-    linears = dtype_of_products(model.params)
+    linears, keys = dtype_of_products(model.params), np.dtype(KV_DTYPES[args.kv_cache_dtype or dtype.name])
     ceilings = measure_ceilings(sorted({dtype.name, linears.name}), repeats=10)
     figures = []
     for rows, context in sizes:
-        decoding = Decoding(model, rows, context, args.steps)
+        decoding = Decoding(model, rows, context, args.steps, keys.name)
         for _ in range(2):
             decoding.seconds()
         seconds = float(np.median([decoding.seconds() for _ in range(args.repeats)]))
         own = ceilings.together(devices)
-        floor = floor_seconds(model.config, own, dtype, rows, context + args.steps // 2, linears)
+        floor = floor_seconds(model.config, own, dtype, rows, context + args.steps // 2, linears, keys)
         figure: dict[str, Any] = {
             "rows": rows,
             "context": context,
@@ -166,6 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_kv_cache_dtype(add)
     add_mesh(add)
     add("--sizes", default="64x900,256x400,512x384", help="ROWSxCONTEXT, with commas (default: %(default)s)")
     add("--steps", type=int, default=8, help="of a call (default: %(default)s)")

@@ -27,10 +27,11 @@ from rich.table import Table
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
+from preft_jax.shapes import KV_DTYPES
 from serve.bench.contest import MODES
 from serve.bench.environment import environment
 from serve.bench.load import LoadRequest
@@ -104,7 +105,8 @@ def floors(
     layer = sum(d * f for d, f in widths)
     weights = model.num_hidden_layers * layer
     head = model.hidden_size * model.vocab_size
-    kv = 2 * model.num_hidden_layers * model.kv_size * size
+    kv_dtype = KV_DTYPES[args.kv_cache_dtype or dtype.name]
+    kv = 2 * model.num_hidden_layers * model.kv_size * np.dtype(kv_dtype).itemsize
     heads = model.num_attention_heads * model.head_dim
     tokens, rows = args.num_prompts * args.input_len, rows or min(args.max_num_seqs, args.num_prompts)
     attention = 2 * 2 * model.num_hidden_layers * heads * args.input_len / 2
@@ -281,6 +283,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_kv_cache_dtype(add)
     add_mesh(add)
     add("--modes", default="all", help="base, prefill-only, all-token, separated by commas; default: all")
     add("--num-adapters", default="1,64,512", help="separated by commas (default: %(default)s)")

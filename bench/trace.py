@@ -33,7 +33,7 @@ from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_kv_cache_dtype, add_quantization, hyphenated, quantization_of
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.models.batch import round_up
@@ -364,6 +364,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_kv_cache_dtype(add)
     add("--max-num-seqs", type=int, default=256, help="requests at a time (default: %(default)s)")
     add(
         "--max-model-len",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from preft_jax.quantize import SCHEMES
+from preft_jax.shapes import KV_DTYPES
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
@@ -28,6 +29,11 @@ def add_quantization(add: Callable[..., Any]) -> None:
 def add_mesh(add: Callable[..., Any]) -> None:
     """Add the option that says over which devices a model is cut to serve it, ``mesh`` of ``load_model``."""
     add("--mesh", default=None, help="devices that the model is cut over: tp=N, or tp for all (default: one device)")
+
+
+def add_kv_cache_dtype(add: Callable[..., Any]) -> None:
+    """Add the option that says what keys and values are kept in, ``kv_dtype`` of ``EngineConfig``."""
+    add("--kv-cache-dtype", choices=tuple(KV_DTYPES), default=None, help="of keys and values (default: the weights')")
 
 
 def quantization_of(args: argparse.Namespace) -> dict[str, Any]:

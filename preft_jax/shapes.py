@@ -32,6 +32,9 @@ from typing import Any
 from preft_jax.errors import ShapeError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = {name: name for name in DTYPES} | {"fp8": "float8_e4m3fn"}
+"""What the KV cache may be in: names of options, and of dtypes."""
+
 """Dtypes of weights, of the KV cache and of rank pages."""
 
 RANK_PAGE = 16

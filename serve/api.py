@@ -20,11 +20,11 @@ import uvicorn
 
 from preft_jax.adapters.config import MAX_RANK
 from preft_jax.adapters.pages import num_rank_pages
-from preft_jax.cli import add_mesh, add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
-from preft_jax.shapes import DTYPES, RANK_PAGE, SITES
+from preft_jax.shapes import RANK_PAGE, SITES
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
     add_mesh(add)
-    add("--kv-cache-dtype", choices=DTYPES, default=None, help="of keys and values (default: that of the weights)")
+    add_kv_cache_dtype(add)
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help=f"prompt plus output tokens (default: at most {_MODEL_LEN})")
     add("--memory-utilization", type=float, default=0.9, help="part of an accelerator's memory (default: %(default)s)")

@@ -58,14 +58,18 @@ _ROUNDED = {"bf16": (ml_dtypes.bfloat16, np.uint16), "fp8e4nv": (ml_dtypes.float
 
 
 def _rounding(convert: Any) -> Any:
-    """Return a conversion of the interpreter's that rounds float32 to the nearest number, as GPUs do."""
+    """Return a conversion of the interpreter's that rounds to the nearest number, as GPUs do; FP8 has a largest one."""
 
     def rounded(self: Any, src: Any, dst_type: Any, *mode: Any) -> Any:
-        found = _ROUNDED.get(dst_type.scalar.name) if src.dtype.scalar.is_fp32() else None
+        floats = src.dtype.scalar.is_fp32() or (src.dtype.scalar.is_bf16() and dst_type.scalar.is_fp8())
+        found = _ROUNDED.get(dst_type.scalar.name) if floats else None
         if found is None:
             return convert(self, src, dst_type, *mode)
         dtype, bits = found
-        return interpreter.TensorHandle(src.data.astype(dtype).view(bits), dst_type.scalar)
+        data = _as_float32(src.data, src.dtype)
+        if dst_type.scalar.is_fp8():
+            data = np.clip(data, -448, 448)
+        return interpreter.TensorHandle(data.astype(dtype).view(bits), dst_type.scalar)
 
     return rounded
 

@@ -1,5 +1,7 @@
 """Numbers in FP8: e4m3, that is four bits of exponent, three of mantissa and no infinity (arXiv 2209.05433)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,13 @@ def quantize(x_TD: jax.Array) -> QuantizedRows:
     scale_T = jnp.max(jnp.abs(wide), axis=-1) * (1 / LARGEST_FP8)
     scale_T = jnp.where(scale_T == 0, 1.0, scale_T)
     return QuantizedRows((wide / scale_T[..., None]).astype(FP8), scale_T)
+
+
+def kept_as(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return numbers in the dtype of a KV pool; in FP8, without a scale, those beyond its range are its largest."""
+    if jnp.dtype(dtype) == FP8:
+        x = jnp.clip(x, -LARGEST_FP8, LARGEST_FP8)
+    return x.astype(dtype)
 
 
 def scaled(y: Product) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.types import Product, QuantizedRows, Shrunk, Site
-from kernels.xla.fp8 import quantize, scaled
+from kernels.xla.fp8 import kept_as, quantize, scaled
 from kernels.xla.lowrank import edit_delta, expand, shrink
 
 
@@ -25,10 +25,10 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 def write_kv(pool_PSJC: jax.Array, slots_T: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array) -> jax.Array:
     """Return the pool with each token's row written at its slot (in place if donated); slots outside it are dropped."""
     pages, page_size, *rest = pool_PSJC.shape
-    new_TJC = jnp.stack([k_TKC, v_TKC], axis=2).reshape(k_TKC.shape[0], *rest).astype(pool_PSJC.dtype)
+    new_TJC = jnp.stack([k_TKC, v_TKC], axis=2).reshape(k_TKC.shape[0], *rest)
     flat = pool_PSJC.reshape(pages * page_size, *rest)
     slots_T = jnp.where(slots_T < 0, flat.shape[0], slots_T)
-    return flat.at[slots_T].set(new_TJC, mode="drop").reshape(pool_PSJC.shape)
+    return flat.at[slots_T].set(kept_as(new_TJC, pool_PSJC.dtype), mode="drop").reshape(pool_PSJC.shape)
 
 
 def norm_shrink(

@@ -3,7 +3,7 @@
 import dataclasses
 
 from preft_jax.errors import ConfigError, shown
-from preft_jax.shapes import DTYPES, RANK_PAGE, SITES
+from preft_jax.shapes import DTYPES, KV_DTYPES, RANK_PAGE, SITES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class EngineConfig:
         bank_sites: what adapters may edit, of q, k, v, o, gate, up, down and block (all); what none edits leaves its
             memory to the KV cache.
         all_token: whether all-token adapters are served (one program more).
-        kv_dtype: of the KV cache: ``float32``, ``bfloat16`` or ``float16`` (that of the weights).
-        bank_dtype: of rank pages in the bank and in host memory, likewise (that of the weights).
+        kv_dtype: of the KV cache: ``float32``, ``bfloat16``, ``float16`` or ``fp8`` (that of the weights).
+        bank_dtype: of rank pages in the bank and in host memory: one of the first three (that of the weights).
         reserved_bytes: of an accelerator's memory, left to other work (training beside serving, say), which leases it
             from ``Engine.memory``.
         scoring: whether ``prompt_logprobs`` is served (one program more).
@@ -72,8 +72,9 @@ class EngineConfig:
                     raise ConfigError(f"bank_sites is {shown(value)}; give a tuple of some of {', '.join(SITES)}")
                 object.__setattr__(self, field.name, tuple(site for site in SITES if site in value))
             elif field.name in ("kv_dtype", "bank_dtype"):
-                if value is not None and value not in DTYPES:
-                    raise ConfigError(f"{field.name} is {shown(value)}; allowed: {', '.join(DTYPES)}, or None")
+                allowed = KV_DTYPES if field.name == "kv_dtype" else DTYPES
+                if value is not None and value not in allowed:
+                    raise ConfigError(f"{field.name} is {shown(value)}; allowed: {', '.join(allowed)}, or None")
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ConfigError(f"{field.name} is {shown(value)}; it must be True or False")

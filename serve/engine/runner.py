@@ -29,6 +29,7 @@ from preft_jax.models.batch import bucket, round_up
 from preft_jax.models.cache import KVCache, cache_axes, init_cache, pages_for
 from preft_jax.sampling.arrays import PlainSampling, SamplingArrays
 from preft_jax.sampling.rows import Drawn
+from preft_jax.shapes import KV_DTYPES
 from serve.engine import memory
 from serve.engine import programs as device
 from serve.engine.arrays import Arrays, constants_of
@@ -56,7 +57,7 @@ class Runner:
         self.params = serving_params(model, config.max_num_seqs)
         self.dtype = self.params["embed"].dtype
         self.spread = Spread(model.placement, model.config)
-        self.kv_dtype = jnp.dtype(config.kv_dtype or self.dtype)
+        self.kv_dtype = jnp.dtype(KV_DTYPES[config.kv_dtype or self.dtype.name])
         self.bank_dtype = jnp.dtype(config.bank_dtype or self.dtype)
         if reason := fused.why_not(self.params):
             level = logging.WARNING if jax.default_backend() == "gpu" else logging.INFO

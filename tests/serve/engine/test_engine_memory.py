@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from engine_runs import ROOMY, request, serve
 
+from kernels.xla.fused import write_kv
 from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError
 from serve.engine.config import EngineConfig
@@ -40,9 +41,33 @@ def test_one_of_them_narrower_loses_its_own_rounding_only(field, lively, adapter
     assert 1e-5 < loss.max() < 0.15
 
 
-@pytest.mark.parametrize("field", ["kv_dtype", "bank_dtype"])
-def test_another_dtype_is_refused_with_those_there_are(field):
-    with pytest.raises(ConfigError, match=f"{field} is 'int4'; allowed: float32, bfloat16, float16, or None"):
+def test_keys_and_values_in_fp8(lively, adapters, rng):
+    """Chunks, decode steps and hits of the prefix cache read what a whole prompt reads."""
+    prompt = rng.integers(0, 250, 40)
+    requests = [request(prompt, adapters[name], max_tokens=6) for name in ("lora_r24", "direft")]
+    config = dataclasses.replace(PLAIN, kv_dtype="fp8")
+    engine = Engine(lively, config)
+    assert {leaf.dtype for leaf in engine.runner.cache.kv} == {jnp.dtype("float8_e4m3fn")}
+    first, again = (serve(engine, requests) for _ in range(2))
+    assert engine.stats.prefix_hit_tokens > 0
+    whole = serve(Engine(lively, dataclasses.replace(config, prefix_caching=False, chunk_tokens=16)), requests)
+    for ours in (again, whole):
+        for (sample,), (other,) in zip(ours, first, strict=True):
+            assert sample.token_ids == other.token_ids
+            np.testing.assert_allclose(sample.logprobs, other.logprobs, atol=1e-4)
+    loss = np.abs(first_logprobs(engine, requests) - first_logprobs(Engine(lively, PLAIN), requests))
+    assert 1e-4 < loss.max() < 0.5
+
+
+def test_what_fp8_cannot_hold_is_its_largest(tiny):
+    keys = jnp.asarray([[[1e4, -500.0, jnp.nan, 1.0]]])
+    pool = write_kv(jnp.zeros((1, 2, 2, 4), "float8_e4m3fn"), jnp.asarray([1]), keys, -keys)
+    np.testing.assert_array_equal(np.asarray(pool, np.float32)[0, 1], [[448, -448, np.nan, 1], [-448, 448, np.nan, -1]])
+
+
+@pytest.mark.parametrize(("field", "allowed"), [("kv_dtype", "float16, fp8"), ("bank_dtype", "float16")])
+def test_another_dtype_is_refused_with_those_there_are(field, allowed):
+    with pytest.raises(ConfigError, match=f"{field} is 'int4'; allowed: float32, bfloat16, {allowed}, or None"):
         EngineConfig(**{field: "int4"})
 
 
