@@ -1,4 +1,4 @@
-"""``python -m bench.quantization``: what a base model in FP8 loses, alone and under a LoRA adapter.
+"""``python -m bench.quantization``: what a base model and its keys and values in FP8 lose, alone and under an adapter.
 
 The text is English prose of CPython's own reference, which every installation has (``pydoc_data.topics``), cut into
 documents of one length. The first half of a document is its prompt, the second half is scored: perplexity, and against
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from kernels.xla.fp8 import kept_as
 from preft_jax.adapters.adapter import Adapter, fold
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
@@ -31,9 +32,13 @@ from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.adapter_files import load_adapter
 from preft_jax.loading import Model, check_base, load_model
-from preft_jax.models.forward import edits_of, hidden_states, lm_head
+from preft_jax.models.attention import Attention, dense_attention
+from preft_jax.models.forward import edits_of, lm_head, rope_table
+from preft_jax.models.layer import hidden
 from preft_jax.models.params import Params
+from preft_jax.models.plain import PlainLayers
 from preft_jax.quantize import quantize
+from preft_jax.shapes import KV_DTYPES
 from serve.bench.environment import environment
 from serve.bench.output import emit
 
@@ -57,13 +62,37 @@ def documents(model: Model, count: int, length: int) -> np.ndarray:
     return np.array([tokens[start : start + length] for start in at], np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logprobs(config: ModelConfig, params: Params, folded: Any, tokens_BS: jax.Array) -> jax.Array:
+class Base(NamedTuple):
+    """Weights, and what keys and values are kept in (None: the model's dtype)."""
+
+    params: Params
+    kv_dtype: str | None = None
+
+
+class KeptAttention(NamedTuple):
+    """Attention to keys and values as a cache of a dtype keeps them."""
+
+    attention: Attention
+    dtype: str
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        """See ``Attention``."""
+        k, v = (kept_as(x, self.dtype).astype(x.dtype) for x in (k, v))
+        return self.attention.attend(layer, q, k, v, window)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logprobs(
+    config: ModelConfig, kv_dtype: str | None, params: Params, folded: Any, tokens_BS: jax.Array
+) -> jax.Array:
     """Return the distributions behind the second half of each document but its last token, ``[B, S / 2 - 1, V]``."""
     half = tokens_BS.shape[1] // 2
     mask_BSG = jnp.zeros((*tokens_BS.shape, 2), bool).at[:, :half, 0].set(folded is not None)
     edits = edits_of(config, folded, None if folded is None else mask_BSG)
-    h_BSD = hidden_states(config, params, tokens_BS, edits)
+    rope = rope_table(config, jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape))
+    attention: Attention = dense_attention(None, "xla")
+    attention = attention if kv_dtype is None else KeptAttention(attention, kv_dtype)
+    h_BSD = hidden(PlainLayers(config, rope, attention, edits), params, tokens_BS)
     return jax.nn.log_softmax(lm_head(params, h_BSD[:, half:-1]))
 
 
@@ -78,7 +107,7 @@ def _compare(plain_BSV: jax.Array, other_BSV: jax.Array, targets_BS: jax.Array) 
 
 
 def compare(
-    config: ModelConfig, bases: dict[str, Params], folded: Any, tokens: np.ndarray, batch: int
+    config: ModelConfig, bases: dict[str, Base], folded: Any, tokens: np.ndarray, batch: int
 ) -> dict[str, dict[str, float]]:
     """Return the figures of each base model; the first one is what the others are compared with."""
     totals = {name: dict.fromkeys(("nll", "kl", "same"), 0.0) for name in bases}
@@ -86,8 +115,8 @@ def compare(
     for start in range(0, len(tokens), batch):
         some = tokens[start : start + batch]
         plain = None
-        for name, params in bases.items():
-            found = _logprobs(config, params, folded, some)
+        for name, (params, kv_dtype) in bases.items():
+            found = _logprobs(config, kv_dtype, params, folded, some)
             plain = found if plain is None else plain
             for key, value in _compare(plain, found, some[:, half + 1 :]).items():
                 totals[name][key] += float(value)
@@ -126,10 +155,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if model.tokenizer is None:
         raise ConfigError(f"--model {args.model} has no tokenizer; give one that has")
     tokens, start = documents(model, args.documents, args.length), time.perf_counter()
+    fp8, kv_dtype = quantize(model.params), KV_DTYPES["fp8"]
     bases = {
-        "plain": model.params,
-        "fp8": quantize(model.params),
-        "fp8, first and last layer plain": quantize(model.params, (0, -1)),
+        "plain": Base(model.params),
+        "fp8": Base(fp8),
+        "fp8, first and last layer plain": Base(quantize(model.params, (0, -1))),
+        f"{model.params['embed'].dtype}, KV in fp8": Base(model.params, kv_dtype),
+        "fp8, KV in fp8": Base(fp8, kv_dtype),
     }
     contenders = {"none": None, "lora, prefill-only": fold(make_adapter(args, model))}
     rows = []
@@ -143,7 +175,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(model.params["embed"].dtype),
         "options": options | {"adapter": None if args.adapter is None else str(args.adapter)},
         "scored_tokens": args.documents * (args.length - args.length // 2 - 1),
-        "weight_bytes": {name: sum(leaf.nbytes for leaf in jax.tree.leaves(own)) for name, own in bases.items()},
+        "weight_bytes": {name: sum(leaf.nbytes for leaf in jax.tree.leaves(own.params)) for name, own in bases.items()},
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
         **environment(),

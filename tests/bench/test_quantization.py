@@ -15,24 +15,25 @@ def test_every_base_is_compared_with_the_plain_one(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert (found["schema"], found["scored_tokens"]) == (quantization.SCHEMA, 3 * 7)
     assert {"versions", "device", "commit", "date"} <= set(found)
-    assert [row["adapter"] for row in found["rows"]] == ["none"] * 3 + ["lora, prefill-only"] * 3
-    for plain, *others in (found["rows"][:3], found["rows"][3:]):
+    assert [row["adapter"] for row in found["rows"]] == ["none"] * 5 + ["lora, prefill-only"] * 5
+    for plain, *others in (found["rows"][:5], found["rows"][5:]):
         assert (plain["base"], plain["mean_kl"], plain["same_top_1"]) == ("plain", 0, 1)
         assert all(other["mean_kl"] > 0 for other in others)
-    assert found["rows"][0]["perplexity"] != found["rows"][3]["perplexity"]
+    assert found["rows"][0]["perplexity"] != found["rows"][5]["perplexity"]
     sizes = list(found["weight_bytes"].values())
-    assert sizes[1] < sizes[2] < sizes[0]
+    assert sizes[1] == sizes[4] < sizes[2] < sizes[0] == sizes[3]
     made = tables.quantization(found)
-    assert made.count("\n| ") == 7
+    assert made.count("\n| ") == 11
     assert "21 scored tokens" in made
 
 
 def test_figures_are_those_of_distributions(tiny, rng):
     """A base compared with itself, and perplexity by the definition."""
     tokens = rng.integers(0, 256, (2, 10)).astype(np.int32)
-    found = quantization.compare(tiny.config, {"a": tiny.params, "b": tiny.params}, None, tokens, 2)
+    base = quantization.Base(tiny.params)
+    found = quantization.compare(tiny.config, {"a": base, "b": base}, None, tokens, 2)
     assert found["a"] == found["b"]
-    logits = np.asarray(quantization._logprobs(tiny.config, tiny.params, None, tokens), np.float64)
+    logits = np.asarray(quantization._logprobs(tiny.config, None, tiny.params, None, tokens), np.float64)
     nll = -np.mean([logits[b, i, tokens[b, 6 + i]] for b in range(2) for i in range(4)])
     assert found["a"]["perplexity"] == pytest.approx(np.exp(nll), rel=1e-4)
 

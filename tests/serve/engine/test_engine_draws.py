@@ -113,7 +113,9 @@ def test_a_call_takes_few_arrays_from_the_host(plainly, lively, adapters, rng, m
     calls, put = [], jax.device_put
 
     def counted(tree, *args, **options):
-        if host_arrays(tree):
+        # On a GPU an adapter that comes with a request is put into pinned memory first, which no call waits for.
+        pinned = any(getattr(where, "memory_kind", None) == "pinned_host" for where in jax.tree.leaves(args))
+        if host_arrays(tree) and not pinned:
             calls.append(("put", host_arrays(tree)))
         return put(tree, *args, **options)
 
