@@ -26,6 +26,7 @@ from preft_jax.models.forward import decode as decode_step
 from preft_jax.models.forward import prefill
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import abstract_params
+from preft_jax.quantize import quantize
 from preft_jax.shapes import NUM_GROUPS, RANK_PAGE, SITES
 
 AXIS = "chips"
@@ -183,8 +184,9 @@ def attention_case(model: str, tokens: int, batch: int, most: int, keys: int, ch
     )
 
 
-def _weights(config: ModelConfig) -> Any:
-    return jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, DTYPE))
+def _weights(config: ModelConfig, *, fp8: bool = False) -> Any:
+    plain = jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, DTYPE))
+    return jax.eval_shape(quantize, plain) if fp8 else plain
 
 
 def _partition(tree: Any, chips: int) -> Any:
@@ -258,15 +260,17 @@ def _cache(config: ModelConfig, pages: int) -> Any:
         return jax.eval_shape(lambda: init_cache(config, pages, PAGE_SIZE, DTYPE))
 
 
-def decode_case(model: str, batch: int, chips: int, *, pages: int, partitioned: bool = False) -> Case:
-    """``preft_jax.models.forward.decode`` of ``batch`` rows a chip."""
+def decode_case(
+    model: str, batch: int, chips: int, *, pages: int, partitioned: bool = False, fp8: bool = False
+) -> Case:
+    """``preft_jax.models.forward.decode`` of ``batch`` rows a chip, with linears in FP8 or without."""
     config = PRESETS[model]
     times = 1 if partitioned else chips
     arrays = DecodeBatch(_ints(times * batch), _ints(times * batch), _ints(times * batch, pages // batch))
     cache = _cache(config, times * pages)
     function = functools.partial(decode_step, config)
-    name = f"decode B={batch} pages={pages}"
-    return _program(name, model, function, (_weights(config), cache, arrays), "wcb", chips, partitioned)
+    name = f"decode{' fp8' if fp8 else ''} B={batch} pages={pages}"
+    return _program(name, model, function, (_weights(config, fp8=fp8), cache, arrays), "wcb", chips, partitioned)
 
 
 def kernel_cases(chips: int) -> list[Case]:
@@ -304,6 +308,7 @@ def program_cases(chips: int) -> list[Case]:
         decode_case("smollm2-135m", 256, chips, pages=16384),
         prefill_case("llama3-8b", 2048, 16, chips, pages=1024, partitioned=large),
         decode_case("llama3-8b", 64, chips, pages=2048, partitioned=large),
+        *([] if large else [decode_case("llama3-8b", 64, chips, pages=2048, fp8=True)]),
     ]
 
 
