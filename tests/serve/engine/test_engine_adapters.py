@@ -329,7 +329,7 @@ def test_compilers_have_the_memory_that_calls_work_on(lively, monkeypatch):
 
     compiling = []
     monkeypatch.setattr(
-        programs.Programs, "compile", lambda self, traced: compiling.extend(x.is_deleted() for x in held())
+        programs.Programs, "compile_missing", lambda self: compiling.extend(x.is_deleted() for x in held())
     )
     monkeypatch.setattr(runner.Runner, "_time_decode", lambda self: None)
     engine.runner.warm_up()
