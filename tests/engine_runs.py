@@ -1,6 +1,6 @@
 """Runs of the serving engine, and what its samples must be: those of the request alone, and those of the reference.
 
-All of them are float32 on a three-layer model whose logits are within about ±10.
+All of them are float32 on a two-layer model whose logits are within about ±10.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from serve.engine.engine import Engine
 from serve.engine.request import Request
 
 ATOL = 1e-4
-"""Float32 rounding of log-probabilities through three layers and a head; measured at about 1e-5."""
+"""Float32 rounding of log-probabilities through two layers and a head; measured at about 1e-5."""
 VISIBLE = 100 * ATOL
 """What a broken contract must change at least."""
 TIE = 2 * ATOL

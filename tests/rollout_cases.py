@@ -18,7 +18,7 @@ PROMPT, COMPLETION = 12, 8
 
 
 def one_layer(lively):
-    """Return ``lively`` with one layer, which compiles sooner than three."""
+    """Return ``lively`` with one layer, which compiles sooner than two."""
     config = dataclasses.replace(lively.config, num_hidden_layers=1)
     return dataclasses.replace(lively, config=config, params={**lively.params, "layers": lively.params["layers"][:1]})
 

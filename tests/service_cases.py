@@ -14,10 +14,10 @@ from train.cutting import WindowOptions
 from train.service.options import ServiceOptions
 from train.service.service import Service
 
-WINDOWS = WindowOptions(tokens=32, layers=3)
-LORA = {"rank": 8, "lora_alpha": 12.0, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "batch_size": 4,
-        "max_length": 64}  # fmt: skip
-REFT = LORA | {"adapter_kind": "loreft", "rank": 6, "lora_alpha": None, "positions": "f3+l2", "share_weights": False}
+WINDOWS = WindowOptions(tokens=32, layers=1)
+_BOTH = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "batch_size": 4, "max_length": 64}
+LORA = _BOTH | {"rank": 8, "lora_alpha": 12.0, "targets": "gate,up"}
+REFT = _BOTH | {"adapter_kind": "loreft", "rank": 6, "positions": "f3+l2", "share_weights": False}
 """Hyperparameters with which programs are those of ``tests/train/test_coserve.py``."""
 
 PATIENCE = 600.0

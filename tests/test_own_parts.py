@@ -34,8 +34,8 @@ def engine(lively):
 
 
 @pytest.fixture(scope="module")
-def gated(tiny):
-    return pj.random_adapter(GATED, tiny.config, jax.random.key(4), strength=0.7)
+def gated(lively):
+    return pj.random_adapter(GATED, lively.config, jax.random.key(4), strength=0.7)
 
 
 def greedy(prompt, adapter, **fields):
@@ -89,17 +89,17 @@ def test_a_kind_and_a_rule_are_trained_saved_and_served(engine, trained, lively,
     assert_served(engine, trained, lively, greedy(PROMPT, loaded), AFTER)
 
 
-def test_a_kind_that_is_not_registered_here_is_named(gated, tiny, tmp_path, monkeypatch):
+def test_a_kind_that_is_not_registered_here_is_named(gated, lively, tmp_path, monkeypatch):
     pj.save_adapter(tmp_path, gated)
     monkeypatch.delitem(KINDS, "gated")
     with pytest.raises(pj.AdapterError, match=r"unknown kind 'gated'; allowed: lora.*import the module"):
-        pj.load_adapter(tmp_path, tiny)
+        pj.load_adapter(tmp_path, lively)
     own_parts.register()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["preft"]["positions"] = "after-tab"
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(pj.AdapterError, match=r"positions 'after-tab' is not a rule.*register_positions"):
-        pj.load_adapter(tmp_path, tiny)
+        pj.load_adapter(tmp_path, lively)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_steering_adds_a_vector(positions, engine, trained, lively, rng):
     rule = make_edit_mask(6, positions)
     done = assert_served(engine, trained, lively, greedy(PROMPT, steering), rule[:, 0])
     assert done.logprobs != engine.generate([greedy(PROMPT, None)])[0].logprobs
-    tokens, names = np.array([PROMPT], np.int32), ["layers.1.block", "layers.2.q.input"]
+    tokens, names = np.array([PROMPT], np.int32), ["layers.1.block", "layers.1.q.input"]
     base = pj.activations(lively.config, lively.params, tokens, names)
     moved = pj.activations(
         lively.config, lively.params, tokens, names, folded=pj.fold(steering), edit_mask_BSG=rule[None]
@@ -198,14 +198,14 @@ def test_steering_adds_a_vector(positions, engine, trained, lively, rng):
 
 def test_activations_are_those_of_the_forward_pass(lively, rng):
     tokens = rng.integers(0, 250, (1, 9)).astype(np.int32)
-    found = pj.activations(lively.config, lively.params, tokens, ["layers.2.block", "layers.0.k", "layers.0.q.input"])
-    h = reference.f64(found["layers.2.block"][0])
+    found = pj.activations(lively.config, lively.params, tokens, ["layers.1.block", "layers.0.k", "layers.0.q.input"])
+    h = reference.f64(found["layers.1.block"][0])
     normed = h / np.sqrt((h**2).mean(axis=1, keepdims=True) + lively.config.rms_norm_eps)
     logits = normed * reference.f64(lively.params["norm"]) @ reference.f64(lively.params["embed"]).T
     np.testing.assert_allclose(logits, pj.forward(lively.config, lively.params, tokens)[0], atol=1e-3)
     x, k = found["layers.0.q.input"][0], found["layers.0.k"][0]
     np.testing.assert_allclose(jnp.dot(x, lively.params["layers"][0]["k"]), k, atol=ATOL)
-    for name in ("layers.3.block", "block", "layers.0.norm", 3):
+    for name in ("layers.2.block", "block", "layers.0.norm", 3):
         with pytest.raises(pj.ConfigError, match="there is no activation"):
             pj.activations(lively.config, lively.params, tokens, [name])
 

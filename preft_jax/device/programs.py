@@ -66,14 +66,15 @@ class Programs(Mapping[str, Any]):
         """Seconds that each compiled program took to lower and compile."""
         return {name: round(done.seconds, 3) for name, done in self._compiled.items() if name in self._traces}
 
-    def trace_missing(self) -> dict[str, Any]:
-        """Trace the programs that are not compiled yet, one by one."""
-        return {name: self.trace(name) for name in self.missing}
+    def compile_missing(self) -> None:
+        """Compile the programs that are not compiled yet, side by side, and each while the next ones are traced.
 
-    def compile(self, traced: Mapping[str, Any]) -> None:
-        """Lower and compile traced programs side by side: lowering compiles their kernels."""
+        Lowering compiles their kernels, and so it is not left to the thread that traces.
+        """
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self._compile, traced, traced.values()))
+            compiling = [pool.submit(self._compile, name, self.trace(name)) for name in self.missing]
+        for one in compiling:
+            one.result()
 
     def trace(self, name: str) -> Any:
         """Trace a program anew."""

@@ -221,10 +221,9 @@ class Runner:
         """
         if self.step_seconds:
             return
-        traced = self.programs.trace_missing()
-        if traced:
+        if self.programs.missing:
             self.release()  # XLA tries matrix products out while it compiles, and needs memory for it.
-            self.programs.compile(traced)
+            self.programs.compile_missing()
             self.reset()
         self._use_all()
         self._time_decode()

@@ -6,6 +6,8 @@ import pytest
 
 from bench import accuracy, tables
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 TINY = (
     "--model tiny --train-size 6 --held-out 5 --updates 3 --batch-size 2 --rank 4 --max-length 128 --seeds 1,2 "
     "--adapters direft-p:1e-2,loreft-p:1e-2"

@@ -6,6 +6,8 @@ import pytest
 
 from bench import background
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 SMALL = [
     "--model", "tiny", "--size", "64", "--rows", "2", "--requests", "2", "--idle-seconds", "0.2", "--input-len", "16",
     "--output-len", "16", "--prefill-tokens", "64", "--units", "2",

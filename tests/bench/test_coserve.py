@@ -7,6 +7,8 @@ import pytest
 from bench import coserve
 from preft_jax.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 OPTIONS = (
     "--model tiny --request-rate 8 --minutes 0.02 --prompt-tokens 12 --output-tokens 6 --seq 32 --window-tokens 32 "
     "--window-layers 3 --max-num-seqs 4 --max-model-len 64 --prefill-tokens 64 --temporal-seconds 0.2 "

@@ -8,6 +8,8 @@ from bench.kernel_profile import KernelTime, breakdown, kind_of
 from bench.kernel_timing import Ceilings
 from preft_jax.config import PRESETS
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 
 def test_a_step_is_timed_beside_its_floor(capsys, tmp_path):
     path = tmp_path / "figures.json"

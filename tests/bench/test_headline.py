@@ -5,10 +5,12 @@ import pytest
 from rich.console import Console
 
 from bench import headline, headline_plot, tables
-from bench.engine_contenders import ready
+from bench.engine_contenders import WatchedEngine, ready
 from preft_jax import load_model
 from preft_jax.errors import ConfigError
 from serve.engine.config import EngineConfig
+
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
 
 TINY = (
     "--model tiny --num-prompts 8 --input-len 32 --output-len 6 --max-num-seqs 4 --prefill-tokens 64 "
@@ -43,14 +45,16 @@ def test_all_token_adapters_must_all_fit_the_bank():
 @pytest.mark.parametrize(
     ("all_token", "held", "rows"), [(True, 48, 4), (True, 10**6, 1), (True, 24, 8), (False, 48, 8)]
 )
-def test_all_token_engines_have_as_many_rows_as_their_cache_holds(all_token, held, rows):
-    model = load_model("tiny")
+def test_all_token_engines_have_as_many_rows_as_their_cache_holds(all_token, held, rows, monkeypatch):
+    model, warm = load_model("tiny"), []
+    monkeypatch.setattr(WatchedEngine, "warm_up", lambda engine: warm.append(engine))
     config = EngineConfig(
         max_num_seqs=8, max_model_len=64, page_size=16, num_kv_pages=12, prefill_tokens=64, bank_pages=3, max_rank=16,
         all_token=all_token,
     )  # fmt: skip
     engine, _ = ready(model, config, "any", Console(quiet=True), held=held)
     assert (engine.config.max_num_seqs, engine.kv_tokens) == (rows, 192)
+    assert warm == [engine], "those with too many rows compile nothing"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import pytest
 
 from bench import tables, tiers
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 SMALL = (
     "--model", "tiny", "--lengths", "16,64", "--input-len", "32", "--repeats", "4", "--prefill-tokens", "128",
     "--prefill-seqs", "2", "--num-prompts", "8", "--rounds", "1",

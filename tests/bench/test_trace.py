@@ -7,6 +7,8 @@ import pytest
 from bench import tables, trace
 from preft_jax.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 LENGTHS = ((30, 5), (12, 9), (70, 4), (1, 6), (25, 1), (90, 20), (8, 8), (16, 3))
 """Tokens of prompt and output."""
 

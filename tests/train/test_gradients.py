@@ -16,7 +16,7 @@ from preft_jax.models.attention import DenseAttention
 STEP = 1e-5
 """Of central differences in float64: their error is about STEP squared, their rounding 1e-16 / STEP."""
 RTOL = 2e-3
-"""Float32 rounding of a gradient through three layers, whose parts cancel; measured below 3e-4."""
+"""Float32 rounding of a gradient through two layers, whose parts cancel; measured below 3e-4."""
 
 
 def reference_loss(model, adapter, rows):
@@ -87,7 +87,7 @@ def test_what_is_computed_again_is_the_same(remat, lively, adapters, rng):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("kind", ["lora", "direft", "loreft", "loreft_f3l2"])
+@pytest.mark.parametrize("kind", ["lora", "loreft_f3l2"])
 def test_an_answer_reaches_a_prompt_only_adapter_through_keys_and_values(kind, lively, adapters, rng, monkeypatch):
     """The loss behind the first answer token depends on nothing else, and cutting the way there is noticed."""
     adapter = adapters[kind]
@@ -107,7 +107,7 @@ def test_an_answer_reaches_a_prompt_only_adapter_through_keys_and_values(kind, l
 
 
 def test_packed_documents_do_not_see_each_other(lively, adapters, rng):
-    for kind in ("lora", "loreft_f3l2", "lora_all"):
+    for kind in ("loreft_f3l2", "lora_all"):
         some = cases.examples(adapters[kind], rng, 6)
         loss, grads = cases.gradients(lively, adapters[kind], [[one] for one in some])
         packed, together = cases.gradients(lively, adapters[kind], [some[:4], some[4:]], packed=True)

@@ -24,7 +24,7 @@ ATOL = 1e-4
 
 @pytest.fixture(scope="module")
 def lively(lively):
-    """Return ``lively`` with one layer, which compiles sooner than three."""
+    """Return ``lively`` with one layer, which compiles sooner than two."""
     config = dataclasses.replace(lively.config, num_hidden_layers=1)
     return dataclasses.replace(lively, config=config, params={**lively.params, "layers": lively.params["layers"][:1]})
 

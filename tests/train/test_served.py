@@ -41,7 +41,7 @@ def test_every_kind_is_served_as_it_was_trained(lively, adapters, tmp_path, rng)
         adapter = preft_jax.load_adapter(tmp_path / job.name, lively)
         published = store.publish(job.name, trainer.adapter_of(job))
         assert published.digest == adapter.digest
-        requests.append(request(rng.integers(0, 250, 11), published if i % 2 else adapter, max_tokens=8))
+        requests.append(request(rng.integers(0, 250, 11), published if i % 2 else adapter, max_tokens=12))
     engine = Engine(lively, ROOMY, store=store)
     samples = serve(engine, [*requests, dataclasses.replace(requests[0], adapter=None)])
     store.close()

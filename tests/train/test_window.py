@@ -12,6 +12,7 @@ import pytest
 import train_cases as cases
 from conftest import ADAPTER_CONFIGS
 
+from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
 from preft_jax.errors import ConfigError
 from train.cutting import WindowOptions
@@ -23,12 +24,14 @@ from train.window import Windowed
 TOLERANCE = 2e-5
 """Of the largest number of a leaf's gradient."""
 
+KINDS = ADAPTER_CONFIGS | {"small": AdapterConfig(rank=8, alpha=12.0, targets=("q", "down"))}
+
 
 def setting(model, names, rng, *, prompts=((30, 9), (3, 40)), packed=False, rows_each=2):
     """Return groups, parameters and a micro-batch: for each adapter rows with prompts and answers so long."""
     groups, params, parts = [], [], []
     for slot, name in enumerate(names):
-        config = ADAPTER_CONFIGS[name]
+        config = KINDS[name]
         adapter = random_adapter(config, model.config, jax.random.key(slot), strength=0.5)
         groups.append(Group(fold_config(config), "adamw", 1))
         params.append(empty_slots(groups[-1], adapter.params).params)
@@ -55,10 +58,19 @@ def check(model, groups, params, batch, options, dropout=None):
     return sums
 
 
-@pytest.mark.parametrize(("name", "order"), [("lora", "layers"), ("loreft_f3l2", "windows")])
-def test_windows_of_one_adapter_add_up(name, order, lively, rng):
-    groups, params, batch = setting(lively, [name], rng)
-    check(lively, groups, params, batch, WindowOptions(tokens=32, layers=2, order=order))
+@pytest.mark.parametrize("order", ["layers", "windows"])
+def test_windows_of_one_adapter_add_up(order, lively, rng):
+    groups, params, batch = setting(lively, ["loreft_f3l2"], rng)
+    check(lively, groups, params, batch, WindowOptions(tokens=32, layers=1, order=order))
+
+
+def test_units_add_up_whose_layers_are_not_equally_many(lively, rng):
+    """Three layers by two."""
+    config = dataclasses.replace(lively.config, num_hidden_layers=3)
+    layers = [*lively.params["layers"], lively.params["layers"][0]]
+    model = dataclasses.replace(lively, config=config, params={**lively.params, "layers": layers})
+    groups, params, batch = setting(model, ["small"], rng)
+    check(model, groups, params, batch, WindowOptions(tokens=64, layers=2))
 
 
 def test_windows_of_many_adapters_add_up(lively, rng):
@@ -69,14 +81,14 @@ def test_windows_of_many_adapters_add_up(lively, rng):
 @pytest.mark.parametrize("order", ["layers", "windows"])
 def test_windows_add_up_if_products_are_kept(order, lively, rng):
     groups, params, batch = setting(lively, ["lora", "direft"], rng, rows_each=1, packed=True)
-    options = WindowOptions(tokens=16, layers=2, order=order, remat="cheap")
+    options = WindowOptions(tokens=32, layers=1, order=order, remat="cheap")
     check(lively, groups, params, batch, options, np.full(2, 0.3, np.float32))
 
 
 def test_what_is_kept_is_what_products_gave_and_no_weight(lively, rng):
     """Little besides: the angles of rotations and what masks say."""
     groups, params, batch = setting(lively, ["lora"], rng)
-    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=3, remat="cheap"))
+    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=2, remat="cheap"))
     units, kept = windowed.units(params, batch), []
 
     class Noting:
@@ -89,28 +101,28 @@ def test_what_is_kept_is_what_products_gave_and_no_weight(lively, rng):
     units.finish(lively.params)
     itemsize = lively.params["embed"].dtype.itemsize
     less = windowed.kept_bytes(batch.tokens_BS.size, lively.params["embed"].dtype)
-    less -= Windowed(lively.config, groups, WindowOptions(layers=3)).kept_bytes(batch.tokens_BS.size, np.float32)
+    less -= Windowed(lively.config, groups, WindowOptions(layers=2)).kept_bytes(batch.tokens_BS.size, np.float32)
     assert itemsize == 4
     assert 0.9 * less <= sum(kept) <= 1.1 * less
 
 
 def test_windows_of_packed_rows_with_dropout_and_a_sliding_window(lively, rng):
     """And rows that no number of windows fills."""
-    groups, params, batch = setting(lively, ["lora"], rng, packed=True)
+    groups, params, batch = setting(lively, ["small"], rng, packed=True)
     model = dataclasses.replace(lively, config=dataclasses.replace(lively.config, sliding_window=7))
-    check(model, groups, params, batch, WindowOptions(tokens=40, layers=2), np.full(1, 0.3, np.float32))
+    check(model, groups, params, batch, WindowOptions(tokens=40, layers=1), np.full(1, 0.3, np.float32))
 
 
 def test_what_needs_no_unit_has_none(lively, rng):
     """Of six windows the last two hold padding alone; only the third is edited: answers' windows hand cotangents on."""
-    config = ADAPTER_CONFIGS["lora"]
-    groups, params, _ = setting(lively, ["lora"], rng)
+    config = KINDS["small"]
+    groups, params, _ = setting(lively, ["small"], rng)
     one = cases.example(config, rng, 20, 40)
     mask = np.zeros_like(one.edit_mask)
     mask[[33, 35]] = one.edit_mask[0]
     rows = [[dataclasses.replace(one, edit_mask=mask)]]
     batch = collate([Rows(rows, 0, 0, 0)], num_rows=1, max_length=96, packed=False)
-    options = WindowOptions(tokens=16, layers=3)
+    options = WindowOptions(tokens=16, layers=2)
     windowed = Windowed(lively.config, groups, options)
     units = windowed.units(params, batch)
     names = []
@@ -124,8 +136,8 @@ def test_what_needs_no_unit_has_none(lively, rng):
 
 
 def test_sums_go_on_and_programs_are_few(lively, rng):
-    groups, params, batch = setting(lively, ["lora"], rng)
-    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=3))
+    groups, params, batch = setting(lively, ["small"], rng)
+    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=2))
     once = windowed.units(params, batch).finish(lively.params)
     programs = windowed.num_programs
     twice = windowed.units(params, batch, sums=once).finish(lively.params)
@@ -136,8 +148,8 @@ def test_sums_go_on_and_programs_are_few(lively, rng):
 
 
 def test_an_evaluation_is_the_loss_without_gradients_and_adds_one_program(lively, rng):
-    groups, params, batch = setting(lively, ["lora"], rng)
-    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=3))
+    groups, params, batch = setting(lively, ["small"], rng)
+    windowed = Windowed(lively.config, groups, WindowOptions(tokens=32, layers=2))
     sums = windowed.units(params, batch).finish(lively.params)
     programs = windowed.num_programs
     units = windowed.evaluation(params, batch)
@@ -170,11 +182,13 @@ def test_options_that_cut_nothing_are_refused(fields, message):
 
 
 EXACT = """
+import dataclasses
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64  # What the code does in float32 it does in float64.
 import test_window as w
 import preft_jax
+from preft_jax.config import PRESETS
 from train.step import Programs, sums_of
 
 def attention(q, k, v, mask=None, is_causal=False, **_):
@@ -187,6 +201,7 @@ jax.nn.dot_product_attention = attention  # JAX's own has its softmax in float32
 from train.cutting import WindowOptions
 from train.window import Windowed
 jax.config.update("jax_numpy_dtype_promotion", "standard")  # Rotations are float32 in any case.
+PRESETS["tiny"] = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=2)
 model = preft_jax.load_model("tiny", dtype="float32")
 def wide(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
@@ -195,7 +210,7 @@ base, params, batch = wide(model.params), wide(params), jax.tree.map(np.asarray,
 programs = Programs(model.config, groups, attention="xla", remat="none")
 whole = sums_of(programs.accumulate(base, params, None, batch, None), params)
 for order in ("layers", "windows"):
-    options = WindowOptions(tokens=16, layers=2, order=order)
+    options = WindowOptions(tokens=16, layers=1, order=order)
     sums = Windowed(model.config, groups, options).units(params, batch).finish(base)
     for ours, expected in zip(*(jax.tree.leaves(w.trees_of(own)) for own in (sums.grads, whole.grads)), strict=True):
         assert ours.dtype == np.float64

@@ -1,5 +1,8 @@
 """Programs by name: compiled once, when they are first asked for, and shared by those of one key."""
 
+import time
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -84,10 +87,38 @@ def test_all_that_are_missing_compile_together(made):
     make, traced = made
     ours = make()
     add = ours["add"]
-    ours.compile(ours.trace_missing())
+    ours.compile_missing()
     assert not ours.missing
     assert ours["add"] is add
     assert traced == ["add", "multiply"]
+
+
+def test_a_program_is_compiled_while_the_next_one_is_traced():
+    def add():
+        return jax.jit(lambda a: a + 1).trace(jnp.zeros(3))
+
+    def late():
+        end = time.monotonic() + 60
+        while ours.missing != ["late"]:
+            assert time.monotonic() < end, "tracing waits for nothing"
+            time.sleep(0.001)
+        return add()
+
+    ours = Programs({"add": add, "late": late}, key="one")
+    ours.compile_missing()
+    assert not ours.missing
+
+
+def test_a_program_that_cannot_be_traced_or_compiled_is_told():
+    def broken():
+        raise ValueError("no such shape")
+
+    with pytest.raises(ValueError, match="no such shape"):
+        Programs({"broken": broken}, key="two").compile_missing()
+    failing = Programs({"failing": lambda: types.SimpleNamespace(lower=broken)}, key="three")
+    with pytest.raises(ValueError, match="no such shape"):
+        failing.compile_missing()
+    assert failing.missing == ["failing"]
 
 
 def test_a_program_can_be_traced_without_being_compiled(made):

@@ -1,6 +1,6 @@
 """The contracts of training and serving, on the forward passes: who is edited when, and that cutting changes nothing.
 
-All runs are float32 on a three-layer model whose logits are within about ±10. ``reference`` is the model in float64.
+All runs are float32 on a two-layer model whose logits are within about ±10. ``reference`` is the model in float64.
 Each contract also has a twin that breaks it on purpose and must differ by far more than the tolerance. What the engine
 adds, ``tests/serve/engine`` holds it to.
 """
@@ -37,7 +37,7 @@ ALL_TOKEN = ("lora_all", "loreft_all")
 EVERY = (None, *PREFILL_ONLY, *ALL_TOKEN)
 
 ATOL = 1e-4
-"""Float32 rounding of log-probabilities through three layers and a head; measured at about 2e-5."""
+"""Float32 rounding of log-probabilities through two layers and a head; measured at about 2e-5."""
 VISIBLE = 100 * ATOL
 """What a broken contract must change at least."""
 

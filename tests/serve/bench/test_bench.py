@@ -8,6 +8,8 @@ from fake_engine import FakeClock, FakeEngine
 from serve.bench import __main__ as bench
 from serve.bench import sides
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 SMALL = [
     *("--model", "tiny", "--num-prompts", "7", "--input-len", "5:40", "--output-len", "2:9"),
     *("--num-adapters", "4", "--max-num-seqs", "4"),

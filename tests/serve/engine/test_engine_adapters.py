@@ -33,10 +33,10 @@ from serve.engine.observer import Observer
 
 
 @pytest.fixture(scope="module")
-def many(tiny):
+def many(lively):
     """Return adapters of one rank page each, more than the bank holds."""
     config = AdapterConfig(rank=8, alpha=12.0)
-    return [random_adapter(config, tiny.config, jax.random.key(i), strength=0.7) for i in range(9)]
+    return [random_adapter(config, lively.config, jax.random.key(i), strength=0.7) for i in range(9)]
 
 
 def test_an_adapter_is_loaded_once_while_it_stays_and_again_when_it_had_to_go(lively, many, rng):
@@ -208,8 +208,7 @@ def test_an_engine_with_requests_is_not_warmed_up(lively, rng):
         engine.warm_up()
 
 
-@pytest.mark.parametrize("max_tokens", [1, 12])
-@pytest.mark.parametrize("bank_pages", [3, 5])
+@pytest.mark.parametrize(("bank_pages", "max_tokens"), [(3, 1), (5, 12)])
 def test_in_a_stream_of_prompts_only_the_first_call_waits_for_its_adapters(max_tokens, bank_pages, lively, many, rng):
     """Each call brings two adapters and the bank holds two or four: those of the next call are copied beside it."""
     config = dataclasses.replace(ROOMY, all_token=False, prefill_seqs=2, bank_pages=bank_pages, prefix_caching=False)
@@ -329,7 +328,7 @@ def test_compilers_have_the_memory_that_calls_work_on(lively, monkeypatch):
 
     compiling = []
     monkeypatch.setattr(
-        programs.Programs, "compile", lambda self, traced: compiling.extend(x.is_deleted() for x in held())
+        programs.Programs, "compile_missing", lambda self: compiling.extend(x.is_deleted() for x in held())
     )
     monkeypatch.setattr(runner.Runner, "_time_decode", lambda self: None)
     engine.runner.warm_up()

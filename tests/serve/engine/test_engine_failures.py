@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from engine_outputs import TIGHT, Whole, advance, alone, assert_as_alone, drain, lettered, request, some
 
-from preft_jax import Adapter, SamplingParams, load_model, random_adapter
+from preft_jax import Adapter, SamplingParams, random_adapter
 from preft_jax.adapters.allocator import BankAllocator
 from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.config import AdapterConfig
@@ -360,9 +360,9 @@ def test_a_load_of_an_adapter_that_had_to_go_again_is_not_carried_out(lively, ti
 
 
 @pytest.mark.parametrize(("dtype", "writes"), [("float32", 1), ("bfloat16", 8)])
-def test_pages_written_together_are_those_written_one_by_one(writes, dtype, tiny, adapters):
+def test_pages_written_together_are_those_written_one_by_one(writes, dtype, lively, adapters):
     """Five adapters of many kinds at once, as on an accelerator; c keeps its float32 bits in a bfloat16 bank."""
-    model = tiny if dtype == "float32" else load_model("tiny", dtype=dtype)
+    model = dataclasses.replace(lively, params=jax.tree.map(lambda leaf: leaf.astype(dtype), lively.params))
     runner = Runner(model, dataclasses.replace(TIGHT, bank_pages=12).resolve("cpu"))
     runner.rank_pages.writes = writes
     runner.programs = runner._name_programs(key=(dtype, writes))

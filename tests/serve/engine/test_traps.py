@@ -16,7 +16,7 @@ from serve.engine.engine import Engine
 from serve.engine.scheduler import Scheduler
 
 ATOL = 1e-4
-"""Float32 rounding through three layers; a trap changes a log-probability by at least a hundred times as much."""
+"""Float32 rounding through two layers; a trap changes a log-probability by at least a hundred times as much."""
 
 
 def assert_right(model, one, whole):
@@ -304,12 +304,12 @@ def test_no_token_outside_the_vocabulary_is_drawn(lively, rng):
 # Shapes.
 
 
-def test_other_targets_ranks_and_layers_do_not_recompile(lively, tiny, rng):
+def test_other_targets_ranks_and_layers_do_not_recompile(lively, rng):
     targets = [("q",), ("down", "o"), ("q", "k", "v", "o", "gate", "up", "down")]
     configs = [
         *(AdapterConfig(rank=rank, targets=some_of) for rank in (1, 17, 48) for some_of in targets),
         AdapterConfig(kind="direft", rank=33), AdapterConfig(kind="loreft", rank=2, layers=(1,)),
-        AdapterConfig(rank=4, layers=(2,), positions="f1+l1"),
+        AdapterConfig(rank=4, layers=(0,), positions="f1+l1"),
     ]  # fmt: skip
-    made = [random_adapter(config, tiny.config, jax.random.key(i), strength=0.5) for i, config in enumerate(configs)]
+    made = [random_adapter(config, lively.config, jax.random.key(i), strength=0.5) for i, config in enumerate(configs)]
     serve_right(lively, [request(some(rng, 5 + i), adapter, max_tokens=3) for i, adapter in enumerate(made)])

@@ -11,6 +11,8 @@ from train import rl
 from train.rollouts import loop
 from train.run.log import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 REWARD = '''

@@ -12,6 +12,8 @@ from train import sft
 from train.run.log import read_metrics
 from train.run.reporters import make_reporters
 
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
+
 
 def written(directory):
     (events,) = (directory / "tensorboard").iterdir()

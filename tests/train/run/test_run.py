@@ -1,5 +1,6 @@
 """The program: resumed runs, and what goes wrong in the middle of one."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ import train_cases as cases
 
 import preft_jax
 from preft_jax import AdapterConfig
+from preft_jax.config import PRESETS
 from preft_jax.io.adapter_files import load_adapter, save_adapter
 from train import sft
 from train.checkpoint import CheckpointError, Checkpoints
@@ -21,6 +23,8 @@ from train.run import loop as runs
 from train.run.kept import OPTIONS_FILE, read_options, write_options
 from train.run.log import read_metrics
 from train.step import Slots
+
+pytestmark = pytest.mark.usefixtures("one_layer_tiny")
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -360,27 +364,34 @@ def test_a_loss_that_rises_is_warned_of_and_is_no_failure(tmp_path, monkeypatch,
     assert (out / "adapter").exists()
 
 
-def loreft(tiny, path):
+@pytest.fixture
+def model(one_layer_tiny, monkeypatch):
+    """Return what the programs load: two layers, since an edit behind the last one reaches no other token."""
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], num_hidden_layers=2))
+    return preft_jax.load_model("tiny")
+
+
+def loreft(model, path):
     config = AdapterConfig(kind="loreft", rank=2, positions="f3+l2", share_weights=False)
-    save_adapter(path, preft_jax.random_adapter(config, tiny.config, jax.random.key(3)))
+    save_adapter(path, preft_jax.random_adapter(config, model.config, jax.random.key(3)))
     return path
 
 
-def test_a_run_starts_from_an_adapter_whatever_its_kind(tiny, data, tmp_path, capsys):
+def test_a_run_starts_from_an_adapter_whatever_its_kind(model, data, tmp_path, capsys):
     """Its options are the adapter's, those of positions and kind too: rows are edited where it has its weights."""
-    old, out = loreft(tiny, tmp_path / "old"), tmp_path / "out"
+    old, out = loreft(model, tmp_path / "old"), tmp_path / "out"
     argv = ["--model", "tiny", "--dataset", str(data), "--max-steps", "2", "--max-length", "32"]
     assert sft.main([*argv, "--init-from", str(old), "--learning-rate", "0.01", "--output-dir", str(out)]) == 0
     assert f"loreft r2 at f3+l2 from {old}" in capsys.readouterr().err
-    before, after = load_adapter(old, tiny), load_adapter(out / "adapter", tiny)
+    before, after = load_adapter(old, model), load_adapter(out / "adapter", model)
     assert (after.config.positions, after.config.share_weights) == ("f3+l2", False)
     for leaf in ("w", "r"):
         a, b = (np.asarray(one.params["layers"][0]["block"][leaf]) for one in (before, after))
         assert (np.abs(a - b).max(axis=1) > 0).all(), "weights of first and of last positions learn"
 
 
-def test_a_run_that_contradicts_the_adapter_to_start_from_is_refused(tiny, data, tmp_path, capsys):
-    old, out = loreft(tiny, tmp_path / "old"), tmp_path / "out"
+def test_a_run_that_contradicts_the_adapter_to_start_from_is_refused(model, data, tmp_path, capsys):
+    old, out = loreft(model, tmp_path / "old"), tmp_path / "out"
     argv = ["--model", "tiny", "--dataset", str(data), "--init-from", str(old), "--output-dir", str(out)]
     assert sft.main([*argv, "--rank", "16"]) == 1
     assert f"rank is 16 and that of the adapter to start from, {old}, is 2; leave rank out" in capsys.readouterr().err

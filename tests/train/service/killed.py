@@ -33,7 +33,7 @@ def main(directory: Path, rows: Path) -> int:
     for adapter in store.list():  # What is served is whole.
         assert AdapterFiles(model).read(adapter.path).digest == adapter.digest
     service = Service(
-        model, store, directory / "jobs", name="tiny", windows=WindowOptions(tokens=32, layers=3),
+        model, store, directory / "jobs", name="tiny", windows=WindowOptions(tokens=32, layers=1),
         options=ServiceOptions(checkpoint_steps=2),
     )  # fmt: skip
     if not service.list():

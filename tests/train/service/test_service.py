@@ -375,7 +375,7 @@ def test_what_is_not_allowed_is_refused_before_anything_is_written(lively, rows,
     for wrong, reason in (
         ({"n_epoch": 1}, "unknown hyperparameter 'n_epoch'"),
         ({"positions": "all"}, "this engine serves prompt-only adapters"),
-        ({"layers": "0,7"}, "the base model has layers 0 to 2"),
+        ({"layers": "0,7"}, "the base model has layers 0 to 1"),
     ):
         with pytest.raises(ConfigError, match=reason):
             service.create(cases.spec(rows, wrong), owner=None)
