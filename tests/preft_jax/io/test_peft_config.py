@@ -117,7 +117,6 @@ REFUSED = {
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2], [1, 3]],
-    "alora_invocation_tokens": [],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
