@@ -268,6 +268,7 @@ class World:
         new = [chunk.sequence for chunk in step.chunks if chunk.sequence in self.queue]
         left = {*self.scheduler.waiting}
         passed = [s for s in self.queue if s in left and s.adapter is None and s.cohort == step.sequences[0].cohort]
+        passed = [s for s in passed if not self.scheduler.expected.holds_up(s)]
         for tenant in {s.tenant for s in new}:
             ranks = [s.rank for s in new if s.tenant == tenant]
             assert ranks == sorted(ranks)
@@ -391,7 +392,7 @@ class World:
             if not any(some) and not self.live:
                 break
         assert not self.live, [s.status for s in self.live]
-        assert self.pages.num_used == 0
+        assert self.pages.num_used == len(self.scheduler.expected) == 0
         assert not +self.bank.held
         return steps
 

@@ -133,6 +133,7 @@ class Admission:
             )
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
+        sequences[0].page_keys(len(prompt) - 1)  # Hashed now, and not for many sequences in one step.
         return sequences
 
     def _mask(self, request: Request) -> np.ndarray:

@@ -82,13 +82,14 @@ class PageKeys:
         size, full = self.page_size, num_tokens // self.page_size
         for start in range((len(self._chain) - 1) * size, full * size, size):
             ids = struct.pack(f"<q{size}i", size, *tokens[start : start + size])
-            mask = struct.pack("<q", mask_TG.shape[1]) + np.packbits(mask_TG[start : start + size]).tobytes()
-            self._chain.append(hashlib.sha256(self._chain[-1] + ids + mask + self._edits(mask_TG, start)).digest())
+            bits = np.packbits(mask_TG[start : start + size]).tobytes()
+            mask = struct.pack("<q", mask_TG.shape[1]) + bits
+            self._chain.append(hashlib.sha256(self._chain[-1] + ids + mask + self._edits(bits, start)).digest())
         return self._chain[1 : full + 1]
 
-    def _edits(self, mask_TG: np.ndarray, start: int) -> bytes:
+    def _edits(self, bits: bytes, start: int) -> bytes:
         """Return what the adapter adds to the key of the page at ``start``: something to the first edited one's."""
-        if self._is_edited or not mask_TG[start : start + self.page_size].any():
+        if self._is_edited or not bits.strip(b"\0"):
             return b""
         if self._adapter is None:
             raise ValueError(f"a token of the page from {start} on is edited, and there is no adapter")

@@ -75,6 +75,16 @@ def test_outputs_over_a_shared_context_are_those_of_each_request_alone_exactly(l
     assert engine.stats.prompt_tokens == CONTEXT + 8 * 5
 
 
+@pytest.mark.parametrize("chunk", [None, PAGE])
+def test_a_context_that_comes_with_all_of_them_at_once_is_prefilled_once(chunk, lively, suffix, context, rng):
+    engine = Engine(lively, dataclasses.replace(ROOMY, chunk_tokens=chunk))
+    requests = asks(rng, context, suffix, max_tokens=8)
+    for one, (sample,) in zip(requests, serve(engine, requests), strict=True):
+        assert_is_reference(lively, one, sample)
+    assert engine.stats.prompt_tokens == CONTEXT + 8 * len(requests)
+    assert engine.stats.prefix_hit_tokens == CONTEXT * (len(requests) - 1)
+
+
 @pytest.mark.parametrize("config", [ROOMY, TIGHT], ids=["roomy", "tight"])
 def test_at_once_too(config, lively, suffix, context, rng):
     """Beside one another, preempted and in chunks, every answer is the one that its adapter gives alone."""
