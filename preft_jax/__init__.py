@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from preft_jax.adapters.edit_mask import extend_edit_mask as extend_edit_mask
     from preft_jax.adapters.edit_mask import make_edit_mask as make_edit_mask
     from preft_jax.adapters.edit_mask import prompt_edit_mask as prompt_edit_mask
+    from preft_jax.adapters.edit_mask import sequence_edit_mask as sequence_edit_mask
     from preft_jax.adapters.fold import LowRankEdit as LowRankEdit
     from preft_jax.adapters.fold import fold_params as fold_params
     from preft_jax.adapters.init import init_adapter as init_adapter
@@ -98,6 +99,7 @@ __all__ = [
     "register_kind",
     "register_positions",
     "save_adapter",
+    "sequence_edit_mask",
     "steering_adapter",
 ]
 
@@ -113,6 +115,7 @@ _forward = forwarded(
             "extend_edit_mask",
             "make_edit_mask",
             "prompt_edit_mask",
+            "sequence_edit_mask",
         ),
         "preft_jax.adapters.fold": (
             "LowRankEdit",

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from preft_jax.adapters.adapter import Adapter, fold
-from preft_jax.adapters.edit_mask import extend_edit_mask, own_mask, prompt_edit_mask
+from preft_jax.adapters.edit_mask import sequence_edit_mask
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ModelError, RequestError, check_type, shown
 from preft_jax.loading import Model, check_base, check_whole
@@ -120,12 +120,7 @@ def _example(model: Model, prompt: Any, answer: Any, adapter: Adapter | None, ma
             "positions"
         )
     config = None if adapter is None else adapter.config
-    edited = prompt_edit_mask(encoded, config)
-    if mask is not None:
-        if config is None:
-            raise RequestError("an edit mask is given without an adapter, and so there is nothing to edit with")
-        edited = own_mask(mask, len(encoded.token_ids), "the edit mask", config.groups)
-    edited = extend_edit_mask(edited, len(answer_ids), "prompt" if config is None else config.positions)
+    edited = sequence_edit_mask(encoded, config, len(answer_ids), own=mask)
     is_answer = np.arange(length) >= len(encoded.token_ids)
     return np.asarray([*encoded.token_ids, *answer_ids], np.int32), edited, is_answer
 

@@ -128,7 +128,7 @@ def chances(model, one, index, token_ids):
     """
     prompt, sampling = one.prompt.token_ids, one.sampling
     first, count = len(prompt), len(token_ids)
-    mask = reference.adapter_mask(one.adapter, first, count, one.prompt.unedited_spans)
+    mask = reference.adapter_mask(one.adapter, first, count, one.prompt.unedited_spans, prompt)
     logits = reference.forward(model.config, model.params, [*prompt, *token_ids], one.adapter, mask)[first - 1 : -1]
     places = np.arange(first, first + LONGEST_SAMPLE)  # of one length: one program
     noise = np.asarray(_noise(np.uint32(seed_of(one, index)), places, logits.shape[1]), np.float64)[:count]

@@ -56,14 +56,30 @@ def edit_mask(prompt_len, positions="prompt", groups=1, spans=(), generated=0):
     return mask
 
 
-def adapter_mask(adapter, prompt_len, generated=0, spans=()):
-    """Return the edit mask of a request with this adapter; ``spans`` are the earlier answers of its chat."""
+def last_place(tokens, marker):
+    """Return where the last run of tokens equal to ``marker`` begins; None without one."""
+    for start in range(len(tokens) - len(marker), -1, -1):
+        if [int(token) for token in tokens[start : start + len(marker)]] == list(marker):
+            return start
+    return None
+
+
+def adapter_mask(adapter, prompt_len, generated=0, spans=(), prompt=()):
+    """Return the edit mask of a request with this adapter; ``spans`` are the earlier answers of its chat.
+
+    ``prompt`` holds its tokens, for adapters with a marker.
+    """
     if adapter is None:
         return np.zeros((prompt_len + generated, 2), bool)
     config = adapter.config
     if config.assistant_turns != "skip" or config.positions == "all":
         spans = ()
-    return edit_mask(prompt_len, config.positions, 1 if config.share_weights else 2, spans, generated)
+    mask = edit_mask(prompt_len, config.positions, 1 if config.share_weights else 2, spans, generated)
+    if config.alora_invocation_tokens is not None:
+        assert len(prompt) == prompt_len, "give the prompt's tokens"
+        start = last_place(prompt, config.alora_invocation_tokens)
+        mask[: len(mask) if start is None else start] = False
+    return mask
 
 
 # Adapters.

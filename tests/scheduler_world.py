@@ -10,7 +10,7 @@ import numpy as np
 from serve.engine import lookahead
 from serve.engine.pages import PageManager
 from serve.engine.plan import Step
-from serve.engine.prefix import PageKeys, cache_salt
+from serve.engine.prefix import PageKeys, adapter_salt, cache_salt
 from serve.engine.recovery import Recovery
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence, Status
@@ -96,19 +96,21 @@ class World:
         tokens=None,
         stop_ids=(),
         tenant=None,
+        edits_from=0,
     ):
         seed = 1000 + self.order if seed is None else seed
         tokens = np.random.default_rng(seed).integers(0, 9, length).tolist() if tokens is None else tokens
         length = len(tokens)
         mask = np.zeros((length + max_tokens, 2), bool)
-        mask[: length if adapter else 0, 0] = True
+        mask[edits_from : length if adapter else 0, 0] = True
         mask[:, 0] |= adapter == "everywhere"
-        salt = cache_salt(base="base", kv_dtype="float32", adapter=adapter, fold_version=1)
+        salt = cache_salt(base="base", kv_dtype="float32")
+        edits = None if adapter is None else adapter_salt(digest=adapter, fold_version=1)
         group = [
             Sequence(
                 request_id=self.order, index=i, tenant=tenant, order=self.order, priority=priority, tokens=list(tokens),
                 prompt_len=length, mask=mask, max_tokens=max_tokens, stop_ids=frozenset(stop_ids), adapter=adapter,
-                entries=ENTRIES.get(adapter, 0), all_token=adapter == "everywhere", keys=PageKeys(salt, PAGE),
+                entries=ENTRIES.get(adapter, 0), all_token=adapter == "everywhere", keys=PageKeys(salt, PAGE, edits),
                 score=score and not i, status=Status.FORKING if i else Status.NEW,
             )
             for i in range(n)
@@ -122,7 +124,9 @@ class World:
     # The device.
 
     def content(self, s, position, tokens=None):
-        return s.adapter, tuple((s.tokens if tokens is None else tokens)[: position + 1])
+        return s.adapter if s.mask[: position + 1].any() else None, tuple(
+            (s.tokens if tokens is None else tokens)[: position + 1]
+        )
 
     def at(self, s, position):
         return s.pages[position // PAGE], position % PAGE
@@ -264,6 +268,7 @@ class World:
         new = [chunk.sequence for chunk in step.chunks if chunk.sequence in self.queue]
         left = {*self.scheduler.waiting}
         passed = [s for s in self.queue if s in left and s.adapter is None and s.cohort == step.sequences[0].cohort]
+        passed = [s for s in passed if not self.scheduler.expected.holds_up(s)]
         for tenant in {s.tenant for s in new}:
             ranks = [s.rank for s in new if s.tenant == tenant]
             assert ranks == sorted(ranks)
@@ -387,7 +392,7 @@ class World:
             if not any(some) and not self.live:
                 break
         assert not self.live, [s.status for s in self.live]
-        assert self.pages.num_used == 0
+        assert self.pages.num_used == len(self.scheduler.expected) == 0
         assert not +self.bank.held
         return steps
 

@@ -59,6 +59,7 @@ SIGNATURES = {
     "preft_jax.logprobs": "model, prompts, answers, adapters=None, *, edit_masks=None, batch_size=8",
     "preft_jax.perplexity": "model, prompts, answers, adapters=None, options",
     "preft_jax.prompt_edit_mask": "prompt, config",
+    "preft_jax.sequence_edit_mask": "prompt, config, num_generated, *, own=None",
     "preft_jax.random_adapter": "config, model, key, *, strength=0.05",
     "preft_jax.register_kind": (
         "name, shapes, init, fold, *, sites=('q', 'k', 'v', 'o', 'gate', 'up', 'down', 'block'), targets=(), "

@@ -47,7 +47,8 @@ class Group:
     """Adapters that are trained by one stacked program.
 
     Attributes:
-        config: of the fold: positions, turn rule, dropout and base model are the default, whatever the adapters have.
+        config: of the fold: positions, turn rule, marker, dropout and base model are the default, whatever the adapters
+            have.
         optim: the optimizer.
         size: slots.
     """
@@ -61,8 +62,9 @@ def fold_config(config: AdapterConfig) -> AdapterConfig:
     """Return what the fold depends on: two adapters with the same one are trained in one group."""
     positions = "prompt" if config.share_weights else config.positions
     return dataclasses.replace(
-        config, positions=positions, assistant_turns="edit", dropout=0.0, base_model=None, base_model_digest=None
-    )
+        config, positions=positions, assistant_turns="edit", alora_invocation_tokens=None, dropout=0.0,
+        base_model=None, base_model_digest=None,
+    )  # fmt: skip
 
 
 class Slots(NamedTuple):

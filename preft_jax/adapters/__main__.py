@@ -31,6 +31,7 @@ from preft_jax.io.adapter_limits import AdapterLimits
 from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, current_tensors
 from preft_jax.io.hf import save_hf_model
 from preft_jax.io.hub import hub_snapshot
+from preft_jax.io.peft_config import MARKER_KEY
 from preft_jax.io.pyreft import convert_pyreft
 from preft_jax.io.safetensors_io import read_bytes
 from preft_jax.loading import HUB_ID, Model, load_model
@@ -60,6 +61,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "acts_on": "prompt tokens" if config.prefill_only else "all tokens",
         "share_weights": config.share_weights,
         "assistant_turns": config.assistant_turns,
+        **({} if config.alora_invocation_tokens is None else {MARKER_KEY: list(config.alora_invocation_tokens)}),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(adapter.params)),
         "bytes": current_tensors(Path(path)).stat().st_size,
         "digest": adapter.digest,
@@ -145,7 +147,9 @@ def _say_changes(old: AdapterConfig, new: AdapterConfig, to: str) -> None:
         )
     if to == "peft" and (new.prefill_only or new.assistant_turns == "skip"):
         print(
-            "warning: PEFT's format cannot hold the position rule: every reader will edit ALL tokens", file=sys.stderr
+            "warning: PEFT's format cannot hold the position rule: every reader will edit ALL tokens"
+            + (" from the marker on" if new.alora_invocation_tokens else ""),
+            file=sys.stderr,
         )
 
 

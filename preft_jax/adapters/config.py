@@ -25,6 +25,9 @@ MAX_RANK = 1024
 _LARGEST = float(np.finfo(np.float32).max)
 
 
+MAX_MARKER = 256
+"""Most tokens of ``alora_invocation_tokens``."""
+
 MAX_PATTERNS = 2048
 """Names of one ``rank_pattern`` or ``alpha_pattern``; a model of a hundred layers has 700 linears."""
 
@@ -47,6 +50,9 @@ class AdapterConfig:
         alpha_pattern: the same for alpha.
         positions: ``prompt`` (prefill-only), ``f{n}+l{m}`` (first and last prompt positions) or ``all`` (every token).
         share_weights: with ``f{n}+l{m}``: one set of weights for first and last positions (true), or one each.
+        alora_invocation_tokens: a marker, as token ids; of what ``positions`` says, ``prompt`` or ``all``, only tokens
+            from its last place in the prompt on are edited, and nothing if the prompt does not hold it. ``None``:
+            no marker. The name is PEFT's, whose activated LoRA is ``all`` with a marker.
         assistant_turns: ``edit`` or ``skip`` earlier answers of a chat.
         orthonormal: DiReFT only: keep the rows of ``r`` orthonormal, as pyreft's ``DireftIntervention`` does.
         dropout: on LoRA's input, in training only.
@@ -64,6 +70,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = FrozenDict()
     positions: str = "prompt"
     share_weights: bool = True
+    alora_invocation_tokens: tuple[int, ...] | None = None
     assistant_turns: str = "edit"
     orthonormal: bool = True
     dropout: float = 0.0
@@ -104,10 +111,29 @@ class AdapterConfig:
         if not self.orthonormal and self.kind == "loreft":
             raise ConfigError("orthonormal false is for DiReFT; LoReFT's rows are orthonormal by its definition")
         rule = parse_positions(self.positions)
+        self._check_marker()
         if not self.share_weights and (not kind.grouped or rule.first is None):
             raise ConfigError(
                 "share_weights false needs a ReFT kind and positions such as 'f7+l7'; "
                 f"this adapter is {self.kind!r} at {self.positions!r}"
+            )
+
+    def _check_marker(self) -> None:
+        marker = self.alora_invocation_tokens
+        if marker is None:
+            return
+        is_list = isinstance(marker, tuple | list) and 1 <= len(marker) <= MAX_MARKER
+        if not is_list or not all(type(token) is int and 0 <= token < 2**31 for token in marker):
+            raise ConfigError(
+                f"alora_invocation_tokens is {shown(marker)}; give a tuple of 1 to {MAX_MARKER} token ids, or None for "
+                "no marker"
+            )
+        object.__setattr__(self, "alora_invocation_tokens", tuple(marker))
+        if self.positions not in ("prompt", "all"):
+            raise ConfigError(
+                f"alora_invocation_tokens begin the edits at a marker, and positions {self.positions!r} counts them "
+                "otherwise; give positions 'prompt' (from the marker to the prompt's end) or 'all' (generated tokens "
+                "too), or leave the marker out"
             )
 
     def _check_patterns(self) -> None:
@@ -207,8 +233,15 @@ def adapter_shapes(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
     """Return the tree of an adapter's parameter shapes: ``{"layers": [{site: {leaf: shape}}]}``.
 
     Raises:
-        ConfigError: if the config names a layer that the model does not have, or a ReFT rank wider than the model.
+        ConfigError: if the config names a layer that the model does not have, a marker outside its vocabulary, or a
+            ReFT rank wider than the model.
     """
+    marker = config.alora_invocation_tokens or ()
+    if max(marker, default=0) >= model.vocab_size:
+        raise ConfigError(
+            f"alora_invocation_tokens holds the token {max(marker)}; the base model has tokens 0 to "
+            f"{model.vocab_size - 1}"
+        )
     count = model.num_hidden_layers
     if config.layers is not None and max(config.layers, default=0) >= count:
         raise ConfigError(f"layers names layer {max(config.layers)}; the base model has layers 0 to {count - 1}")

@@ -10,7 +10,7 @@ from preft_jax.adapters.fold import FOLD_VERSION, LowRankEdit
 
 
 def digest_of_fold(config: AdapterConfig, layers: Sequence[Mapping[str, LowRankEdit]]) -> str:
-    """Return SHA-256 (hex) of an adapter's fold: folded tensors, kind, positions and turn rule.
+    """Return SHA-256 (hex) of an adapter's fold: folded tensors, kind, positions, turn rule and marker.
 
     Args:
         config: of the adapter.
@@ -24,6 +24,9 @@ def digest_of_fold(config: AdapterConfig, layers: Sequence[Mapping[str, LowRankE
 
     for text in (f"fold{FOLD_VERSION}", config.kind, config.positions, config.assistant_turns):
         part(text.encode())
+    if config.alora_invocation_tokens is not None:
+        part(b"marker")
+        part(np.asarray(config.alora_invocation_tokens, "<i4"))
     for i, sites in enumerate(layers):
         for site in sorted(sites):
             part(f"{i}.{site}".encode())

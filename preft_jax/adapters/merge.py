@@ -25,6 +25,11 @@ def check_mergeable(config: AdapterConfig) -> None:
             f"an adapter with positions {config.positions!r} cannot be merged: merged weights act on every token, "
             "generated ones too, and it is for prompt tokens only; serve it as an adapter"
         )
+    if config.alora_invocation_tokens is not None:
+        raise AdapterError(
+            "an adapter with alora_invocation_tokens cannot be merged: merged weights act on every token, and it is "
+            "for tokens from its marker on; serve it as an adapter"
+        )
     if config.assistant_turns == "skip":
         raise AdapterError(
             "an adapter with assistant_turns 'skip' cannot be merged: merged weights act on earlier answers too; serve "

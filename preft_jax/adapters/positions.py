@@ -11,7 +11,7 @@ A rule of one's own is a function of a prompt's tokens, under a name that config
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,20 @@ def register_positions(name: str, function: RuleFunction, *, replace: bool = Fal
     if name in _BUILT_IN or _FIRST_LAST.fullmatch(name) or (name in _rules and not replace):
         raise ConfigError(f"there is a rule {name!r} already; choose another name, or give replace=True")
     _rules[name] = function
+
+
+def marker_start(token_ids: Any, marker: Sequence[int]) -> int | None:
+    """Return where a marker begins that a prompt holds, at its last place; None if it holds none.
+
+    Args:
+        token_ids: of the prompt, ``[P]``.
+        marker: token ids, at least one.
+    """
+    ids_P = np.asarray(token_ids)
+    starts = np.arange(len(ids_P) - len(marker) + 1)
+    for at, token in enumerate(marker):
+        starts = starts[ids_P[starts + at] == token]
+    return int(starts[-1]) if len(starts) else None
 
 
 def parse_positions(positions: str) -> PositionRule:

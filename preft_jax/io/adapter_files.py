@@ -28,7 +28,7 @@ from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError, check_type, did_you_mean, plain, reject_unknown, shown
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, open_pair, write_pair
-from preft_jax.io.peft_config import BASE_MODEL_KEY, config_from_peft, peft_from_config, peft_pattern
+from preft_jax.io.peft_config import BASE_MODEL_KEY, MARKER_KEY, config_from_peft, peft_from_config, peft_pattern
 from preft_jax.io.peft_mark import check_mark, mark_of, preft_of
 from preft_jax.io.safetensors_io import serialize_safetensors
 from preft_jax.io.tensor_checks import Shape, check_finite, check_tensors
@@ -50,7 +50,7 @@ def _keys(kind: Kind) -> tuple[str, ...]:
     own = ("targets",) if len(kind.sites) > 1 else ()
     patterns = ("rank_pattern",) if kind.ranked else ()
     scales = ("alpha", "use_rslora", "alpha_pattern") if kind.scaled else ()
-    return (*_COMMON_KEYS, "rank", "layers", "dropout", *own, *patterns, *scales)
+    return (*_COMMON_KEYS, "rank", "layers", "dropout", MARKER_KEY, *own, *patterns, *scales)
 
 
 def load_adapter(
@@ -139,9 +139,10 @@ def _check_peft_can_hold(config: AdapterConfig, allow_prefill_only: bool) -> Non
     if config.kind != "lora":
         raise AdapterError(f"PEFT has no {config.kind} adapters; save with format 'preft'")
     if (config.prefill_only or config.assistant_turns == "skip") and not allow_prefill_only:
+        which = "ALL TOKENS" if config.alora_invocation_tokens is None else "ALL TOKENS FROM ITS MARKER ON"
         raise AdapterError(
             f"this adapter has positions {config.positions!r} and assistant_turns {config.assistant_turns!r}, and "
-            "PEFT's format cannot say so: EVERY TOOL THAT READS THE EXPORT WILL APPLY IT TO ALL TOKENS, generated "
+            f"PEFT's format cannot say so: EVERY TOOL THAT READS THE EXPORT WILL APPLY IT TO {which}, generated "
             "ones too, which it was not trained for. Save with format 'preft', or pass "
             "allow_prefill_only_as_peft=True (--allow-prefill-only-as-peft) if that is what you want"
         )
@@ -180,6 +181,8 @@ def _preft_object(config: AdapterConfig) -> dict[str, Any]:
         fields |= {"share_weights": config.share_weights}
         if config.dropout:
             fields["dropout"] = float(config.dropout)
+        if config.alora_invocation_tokens is not None:
+            fields[MARKER_KEY] = list(config.alora_invocation_tokens)
         for key in _keys(find_kind(config.kind)):
             if key in ("targets", "rank_pattern", "alpha", "use_rslora", "alpha_pattern"):
                 fields[key] = _jsonable(getattr(config, key))
@@ -356,6 +359,7 @@ _VALUES = {
     "rank": (lambda value: type(value) is int, "an integer"),
     "layers": (_is_layers, "a list of layers, or null for all"),
     "dropout": (_is_number, "a number"),
+    MARKER_KEY: (lambda value: isinstance(value, list), "a list of token ids"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
     "targets": (lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of sites"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from preft_jax.shapes import LINEAR_SITES
 
 PEFT_TYPE = "LORA"
 BASE_MODEL_KEY = "base_model_name_or_path"
+MARKER_KEY = "alora_invocation_tokens"
 
 _ALL_LINEAR = "all-linear"
 _LAYERS_NAME = re.compile(r"[\w.]{1,128}", re.ASCII)
@@ -28,7 +29,7 @@ _OTHER_MODULES = ("model.embed_tokens", "lm_head")
 
 _READ = (
     "peft_type", BASE_MODEL_KEY, "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", MARKER_KEY,
 )  # fmt: skip
 
 _WITHOUT_EFFECT = (
@@ -54,10 +55,6 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "target_parameters": (_falsy, "only linears can be edited; name them in target_modules"),
     "trainable_token_indices": (_falsy, "it changes rows of the embedding"),
     "layer_replication": (_falsy, "it changes the layers of the base model"),
-    "alora_invocation_tokens": (
-        lambda value: value is None,
-        "activated LoRA edits from its invocation tokens on, a rule that positions cannot say",
-    ),
     "use_qalora": (_falsy, "QALoRA pools the input of the edit"),
     "use_bdlora": (_falsy, "BD-LoRA stores block-diagonal matrices"),
     "arrow_config": (_falsy, "Arrow routes between adapters"),
@@ -110,7 +107,7 @@ def config_from_peft(
     Args:
         peft: contents of ``adapter_config.json`` without the ``preft`` object.
         extra: ``AdapterConfig`` fields that PEFT's keys cannot say, from the ``preft`` object; they win over PEFT's
-            keys. Empty for an adapter that PEFT wrote: it edits every token.
+            keys. Empty for an adapter that PEFT wrote: it edits every token, or every one from its marker on.
         num_layers: layers of the base model.
         depth_known: false if ``num_layers`` is only the depth that the adapter's tensors show.
         where: the file, for errors.
@@ -135,6 +132,7 @@ def config_from_peft(
         "dropout": peft.get("lora_dropout") or 0.0,
         "base_model": peft.get(BASE_MODEL_KEY),
         "positions": "all",
+        MARKER_KEY: peft.get(MARKER_KEY),
     }
     _check_agreement(fields, extra, where)
     try:
@@ -145,6 +143,7 @@ def config_from_peft(
 
 def peft_from_config(config: AdapterConfig) -> dict[str, Any]:
     """Return the contents of the ``adapter_config.json`` that PEFT reads for a LoRA that edits at least one layer."""
+    marker = config.alora_invocation_tokens
     return {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
@@ -165,7 +164,7 @@ def peft_from_config(config: AdapterConfig) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "init_lora_weights": True,
-    }
+    } | ({} if marker is None else {MARKER_KEY: list(marker)})
 
 
 def peft_pattern(pattern: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +191,7 @@ _FIELD_KINDS: tuple[tuple[str, Any, str], ...] = (
     ("layers_pattern", str | list, "a name or a list of names"),
     ("rank_pattern", dict, "an object of names and ranks"),
     ("alpha_pattern", dict, "an object of names and numbers"),
+    (MARKER_KEY, list, "a list of token ids"),
     (BASE_MODEL_KEY, str, "a name"),
 )
 

@@ -44,6 +44,7 @@ _ENGINE_ONLY = (
     "mesh",
     "adapter_kind",
     "rank",
+    "positions",
     "max_num_seqs",
     "memory_utilization",
     "bank_pages",
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset-name", default="random", choices=("random", "sharegpt", "trace"), help="default: %(default)s")
     add("--dataset-path", type=Path, default=None, help="conversations as JSON (lines), or a CSV file with a trace")
     add("--input-len", default=None, help="random prompts' tokens, a number or a range (default: 32:256)")
+    add("--random-prefix-len", type=int, default=0, help="tokens in front of each random prompt, the same for all")
     add("--output-len", default=None, help="generated tokens (default: 16:64; of conversations, their answers')")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="generate all of them (default)")
     add("--trace-minutes", type=float, default=None, help="how much of it (default: 1, or --num-prompts requests)")
@@ -121,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-adapters", default=None, help="how many; 1,8,64 runs each in turn (default: 16; of a server, all)")
     add("--adapter-kind", default="mixed", help="mixed, lora, direft or loreft (default: %(default)s)")
     add("--rank", type=int, default=None, help="rank of every adapter (default: 8, 16 and 32 mixed; 16 for one kind)")
+    add("--positions", default="prompt", help="prompt tokens that prefill-only adapters edit (default: %(default)s)")
     add("--adapter-distribution", default="uniform", choices=DISTRIBUTIONS, help="who asks how often")
     add("--zipf-alpha", type=float, default=1.0, help="exponent of the zipf distribution (default: %(default)s)")
 
@@ -139,7 +142,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"{_option(name)} is {value}; give at least 1")
-    for name in ("seed", "num_warmups"):
+    for name in ("seed", "num_warmups", "random_prefix_len"):
         if not 0 <= getattr(args, name) < 2**32:
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give 0 to {2**32 - 1}")
     if not 0 < args.memory_utilization <= 1:
@@ -155,6 +158,7 @@ def _check(args: argparse.Namespace) -> None:
     _check_useless(args, _ENGINE_ONLY, args.base_url is not None, "the server (--base-url) has its own")
     _check_useless(args, _SERVER_ONLY, args.base_url is None, "only a server (--base-url) has it")
     _check_useless(args, _DRAWN, source == "trace", "the trace has its own")
+    _check_useless(args, ("random_prefix_len",), source != "random", "only random prompts have one")
     _check_useless(args, ("input_len",), source == "sharegpt", "conversations have their own")
     _check_useless(args, ("trace_minutes", "trace_speedup"), source != "trace", "only --dataset-name trace has it")
 

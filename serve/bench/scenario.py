@@ -52,7 +52,10 @@ class Draws:
                 max_len=vocabulary.max_len,
             )
         output_len = self._output_len or (16, 64)
-        return random_texts(rng, count, input_len=self._input_len, output_len=output_len, vocab_size=vocabulary.size)
+        return random_texts(
+            rng, count, input_len=self._input_len, output_len=output_len, vocab_size=vocabulary.size,
+            prefix_len=self._args.random_prefix_len,
+        )  # fmt: skip
 
     def arrivals(self, number: int, count: int) -> list[float]:
         """Return when the requests of a round arrive."""

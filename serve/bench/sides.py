@@ -115,7 +115,8 @@ class EngineSide:
     ):
         self.modes: tuple[str, ...] = args.mode
         self.counts = parse_counts(args.num_adapters or "16")
-        wanted = {n: adapter_configs(n, args.adapter_kind, args.rank) for n in self.counts if self.modes != ("base",)}
+        counts = self.counts if self.modes != ("base",) else ()
+        wanted = {n: adapter_configs(n, args.adapter_kind, args.rank, args.positions) for n in counts}
         self._model = model = load_model(args.model, args.dtype, **quantization_of(args), mesh=args.mesh)
         most = model.config.max_position_embeddings
         self.facts = {"model": model.name, "server": None, "num_devices": model.placement.num_devices}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from preft_jax.adapters.config import KINDS, AdapterConfig
+from preft_jax.adapters.positions import parse_positions
 from preft_jax.errors import ConfigError
 from serve.bench.datasets import Conversation, Trace
 
@@ -48,15 +49,22 @@ def parse_range(text: str, name: str) -> tuple[int, int]:
     return low, high
 
 
-def adapter_configs(num_adapters: int, kind: str, rank: int | None) -> list[AdapterConfig]:
-    """Return the adapters of a benchmark: ``kind`` (or ``mixed``) at ``rank`` (16, or the mix's own, if None)."""
+def adapter_configs(num_adapters: int, kind: str, rank: int | None, positions: str = "prompt") -> list[AdapterConfig]:
+    """Return the adapters of a benchmark: ``kind`` (or ``mixed``) at ``rank`` (16, or the mix's own, if None).
+
+    Raises:
+        ConfigError: for another kind, or ``positions`` that are not of prompt-only adapters.
+    """
+    if parse_positions(positions).edits_generated:
+        raise ConfigError(f"--positions is {positions!r}, which --mode all-token measures; give prompt, l64 or f7+l7")
     if kind == "mixed":
         mix = [(k, r if rank is None else rank) for k, r in MIXED_ADAPTERS]
     elif kind in KINDS:
         mix = [(kind, 16 if rank is None else rank)]
     else:
         raise ConfigError(f"adapter kind {kind!r} is not allowed; allowed: mixed, {', '.join(KINDS)}")
-    return [AdapterConfig(kind=mix[i % len(mix)][0], rank=mix[i % len(mix)][1]) for i in range(num_adapters)]
+    kinds = [mix[i % len(mix)] for i in range(num_adapters)]
+    return [AdapterConfig(kind=kind, rank=rank, positions=positions) for kind, rank in kinds]
 
 
 def draw_users(
@@ -97,11 +105,16 @@ def random_texts(
     input_len: tuple[int, int],
     output_len: tuple[int, int],
     vocab_size: int,
+    prefix_len: int = 0,
 ) -> Texts:
-    """Draw prompts of random tokens; lengths are uniform over their ranges, both ends included."""
+    """Draw prompts of random tokens; lengths are uniform over their ranges, both ends included.
+
+    ``prefix_len`` tokens more are in front of each, the same for all.
+    """
+    prefix = rng.integers(0, vocab_size, prefix_len).tolist()
     input_lens = rng.integers(input_len[0], input_len[1] + 1, num_prompts)
     return Texts(
-        prompts=[rng.integers(0, vocab_size, n).tolist() for n in input_lens],
+        prompts=[prefix + rng.integers(0, vocab_size, n).tolist() for n in input_lens],
         output_lens=rng.integers(output_len[0], output_len[1] + 1, num_prompts).tolist(),
     )
 

@@ -1,13 +1,14 @@
 """From requests to sequences: what is checked, what is edited, and which seeds are drawn from, once and for all."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask, own_mask, prompt_edit_mask
+from preft_jax.adapters.edit_mask import lacks_marker, sequence_edit_mask
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
@@ -18,10 +19,12 @@ from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
 from serve.engine.outputs import Sample
 from serve.engine.pages import PageManager
-from serve.engine.prefix import PageKeys, cache_salt
+from serve.engine.prefix import PageKeys, adapter_salt, cache_salt
 from serve.engine.request import Request
 from serve.engine.sequence import Sequence, Status
 from serve.store.names import Registered
+
+_log = logging.getLogger("preft.engine")
 
 
 def encoded(model: Model, request: Request) -> Request:
@@ -63,6 +66,9 @@ class Admission:
         self._knows = knows
         self._kv_dtype = kv_dtype
         self._seeds = seeds
+        # Requests whose prompts lack the marker of their adapter, and adapters of which the log says so.
+        self.unmarked_prompts = 0
+        self._unmarked: set[str] = set()
 
     def sequences(self, request: Request, request_id: int) -> list[Sequence]:
         """Check a request and return its samples.
@@ -92,21 +98,18 @@ class Admission:
             raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
         entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
         mask = self._mask(request)
+        self._note_marker(request)
         eos = () if sampling.ignore_eos else model.eos_token_ids
-        salt = cache_salt(
-            base=self._model.kv_digest,
-            kv_dtype=self._kv_dtype,
-            adapter=None if request.adapter is None else request.adapter.digest,
-            fold_version=FOLD_VERSION,
-            salt=request.cache_salt,
-        )
+        digest = None if request.adapter is None else request.adapter.digest
+        salt = cache_salt(base=self._model.kv_digest, kv_dtype=self._kv_dtype, salt=request.cache_salt)
+        edits = None if digest is None else adapter_salt(digest=digest, fold_version=FOLD_VERSION)
         given = (seed for seed in (sampling.seed, request.seed) if seed is not None)
         first_seed = next(given, None)
         if first_seed is None:
             first_seed = int(self._seeds.integers(2**32))
         sequences = []
         for index in range(request.n):
-            keys = PageKeys(salt, self._pages.page_size) if self._config.prefix_caching else None
+            keys = PageKeys(salt, self._pages.page_size, edits) if self._config.prefix_caching else None
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
@@ -121,27 +124,38 @@ class Admission:
                 sampling=sampling,
                 seed=derived_seed(first_seed, index),
                 logprobs=request.logprobs,
-                adapter=None if request.adapter is None else request.adapter.digest,
+                adapter=digest,
                 entries=entries,
-                all_token=request.adapter is not None and not request.adapter.config.prefill_only,
+                all_token=bool(mask[len(prompt) :].any()),
                 keys=keys,
                 score=request.prompt_logprobs is not None and index == 0,
                 status=Status.FORKING if index else Status.NEW,
             )
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
+        sequences[0].page_keys(len(prompt) - 1)  # Hashed now, and not for many sequences in one step.
         return sequences
 
     def _mask(self, request: Request) -> np.ndarray:
         """Return which tokens are edited, those that may be generated included."""
         assert isinstance(request.prompt, EncodedPrompt)
         config = None if request.adapter is None else request.adapter.config
-        prompt_mask = prompt_edit_mask(request.prompt, config)
-        if request.edit_mask is not None:
-            if config is None:
-                raise RequestError("edit_mask is given without an adapter, and so there is nothing to edit with")
-            prompt_mask = own_mask(request.edit_mask, len(request.token_ids), "edit_mask", config.groups)
-        return extend_edit_mask(prompt_mask, request.max_tokens, "prompt" if config is None else config.positions)
+        return sequence_edit_mask(request.prompt, config, request.max_tokens, own=request.edit_mask)
+
+    def _note_marker(self, request: Request) -> None:
+        """Count a prompt that lacks its adapter's marker, and log it once for each adapter."""
+        assert isinstance(request.prompt, EncodedPrompt)
+        if request.adapter is None or request.edit_mask is not None:
+            return
+        if lacks_marker(request.prompt, request.adapter.config):
+            self.unmarked_prompts += 1
+            if request.adapter.digest not in self._unmarked:
+                self._unmarked.add(request.adapter.digest)
+                _log.warning(
+                    "a prompt for the adapter %s lacks its alora_invocation_tokens %s: nothing is edited, the base "
+                    "model answers; stats.unmarked_prompts counts such prompts",
+                    request.adapter.digest[:12], list(request.adapter.config.alora_invocation_tokens or ()),
+                )  # fmt: skip
 
     def sample(self, request: Request) -> Sample:
         """Return what is kept of one of a request's samples for its outputs."""

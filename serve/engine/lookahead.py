@@ -89,6 +89,8 @@ def _is_filled(scheduler: Scheduler) -> bool:
     tokens, count = 0, 0
     new: list[Sequence] = []
     for sequence in itertools.chain(scheduler.prefilling, scheduler.waiting):
+        if sequence.status is Status.WAITING and scheduler.expected.holds_up(sequence):
+            continue
         tokens, count = tokens + scheduler.chunk_of(sequence), count + 1
         if sequence.status is Status.WAITING:
             new.append(sequence)

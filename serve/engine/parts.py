@@ -37,12 +37,14 @@ class Parts(NamedTuple):
             "preemptions": self.scheduler.preemptions,
             "adapter_loads": self.adapters.loads,
             "adapter_waits": self.staging.waits,
+            "unmarked_prompts": self.admission.unmarked_prompts,
         }
 
     def inherit(self, old: "Parts") -> None:
         """Take over what outlives requests: adapters that the user keeps on the host, and counters."""
         self.adapters.inherit(old.adapters)
         self.staging.waits = old.staging.waits
+        self.admission.unmarked_prompts = old.admission.unmarked_prompts
         self.scheduler.preemptions = old.scheduler.preemptions
         self.scheduler.prefix_hit_tokens = old.scheduler.prefix_hit_tokens
 

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Many
 from typing import Protocol
 
+from serve.engine.expected import Expected
 from serve.engine.fairness import Refusals, Waiting
 from serve.engine.packing import Packing, call_size, round_up
 from serve.engine.pages import PageManager
@@ -61,6 +62,7 @@ class Scheduler:
     ):
         self.pages = pages
         self._adapters = adapters
+        self.expected = Expected(pages)
         self._max_num_seqs = max_num_seqs
         self._prefill_tokens = prefill_tokens
         # Tokens of the programs that are worth filling, ascending: a call costs what its program does.
@@ -152,6 +154,8 @@ class Scheduler:
             if sequence.status in (Status.PREFILLING, Status.RUNNING):
                 sequence.computed = chunk.end
                 self._register(sequence)
+                if chunk.samples:
+                    self.expected.remove(sequence)
                 if chunk.samples and not sequence.all_token:
                     self._release_adapter(sequence)
 
@@ -221,6 +225,7 @@ class Scheduler:
     def reset(self) -> None:
         """Note that the KV cache and the adapters on the device are lost: everything is computed again."""
         self.pages.forget()
+        self.expected.clear()
         self._suspects = True
         lost = [*self._prefilling, *self._running]
         self._prefilling, self._running, self._holders = {}, {}, 0
@@ -291,6 +296,8 @@ class Scheduler:
         looked = False
         deferred: list[Sequence] = []
         for sequence in self._waiting if room else ():
+            if self.expected.holds_up(sequence):
+                continue
             if defers and self._is_to_come(sequence):
                 sequence.deferred = True
                 deferred.append(sequence)
@@ -390,6 +397,7 @@ class Scheduler:
         sequence.registered = len(found)
         sequence.slot = self._slots.pop()
         self.prefix_hit_tokens += sequence.computed
+        self.expected.add(sequence)
         sequence.status = Status.PREFILLING
         self._prefilling[sequence] = None
         return True
@@ -478,6 +486,7 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
+        self.expected.remove(sequence)
         sequence.pages, sequence.computed, sequence.started, sequence.registered = [], 0, 0, 0
         self._give_slot_back(sequence)
         self._release_adapter(sequence)

@@ -53,6 +53,7 @@ class Sequence:
         registered: pages that others can find.
         ticket: its place in the queue among sequences of one rank.
         deferred: whether a step was planned without it, beside which its adapter is copied.
+        awaits: a sequence that computes pages which this one needs, and the last of them.
         overtaken: calls that took others with adapters before it, since its own found no room.
         holds_adapter: whether it keeps its adapter on the device.
         cohort: sequences whose device call failed together are run apart from others until a call succeeds.
@@ -87,6 +88,7 @@ class Sequence:
     registered: int = 0
     ticket: int = 0
     deferred: bool = False
+    awaits: "tuple[Sequence, int] | None" = None
     overtaken: int = 0
     holds_adapter: bool = False
     cohort: tuple[str, int] | None = None

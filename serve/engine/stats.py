@@ -26,6 +26,7 @@ class Stats:
     preemptions: int = 0
     adapter_loads: int = 0
     adapter_waits: int = 0
+    unmarked_prompts: int = 0
     device_failures: int = 0
     recompiles: int = 0
     finished: int = 0

@@ -139,6 +139,7 @@ class _EngineCollector:
         yield counter("preft_prefill_seconds", "Seconds of prefill calls", now["prefill_seconds"])
         yield counter("preft_decode_seconds", "Seconds of decode calls", now["decode_seconds"])
         yield counter("preft_adapter_waits", "Adapters that a prefill had to wait for", now["adapter_waits"])
+        yield counter("preft_unmarked_prompts", "Prompts without their adapter's marker", now["unmarked_prompts"])
         for name, value in bank_figures(self._engine).items():
             kind = counter if name == "device_loads" else gauge
             yield kind(f"preft_adapter_{name}", "Of the bank of rank pages", value)

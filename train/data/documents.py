@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
+from preft_jax.adapters.edit_mask import sequence_edit_mask
 from preft_jax.errors import PreftError
 from preft_jax.shapes import NUM_GROUPS
 from preft_jax.text.chat import EncodedPrompt
@@ -107,7 +107,7 @@ def sampled_document(
 
     return Document(
         token_ids=np.asarray([*prompt.token_ids, *answer], np.int32),
-        edit_mask=extend_edit_mask(prompt_edit_mask(prompt, config), len(answer), config.positions),
+        edit_mask=sequence_edit_mask(prompt, config, len(answer)),
         weights=of_answer([weight] * len(answer)),
         old_logprobs=of_answer(logprobs),
         advantages=of_answer([advantage] * len(answer)),

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import extend_edit_mask, prompt_edit_mask
+from preft_jax.adapters.edit_mask import lacks_marker, prompt_edit_mask, sequence_edit_mask
 from preft_jax.adapters.positions import parse_positions
 from preft_jax.errors import PreftError, RequestError, plain
 from preft_jax.loading import Model
@@ -42,6 +42,7 @@ class _UnknownSpansError(RequestError):
 _OPENED = "chats begin with an answer, which is not learned: it has no prompt"
 _OPEN_ENDED = "chats go on after their last answer; that is left out"
 _CUT = "examples have nothing to learn once they are cut; left out"
+_UNMARKED = "prompts do not hold the adapter's alora_invocation_tokens; nothing is edited in them, or learned of them"
 _CLOSED = "answers have no reasoning, which the chat template opens before each; they close it at once"
 
 
@@ -141,6 +142,7 @@ def load_examples(
         _log.info("%s: %d row%s read as %s", rows.name, count, "s"[: count != 1], how)
     if ignored:
         _log.warning("%s: ignored columns: %s", rows.name, listed([plain(name) for name in ignored]))
+    warned[_UNMARKED] += sum(lacks_marker(example.prompt, adapter) for example in examples)
     warned[_CLOSED] += sum(_closes_thought(example, model) for example in examples)
     for what, count in warned.items():
         if count:
@@ -221,6 +223,8 @@ def _of_chat(chat: Chat, model: Model, adapter: AdapterConfig, line: int) -> lis
     if not turns:
         raise RequestError("every answer has the weight 0, so there is nothing to learn; leave the row out")
     whole = adapter.assistant_turns == "skip" or not adapter.prefill_only
+    if not adapter.prefill_only and adapter.alora_invocation_tokens is not None:
+        whole = False  # Each request's prompt has a last marker of its own.
     if whole and len(turns) > 1:
         try:
             return [_of_conversation(chat, turns, model, adapter, line)]
@@ -238,9 +242,11 @@ def _of_turn(chat: Chat, turn: int, model: Model, adapter: AdapterConfig, line: 
 def _of_conversation(chat: Chat, turns: Sequence[int], model: Model, adapter: AdapterConfig, line: int) -> Example:
     """Return a conversation through its last learned answer, with all learned answers, as one row."""
     rule = parse_positions(adapter.positions)
-    if rule.first is not None or rule.function is not None:
+    marker = adapter.alora_invocation_tokens
+    if rule.first is not None or rule.function is not None or marker is not None:
+        said = f"positions {adapter.positions!r}" if marker is None else "alora_invocation_tokens"
         raise RequestError(
-            f"positions {adapter.positions!r} are counted in each request's prompt, so a conversation of several "
+            f"{said} are counted in each request's prompt, so a conversation of several "
             "answers is not one row; use assistant_turns 'edit'"
         )
     messages = chat.messages[: turns[-1] + 1]
@@ -267,7 +273,7 @@ def _of_conversation(chat: Chat, turns: Sequence[int], model: Model, adapter: Ad
 
 
 def _example(prompt: EncodedPrompt, answer: Sequence[int], adapter: AdapterConfig, line: int) -> Example:
-    mask = extend_edit_mask(prompt_edit_mask(prompt, adapter), len(answer), adapter.positions)
+    mask = sequence_edit_mask(prompt, adapter, len(answer))
     loss_mask = np.zeros(len(mask), bool)
     loss_mask[len(prompt.token_ids) :] = True
     token_ids = np.asarray([*prompt.token_ids, *answer], np.int32)

@@ -63,7 +63,8 @@ JOB_OPTIONS: dict[str, dict[str, Any]] = {
     "use_rslora": {**_FLAG, "default": False, "help": "divide alpha by the square root of the rank"},
     "targets": {"default": "", "help": "LoRA's sites, of q,k,v,o,gate,up,down, or q_proj and so on (default: all)"},
     "layers": {"default": "", "help": "layers that are edited, such as 0,1,2 (default: all)"},
-    "positions": {"default": "prompt", "help": "prompt, f7+l7, or all (ordinary LoRA: decoding then needs it)"},
+    "positions": {"default": "prompt", "help": "prompt, f7+l7, l64, or all (ordinary LoRA: decoding then needs it)"},
+    "alora_invocation_tokens": {"help": "ids of a marker in the prompt; edits begin at its last place"},
     "share_weights": {**_FLAG, "default": True, "help": "ReFT at f7+l7: one set of weights for first and last"},
     "orthonormal": {**_FLAG, "default": True, "help": "DiReFT: keep the rows of R orthonormal"},
     "assistant_turns": {"choices": ("edit", "skip"), "default": "edit", "help": "earlier answers of a chat"},
@@ -252,11 +253,17 @@ def _adapter_fields(v: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that are ``AdapterConfig``'s, by its names."""
 
     def listed(name: str) -> tuple[str, ...]:
-        return tuple(v[name].replace(",", " ").split())
+        return tuple((v[name] or "").replace(",", " ").split())
 
-    try:
-        layers = tuple(int(layer) for layer in listed("layers")) or None
-    except ValueError as error:
-        raise ConfigError(f"layers is {v['layers']!r}; give numbers separated by commas") from error
+    def numbers(name: str) -> tuple[int, ...] | None:
+        try:
+            return tuple(map(int, listed(name))) or None
+        except ValueError as error:
+            raise ConfigError(f"{name} is {v[name]!r}; give numbers separated by commas") from error
+
     fields = {field: v[option] for field, option in ADAPTER_OPTIONS.items()}
-    return fields | {"targets": _targets(listed("targets")), "layers": layers}
+    return (
+        fields
+        | {"targets": _targets(listed("targets")), "layers": numbers("layers")}
+        | {"alora_invocation_tokens": numbers("alora_invocation_tokens")}
+    )

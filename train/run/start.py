@@ -17,10 +17,11 @@ OPTIONS = {
     "kind": "adapter_kind", "rank": "rank", "alpha": "lora_alpha", "use_rslora": "use_rslora", "targets": "targets",
     "layers": "layers", "share_weights": "share_weights", "orthonormal": "orthonormal", "positions": "positions",
     "assistant_turns": "assistant_turns", "dropout": "lora_dropout",
+    "alora_invocation_tokens": "alora_invocation_tokens",
 }  # fmt: skip
 """Fields of ``AdapterConfig`` that can be asked for -> the names that ``train.sft``'s options have."""
 
-CHANGEABLE = ("positions", "assistant_turns", "dropout")
+CHANGEABLE = ("positions", "alora_invocation_tokens", "assistant_turns", "dropout")
 """Those that may be others than the adapter's: they say where it acts, and how it is trained, and not what it is."""
 
 
@@ -68,7 +69,10 @@ def start_config(found: AdapterConfig, asked: Mapping[str, Any], *, where: Path,
     if dropout and found.kind != "lora":
         raise ConfigError(f"lora_dropout is LoRA's; the adapter to start from, {where}, is {found.kind!r}")
     turns = asked.get("assistant_turns", found.assistant_turns)
-    return dataclasses.replace(found, positions=positions, assistant_turns=turns, dropout=dropout)
+    marker = asked.get("alora_invocation_tokens", found.alora_invocation_tokens)
+    return dataclasses.replace(
+        found, positions=positions, alora_invocation_tokens=marker, assistant_turns=turns, dropout=dropout
+    )
 
 
 def _written(field: str, value: Any, found: AdapterConfig, num_layers: int) -> str:

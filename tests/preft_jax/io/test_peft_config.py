@@ -100,6 +100,68 @@ def test_peft_rules_of_selection(
     assert load_adapter(tmp_path, MODEL).config == config
 
 
+ALORA = AdapterConfig(rank=4, positions="all", alora_invocation_tokens=(7, 7, 3), base_model="tiny-llama")
+"""What PEFT calls an activated LoRA."""
+
+
+def test_an_activated_lora_of_peft_edits_every_token_from_its_marker_on(tmp_path: Path) -> None:
+    directory = copy_fixture(tmp_path, "lora")
+    edit_config(directory, lambda contents: contents.update(alora_invocation_tokens=[7, 7, 3]))
+    adapter = load_adapter(directory, MODEL)
+    assert (adapter.config.positions, adapter.config.alora_invocation_tokens) == ("all", (7, 7, 3))
+    assert not adapter.config.prefill_only
+    assert read_adapter(directory).config == adapter.config
+
+
+@pytest.mark.parametrize("format", ["peft", "preft"])
+def test_an_activated_lora_is_saved_with_its_marker(tmp_path: Path, format: str, rng: np.random.Generator) -> None:
+    adapter = make(ALORA, rng)
+    save_adapter(tmp_path, adapter, format=format)
+    contents = json.loads((tmp_path / CONFIG).read_text())
+    assert contents["alora_invocation_tokens"] == [7, 7, 3]
+    assert ("preft" in contents) == (format == "preft")
+    found = load_adapter(tmp_path, MODEL)
+    assert (found.config.positions, found.config.alora_invocation_tokens) == ("all", (7, 7, 3))
+
+
+def test_one_for_prompts_alone_is_exported_with_the_flag_only(tmp_path: Path, rng: np.random.Generator) -> None:
+    adapter = make(AdapterConfig(rank=4, alora_invocation_tokens=(5,)), rng)
+    with pytest.raises(AdapterError, match="ALL TOKENS FROM ITS MARKER ON, generated ones too"):
+        save_adapter(tmp_path, adapter, format="peft")
+    save_adapter(tmp_path / "a", adapter, format="peft", allow_prefill_only_as_peft=True)
+    exported = load_adapter(tmp_path / "a", MODEL)
+    assert (exported.config.positions, exported.config.alora_invocation_tokens) == ("all", (5,))
+    save_adapter(tmp_path / "b", adapter)
+    assert_same(load_adapter(tmp_path / "b", MODEL), adapter)
+
+
+def test_other_kinds_keep_a_marker_in_their_own_object(tmp_path: Path, rng: np.random.Generator) -> None:
+    for at, kind in enumerate(("loreft", "direft", "edits")):
+        adapter = make(AdapterConfig(kind=kind, rank=3, alora_invocation_tokens=(1, 2)), rng)
+        save_adapter(tmp_path / str(at), adapter)
+        assert_same(load_adapter(tmp_path / str(at), MODEL), adapter)
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("text", "alora_invocation_tokens is 'text'; give a list of token ids"),
+        ([], "give a tuple of 1 to 256 token ids"),
+        ([1.5], "give a tuple of 1 to 256 token ids"),
+        ([-1], "give a tuple of 1 to 256 token ids"),
+        ([True], "give a tuple of 1 to 256 token ids"),
+        ([3] * 257, "give a tuple of 1 to 256 token ids"),
+        ([10**6], "holds the token 1000000; the base model has tokens 0 to"),
+    ],
+)
+def test_a_marker_that_is_none_is_refused(tmp_path: Path, marker: Any, message: str) -> None:
+    directory = copy_fixture(tmp_path, "lora")
+    edit_config(directory, lambda contents: contents.update(alora_invocation_tokens=marker))
+    with pytest.raises(AdapterError, match=message) as raised:
+        load_adapter(directory, MODEL)
+    assert str(directory) in str(raised.value)
+
+
 def test_different_targets_by_layer_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     save_adapter(tmp_path, make(AdapterConfig(rank=4, positions="all"), rng), format="peft")
     expression = r"model\.layers\.(0\.self_attn\.q_proj|1\.self_attn\.[qk]_proj)"
@@ -117,7 +179,6 @@ REFUSED = {
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2], [1, 3]],
-    "alora_invocation_tokens": [],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},

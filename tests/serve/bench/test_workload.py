@@ -33,6 +33,14 @@ def test_lengths_fill_their_ranges_with_both_ends():
     assert all(0 <= token < 50 for prompt in found.prompts for token in prompt)
 
 
+def test_a_prefix_is_in_front_of_all_prompts_of_a_round():
+    rng = np.random.default_rng(0)
+    found = random_texts(rng, 20, input_len=(3, 9), output_len=(2, 4), vocab_size=50, prefix_len=30)
+    assert len({tuple(prompt[:30]) for prompt in found.prompts}) == 1
+    assert {len(prompt) for prompt in found.prompts} <= set(range(33, 40))
+    assert len({tuple(prompt[30:]) for prompt in found.prompts}) == 20
+
+
 def test_a_trace_gives_lengths_that_fit_the_model():
     trace = Trace(arrivals=[0, 1, 2], prompt_lens=[5, 50, 5], output_lens=[3, 3, 500])
     found = trace_texts(np.random.default_rng(0), trace, vocab_size=9, max_len=40)

@@ -11,13 +11,16 @@ from preft_jax.text.chat import EncodedPrompt
 from serve.engine.admission import Admission
 from serve.engine.config import EngineConfig
 from serve.engine.pages import PageManager
-from serve.engine.prefix import PageKeys, cache_salt
+from serve.engine.prefix import PageKeys, adapter_salt, cache_salt
 from serve.engine.request import Request
 
 pytestmark = pytest.mark.host
 
-PARTS = {"base": "llama", "kv_dtype": "bfloat16", "adapter": "0a1b", "fold_version": 1}
+PARTS = {"base": "llama", "kv_dtype": "bfloat16"}
 SALT = cache_salt(**PARTS)
+ADAPTER = {"digest": "0a1b", "fold_version": 1}
+EDITS = adapter_salt(**ADAPTER)
+OTHER = adapter_salt(**ADAPTER | {"digest": "2c3d"})
 
 
 def draw(rng, num_tokens, groups=2):
@@ -28,32 +31,32 @@ def test_a_key_is_the_documented_hash():
     tokens = [1, 2, 2**31 - 1, 4, 5]
     mask_TG = np.array([[1, 0], [0, 1], [1, 1], [0, 0], [1, 0]], bool)
     parent = hashlib.sha256(SALT).digest()
-    first = hashlib.sha256(parent + struct.pack("<qiiq", 2, 1, 2, 2) + bytes([0b10010000])).digest()
+    first = hashlib.sha256(parent + struct.pack("<qiiq", 2, 1, 2, 2) + bytes([0b10010000]) + EDITS).digest()
     second = hashlib.sha256(first + struct.pack("<qiiq", 2, 2**31 - 1, 4, 2) + bytes([0b11000000])).digest()
-    assert PageKeys(SALT, 2).keys(tokens, mask_TG, 5) == [first, second]
+    assert PageKeys(SALT, 2, EDITS).keys(tokens, mask_TG, 5) == [first, second]
 
 
 def test_only_full_pages_have_a_key(rng):
     tokens, mask_TG = draw(rng, 12)
     for num_tokens in range(13):
-        assert len(PageKeys(SALT, 4).keys(tokens, mask_TG, num_tokens)) == num_tokens // 4
+        assert len(PageKeys(SALT, 4, EDITS).keys(tokens, mask_TG, num_tokens)) == num_tokens // 4
 
 
 def test_what_lies_beyond_the_full_pages_does_not_matter(rng):
     tokens, mask_TG = draw(rng, 7)
-    keys = PageKeys(SALT, 4).keys(tokens, mask_TG, 7)
-    assert PageKeys(SALT, 4).keys([*tokens[:4], 0, 0, 0, 9], np.r_[mask_TG[:4], ~mask_TG[4:]], 6) == keys
+    keys = PageKeys(SALT, 4, EDITS).keys(tokens, mask_TG, 7)
+    assert PageKeys(SALT, 4, EDITS).keys([*tokens[:4], 0, 0, 0, 9], np.r_[mask_TG[:4], ~mask_TG[4:]], 6) == keys
 
 
 def test_any_integer_sequence_of_tokens_has_the_same_keys(rng):
     tokens, mask_TG = draw(rng, 8)
-    expected = PageKeys(SALT, 4).keys(tokens, mask_TG, 8)
+    expected = PageKeys(SALT, 4, EDITS).keys(tokens, mask_TG, 8)
     for other in (tuple(tokens), np.array(tokens, np.int32), np.array(tokens, np.int64)):
-        assert PageKeys(SALT, 4).keys(other, mask_TG, 8) == expected
-    assert PageKeys(SALT, 4).keys(tokens, np.asfortranarray(mask_TG), 8) == expected
+        assert PageKeys(SALT, 4, EDITS).keys(other, mask_TG, 8) == expected
+    assert PageKeys(SALT, 4, EDITS).keys(tokens, np.asfortranarray(mask_TG), 8) == expected
 
 
-salts = st.sampled_from([SALT, cache_salt(**PARTS | {"adapter": None})])
+adapters = st.sampled_from([EDITS, OTHER])
 rows = st.tuples(st.integers(0, 1), st.tuples(st.booleans(), st.booleans()))
 
 
@@ -67,23 +70,44 @@ def two_histories(draw):
     return one, other
 
 
-def keys_of(salt, history, page_size):
+def keys_of(adapter, history, page_size, salt=SALT):
     mask_TG = np.array([mask for _, mask in history], bool)
-    return PageKeys(salt, page_size).keys([token for token, _ in history], mask_TG, len(history))
+    return PageKeys(salt, page_size, adapter).keys([token for token, _ in history], mask_TG, len(history))
 
 
-@given(two_histories(), salts, salts, st.integers(1, 5))
-def test_keys_are_equal_iff_everything_so_far_is(histories, salt_1, salt_2, size):
+def edited(history):
+    return any(any(mask) for _, mask in history)
+
+
+@given(two_histories(), adapters, adapters, st.integers(1, 5))
+def test_keys_are_equal_iff_everything_so_far_is(histories, adapter_1, adapter_2, size):
     one, other = histories
-    keys_1, keys_2 = keys_of(salt_1, one, size), keys_of(salt_2, other, size)
+    keys_1, keys_2 = keys_of(adapter_1, one, size), keys_of(adapter_2, other, size)
     for page, (key_1, key_2) in enumerate(zip(keys_1, keys_2, strict=True)):
-        end = (page + 1) * size
-        assert (key_1 == key_2) == ((salt_1, one[:end]) == (salt_2, other[:end]))
+        so_far = one[: (page + 1) * size]
+        same = so_far == other[: (page + 1) * size] and (adapter_1 == adapter_2 or not edited(so_far))
+        assert (key_1 == key_2) == same
+
+
+@given(st.lists(rows, min_size=1, max_size=16), st.integers(1, 5))
+def test_pages_before_the_first_edited_token_have_the_base_models_keys(history, size):
+    base = keys_of(None, [(token, (False, False)) for token, _ in history], size)
+    for page, (key, plain) in enumerate(zip(keys_of(EDITS, history, size), base, strict=True)):
+        assert (key == plain) == (not edited(history[: (page + 1) * size]))
+
+
+def test_an_edited_page_without_an_adapter_has_no_key(rng):
+    tokens, mask_TG = rng.integers(9, size=8).tolist(), np.zeros((8, 2), bool)
+    mask_TG[5, 1] = True
+    page_keys = PageKeys(SALT, 4)
+    assert len(page_keys.keys(tokens, mask_TG, 7)) == 1
+    with pytest.raises(ValueError, match="from 4 on is edited, and there is no adapter"):
+        page_keys.keys(tokens, mask_TG, 8)
 
 
 @given(st.lists(rows, min_size=1, max_size=16), st.integers(1, 5))
 def test_no_two_pages_of_any_depth_or_size_share_a_key(history, size):
-    keys = keys_of(SALT, history, size) + keys_of(SALT, history, size + 1)
+    keys = keys_of(EDITS, history, size) + keys_of(EDITS, history, size + 1)
     assert len(set(keys)) == len(keys)
 
 
@@ -91,31 +115,41 @@ def test_one_mask_bit_early_changes_all_later_keys(rng):
     tokens, mask_TG = draw(rng, 64)
     changed_TG = mask_TG.copy()
     changed_TG[17, 1] ^= True
-    keys, changed = (PageKeys(SALT, 8).keys(tokens, mask, 64) for mask in (mask_TG, changed_TG))
+    keys, changed = (PageKeys(SALT, 8, EDITS).keys(tokens, mask, 64) for mask in (mask_TG, changed_TG))
     assert [a == b for a, b in zip(keys, changed, strict=True)] == [True] * 2 + [False] * 6
 
 
 def test_one_token_early_changes_all_later_keys(rng):
     tokens, mask_TG = draw(rng, 64)
-    keys = PageKeys(SALT, 8).keys(tokens, mask_TG, 64)
+    keys = PageKeys(SALT, 8, EDITS).keys(tokens, mask_TG, 64)
     tokens[17] ^= 1
-    changed = PageKeys(SALT, 8).keys(tokens, mask_TG, 64)
+    changed = PageKeys(SALT, 8, EDITS).keys(tokens, mask_TG, 64)
     assert [a == b for a, b in zip(keys, changed, strict=True)] == [True] * 2 + [False] * 6
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_each_part_of_the_salt_changes_all_keys(rng, name):
     tokens, mask_TG = draw(rng, 16)
-    other = cache_salt(**PARTS | {name: 2 if name == "fold_version" else "other"})
-    keys = PageKeys(SALT, 4).keys(tokens, mask_TG, 16)
-    assert not set(keys) & set(PageKeys(other, 4).keys(tokens, mask_TG, 16))
+    other = cache_salt(**PARTS | {name: "other"})
+    keys = PageKeys(SALT, 4, EDITS).keys(tokens, mask_TG, 16)
+    assert not set(keys) & set(PageKeys(other, 4, EDITS).keys(tokens, mask_TG, 16))
+
+
+@pytest.mark.parametrize("name", ADAPTER)
+def test_each_part_of_the_adapters_salt_changes_the_keys_from_the_first_edited_page_on(rng, name):
+    tokens, mask_TG = draw(rng, 16)
+    mask_TG[:8], mask_TG[9] = False, True
+    other = adapter_salt(**ADAPTER | {name: 2 if name == "fold_version" else "other"})
+    keys = PageKeys(SALT, 4, EDITS).keys(tokens, mask_TG, 16)
+    changed = PageKeys(SALT, 4, other).keys(tokens, mask_TG, 16)
+    assert [a == b for a, b in zip(keys, changed, strict=True)] == [True, True, False, False]
 
 
 def test_the_number_of_groups_is_part_of_a_key(rng):
     tokens, _ = draw(rng, 4)
-    keys = {PageKeys(SALT, 4).keys(tokens, np.ones((4, groups), bool), 4)[0] for groups in (1, 2, 3)}
+    keys = {PageKeys(SALT, 4, EDITS).keys(tokens, np.ones((4, groups), bool), 4)[0] for groups in (1, 2, 3)}
     # Two tokens' bits fill less than a byte, so without the number these would be the same.
-    keys |= {PageKeys(SALT, 2).keys(tokens, np.zeros((4, groups), bool), 2)[0] for groups in (1, 2, 3)}
+    keys |= {PageKeys(SALT, 2, EDITS).keys(tokens, np.zeros((4, groups), bool), 2)[0] for groups in (1, 2, 3)}
     assert len(keys) == 6
 
 
@@ -124,18 +158,18 @@ def test_growing_gives_the_keys_of_starting_anew(data):
     size = data.draw(st.integers(1, 5))
     history = data.draw(st.lists(rows, min_size=1, max_size=24))
     tokens, mask_TG = [token for token, _ in history], np.array([mask for _, mask in history], bool)
-    page_keys = PageKeys(SALT, size)
+    page_keys = PageKeys(SALT, size, EDITS)
     # Lengths may go back: a preempted request asks for its first pages again.
     for length in data.draw(st.lists(st.integers(0, len(history)), min_size=1, max_size=6)):
         grown = page_keys.keys(tokens[:length], mask_TG[:length], length)
-        assert grown == PageKeys(SALT, size).keys(tokens, mask_TG, length)
+        assert grown == PageKeys(SALT, size, EDITS).keys(tokens, mask_TG, length)
 
 
 def test_a_page_is_hashed_once(rng):
     tokens, mask_TG = draw(rng, 12)
-    page_keys = PageKeys(SALT, 4)
+    page_keys = PageKeys(SALT, 4, EDITS)
     first = page_keys.keys(tokens, mask_TG, 8)
-    expected = PageKeys(SALT, 4).keys(tokens, mask_TG, 12)
+    expected = PageKeys(SALT, 4, EDITS).keys(tokens, mask_TG, 12)
     unreadable = [None] * 8 + tokens[8:]
     assert page_keys.keys(unreadable, mask_TG, 11) == first
     assert page_keys.keys(unreadable, mask_TG, 12) == expected
@@ -143,14 +177,14 @@ def test_a_page_is_hashed_once(rng):
 
 def test_the_caller_may_change_the_list_it_got(rng):
     tokens, mask_TG = draw(rng, 8)
-    page_keys = PageKeys(SALT, 4)
+    page_keys = PageKeys(SALT, 4, EDITS)
     page_keys.keys(tokens, mask_TG, 8).clear()
-    assert page_keys.keys(tokens, mask_TG, 8) == PageKeys(SALT, 4).keys(tokens, mask_TG, 8)
+    assert page_keys.keys(tokens, mask_TG, 8) == PageKeys(SALT, 4, EDITS).keys(tokens, mask_TG, 8)
 
 
 def test_what_cannot_be_hashed_is_refused(rng):
     tokens, mask_TG = draw(rng, 8)
-    page_keys = PageKeys(SALT, 4)
+    page_keys = PageKeys(SALT, 4, EDITS)
     for num_tokens in (9, -1):
         with pytest.raises(ValueError, match=f"num_tokens is {num_tokens}"):
             page_keys.keys(tokens, mask_TG, num_tokens)
@@ -168,9 +202,8 @@ def test_what_cannot_be_hashed_is_refused(rng):
 
 
 part = st.text(st.sampled_from("a1\0\4\xe9"), max_size=3)
-salt_parts = st.fixed_dictionaries(
-    {"base": part, "kv_dtype": part, "adapter": st.none() | part, "fold_version": st.integers(0, 12)}
-)
+salt_parts = st.fixed_dictionaries({"base": part, "kv_dtype": part, "salt": st.none() | part})
+adapter_parts = st.fixed_dictionaries({"digest": part, "fold_version": st.integers(0, 12)})
 
 
 @given(salt_parts, salt_parts)
@@ -178,9 +211,14 @@ def test_salts_are_equal_iff_all_parts_are(one, other):
     assert (cache_salt(**one) == cache_salt(**other)) == (one == other)
 
 
+@given(adapter_parts, adapter_parts)
+def test_adapter_salts_are_equal_iff_both_parts_are(one, other):
+    assert (adapter_salt(**one) == adapter_salt(**other)) == (one == other)
+
+
 def test_text_moved_from_one_part_to_the_next_makes_another_salt():
-    def salt(base, kv_dtype, adapter, fold_version=1):
-        return cache_salt(base=base, kv_dtype=kv_dtype, adapter=adapter, fold_version=fold_version)
+    def salt(base, kv_dtype, salt=None):
+        return cache_salt(base=base, kv_dtype=kv_dtype, salt=salt)
 
     moved = [
         salt("ab", "c", "d"),
@@ -189,17 +227,24 @@ def test_text_moved_from_one_part_to_the_next_makes_another_salt():
         salt("abcd", "", ""),
         salt("", "", "abcd"),
     ]
-    moved += [salt("a", "b", "c", 11), salt("a", "b", "c1", 1), salt("a", "b", "c11", 0)]
+    moved += [salt("a", "b", "c"), salt("a", "bc"), salt("ab", "c"), salt("a", "b")]
+    moved += [adapter_salt(digest=digest, fold_version=v) for digest, v in (("c", 11), ("c1", 1), ("c11", 0))]
     assert len(set(moved)) == len(moved)
 
 
-def test_an_adapter_named_like_another_part_does_not_collide():
-    names = ["llama", "bfloat16", "1", "base", "adapter:", "None", "", None]
-    # The last two are what other components look like once they are encoded.
-    names += [cache_salt(**PARTS | {"adapter": None}).decode(), "adapter:0a1b"]
-    salts = {cache_salt(**PARTS | {"adapter": name}) for name in names}
-    assert len(salts | {SALT}) == len(names) + 1
-    assert cache_salt(**PARTS | {"base": "0a1b", "adapter": "llama"}) != SALT
+def test_an_adapter_named_like_another_part_does_not_collide(rng):
+    names = ["llama", "bfloat16", "1", "base", "adapter:", "None", "", "adapter:0a1b"]
+    # The last is what another component looks like once it is encoded.
+    names += [SALT.decode()]
+    tokens, mask_TG = rng.integers(9, size=4).tolist(), np.ones((4, 2), bool)
+    keys = {
+        PageKeys(cache_salt(**PARTS | {"base": base}), 4, adapter_salt(digest=name, fold_version=1)).keys(
+            tokens, mask_TG, 4
+        )[0]
+        for name in names
+        for base in ("llama", "0a1b")
+    }
+    assert len(keys) == 2 * len(names)
 
 
 def test_a_base_model_in_fp8_shares_no_page_with_the_plain_one(tiny_text):

@@ -10,7 +10,7 @@ from serve.engine.sequence import Status
 
 pytestmark = pytest.mark.host
 
-ALWAYS = ("preemptions", "prefix_hit_tokens", "forked", "resets", "cancelled")
+ALWAYS = ("preemptions", "prefix_hit_tokens", "held_up", "forked", "resets", "cancelled")
 """What happens in all runs."""
 
 MIXED = ("mixed",)
@@ -33,6 +33,7 @@ class Sum:
     ended: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
+    held_up: int = 0
     forked: int = 0
     resets: int = 0
     cancelled: int = 0
@@ -51,6 +52,7 @@ class Sum:
     def count(self, world, step):
         """Count what a call that was just started is."""
         self.forked += len(step.forks)
+        self.held_up += any(sequence.awaits for sequence in world.scheduler.waiting)
         self.mixed += step.kind == "mixed"
         if len(world.calls) == 2:
             pair = world.calls[0].step.kind, step.kind
@@ -87,6 +89,7 @@ def run_at_random(draw, total, goes_ahead, mixed):
                 draw.choice((1, 3, 4, 5, 8, 13)), adapter=draw.choice(adapters), max_tokens=draw.randint(1, 12),
                 n=draw.choice((1, 1, 1, 3)), priority=draw.choice((0, 0, 1, -1)), seed=draw.randint(0, 3),
                 score=not mixed and draw.random() < 0.1, stop_ids=draw.choice(((), (), (3,), (5, 6))),
+                edits_from=draw.choice((0, 0, 4, 8)),
             )  # fmt: skip
         elif action < 0.9 or not world.live:
             if world.may_fill and draw.random() < 0.5:

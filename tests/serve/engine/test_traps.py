@@ -150,10 +150,10 @@ def test_no_user_is_served_from_anothers_cache(lively, adapters, rng, trap):
     kinds = (None, "lora", "direft", "lora_all", None)
 
     def tokens_only(**parts):
-        return prefix.cache_salt(**{**parts, "adapter": None})
+        return b""
 
     trap(
-        admission, "cache_salt", tokens_only,
+        admission, "adapter_salt", tokens_only,
         lambda: served_in_turn(lively, [request(prompt, adapters.get(kind)) for kind in kinds]),
     )  # fmt: skip
 
@@ -163,26 +163,25 @@ def test_an_adapter_reloaded_under_its_name_gets_a_cache_of_its_own(lively, lora
     prompt = some(rng, 24)
 
     def named(**parts):
-        return prefix.cache_salt(**{**parts, "adapter": parts["adapter"] and "alice"})
+        return prefix.adapter_salt(**{**parts, "digest": "alice"})
 
     trap(
-        admission, "cache_salt", named,
+        admission, "adapter_salt", named,
         lambda: served_in_turn(lively, [request(prompt, adapter) for adapter in (lora, new, lora)]),
     )  # fmt: skip
 
 
 def test_a_name_that_equals_another_part_of_a_key_is_another_key(trap):
     def check():
-        parts = [("ab", "c", None), ("a", "bc", None), ("a", "b", "c"), ("a", "bc", ""), ("a", "badapter:", "c")]
-        salts = {
-            prefix.cache_salt(base=base, kv_dtype=kv, adapter=adapter, fold_version=1) for base, kv, adapter in parts
-        }
+        parts = [("ab", "c", None), ("a", "bc", None), ("a", "b", "c"), ("a", "bc", ""), ("a", "bsalt:", "c")]
+        salts = {prefix.cache_salt(base=base, kv_dtype=kv, salt=salt) for base, kv, salt in parts}
         assert len(salts) == len(parts)
+        assert len({prefix.adapter_salt(digest=name, fold_version=v) for name, v in (("a1", 1), ("a", 11))}) == 2
 
-    def joined(*, base, kv_dtype, adapter, fold_version):
-        return f"{base}{kv_dtype}{adapter or ''}{fold_version}".encode()
+    def joined(parts):
+        return b"".join(parts)
 
-    trap(prefix, "cache_salt", joined, check)
+    trap(prefix, "_joined", joined, check)
 
 
 def test_the_cache_tells_generated_tokens_from_prompt_tokens(lively, adapters, rng, trap):

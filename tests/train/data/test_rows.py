@@ -132,6 +132,33 @@ def test_each_answer_is_a_row_of_its_own_whose_prompt_is_everything_before_it(ad
         np.testing.assert_array_equal(row.edit_mask, expected)
 
 
+@pytest.mark.parametrize("positions", ["prompt", "all"])
+def test_with_a_marker_each_answer_is_a_row_edited_from_its_own_last_marker_on(positions, model):
+    header = encode_prompt(model.tokenizer, "<|im_start|>assistant\n", vocab_size=model.config.vocab_size).token_ids
+    adapter = AdapterConfig(rank=2, positions=positions, alora_invocation_tokens=tuple(header))
+    rows = make_examples({"messages": CHAT}, model, adapter, DataOptions())
+    assert [learned(row, model) for row in rows] == [[f"It hoots.{END}"], [f"They hoot{END}"]]
+    for row in rows:
+        count = len(row.prompt.token_ids)
+        last = len(row) if positions == "all" else count
+        assert np.flatnonzero(row.edit_mask[:, 0]).tolist() == list(range(count - len(header), last))
+
+
+def test_a_marker_in_a_conversation_of_one_row_is_refused(model):
+    adapter = dataclasses.replace(SKIP, alora_invocation_tokens=(1,))
+    with pytest.raises(RequestError, match="alora_invocation_tokens are counted in each request's prompt"):
+        make_examples({"messages": CHAT}, model, adapter, DataOptions())
+
+
+def test_prompts_without_the_marker_are_counted_in_the_log(tiny_text, tmp_path, caplog):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "ab", "completion": "c"}\n{"prompt": "xb", "completion": "c"}\n')
+    adapter = AdapterConfig(rank=2, alora_invocation_tokens=(ord("a"),))
+    plain, unmarked = load_examples(tmp_path / "rows.jsonl", with_end(tiny_text), adapter, DataOptions())
+    assert plain.edit_mask.any()
+    assert not unmarked.edit_mask.any()
+    assert "1 prompts do not hold the adapter's alora_invocation_tokens; nothing is edited in them" in caplog.text
+
+
 def test_a_conversation_whose_answers_are_skipped_is_one_row_that_learns_all_of_them(model):
     row = one({"messages": CHAT}, model, SKIP)
     assert learned(row, model) == [f"It hoots.{END}", f"They hoot{END}"]

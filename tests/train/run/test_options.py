@@ -69,6 +69,8 @@ JOB = [
     (["--targets", "q, down"], lambda j: j.adapter.targets, ("q", "down")),
     (["--lora-target-modules", "q"], lambda j: j.adapter.targets, ("q",)),
     (["--layers", "0,2"], lambda j: j.adapter.layers, (0, 2)),
+    (["--positions", "l64"], lambda j: j.adapter.positions, "l64"),
+    (["--alora-invocation-tokens", "7, 3"], lambda j: j.adapter.alora_invocation_tokens, (7, 3)),
     (["--positions", "f7+l7"], lambda j: j.adapter.positions, "f7+l7"),
     (["--adapter-kind=loreft", "--positions=f7+l7", "--no-share-weights"], lambda j: j.adapter.share_weights, False),
     (["--adapter-kind=direft", "--no-orthonormal"], lambda j: j.adapter.orthonormal, False),

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.host
 
 LORA = AdapterConfig(rank=3, alpha=6.0, targets=("k", "up"), layers=(0, 2), dropout=0.1)
 WHOLE = AdapterConfig(rank=8)
+MARKED = AdapterConfig(rank=8, alora_invocation_tokens=(7, 3))
 FREE = AdapterConfig(kind="direft", rank=2, orthonormal=False)
 APART = AdapterConfig(kind="loreft", rank=2, positions="f3+l2", share_weights=False, assistant_turns="skip")
 
@@ -68,11 +69,19 @@ def test_what_does_not_change_the_shape_may_be_another(asked):
         (FREE, {"dropout": 0.1}, "lora_dropout is LoRA's; .* old, is 'direft'"),
         (LORA, {"dropout": 1.0}, "dropout 1.0"),
         (LORA, {"positions": "last"}, "'last' is not a rule"),
+        (MARKED, {"positions": "l4"}, "begin the edits at a marker, and positions 'l4'"),
     ],
 )  # fmt: skip
 def test_what_contradicts_the_adapter_is_refused_by_name_with_both_values(found, asked, reason):
     with pytest.raises(ConfigError, match=reason):
         start(found, **asked)
+
+
+def test_a_marker_is_kept_and_may_be_changed():
+    assert start(MARKED).alora_invocation_tokens == (7, 3)
+    assert (start(MARKED).positions, start(MARKED, positions="all").positions) == ("prompt", "all")
+    assert start(MARKED, alora_invocation_tokens=(1,)).alora_invocation_tokens == (1,)
+    assert start(LORA, alora_invocation_tokens=(1,)).alora_invocation_tokens == (1,)
 
 
 @pytest.mark.parametrize(
