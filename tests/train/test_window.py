@@ -27,6 +27,13 @@ TOLERANCE = 2e-5
 KINDS = ADAPTER_CONFIGS | {"small": AdapterConfig(rank=8, alpha=12.0, targets=("q", "down"))}
 
 
+@pytest.fixture(autouse=True)
+def full_float32():
+    """On a GPU, XLA multiplies float32 matrices in TF32 unless it is told not to."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def setting(model, names, rng, *, prompts=((30, 9), (3, 40)), packed=False, rows_each=2):
     """Return groups, parameters and a micro-batch: for each adapter rows with prompts and answers so long."""
     groups, params, parts = [], [], []
