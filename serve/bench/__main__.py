@@ -102,22 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="adapters' names there (default: those it lists)",
     )
 
-    add = parser.add_argument_group("requests").add_argument
-    add("--num-prompts", type=int, default=None, help="requests of a round (default: 32; of a trace, all it has)")
-    add("--dataset-name", default="random", choices=("random", "sharegpt", "trace"), help="default: %(default)s")
-    add("--dataset-path", type=Path, default=None, help="conversations as JSON (lines), or a CSV file with a trace")
-    add("--input-len", default=None, help="random prompts' tokens, a number or a range (default: 32:256)")
-    add("--random-prefix-len", type=int, default=0, help="tokens in front of each random prompt, the same for all")
-    add("--output-len", default=None, help="generated tokens (default: 16:64; of conversations, their answers')")
-    add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="generate all of them (default)")
-    add("--trace-minutes", type=float, default=None, help="how much of it (default: 1, or --num-prompts requests)")
-    add("--trace-speedup", type=float, default=1.0, help="arrivals this much faster than recorded")
-    add("--request-rate", type=float, default=math.inf, help="arrivals per second (default: inf, all at once)")
-    add("--burstiness", type=float, default=1.0, help="1 is a Poisson process, less comes in bursts (gamma process)")
-    add("--max-concurrency", type=int, default=None, help="most requests at one time; others wait to be sent")
-    add("--num-warmups", type=int, default=1, help="requests served first and not counted (default: %(default)s)")
-    add("--rounds", type=int, default=1, help="turns of each contender; intervals need 3 (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of prompts, lengths, arrivals, adapters and users (default: %(default)s)")
+    _add_requests(parser.add_argument_group("requests").add_argument)
 
     add = parser.add_argument_group("adapters").add_argument
     add("--num-adapters", default=None, help="how many; 1,8,64 runs each in turn (default: 16; of a server, all)")
@@ -134,6 +119,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output-json", type=Path, default=None, help="also write the JSON line to this file")
     add("--plot", type=Path, default=None, help="draw throughput and latencies to this PNG file")
     return parser
+
+
+def _add_requests(add: Callable[..., Any]) -> None:
+    add("--num-prompts", type=int, default=None, help="requests of a round (default: 32; of a trace, all it has)")
+    add("--dataset-name", default="random", choices=("random", "sharegpt", "trace"), help="default: %(default)s")
+    add("--dataset-path", type=Path, default=None, help="conversations as JSON (lines), or a CSV file with a trace")
+    add("--input-len", default=None, help="random prompts' tokens, a number or a range (default: 32:256)")
+    add("--random-prefix-len", type=int, default=0, help="tokens in front of each random prompt, the same for all")
+    add("--output-len", default=None, help="generated tokens (default: 16:64; of conversations, their answers')")
+    add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="generate all of them (default)")
+    add("--trace-minutes", type=float, default=None, help="how much of it (default: 1, or --num-prompts requests)")
+    add("--trace-speedup", type=float, default=1.0, help="arrivals this much faster than recorded")
+    add("--request-rate", type=float, default=math.inf, help="arrivals per second (default: inf, all at once)")
+    add("--burstiness", type=float, default=1.0, help="1 is a Poisson process, less comes in bursts (gamma process)")
+    add("--max-concurrency", type=int, default=None, help="most requests at one time; others wait to be sent")
+    add("--num-warmups", type=int, default=1, help="requests served first and not counted (default: %(default)s)")
+    add("--rounds", type=int, default=1, help="turns of each contender; intervals need 3 (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of prompts, lengths, arrivals, adapters and users (default: %(default)s)")
 
 
 def _check(args: argparse.Namespace) -> None:
