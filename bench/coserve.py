@@ -35,7 +35,7 @@ from bench.coserve_model import poisson
 from bench.coserve_parts import Every, Turns, WholeSteps, make_trainer, run_for
 from bench.engine_contenders import WatchedEngine, engine_config
 from bench.trace import digest_of, draw, longest_of, rate_of
-from preft_jax.cli import add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_kv_cache_dtype, add_quantization, hyphenated, quantization_of
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
 from preft_jax.models.layer import Remat
@@ -127,12 +127,15 @@ def traces(args: argparse.Namespace) -> dict[float, Trace]:
             arrivals, prompts, outputs = (list(column) for column in zip(*drawn, strict=True))
             found[rate] = Trace(arrivals=[a / 1e3 for a in arrivals], prompt_lens=prompts, output_lens=outputs)
         return found
-    recorded = rate_of(read_trace(args.trace, minutes=math.inf, limit=None))
-    rates = numbers(args, "request_rate") if args.speedup is None else [recorded * args.speedup]
-    for rate in rates:
-        speedup = rate / recorded
-        trace = read_trace(args.trace, minutes=args.minutes * speedup, limit=None)
-        found[round(rate, 4)] = dataclasses.replace(trace, arrivals=[a / speedup for a in trace.arrivals])
+    if args.speedup is not None:
+        trace = read_trace(args.trace, minutes=args.minutes * args.speedup, speedup=args.speedup)
+        return {round(rate_of(trace), 4): trace}
+    for rate in numbers(args, "request_rate"):
+        # The first requests of the trace, as many as come in that time, at that rate: a trace is sparse in places.
+        trace = read_trace(args.trace, limit=max(2, round(rate * seconds)))
+        if not (speedup := rate / rate_of(trace)):
+            raise ConfigError(f"--trace: the first {len(trace.arrivals)} requests of {args.trace} come all at once")
+        found[rate] = dataclasses.replace(trace, arrivals=[a / speedup for a in trace.arrivals])
     return found
 
 
@@ -389,6 +392,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")
     add("--dtype", default=None, help="of the base (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_kv_cache_dtype(add)
     add("--jobs", type=int, default=1, help="LoRA jobs side by side (default: %(default)s)")
     add("--rows", type=int, default=1, help="of an update of each job (default: %(default)s)")
     add("--seq", type=int, default=2048, help="tokens of a row (default: %(default)s)")

@@ -152,7 +152,7 @@ def engine_config(
         all_token=mode == "all-token",
         decode_steps=getattr(args, "decode_steps", EngineConfig.decode_steps),
         mixed_tokens=getattr(args, "mixed_tokens", 0) if mode != "all-token" else 0,
-        kv_dtype=getattr(args, "kv_cache_dtype", None),
+        kv_dtype=args.kv_cache_dtype,
         memory_utilization=args.memory_utilization,
         prefix_caching=False,
     )

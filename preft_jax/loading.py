@@ -120,7 +120,7 @@ def load_model(
     """
     resolved = resolve_dtype(dtype)
     how = Quantization(scheme=quantization, keep_layers=tuple(keep_layers))
-    placement = mesh if isinstance(mesh, Placement) else Placement.parse(mesh, cuts="tp")
+    placement = _serving_placement(mesh)
     model = _load(name_or_path, resolved, seed, _How(how, placement))
     if how.scheme != "none":
         params = placement.put_params(quantize(model.params, how.keep_layers, consume=True))
@@ -130,6 +130,13 @@ def load_model(
     if check_finite:
         _check_finite(model.params, str(name_or_path))
     return model
+
+
+def _serving_placement(mesh: "str | Placement | None") -> Placement:
+    placement = mesh if isinstance(mesh, Placement) else Placement.parse(mesh, cuts="tp")
+    if placement.mesh is not None and not placement.cuts_model:
+        raise ConfigError(f"mesh has the axes {', '.join(placement.mesh.axis_names)}; a model is cut by tp=N alone")
+    return placement
 
 
 class _How(NamedTuple):
@@ -239,7 +246,7 @@ def spread_model(model: Model, mesh: str | Placement) -> Model:
         ConfigError: it cannot be cut so.
         ModelError: it lies on several devices, or in another layout.
     """
-    placement = mesh if isinstance(mesh, Placement) else Placement.parse(mesh, cuts="tp")
+    placement = _serving_placement(mesh)
     if model.placement.mesh is not None or "qkv" in model.params["layers"][0]:
         raise ModelError("this model lies on several devices or in the serving layout; load it with mesh instead")
     shard_config(model.config, placement.tensor)

@@ -32,10 +32,10 @@ from typing import Any
 from preft_jax.errors import ShapeError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes of weights and of rank pages."""
+
 KV_DTYPES = {name: name for name in DTYPES} | {"fp8": "float8_e4m3fn"}
 """What the KV cache may be in: names of options, and of dtypes."""
-
-"""Dtypes of weights, of the KV cache and of rank pages."""
 
 RANK_PAGE = 16
 """Rank of one page of the adapter bank: an edit of rank 48 occupies three pages."""

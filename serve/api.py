@@ -201,7 +201,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--finetune-ttft-ms is given without --finetune-tpot-ms; give both, or a --finetune-share")
     if _fine_tunes(args) and args.finetune_state is None and args.state_dir is None:
         raise ConfigError("fine-tuning needs --finetune-state, or --state-dir: files and jobs are kept there")
-    if _fine_tunes(args) and args.mesh is not None:
+    if _fine_tunes(args) and args.mesh not in (None, "tp=1"):
         raise ConfigError(f"--mesh is {args.mesh}, and fine-tuning is on one device; leave one of them out")
     if args.finetune is not None:
         read_jobs(args.finetune)  # What is wrong with it is told before the model is loaded.

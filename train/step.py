@@ -101,7 +101,7 @@ class Sums(NamedTuple):
 
 Bare = tuple[Any, ...]
 """The leaves of a state or of gradients as a tuple, then what else a program gives, as plain tuples and dictionaries:
-JAX puts these together without a line of Python, so nothing comes between a program that took arrays (donated) and its
+JAX puts these together without a line of Python, so none comes between a program that took arrays (donated) and its
 results.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.triton.call import call, check_dtype, elements, power_of_two, product_args, require
+from kernels.triton.call import call, check_dtype, check_pool_dtype, elements, power_of_two, product_args, require
 from kernels.triton.device.attention import attend_kernel, combine_kernel, decode_attend_kernel
 from kernels.types import Product, Unscaled
 
@@ -85,6 +85,7 @@ def paged_attention(
 ) -> jax.Array:
     """See ``kernels.api.paged_attention``. ``config`` is chosen by the shapes if None."""
     check_dtype("q_THC", q_THC)
+    check_pool_dtype(kv_PSJC)
     tokens, heads, channels = q_THC.shape
     size, kv_heads = kv_PSJC.shape[1], kv_PSJC.shape[2] // 2
     batch, width = page_table_BP.shape
@@ -148,6 +149,7 @@ def decode_attention(
     """See ``kernels.api.decode_attention``. ``config`` is chosen by the shapes if None."""
     y_BF = elements(qkv_BF)
     check_dtype("qkv_BF", y_BF)
+    check_pool_dtype(kv_PSJC)
     batch, width = page_table_BP.shape
     _, size, kv_heads2, channels = kv_PSJC.shape
     kv_heads, heads = kv_heads2 // 2, y_BF.shape[1] // channels - kv_heads2

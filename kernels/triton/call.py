@@ -11,11 +11,14 @@ from triton import knobs  # pyright: ignore[reportMissingImports]
 
 from kernels.triton import interpret
 from kernels.types import Product, Site, Unscaled, Unsupported
+from kernels.xla.fp8 import FP8, gpu_has_fp8
 from kernels.xla.lowrank import switched_on
 
 _target = jax.make_user_context(default_value=None)
 
 DTYPES = (jnp.bfloat16, jnp.float32)
+
+NO_FP8 = "this GPU does not round to FP8; those from compute capability 8.9 on do"
 
 
 @contextlib.contextmanager
@@ -70,10 +73,12 @@ def rounds_to_fp8() -> bool:
     """Return whether the GPU that is lowered for rounds to FP8 (Ada, Hopper and later); Triton's interpreter does."""
     if knobs.runtime.interpret:
         return True
-    capability = _target.value
-    if capability is None and jax.default_backend() == "gpu":
-        capability = int(float(jax.local_devices()[0].compute_capability) * 10)
-    return capability is not None and capability >= 89
+    return gpu_has_fp8() if _target.value is None else _target.value >= 89
+
+
+def check_pool_dtype(kv_PSJC: jax.Array) -> None:
+    """Raise ``Unsupported`` for a KV pool in FP8 where the GPU does not round to that."""
+    require(kv_PSJC.dtype != FP8 or rounds_to_fp8(), f"kv_PSJC has dtype {kv_PSJC.dtype}; {NO_FP8}")
 
 
 def product_args(y: Product | None, filler: jax.Array) -> tuple[jax.Array, ...]:

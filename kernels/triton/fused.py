@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels.triton.call import (
+    NO_FP8,
     block_of,
     call,
     ceil_div,
     check_dtype,
+    check_pool_dtype,
     elements,
     power_of_two,
     product_args,
@@ -85,7 +87,7 @@ def quantize(x_TD: jax.Array) -> QuantizedRows:
 
 
 def _quantized(tokens: int, width: int) -> list[jax.ShapeDtypeStruct]:
-    require(rounds_to_fp8(), "this GPU does not round to FP8; those from compute capability 8.9 on do")
+    require(rounds_to_fp8(), NO_FP8)
     return [jax.ShapeDtypeStruct((tokens, width), fp8.FP8), jax.ShapeDtypeStruct((tokens,), jnp.float32)]
 
 
@@ -291,6 +293,7 @@ def rope_kv(
     """See ``kernels.api.rope_kv``. ``config`` is chosen by the shapes if None."""
     y_TF = elements(qkv_TF)
     check_dtype("qkv_TF", y_TF)
+    check_pool_dtype(kv_PSJC)
     tokens = y_TF.shape[0]
     pages, size, kv_heads2, channels = kv_PSJC.shape
     kv_heads = kv_heads2 // 2

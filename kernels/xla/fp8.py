@@ -11,6 +11,11 @@ FP8 = jnp.float8_e4m3fn
 LARGEST_FP8 = 448.0
 
 
+def gpu_has_fp8() -> bool:
+    """Return whether the backend is a GPU that multiplies FP8 and rounds to it: Ada, Hopper and later."""
+    return jax.default_backend() == "gpu" and float(jax.local_devices()[0].compute_capability) >= 8.9
+
+
 def quantize(x_TD: jax.Array) -> QuantizedRows:
     """See ``kernels.api.quantize``; any axes may lead ``x``."""
     wide = x_TD.astype(jnp.float32)

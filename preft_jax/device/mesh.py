@@ -89,9 +89,12 @@ class Placement:
         """
         if text is None:
             return cls.single()
-        devices, size = jax.devices(), 1
+        devices, size, names = jax.devices(), 1, list[str]()
         for part in text.split(","):
             name, equals, count = part.strip().partition("=")
+            names.append(name)
+            if name in names[:-1]:
+                raise ConfigError(f"--mesh is {text!r}, which has {name} twice; give it once")
             if name not in _AXES or (equals and not count.isdecimal()):
                 raise ConfigError(f"--mesh is {text!r}; give {cuts}, or {cuts}=N for N devices")
             asked = int(count) if equals else len(devices)

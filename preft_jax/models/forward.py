@@ -27,7 +27,7 @@ from preft_jax.models.linear import linear, output_head
 from preft_jax.models.params import Params
 from preft_jax.models.places import Mixed, Places, packed_places, row_places
 from preft_jax.models.plain import PlainLayers
-from preft_jax.models.shard import own_bank, whole_logits
+from preft_jax.models.shard import check_not_joined, own_bank, whole_logits
 from preft_jax.sampling.device import top_logprobs
 from preft_jax.shapes import check_axes
 
@@ -221,6 +221,7 @@ def _check_rows(config: ModelConfig, params: Params, tokens_BS: Any, segments_BS
         raise ShapeError(f"config is of type {type(config).__name__}; give the model's ModelConfig, model.config")
     if not isinstance(params, Mapping):
         raise ShapeError(f"params is of type {type(params).__name__}; give the model's parameter tree, model.params")
+    check_not_joined(params)
     check_axes("tokens_BS", tokens_BS, "int", B=None, S=None)
     batch, size = tokens_BS.shape
     for name, array in (("segments_BS", segments_BS), ("positions_BS", positions_BS)):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.types import QuantizedRows, Unscaled
-from kernels.xla.fp8 import quantize, scaled
+from kernels.xla.fp8 import gpu_has_fp8, quantize, scaled
 from preft_jax.errors import ConfigError
 from preft_jax.models.params import AXES, Params
 
@@ -83,7 +83,7 @@ def multiplies_fp8(w: Params, sites: tuple[str, ...], dtype: Any) -> bool:
 
 def _has_fp8() -> bool:
     """Return whether the backend multiplies matrices in FP8."""
-    return jax.default_backend() == "gpu"
+    return gpu_has_fp8()
 
 
 def unscaled_product(x: QuantizedRows, weight: Quantized, dtype: Any) -> Unscaled:

@@ -9,12 +9,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from preft_jax.adapters.bank import Bank
 from preft_jax.config import ModelConfig
 from preft_jax.device.mesh import TENSOR
 from preft_jax.errors import ConfigError
-from preft_jax.models.params import AXES
+from preft_jax.models.linear import JOINED
+from preft_jax.models.params import AXES, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,21 @@ def shard_config(config: ModelConfig, num_shards: int) -> ModelConfig:
         )
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return ShardConfig(**fields | {name: size // num_shards for name, size in sizes.items()}, num_shards=num_shards)
+
+
+def check_not_joined(params: Params) -> None:
+    """Raise ``ConfigError`` if weights lie side by side by device, ``[q_i|k_i|v_i]``, and not as one device has them.
+
+    Of arrays that are not traced: an engine's programs see what one device has.
+    """
+    for name in JOINED.values():
+        for leaf in jax.tree.leaves(params["layers"][0].get(name)) if params["layers"] else ():
+            sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+            if isinstance(sharding, NamedSharding) and TENSOR in jax.tree.leaves(tuple(sharding.spec)):
+                raise ConfigError(
+                    f"{name} lies in the serving layout over {sharding.mesh.shape[TENSOR]} devices, which an engine "
+                    "alone computes with; give the params of load_model, canonical ones"
+                )
 
 
 def summed[T](config: ModelConfig, partial: T) -> T:

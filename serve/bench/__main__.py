@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from preft_jax.cli import add_mesh, add_quantization, hyphenated
+from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.hub import cache_dir
 from serve.bench.client import ENDPOINTS
@@ -41,6 +41,7 @@ _ENGINE_ONLY = (
     "dtype",
     "quantization",
     "keep_layers",
+    "kv_cache_dtype",
     "mesh",
     "adapter_kind",
     "rank",
@@ -79,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add_quantization(add)
+    add_kv_cache_dtype(add)
     add_mesh(add)
     add("--max-num-seqs", type=int, default=16, help="requests decoded together (default: %(default)s)")
     add("--max-model-len", type=int, default=None, help="prompt plus output tokens (default: what the lengths need)")

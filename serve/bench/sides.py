@@ -188,6 +188,7 @@ class EngineSide:
             max_num_seqs=args.max_num_seqs,
             max_model_len=length if args.max_model_len is None else args.max_model_len,
             prefix_caching=args.enable_prefix_caching,
+            kv_dtype=args.kv_cache_dtype,
             memory_utilization=self._share(),
         )
         if mode == "base":

@@ -176,6 +176,21 @@ def test_a_decode_step_in_fp8_has_two_kernels_more_a_layer(programs, monkeypatch
     assert "stablehlo.divide" not in text
 
 
+def test_a_gpu_that_does_not_round_to_fp8_keeps_no_keys_in_it():
+    """An Ampere GPU (8.0) takes plain JAX, an Ada one (8.9) the kernel."""
+    from kernels import triton
+
+    f = jax.ShapeDtypeStruct
+    qkv, table, slots = f((32, 4 * 64), jnp.bfloat16), f((32, 32), jnp.float32), f((32,), jnp.int32)
+    pool = f((4, 16, 2, 64), jnp.float8_e4m3fn)
+    run = functools.partial(triton.rope_kv, edits=(None, None, None))
+    program = jax.jit(lambda qkv, cos, sin, kv, slots: run(qkv, cos_TX=cos, sin_TX=sin, kv_PSJC=kv, slots_T=slots))
+    with triton.lowering_for(80), pytest.raises(Unsupported, match="float8_e4m3fn; this GPU does not round to FP8"):
+        program.trace(qkv, table, table, pool, slots)
+    with triton.lowering_for(89):
+        assert program.trace(qkv, table, table, pool, slots)
+
+
 @pytest.mark.parametrize("name", ["prefill", "decode", "decode_adapted"])
 def test_programs_write_the_kv_cache_in_place(programs, name):
     """Each layer's pool is donated to the result, and the kernel that writes it returns the buffer it was given."""

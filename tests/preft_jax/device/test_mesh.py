@@ -110,3 +110,8 @@ def test_an_equal_cut_of_the_fused_linears_is_the_fused_linears_of_the_cut_heads
             np.testing.assert_array_equal(np.split(np.asarray(cut[name]), shards, axis=-1)[s], alone[name])
     with pytest.raises(ConfigError, match="cannot be cut into 7 equal parts"):
         fused_layout(params, transpose=False, shards=7)
+
+
+def test_an_axis_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="--mesh is 'tp=1,tp=2', which has tp twice; give it once"):
+        Placement.parse("tp=1,tp=2", cuts="tp")

@@ -22,6 +22,7 @@ from preft_jax import (
     ModelError,
     SamplingParams,
     adapter_of_edits,
+    forward,
     load_model,
     logprobs,
     random_adapter,
@@ -244,6 +245,23 @@ def test_what_computes_on_one_device_refuses_a_model_that_is_cut(lively):
     for call in (lambda: logprobs(model, [[1, 2]], [[3]]), lambda: Trainer(model), lambda: spread_model(model, "tp=2")):
         with pytest.raises(ModelError, match=r"several devices|2 devices"):
             call()
+
+
+def test_the_serving_layout_of_a_cut_model_is_an_engines_alone(tiny):
+    """``[q_i|k_i|v_i]`` would be read as ``[q|k|v]``; canonical weights are right however they are cut."""
+    tokens = np.arange(6, dtype=np.int32)[None]
+    cut = load_model("tiny", dtype="float32", mesh="tp=2")
+    expected = forward(tiny.config, tiny.params, tokens)
+    np.testing.assert_allclose(forward(cut.config, cut.params, tokens), expected, atol=1e-4)
+    with pytest.raises(ConfigError, match="qkv lies in the serving layout over 2 devices, which an engine alone"):
+        forward(cut.config, serving_model(cut, 4).params, tokens)
+
+
+def test_a_mesh_for_training_cuts_no_model(tiny):
+    mesh = Placement.parse("fsdp=2")
+    for cut in (lambda: spread_model(tiny, mesh), lambda: load_model("tiny", mesh=mesh)):
+        with pytest.raises(ConfigError, match="mesh has the axes fsdp; a model is cut by tp=N alone"):
+            cut()
 
 
 def test_a_model_that_cannot_be_cut_so_is_refused(lively):
