@@ -391,6 +391,7 @@ TABLES = {
     "h200-trace-limit": trace,
     "h200-trace-limit-separate": trace,
     "h200-vllm-trace": vllm_trace,
+    "tpu-fp8": tpu_programs,
     "tpu-programs": tpu_programs,
 }
 
