@@ -93,13 +93,18 @@ def test_what_the_picture_shows():
 def test_the_table_has_a_row_for_each_contender_and_rate():
     options = {"model": "tiny", "jobs": 1, "rank": 16, "seq": 64, "tpot_ms": 45.0, "ttft_ms": 5000.0}
     times = {f"{kind}_{of}_ms": 12.0 for kind in ("mean", "p95") for of in ("tpot", "ttft", "e2el")}
-    kept = {"attainment": {"flexllm": 0.98, "loquetier": 1.0, "deltaserve": 0.5}, **times}
+    kept = {
+        "attainment": {"flexllm": 0.98, "loquetier": 1.0, "deltaserve": 0.5},
+        "requests": 9,
+        "seconds": 4.5,
+        **times,
+    }
     rows = [row("train-step", None, 1000.0), row("alone", 2.0, 0.0, **kept), row("coserve", 2.0, 800.0, **kept)]
     finish(rows)
     where = {"device": {"kind": "a device"}, "versions": {"jax": "1"}, "commit": "c", "date": "2026-01-01"}
     made = tables_device.coserve({"options": options, "rows": rows, **where}).splitlines()
-    assert made[3].startswith("| alone | 2 |  |  | 98.0% | 100.0% | 50.0% | 12.0 (12.0) | 12 (12) | 1.00 |")
-    assert made[4].startswith("| coserve | 2 | 800 | **0.80** |")
+    assert made[3].startswith("| alone | 2 (9) |  |  | 98.0% | 100.0% | 50.0% | 12.0 (12.0) | 12 (12) | 1.00 |")
+    assert made[4].startswith("| coserve | 2 (9) | 800 | **0.80** |")
 
 
 def test_the_turns_of_the_contenders():
