@@ -85,7 +85,7 @@ def test_a_kernel_that_is_not_taken_fails_the_row_and_the_program(monkeypatch, c
 
 
 def test_weights_that_a_chip_cannot_hold_are_skipped_with_the_sizes(capfd, monkeypatch):
-    monkeypatch.setitem(tpu_compile.SELECTIONS, "small", lambda chips: program_cases(chips)[2:])
+    monkeypatch.setitem(tpu_compile.SELECTIONS, "small", lambda chips: program_cases(chips)[2:4])
     status, figures = run(capfd, "--selection", "small", "--target", "v5e:1x1")
     assert status == 0
     assert {row["status"] for row in figures["rows"]} == {"skipped"}
