@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax_triton  # pyright: ignore[reportMissingImports]
-from triton import knobs  # pyright: ignore[reportMissingImports]
 
 from kernels.triton import interpret
 from kernels.types import Product, Site, Unscaled, Unsupported
@@ -71,7 +70,7 @@ def require(condition: bool, reason: str) -> None:
 
 def rounds_to_fp8() -> bool:
     """Return whether the GPU that is lowered for rounds to FP8 (Ada, Hopper and later); Triton's interpreter does."""
-    if knobs.runtime.interpret:
+    if interpret.is_on():
         return True
     return gpu_has_fp8() if _target.value is None else _target.value >= 89
 

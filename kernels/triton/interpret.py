@@ -5,6 +5,7 @@ and ``kernels.triton`` runs them through a host callback. Outputs start out as N
 unwritten shows.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
+
+
+def is_on() -> bool:
+    """Return whether kernels are interpreted in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def interpreted(kernel: Any) -> bool:
