@@ -12,7 +12,7 @@ import numpy as np
 from bench.attention_case import AttentionInputs
 from bench.edit_case import EditInputs, normal
 from bench.kernel_cases import Case
-from kernels.xla.fp8 import FP8
+from kernels.xla.fp8 import FP8, gpu_has_fp8
 from preft_jax.quantize import is_quantized
 
 CACHE_BYTES = 64 << 20
@@ -78,8 +78,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def dtype_of_products(params: Any) -> np.dtype:
     """Return the dtype of a layer's matrix products: FP8 where weights are and the backend multiplies it."""
-    fp8 = is_quantized(params) and jax.default_backend() == "gpu"
-    return np.dtype(FP8) if fp8 else params["embed"].dtype
+    return np.dtype(FP8) if is_quantized(params) and gpu_has_fp8() else params["embed"].dtype
 
 
 def plan(moved: int, floor: float) -> tuple[int, int]:

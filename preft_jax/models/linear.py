@@ -78,12 +78,7 @@ def multiplies_fp8(w: Params, sites: tuple[str, ...], dtype: Any) -> bool:
     Not where a bias is added to the outputs, or where the backend takes FP8 numbers in another dtype.
     """
     name, in_range = name_of(sites), jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
-    return isinstance(w[name], Quantized) and f"{name}_bias" not in w and in_range and _has_fp8()
-
-
-def _has_fp8() -> bool:
-    """Return whether the backend multiplies matrices in FP8."""
-    return gpu_has_fp8()
+    return isinstance(w[name], Quantized) and f"{name}_bias" not in w and in_range and gpu_has_fp8()
 
 
 def unscaled_product(x: QuantizedRows, weight: Quantized, dtype: Any) -> Unscaled:
@@ -106,7 +101,7 @@ def dequantized(weight: Quantized, dtype: Any) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _fp8_product(x: jax.Array, weight: Quantized, dtype: jnp.dtype) -> jax.Array:
     rows = quantize(x)
-    if not _has_fp8():
+    if not gpu_has_fp8():
         # These have no product of FP8. Every FP8 number is one of the dtype's, so the products are the same.
         rows = rows._replace(x_TD=rows.x_TD.astype(x.dtype))
         weight = dataclasses.replace(weight, w_FD=weight.w_FD.astype(x.dtype))

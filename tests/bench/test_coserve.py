@@ -69,6 +69,7 @@ def test_what_cannot_be_measured_is_refused(options, told, capsys):
 def test_a_trace_arrives_at_each_rate(tmp_path):
     path = tmp_path / "trace.csv"
     lines = [f"2024-05-10 00:00:{n:02d}.000000,{10 + n},4" for n in range(0, 60, 2)]
+    lines += [f"2024-05-10 00:01:00.{n:06d},9,4" for n in range(500)]  # What is not played does not count.
     path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]) + "\n")
     args = coserve.make_parser().parse_args(["--trace", str(path), "--request-rate", "1,2", "--minutes", "0.1"])
     found = coserve.traces(args)

@@ -41,6 +41,17 @@ def test_the_floor_grows_with_what_is_read():
     assert decode.floor_seconds(model, ceilings.together(4), dtype, 1, 1001) == pytest.approx(long / 4, rel=1e-3)
 
 
+def test_the_floor_counts_a_byte_for_each_number_in_fp8():
+    """Half of what layers' weights and of what keys and values are in bfloat16; the output head stays."""
+    model, fp8 = PRESETS["llama3-8b"], jax.numpy.dtype("float8_e4m3fn")
+    ceilings, dtype = Ceilings(1e12, {"bfloat16": 1e30, "float8_e4m3fn": 1e30}), jax.numpy.dtype("bfloat16")
+    plain = decode.floor_seconds(model, ceilings, dtype, 1, 1000)
+    keys = decode.floor_seconds(model, ceilings, dtype, 1, 1000, keys=fp8)
+    linears = decode.floor_seconds(model, ceilings, dtype, 1, 1000, linears=fp8)
+    assert plain - keys == pytest.approx(1000 * 131072 / 2 / 1e12, rel=1e-3)
+    assert plain - linears == pytest.approx(6.98e-3, rel=0.01), "a byte of each of 6.98 billion weights"
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -160,7 +160,7 @@ def programs(request):
 
 def test_a_decode_step_in_fp8_has_two_kernels_more_a_layer(programs, monkeypatch, compiled):
     """They round what ``o`` and ``down`` read; norms round what others read, and what reads outputs scales them."""
-    monkeypatch.setattr(linear, "_has_fp8", lambda: True)
+    monkeypatch.setattr(linear, "gpu_has_fp8", lambda: True)
     config, _ = programs
     params = jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, jnp.bfloat16))
     params = jax.eval_shape(quantize, params)

@@ -176,7 +176,7 @@ def test_adapters_of_a_store_come_in_equal_parts_over_the_devices_links(wide, wi
 def test_products_in_fp8_have_their_scales_before_devices_add_them(rng, monkeypatch):
     """What o and down read is rounded with each device's own scales, so two devices round a little otherwise."""
     monkeypatch.setattr(fused, "why_not", lambda params: None)
-    monkeypatch.setattr(linear, "_has_fp8", lambda: True)
+    monkeypatch.setattr(linear, "gpu_has_fp8", lambda: True)
     whole, cut = (load_model("tiny", quantization="fp8", mesh=mesh) for mesh in ("tp=1", "tp=2"))
     adapter = random_adapter(AdapterConfig(rank=8), whole.config, jax.random.key(3), strength=0.7)
     requests = [dataclasses.replace(one, max_tokens=1) for one in asked(rng, {"lora": adapter}, (None, "lora", "lora"))]
