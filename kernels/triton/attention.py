@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.triton import interpret
 from kernels.triton.call import call, check_dtype, check_pool_dtype, elements, power_of_two, product_args, require
 from kernels.triton.device.attention import attend_kernel, combine_kernel, decode_attend_kernel
 from kernels.types import Product, Unscaled
+from kernels.xla.fp8 import FP8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,27 @@ class Config:
             raise ValueError(f"queries {self.queries} and keys {self.keys} must be powers of two, keys from 16")
 
 
-def config_for(*, batch: int, kv_heads: int, group: int, max_query_len: int, max_keys: int, bytes_each: int) -> Config:
+def config_for(
+    *,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    channels: int,
+    max_query_len: int,
+    max_keys: int,
+    dtype: Any,
+    pool_dtype: Any,
+) -> Config:
     """Return a configuration: decode wants bytes in flight, prefill wants large products."""
+    bytes_each = jnp.dtype(dtype).itemsize
     if max_query_len == 1:
         programs = batch * kv_heads
         splits = 1
         while programs * splits < 1056 and splits * 256 < max_keys:
             splits *= 2
+        if bytes_each == 2 and channels <= 128 and group <= 16:
+            # A warp of its own waits for no other, and many of them are resident.
+            return Config(queries=1, keys=32, splits=splits, warps=1, stages=2 if pool_dtype == FP8 else 3)
         return Config(queries=1, keys=64, splits=splits, warps=4, stages=3)
     # Many keys are worth large products, which short prompts would leave half empty.
     long = max_keys >= 1024 and bytes_each == 2
@@ -94,8 +110,8 @@ def paged_attention(
     if config is None:
         config = config_for(
             batch=batch, kv_heads=kv_heads, group=group, max_query_len=max_query_len,
-            max_keys=min(width * size, window or width * size),
-            bytes_each=q_THC.dtype.itemsize,
+            max_keys=min(width * size, window or width * size), channels=channels,
+            dtype=q_THC.dtype, pool_dtype=kv_PSJC.dtype,
         )  # fmt: skip
     request_N, offset_N = query_blocks(query_start_B1, tokens, batch, config.queries, max_query_len)
     starts = jnp.concatenate([query_start_B1, jnp.full((1,), tokens, query_start_B1.dtype)]).astype(jnp.int32)
@@ -158,8 +174,8 @@ def decode_attention(
     if config is None:
         config = config_for(
             batch=batch, kv_heads=kv_heads, group=group, max_query_len=1,
-            max_keys=min(width * size, window or width * size),
-            bytes_each=y_BF.dtype.itemsize,
+            max_keys=min(width * size, window or width * size), channels=channels,
+            dtype=y_BF.dtype, pool_dtype=kv_PSJC.dtype,
         )  # fmt: skip
     splits = config.splits
     whole = splits == 1
@@ -181,6 +197,7 @@ def decode_attention(
         SCALE=scale, B=batch, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width, G=group,
         M=max(16, power_of_two(group)), BN=config.keys, SPLITS=splits, NORM=q_norm_C is not None, EPS=eps,
         WINDOW=window or 0, SCALED=isinstance(qkv_BF, Unscaled),
+        FP8=kv_PSJC.dtype == FP8 and y_BF.dtype == jnp.bfloat16 and not interpret.is_on(),
     )  # fmt: skip
     return (out if whole else _combine(out, lse, y_BF.dtype)), kv_PSJC
 

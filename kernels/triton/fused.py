@@ -256,12 +256,18 @@ def _silu_mul(gate_up_TF: Product, quantized: bool) -> jax.Array | QuantizedRows
         warps=4,
         T=tokens, F=width, BT=rows, BF=block, SCALED=scaled, MOST=quantized,
     )  # fmt: skip
-    if not quantized:
-        return h_TF
+    return _quantize(h_TF, most_TB) if quantized else h_TF
+
+
+def _quantize(x_TD: jax.Array, most_TB: jax.Array) -> QuantizedRows:
+    """Round rows of which the largest magnitude of each of some blocks is known, in many small programs."""
+    tokens, width = x_TD.shape
+    block, blocks = block_of(width, 1024, "the width of x_TD"), most_TB.shape[1]
+    rows = 4096 // block
     return QuantizedRows(*call(
         quantize_part_kernel,
-        h_TF, most_TB,
-        out=_quantized(tokens, width), grid=grid, warps=4,
+        x_TD, most_TB,
+        out=_quantized(tokens, width), grid=(width // block, ceil_div(tokens, rows)), warps=4,
         T=tokens, D=width, BLOCKS=blocks, BB=power_of_two(blocks), BT=rows, BD=block,
     ))  # fmt: skip
 
@@ -340,17 +346,6 @@ def silu_mul_shrink(
     check_dtype("gate_up_TF", elements(gate_up_TF))
     if not sites and all(edit is None for edit in edits):
         return _silu_mul(gate_up_TF, quantized), ()
-    h_TF, shrunk = _silu_mul_shrink(gate_up_TF, edits, sites, mask_TG, config)
-    return quantize(h_TF) if quantized else h_TF, shrunk
-
-
-def _silu_mul_shrink(
-    gate_up_TF: Product,
-    edits: tuple[Shrunk | None, ...],
-    sites: tuple[Site, ...],
-    mask_TG: jax.Array,
-    config: Blocks | None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     y_TF = elements(gate_up_TF)
     tokens, width = y_TF.shape[0], y_TF.shape[1] // 2
     tile = tile_size(tokens, [*sites, *(edit.site for edit in edits if edit is not None)])
@@ -362,20 +357,20 @@ def _silu_mul_shrink(
         a, _, page, _ = shrink_args(sites[0], mask_TG)
     else:
         a = page = y_TF
-    h_TF, part_UTER = call(
+    h_TF, most_TU, part_UTER = call(
         silu_mul_kernel,
         *product_args(gate_up_TF, y_TF), *(array for edit in edits for array in _pending(edit, y_TF)), a, page,
         out=[
             jax.ShapeDtypeStruct((tokens, width), y_TF.dtype),
+            jax.ShapeDtypeStruct((tokens, config.parts) if quantized else (1,), jnp.float32),
             jax.ShapeDtypeStruct((config.parts, tokens, entries, 16) if fused else (1,), jnp.float32),
         ],
         grid=(config.parts, ceil_div(tokens, config.rows)),
         warps=config.warps,
         T=tokens, F=width, TILE=tile, SCALED=isinstance(gate_up_TF, Unscaled), EDIT0=edits[0] is not None,
-        EDIT1=edits[1] is not None, SHRINK=fused,
+        EDIT1=edits[1] is not None, SHRINK=fused, MOST=quantized,
         E0=widths[0], E1=widths[1], EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), E=entries,
         BT=config.rows, BF=config.block, RUN=width // config.parts, STAGES=config.stages,
     )  # fmt: skip
-    if not fused:
-        return h_TF, shrink(h_TF, sites, mask_TG)
-    return h_TF, (finish_parts(part_UTER, sites[0], mask_TG),)
+    shrunk = (finish_parts(part_UTER, sites[0], mask_TG),) if fused else shrink(h_TF, sites, mask_TG)
+    return _quantize(h_TF, most_TU) if quantized else h_TF, shrunk

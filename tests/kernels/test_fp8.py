@@ -101,7 +101,7 @@ CASES = (
 
 @over(*CASES)
 def test_scales_are_applied_by_what_reads_the_product(name, implementation, rng):
-    """The product is rounded as if its scales had been applied before."""
+    """The product is read as if its scales had been applied before, but not rounded by that."""
     inputs = EDITS[name].inputs(rng)
     run = jax.jit(OPERATIONS[EDITS[name].op], static_argnums=(0, 1))
     y = product(rng, inputs.x_TD)
@@ -111,7 +111,9 @@ def test_scales_are_applied_by_what_reads_the_product(name, implementation, rng)
         # Where nothing is rounded in between, a GPU multiplies and adds in one step.
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), ours, expected)
     else:
-        assert_same(ours, expected)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            assert np.linalg.norm(a - b) < 2**-8 * np.linalg.norm(b)
     other = run(implementation, False, inputs, y._replace(column_F=y.column_F * 1.5))
     assert any((np.asarray(a, np.float32) != np.asarray(b, np.float32)).any()
                for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True))  # fmt: skip

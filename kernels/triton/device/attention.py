@@ -3,19 +3,32 @@
 import triton
 import triton.language as tl
 
-from kernels.triton.device.common import load_product
+from kernels.triton.device.common import load_product, load_scales
+
+
+@triton.jit
+def _from_fp8(x):
+    """Return numbers in FP8 as float16, in the layout they were loaded in.
+
+    The compiler moves a conversion of its own behind the change to the layout of a product, and there reads values from
+    shared memory byte by byte: they lie across its rows. It does not move what it cannot look into.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+        "=r,=r,r", [x.to(tl.int8, bitcast=True)], dtype=tl.float16, is_pure=False, pack=4,
+    )  # fmt: skip
 
 
 @triton.jit
 def _attend_keys(
     q, kv_ptr, table_ptr, at, last, stop, best, total, acc,
     SCALE: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """A step of the online softmax: BN keys from ``at`` on; ``kv_ptr`` and ``table_ptr`` of the head and the request.
 
     With MASK, keys from ``stop`` on and those after the ``last`` of a query are not seen, nor, unless WINDOW is 0,
-    those before the WINDOW ones up to it.
+    those before the WINDOW ones up to it. With FP8, values are converted from it where they are loaded.
     """
     n = at + tl.arange(0, BN)
     c = tl.arange(0, C)
@@ -30,12 +43,16 @@ def _attend_keys(
         place = page * PAGE + n % PAGE
     base = kv_ptr + place[:, None] * (2 * K * C) + c[None, :]
     if MASK:
-        k = tl.load(base, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
-        v = tl.load(base + C, mask=(n < stop)[:, None], other=0.0).to(q.dtype)
+        k = tl.load(base, mask=(n < stop)[:, None], other=0.0)
+        v = tl.load(base + C, mask=(n < stop)[:, None], other=0.0)
     else:
-        k = tl.load(base).to(q.dtype)
-        v = tl.load(base + C).to(q.dtype)
-    score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        k = tl.load(base)
+        v = tl.load(base + C)
+    if FP8:  # noqa: SIM108 (Triton compiles both sides of an expression)
+        v = _from_fp8(v)
+    else:
+        v = v.to(q.dtype)
+    score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
     if MASK:
         seen = (n[None, :] <= last[:, None]) & (n < stop)[None, :]
         if WINDOW:
@@ -72,6 +89,8 @@ def attend_kernel(
     live = (m // GP < BQ) & (query < queries) & (m % GP < G)
     row = (start + query).to(tl.int64) * H + head * G + m % GP
     q = tl.load(q_ptr + row[:, None] * C + c[None, :], mask=live[:, None], other=0.0)
+    if kv_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)  # What keys and values in FP8 are turned to by one instruction for two.
     prefix = keys - queries
     last = prefix + query
     stop = tl.minimum(keys, prefix + offset + BQ)
@@ -94,18 +113,20 @@ def attend_kernel(
         inside = tl.minimum(tl.cdiv(tl.maximum(prefix + offset + BQ - WINDOW, 0), BN) * BN, stop)
         for at in range(first, inside, BN):
             best, total, acc = _attend_keys(
-                q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True, WINDOW
-            )
+                q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True,
+                WINDOW, False,
+            )  # fmt: skip
         first = tl.maximum(first, inside)
         whole = tl.maximum(first, whole)
     for at in range(first, whole, BN):
         best, total, acc = _attend_keys(
-            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, False, 0
+            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, False, 0, False
         )
     for at in range(whole, stop, BN):
         best, total, acc = _attend_keys(
-            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True, WINDOW
-        )
+            q, kv_ptr, table_ptr, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN, True,
+            WINDOW, False,
+        )  # fmt: skip
     if SPLITS > 1:
         at_split = (split.to(tl.int64) * T * H) + row
         tl.store(out_ptr + at_split[:, None] * C + c[None, :], acc, mask=live[:, None])
@@ -124,19 +145,12 @@ def _normed(y, scale, weight_ptr, c, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, column, mask, SCALED: tl.constexpr):
-    """Return columns of a row of queries, keys and values in float32."""
-    y = load_product(qkv_ptr, token + column, qkv_row, row, qkv_column, column, mask, None, mask, SCALED)
-    return y.to(tl.float32)
-
-
-@triton.jit
 def decode_attend_kernel(
     qkv_ptr, qkv_row, qkv_column, cos_ptr, sin_ptr, kv_ptr, table_ptr, position_ptr, q_norm, k_norm,
     out_ptr, lse_ptr, kv_out,
     SCALE: tl.constexpr, B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr, WINDOW: tl.constexpr, SCALED: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, WINDOW: tl.constexpr, SCALED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """A program: the G query heads of one KV head of a row, over a split of the keys before its token.
 
@@ -154,20 +168,25 @@ def decode_attend_kernel(
     sin = tl.where(c < C // 2, -sin, sin)
     token = row * ((H + 2 * K) * C)
     live = m < G
+    row_scale = load_scales(qkv_row, row, None, SCALED)
     at_head = (head * G + m)[:, None] * C
-    q = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_head + c[None, :], live[:, None], SCALED)
-    q_other = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_head + other[None, :], live[:, None], SCALED)
+    at_q = at_head + c[None, :]
+    q = load_product(qkv_ptr, token + at_q, row_scale, qkv_column, at_q, live[:, None], live[:, None], SCALED)
+    at_q = at_head + other[None, :]
+    q_other = load_product(qkv_ptr, token + at_q, row_scale, qkv_column, at_q, live[:, None], live[:, None], SCALED)
     if NORM:
         scale = tl.rsqrt(tl.sum(q * q, 1) / C + EPS)[:, None]
         q = _normed(q, scale, q_norm, c[None, :], dtype)
         q_other = _normed(q_other, scale, q_norm, other[None, :], dtype)
     q = (q * cos[None, :] + q_other * sin[None, :]).to(dtype)
+    if kv_ptr.dtype.element_ty == tl.float8e4nv and dtype == tl.bfloat16:
+        q = q.to(tl.float16)
     own = position >= 0
     if SPLITS > 1:
         own = own & (split == SPLITS - 1)
     at_k = (H + head) * C
-    own_k = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_k + c, own, SCALED)
-    k_other = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_k + other, own, SCALED)
+    own_k = load_product(qkv_ptr, token + at_k + c, row_scale, qkv_column, at_k + c, own, own, SCALED)
+    k_other = load_product(qkv_ptr, token + at_k + other, row_scale, qkv_column, at_k + other, own, own, SCALED)
     if NORM:
         scale_k = tl.rsqrt(tl.sum(own_k * own_k, 0) / C + EPS)
         own_k = _normed(own_k, scale_k, k_norm, c, dtype) * cos
@@ -175,8 +194,8 @@ def decode_attend_kernel(
     else:
         own_k = own_k * cos
         own_k += k_other * sin
-    own_k = own_k.to(dtype).to(kv_ptr.dtype.element_ty)
-    own_v = _load_heads(qkv_ptr, qkv_row, qkv_column, token, row, at_k + K * C + c, own, SCALED)
+    own_k = own_k.to(kv_ptr.dtype.element_ty)
+    own_v = load_product(qkv_ptr, token + at_k + K * C + c, row_scale, qkv_column, at_k + K * C + c, own, own, SCALED)
     own_v = own_v.to(kv_ptr.dtype.element_ty)
     stop = position
     first = 0
@@ -193,7 +212,7 @@ def decode_attend_kernel(
     for at in range(first, stop, BN):
         best, total, acc = _attend_keys(
             q, kv_ptr + 2 * head * C, table_ptr + row * WIDTH, at, last, stop, best, total, acc, SCALE, K, C, PAGE, BN,
-            True, WINDOW,
+            True, WINDOW, FP8,
         )  # fmt: skip
     if own:
         page = tl.load(table_ptr + row * WIDTH + position // PAGE).to(tl.int64)

@@ -9,9 +9,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_scale(scale_ptr, at, mask):
-    """Return scales; ``mask`` None reads all of them."""
-    if mask is None:  # noqa: SIM108 (Triton compiles both sides of an expression)
+def load_scales(scale_ptr, at, mask, SCALED: tl.constexpr):
+    """Return the scales of rows or columns; 1 if a product is not SCALED. ``mask`` None reads all of them."""
+    if not SCALED:
+        scale = 1.0
+    elif mask is None:
         scale = tl.load(scale_ptr + at)
     else:
         scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
@@ -19,17 +21,14 @@ def _load_scale(scale_ptr, at, mask):
 
 
 @triton.jit
-def load_product(
-    y_ptr, at, row_ptr, row, column_ptr, column, mask, row_mask, column_mask, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Return elements ``at`` of a product in its dtype, with the scales of its rows and columns if it is SCALED.
+def load_product(y_ptr, at, row_scale, column_ptr, column, mask, column_mask, SCALED: tl.constexpr):
+    """Return elements ``at`` of a product in float32, if it is SCALED with the scales of their rows and columns.
 
-    The masks are of the elements, of ``row`` and of ``column``; the last two may be None.
+    ``mask`` is of the elements, ``column_mask`` of ``column`` (None reads all).
     """
-    y = tl.load(y_ptr + at, mask=mask, other=0.0)
+    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
-        scale = _load_scale(row_ptr, row, row_mask)
-        y = (y.to(tl.float32) * scale * _load_scale(column_ptr, column, column_mask)).to(y.dtype)
+        y = y * row_scale * load_scales(column_ptr, column, column_mask, SCALED)
     return y
 
 

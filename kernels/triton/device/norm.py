@@ -10,6 +10,7 @@ from kernels.triton.device.common import (
     load_a,
     load_pages,
     load_product,
+    load_scales,
     store_zeros,
 )
 from kernels.triton.device.fp8 import rounded, scale_of
@@ -17,26 +18,20 @@ from kernels.triton.device.fp8 import rounded, scale_of
 
 @triton.jit
 def _stream(
-    x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile,
+    x_ptr, add_ptr, row_scale, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row, live, tile,
     D: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
     EDITS: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, EB0: tl.constexpr, EB1: tl.constexpr,
 ):  # fmt: skip
-    """Return columns ``d`` of the residual stream with what is added to it, rounded once."""
-    x = tl.load(x_ptr + base + d[None, :], mask=live[:, None], other=0.0)
+    """Return columns ``d`` of the residual stream in float32, with what is added to it. ``row_scale``: of what is."""
+    y = tl.load(x_ptr + base + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if ADD or EDITS > 0:
-        y = x.to(tl.float32)
-        if ADD:
-            y += load_product(
-                add_ptr, base + d[None, :], add_row, row[:, None], add_column, d[None, :], live[:, None],
-                live[:, None], None, SCALED,
-            ).to(tl.float32)  # fmt: skip
-        if EDITS > 0:
-            y = add_edit(y, es0, eb0, ep0, row, live, tile, d, D, E0, EB0, dtype)
-        if EDITS > 1:
-            y = add_edit(y, es1, eb1, ep1, row, live, tile, d, D, E1, EB1, dtype)
-        x = y.to(dtype)
-    return x
+    if ADD:
+        y += load_product(add_ptr, base + d[None, :], row_scale, add_column, d[None, :], live[:, None], None, SCALED)
+    if EDITS > 0:
+        y = add_edit(y, es0, eb0, ep0, row, live, tile, d, D, E0, EB0, dtype)
+    if EDITS > 1:
+        y = add_edit(y, es1, eb1, ep1, row, live, tile, d, D, E1, EB1, dtype)
+    return y
 
 
 @triton.jit
@@ -51,18 +46,17 @@ def _squares(
 ):  # fmt: skip
     """Edit columns ``begin`` to ``end`` of BT rows, write them with WRITE, and return the sum of each row's squares."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row_scale = load_scales(add_row, row[:, None], live[:, None], SCALED)
     squares = tl.zeros([BT, BD], tl.float32)
     for start in tl.range(begin, end, BD, num_stages=STAGES):
         d = start + tl.arange(0, BD)
-        x = _stream(x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row,
+        y = _stream(x_ptr, add_ptr, row_scale, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row,
                     live, tile, D, ADD, SCALED, EDITS, EE0, EE1, EEB0, EEB1)  # fmt: skip
         if BLOCK:
-            y = add_edit(x.to(tl.float32), block_s, block_b, block_page, row, live, tile, d, D, BE, BEB, dtype)
-            x = y.to(dtype)
+            y = add_edit(y, block_s, block_b, block_page, row, live, tile, d, D, BE, BEB, dtype)
         if WRITE:
-            tl.store(x_out + base + d[None, :], x, mask=live[:, None])
-        x32 = x.to(tl.float32)
-        squares += x32 * x32
+            tl.store(x_out + base + d[None, :], y.to(dtype), mask=live[:, None])
+        squares += y * y
     return tl.sum(squares, 1)
 
 
@@ -116,11 +110,12 @@ def _norm_rows(
     if BLOCK:
         page = load_pages(block_page, tile, 0, BE, BE)
         acc = tl.zeros([BT, 16 * BE], tl.float32)
+        row_scale = load_scales(add_row, row[:, None], live[:, None], SCALED)
         for start in tl.range(0, D, BD, num_stages=STAGES):
             d = start + tl.arange(0, BD)
-            x = _stream(x_ptr, add_ptr, add_row, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row,
+            y = _stream(x_ptr, add_ptr, row_scale, add_column, es0, eb0, ep0, es1, eb1, ep1, base, d, row,
                         live, tile, D, ADD, SCALED, EDITS, EE0, EE1, EEB0, EEB1)  # fmt: skip
-            acc = tl.dot(x, load_a(block_a, page, d, D, BE, dtype), acc, input_precision="tf32x3")
+            acc = tl.dot(y.to(dtype), load_a(block_a, page, d, D, BE, dtype), acc, input_precision="tf32x3")
         finish_shrink(acc, block_c, block_page, block_own, block_s, row, live, tile, 0, BE, BE)
         tl.debug_barrier()
     squares = _squares(
@@ -160,8 +155,8 @@ def norm_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + at, mask=d < D, other=0.0)
     if ADD:
-        y = load_product(add_ptr, at, add_row, row, add_column, d, d < D, None, d < D, SCALED)
-        x = (x.to(tl.float32) + y.to(tl.float32)).to(dtype)
+        y = load_product(add_ptr, at, load_scales(add_row, row, None, SCALED), add_column, d, d < D, d < D, SCALED)
+        x = (x.to(tl.float32) + y).to(dtype)
         tl.store(x_out + at, x, mask=d < D)
     x32 = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x32 * x32, 0) / D + EPS)
