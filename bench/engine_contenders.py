@@ -8,7 +8,6 @@ import dataclasses
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ from preft_jax.device.mesh import SINGLE, Placement
 from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from preft_jax.sampling.parameters import SamplingParams
-from preft_jax.shapes import RANK_PAGE
+from preft_jax.shapes import KV_DTYPES, RANK_PAGE
 from preft_jax.text.chat import EncodedPrompt
 from serve.bench.load import EngineTarget, LoadRequest
 from serve.bench.metrics import LoadResult
@@ -42,14 +41,14 @@ class Adapters:
         model: sizes of the model.
         kind: of the adapters.
         rank: of all of them.
-        dtype: of their rank pages.
+        dtype: of their rank pages in host memory, one of ``KV_DTYPES``.
         count: of adapters.
         placement: of the model.
         copies: different adapters in host memory; others are copied from where these lie. None: all of them.
     """
 
     def __init__(
-        self, model: ModelConfig, kind: str, rank: int, dtype: Any, count: int, *, placement: Placement = SINGLE,
+        self, model: ModelConfig, kind: str, rank: int, dtype: str, count: int, *, placement: Placement = SINGLE,
         copies: int | None = None,
     ):  # fmt: skip
         if rank % RANK_PAGE:
@@ -59,7 +58,9 @@ class Adapters:
         self._config = AdapterConfig(kind=kind, rank=rank)
         longest = max(self._size(*model.site_shape(site)) for site in self._config.targets)
         noise = np.random.default_rng(0).standard_normal(longest + 64 * count, np.float32)
-        self._noise = (noise * 0.02).astype(dtype)
+        size = 64.0 if dtype == "fp8" else 0.02
+        self._noise = np.clip(noise * size, -448, 448).astype(KV_DTYPES[dtype])
+        self._scale = np.float32(0.02 / size) if dtype == "fp8" else None
         self._placement, self._copies = placement, copies or count
         self._pinned: dict[int, Known] = {}
 
@@ -84,15 +85,17 @@ class Adapters:
 
     def known(self, number: int) -> Known:
         """Return an adapter as it lies in host memory."""
-        return pin(pack(self._packed(number), self._noise.dtype), self._placement)
+        return pin(pack(self._packed(number)), self._placement)
 
     def _packed(self, number: int) -> dict[str, PackedSite]:
         layers, sites = self._model.num_hidden_layers, {}
+        c = np.zeros((layers, self._pages, RANK_PAGE), np.float32)
+        scale = None if self._scale is None else np.full_like(c, self._scale)
         for site in self._config.targets:
             d, f = self._model.site_shape(site)
             a = self._noise[64 * number :][: self._size(d)].reshape(layers, self._pages, d, RANK_PAGE)
             b = self._noise[64 * number :][: self._size(f)].reshape(layers, self._pages, RANK_PAGE, f)
-            sites[site] = PackedSite(a, np.zeros((layers, self._pages, RANK_PAGE), np.float32), b, (0,) * self._pages)
+            sites[site] = PackedSite(a, c, b, (0,) * self._pages, None if scale is None else (scale, scale))
         return sites
 
     def put(self, engine: Engine, count: int, mode: str, used: Collection[int] | None = None) -> list[Adapter]:
@@ -153,6 +156,7 @@ def engine_config(
         decode_steps=getattr(args, "decode_steps", EngineConfig.decode_steps),
         mixed_tokens=getattr(args, "mixed_tokens", 0) if mode != "all-token" else 0,
         kv_dtype=args.kv_cache_dtype,
+        adapter_dtype=getattr(args, "adapter_dtype", None),
         memory_utilization=args.memory_utilization,
         prefix_caching=False,
     )

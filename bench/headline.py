@@ -27,7 +27,14 @@ from rich.table import Table
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from bench.kernel_timing import Ceilings, dtype_of_products, measure_ceilings
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated, quantization_of
+from preft_jax.cli import (
+    add_adapter_dtype,
+    add_kv_cache_dtype,
+    add_mesh,
+    add_quantization,
+    hyphenated,
+    quantization_of,
+)
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import load_model, serving_model
@@ -166,8 +173,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ceilings = measure_ceilings(sorted({one.name for one in dtypes}), repeats=10)
     devices = model.placement.num_devices
     adapters = Adapters(
-        model.config, args.adapter_kind, args.rank, dtype, max(counts), placement=model.placement,
-        copies=args.host_copies,
+        model.config, args.adapter_kind, args.rank, args.adapter_dtype or dtype.name, max(counts),
+        placement=model.placement, copies=args.host_copies,
     )  # fmt: skip
     contenders: list[_Contender] = []
     for mode, bank_adapters, wanted in plan(modes, counts, args.bank_adapters):
@@ -292,6 +299,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--host-copies", type=int, default=None, help=help)
     add("--adapter-kind", default="lora", choices=("lora", "direft"), help="(default: %(default)s)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")
+    add_adapter_dtype(add)
     add(
         "--adapter-distribution",
         default="round-robin",

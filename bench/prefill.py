@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -27,16 +26,14 @@ from kernels import dispatch
 from preft_jax.adapters.allocator import SitePages
 from preft_jax.adapters.bank import Bank, Pools, bank_axes, init_bank
 from preft_jax.adapters.pages import num_rank_pages
-from preft_jax.cli import add_mesh, hyphenated
+from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.config import PRESETS, ModelConfig
-from preft_jax.device.mesh import Placement
 from preft_jax.errors import PreftError
+from preft_jax.loading import load_model, serving_model
 from preft_jax.models import forward
 from preft_jax.models.batch import Span, pack_prefill
 from preft_jax.models.cache import KVCache, cache_axes, init_cache, pages_for
-from preft_jax.models.layout import fused_layout
-from preft_jax.models.modules import init_params
-from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS, SITES
+from preft_jax.shapes import KV_DTYPES, LINEAR_SITES, NUM_GROUPS, SITES
 from serve.bench.environment import environment
 from serve.bench.output import emit
 from serve.engine.spread import WHOLE, Spread
@@ -155,17 +152,16 @@ def count_copies(text: str, cache: KVCache, bank: Bank) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time the cases and return the figures that the JSON line holds."""
     console = Console(stderr=True)
-    config = PRESETS[args.model]
-    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     cases = [case for case in (SMALL if args.selection == "small" else CASES) if args.cases.search(case.name)]
-    placement = Placement.parse(args.mesh, cuts="tp")
-    spread = Spread(placement, config)
-    drawn = init_params(config, jax.random.key(0), dtype, placement)
-    params = fused_layout(drawn, transpose=False, consume=True, shards=placement.tensor)
+    loaded = load_model(args.model, dtype=args.dtype, **quantization_of(args), mesh=args.mesh)
+    model = serving_model(loaded, max(case.requests * case.length for case in cases))
+    config, params, dtype = model.config, model.params, model.params["embed"].dtype
+    kv_dtype = KV_DTYPES[args.kv_cache_dtype or dtype.name]
+    spread = Spread(model.placement, config)
     pages = max(case.pages for case in cases)
     bank = spread.make(lambda own: random_bank(own, pages, dtype), bank_axes(SITES))()
     tokens = max(case.requests * pages_for(case.length, PAGE_SIZE) for case in cases)
-    cache = spread.make(lambda own: init_cache(own, tokens, PAGE_SIZE, dtype), cache_axes(config))()
+    cache = spread.make(lambda own: init_cache(own, tokens, PAGE_SIZE, kv_dtype), cache_axes(config))()
     rows = []
     for implementation in args.implementations:
         bases: dict[Case, Contender] = {}
@@ -185,8 +181,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": args.model,
         "dtype": dtype.name,
-        "num_devices": placement.num_devices,
-        "options": {"rounds": args.rounds, "page_size": PAGE_SIZE, "tile": TILE},
+        "num_devices": model.placement.num_devices,
+        "options": {
+            "rounds": args.rounds,
+            "page_size": PAGE_SIZE,
+            "tile": TILE,
+            **quantization_of(args),
+            "kv_cache_dtype": args.kv_cache_dtype,
+        },
         "cases": rows,
         **environment(),
     }
@@ -265,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__)
     parser.add_argument("--model", choices=sorted(PRESETS), default="llama3-8b", help="shape; weights are random")
+    add_quantization(parser.add_argument)
+    add_kv_cache_dtype(parser.add_argument)
     add_mesh(parser.add_argument)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--selection", choices=("full", "small"), default="full", help="small: a few hundred tokens")

@@ -46,7 +46,9 @@ def prefill(figures: dict[str, Any]) -> str:
         ]
         for row in figures["cases"]
     ]
-    header = [f"prefill of {figures['model']}, tokens/s", "base", "with adapters", "time over base (middle half)"]
+    scheme = figures["options"].get("quantization", "none")
+    what = f"prefill of {figures['model']}{'' if scheme == 'none' else f' in {scheme}'}, tokens/s"
+    header = [what, "base", "with adapters", "time over base (middle half)"]
     return f"{markdown(header, rows)}\n{machine(figures)}.\n"
 
 

@@ -33,7 +33,7 @@ from preft_jax.adapters.allocator import BankAllocator
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
 from preft_jax.adapters.pages import num_rank_pages
-from preft_jax.cli import hyphenated
+from preft_jax.cli import add_adapter_dtype, hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.adapter_files import save_adapter
 from preft_jax.loading import Model, load_model, serving_model
@@ -82,8 +82,11 @@ class Bench:
         self._paths = [directory / f"adapter-{i}" for i in range(ON_DISK)]
         for i, path in enumerate(self._paths):
             save_adapter(path, random_adapter(config, self._model.config, jax.random.key(i)))
-        self._known = pin(AdapterFiles(self._model).read(str(self._paths[0])).known)
+        self._known = pin(self._files().read(str(self._paths[0])).known)
         self.adapter_bytes = self._known.num_bytes
+
+    def _files(self, kept: Path | None = None) -> AdapterFiles:
+        return AdapterFiles(self._model, kept, dtype=self._args.adapter_dtype)
 
     def _engine(self, store: AdapterStore | None) -> Engine:
         args = self._args
@@ -95,6 +98,7 @@ class Bench:
                 prefill_tokens=args.prefill_tokens,
                 prefill_seqs=args.prefill_seqs,
                 max_rank=args.rank,
+                adapter_dtype=args.adapter_dtype,
                 bank_pages=1 + 2 * args.prefill_seqs * num_rank_pages(args.rank),
                 memory_utilization=args.memory_utilization,
                 prefix_caching=False,
@@ -116,7 +120,7 @@ class Bench:
     def tiers(self) -> list[dict[str, Any]]:
         """Return TTFT by tier, and for those beyond the bank how fast rank pages come from there."""
         repeats, size = self._args.repeats, self._known.num_bytes
-        store = AdapterStore(AdapterFiles(self._model), Registry(), host_bytes=4 * size, pin=pin)
+        store = AdapterStore(self._files(), Registry(), host_bytes=4 * size, pin=pin)
         engine = self._engine(store)
         one = store.register("one", self._paths[0])
         for adapter in (None, one):
@@ -134,7 +138,7 @@ class Bench:
         gc.collect()
         for tier, kept in (("kept", self._directory / "kept"), ("directory", None)):
             # One adapter may take half of the room, so that of four in turn none is there when it is asked for.
-            store = AdapterStore(AdapterFiles(self._model, kept), Registry(), host_bytes=2 * size, pin=pin)
+            store = AdapterStore(self._files(kept), Registry(), host_bytes=2 * size, pin=pin)
             engine = self._engine(store)
             adapters = [store.register(f"adapter-{i}", path) for i, path in enumerate(self._paths)]
             self._ttft(engine, adapters[-1])
@@ -185,7 +189,7 @@ class Bench:
     def staging(self) -> list[dict[str, Any]]:
         """Return, for each prompt length, the time of prompts whose adapters must be copied, over that of others."""
         engine, seqs = self._engine(None), self._args.prefill_seqs
-        users = Adapters(self._model.config, self._args.adapter_kind, self._args.rank, np.float32, 1)
+        users = Adapters(self._model.config, self._args.adapter_kind, self._args.rank, "float32", 1)
         adapters = [users.make(i, "prompt") for i in range(self._args.num_prompts)]
         for adapter in adapters:
             engine.adapters.put(adapter.digest, self._known)
@@ -297,6 +301,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere)")
     add("--adapter-kind", default="lora", choices=("lora", "direft"), help="(default: %(default)s)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")
+    add_adapter_dtype(add)
     add("--input-len", type=int, default=256, help="prompt tokens for TTFT (default: %(default)s)")
     add("--repeats", type=int, default=8, help="requests for each TTFT (default: %(default)s)")
     add("--lengths", default="16,32,64,128,256", help="prompt tokens for staging (default: %(default)s)")

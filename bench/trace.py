@@ -33,7 +33,7 @@ from rich.table import Table
 
 from bench.engine_contenders import COUNTED, Adapters, WatchedEngine, engine_config, load, ready
 from preft_jax.adapters.adapter import Adapter
-from preft_jax.cli import add_kv_cache_dtype, add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_adapter_dtype, add_kv_cache_dtype, add_quantization, hyphenated, quantization_of
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.loading import Model, load_model, serving_model
 from preft_jax.models.batch import round_up
@@ -199,7 +199,8 @@ def make_contenders(
     console: Console,
 ) -> list[Contender]:
     """Return a warm engine for each mode, asleep, with its adapters."""
-    adapters = Adapters(model.config, "lora", args.rank, model.params["embed"].dtype, args.num_adapters)
+    dtype = args.adapter_dtype or model.params["embed"].dtype.name
+    adapters = Adapters(model.config, "lora", args.rank, dtype, args.num_adapters)
     contenders = []
     for mode in modes:
         count = 0 if mode == "base" else args.num_adapters
@@ -359,6 +360,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adapter-distribution", default="zipf", help=f"{', '.join(DISTRIBUTIONS)} (default: %(default)s)")
     add("--bank-adapters", type=int, default=64, help="adapters that the bank holds (default: %(default)s)")
     add("--rank", type=int, default=16, help="(default: %(default)s)")
+    add_adapter_dtype(add)
     add("--ttft-ms", type=float, default=2000.0, help="bound of the first token's time (default: %(default)s)")
     add("--tpot-ms", type=float, default=50.0, help="bound of a request's mean time per token (default: %(default)s)")
     add("--model", default="llama3-8b", help="a shape preset (default: %(default)s)")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from preft_jax.quantize import SCHEMES
-from preft_jax.shapes import KV_DTYPES
+from preft_jax.shapes import ADAPTER_DTYPES, KV_DTYPES
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
@@ -34,6 +34,12 @@ def add_mesh(add: Callable[..., Any]) -> None:
 def add_kv_cache_dtype(add: Callable[..., Any]) -> None:
     """Add the option that says what keys and values are kept in, ``kv_dtype`` of ``EngineConfig``."""
     add("--kv-cache-dtype", choices=tuple(KV_DTYPES), default=None, help="of keys and values (default: the weights')")
+
+
+def add_adapter_dtype(add: Callable[..., Any]) -> None:
+    """Add the option that says what adapters are kept in outside the bank, ``adapter_dtype`` of ``EngineConfig``."""
+    help = "of adapters in host memory, on disk and on their way to the device (default: as there)"
+    add("--adapter-dtype", choices=ADAPTER_DTYPES, default=None, help=help)
 
 
 def quantization_of(args: argparse.Namespace) -> dict[str, Any]:

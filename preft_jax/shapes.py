@@ -37,6 +37,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = {name: name for name in DTYPES} | {"fp8": "float8_e4m3fn"}
 """What the KV cache may be in: names of options, and of dtypes."""
 
+ADAPTER_DTYPES = ("fp8",)
+"""What rank pages may be in outside the bank, if not in its dtype."""
+
 RANK_PAGE = 16
 """Rank of one page of the adapter bank: an edit of rank 48 occupies three pages."""
 

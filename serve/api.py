@@ -20,7 +20,7 @@ import uvicorn
 
 from preft_jax.adapters.config import MAX_RANK
 from preft_jax.adapters.pages import num_rank_pages
-from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated, quantization_of
+from preft_jax.cli import add_adapter_dtype, add_kv_cache_dtype, add_mesh, add_quantization, hyphenated, quantization_of
 from preft_jax.errors import AdapterError, ConfigError, PreftError
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.loading import Model, load_model, serving_model
@@ -101,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="what adapters may edit, with commas; the memory of others goes to the KV cache (default: %(default)s)",
     )
     add("--adapter-memory-gib", type=float, default=4.0, help="host memory for adapters (default: %(default)s)")
+    add_adapter_dtype(add)
     add("--all-token", action="store_true", help="also serve adapters that edit every token")
     add("--allow-runtime-lora-updating", action="store_true", help="let the admin load and unload adapters")
     add("--adapter-root", type=Path, action="append", default=[], metavar="DIR", help="they may be loaded from here")
@@ -242,6 +243,7 @@ def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         all_token=args.all_token,
         mixed_tokens=mixed,
         kv_dtype=args.kv_cache_dtype,
+        adapter_dtype=args.adapter_dtype,
         prefix_caching=args.enable_prefix_caching,
         reserved_bytes=int(args.finetune_memory_gib * 2**30) if _fine_tunes(args) else 0,
     )
@@ -254,7 +256,7 @@ def _make_store(args: argparse.Namespace, model: Model) -> AdapterStore:
         state.mkdir(parents=True, exist_ok=True)
     roots = [[] if args.adapter_dir is None else [args.adapter_dir], args.adapter_root]
     kept = None if state is None else state / "pages"
-    files = AdapterFiles(model, kept, limits=_adapter_limits(args, model), roots=roots)
+    files = AdapterFiles(model, kept, limits=_adapter_limits(args, model), dtype=args.adapter_dtype, roots=roots)
     registry = Registry(None if state is None else state / "adapters.sqlite")
     files.drop_others({adapter.digest for adapter in registry.list()})
     host_bytes = int(args.adapter_memory_gib * 2**30)

@@ -105,7 +105,7 @@ class World:
         mask[edits_from : length if adapter else 0, 0] = True
         mask[:, 0] |= adapter == "everywhere"
         salt = cache_salt(base="base", kv_dtype="float32")
-        edits = None if adapter is None else adapter_salt(digest=adapter, fold_version=1)
+        edits = None if adapter is None else adapter_salt(digest=adapter, fold_version=1, adapter_dtype="float32")
         group = [
             Sequence(
                 request_id=self.order, index=i, tenant=tenant, order=self.order, priority=priority, tokens=list(tokens),

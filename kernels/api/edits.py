@@ -17,6 +17,8 @@ from kernels.checks import (
     check_sites,
 )
 from kernels.types import PagePool, Shrunk, Site, TilePages
+from kernels.xla.fp8 import FP8
+from kernels.xla.pages import slab_width
 
 
 def shrink(
@@ -140,7 +142,8 @@ def write_pages(
         c_LPR: float32.
         b_LPRF: as ``a_LPDR``.
         slabs: K arrays ``[L, W]`` of that dtype. A row holds, from element ``at`` on, a page's A ``[D, R]``, its B
-            ``[R, F]`` and the bits of its c, one after the other; W may be larger.
+            ``[R, F]`` and the bits of its c, one after the other; W may be larger. Or in FP8 (float8_e4m3fn), where the
+            bits of two more float32 ``[R]`` follow: what each rank of A is multiplied with, and of B.
         page_SK: int32, page ids of several sites. A slab for page 0, the null page, must hold zeros; several may.
         row: which row of ``page_SK`` says where each slab goes, static.
         at: where a slab's rows begin.
@@ -158,10 +161,14 @@ def write_pages(
     check(c_LPR.dtype == jnp.float32, f"c_LPR has dtype {c_LPR.dtype}; allowed: float32")
     check(a_LPDR.dtype == b_LPRF.dtype, f"b_LPRF has dtype {b_LPRF.dtype}; a_LPDR has {a_LPDR.dtype}")
     check(len(slabs) > 0, "slabs is empty; give one at least")
-    width = r * (d + b_LPRF.shape[3]) + r * 4 // a_LPDR.dtype.itemsize
+    check(len({slab.dtype for slab in slabs}) == 1, "slabs are of several dtypes; give them in one")
+    width = slab_width(d, b_LPRF.shape[3], r, slabs[0].dtype)
     for k, slab_LW in enumerate(slabs):
         check_array(f"slabs[{k}]", slab_LW, 2, jnp.floating)
-        check(slab_LW.dtype == a_LPDR.dtype, f"slabs[{k}] has dtype {slab_LW.dtype}; a_LPDR has {a_LPDR.dtype}")
+        check(
+            slab_LW.dtype in (a_LPDR.dtype, FP8),
+            f"slabs[{k}] has dtype {slab_LW.dtype}; allowed: {a_LPDR.dtype}, as a_LPDR has, or float8_e4m3fn",
+        )
         check(
             slab_LW.shape == (layers, slabs[0].shape[1]) and 0 <= at <= slab_LW.shape[1] - width,
             f"slabs[{k}] has shape {slab_LW.shape}; expected {layers} rows of {width} elements and more from {at} on",

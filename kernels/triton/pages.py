@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import jax
 
-from kernels.triton.call import call, ceil_div, require
-from kernels.triton.device.pages import write_pages_kernel
+from kernels.triton.call import NO_FP8, call, ceil_div, require, rounds_to_fp8
+from kernels.triton.device.pages import write_pages_kernel, write_scaled_pages_kernel
+from kernels.xla.fp8 import FP8
 
 MOST = 8
 """Slabs that one kernel writes."""
@@ -23,17 +24,20 @@ def write_pages(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See ``kernels.api.write_pages``."""
     layers, pages, d, r = a_LPDR.shape
-    f, size = b_LPRF.shape[3], a_LPDR.dtype.itemsize
+    f, dtype = b_LPRF.shape[3], slabs[0].dtype
     require(len(slabs) <= MOST, f"slabs has {len(slabs)} arrays; it takes up to {MOST}")
+    require(dtype != FP8 or rounds_to_fp8(), f"slabs have dtype {dtype}; {NO_FP8}")
 
     def words(elements: int) -> int:
-        require(elements * size % 4 == 0, f"{elements} elements of {size} bytes are no whole number of 4 bytes")
-        return elements * size // 4
+        """Return the widths of a kernel: words of 32 bits, or numbers in FP8, whose scales lie at whole words."""
+        size = elements * dtype.itemsize
+        require(size % 4 == 0, f"{elements} elements of {dtype.itemsize} bytes are no whole number of 4 bytes")
+        return size if dtype == FP8 else size // 4
 
     pools = a_LPDR, c_LPR, b_LPRF
     block = 4096
     a, c, b = call(
-        write_pages_kernel,
+        write_scaled_pages_kernel if dtype == FP8 else write_pages_kernel,
         *slabs, *[slabs[0]] * (MOST - len(slabs)), page_SK, *pools,
         out=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
         aliases={MOST + 1 + n: n for n in range(3)},

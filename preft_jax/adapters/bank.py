@@ -107,7 +107,7 @@ def write_adapter(bank: Bank, packed: dict[str, PackedSite], where: AdapterPages
     write = _page_writer()
     sites = dict(bank.sites)
     for site, place in where.items():
-        a, c, b, _ = packed[site]
+        a, c, b, *_ = packed[site].scaled()
         for n, page in enumerate(place.pages):
             sites[site] = write(sites[site], np.int32(page), (a[:, n], c[:, n], b[:, n]))
     return Bank(sites)

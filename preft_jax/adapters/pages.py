@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.xla.fp8 import FP8, LARGEST_FP8
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.digest import digest_of_fold
@@ -33,13 +34,40 @@ def adapter_page_counts(config: AdapterConfig, model: ModelConfig) -> dict[str, 
 class PackedSite(NamedTuple):
     """One site of a folded adapter cut to pages: ``a [L, n, D, 16]``, ``c [L, n, 16]`` (float32), ``b [L, n, 16, F]``.
 
-    ``groups`` names the mask column that switches each page.
+    ``groups`` names the mask column that switches each page. In FP8 (e4m3), ``scales`` are what each rank of A and of B
+    is to be multiplied with, float32 ``[L, n, 16]`` each.
     """
 
     a: np.ndarray
     c: np.ndarray
     b: np.ndarray
     groups: tuple[int, ...]
+    scales: tuple[np.ndarray, np.ndarray] | None = None
+
+    def in_fp8(self) -> "PackedSite":
+        """Return pages that have no scales in FP8: the largest magnitude of a rank becomes 448, the largest of e4m3.
+
+        A rank of zeros stays one. One that holds NaN, infinity or what is beyond float16, in which a bank may be, holds
+        NaN.
+        """
+        (a, a_scale), (b, b_scale) = _rounded(self.a, -2), _rounded(self.b, -1)
+        return self._replace(a=a, b=b, scales=(a_scale, b_scale))
+
+    def scaled(self) -> "PackedSite":
+        """Return the pages that those in FP8 stand for, in float32; others as they are."""
+        if self.scales is None:
+            return self
+        a_scale, b_scale = self.scales
+        a = self.a.astype(np.float32) * a_scale[..., None, :]
+        b = self.b.astype(np.float32) * b_scale[..., None]
+        return self._replace(a=a, b=b, scales=None)
+
+
+def _rounded(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 numbers in FP8, with one scale along an axis."""
+    scale = np.abs(x).max(axis, keepdims=True) / np.float32(LARGEST_FP8)
+    scale = np.clip(scale, np.finfo(np.float32).tiny, np.finfo(np.float16).max / np.float32(LARGEST_FP8))
+    return (x / scale).astype(FP8), scale.squeeze(axis)
 
 
 def cut_edit(edit: LowRankEdit, num_pages: int, groups: int) -> tuple[Any, Any, Any]:
@@ -79,9 +107,14 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32)
     A page belongs to one position group; ranks that do not fill a page are padded with zeros, and a site whose rank
     differs between layers takes the largest.
 
+    Args:
+        adapter: that fits the model.
+        config: of the model.
+        dtype: of A and B: the bank's, or float8_e4m3fn, with scales.
+
     Raises:
-        AdapterError: if it holds what is not finite in ``dtype``, the bank's: a tile's tokens are multiplied with all
-            of the tile's pages, so the requests beside it would be spoilt too.
+        AdapterError: if it holds what is not finite in ``dtype``: a tile's tokens are multiplied with all of the tile's
+            pages, so the requests beside it would be spoilt too.
     """
     return _pack(adapter.config, fold_on_host(adapter.config, adapter.params), config, dtype)
 
@@ -100,16 +133,19 @@ def fold_and_cut(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32)
 def _pack(
     adapter: AdapterConfig, layers: Sequence[dict[str, LowRankEdit]], config: ModelConfig, dtype: Any
 ) -> dict[str, PackedSite]:
-    counts = adapter_page_counts(adapter, config)
-    with np.errstate(over="ignore"):
+    counts, dtype = adapter_page_counts(adapter, config), np.dtype(dtype)
+    own = np.dtype(np.float32) if dtype == FP8 else dtype
+    with np.errstate(over="ignore", invalid="ignore"):
         packed = {
-            site: _pack_site(layers, site, config.site_shape(site), counts[site], adapter.groups, dtype)
+            site: _pack_site(layers, site, config.site_shape(site), counts[site], adapter.groups, own)
             for site in adapter.targets
         }
+        if dtype == FP8:
+            packed = {site: edit.in_fp8() for site, edit in packed.items()}
     for site, edit in packed.items():
         if not all(np.isfinite(array).all() for array in (edit.a, edit.c, edit.b)):
             raise AdapterError(
-                f"the adapter has values at {site!r} that are NaN or infinite in {np.dtype(dtype).name}; train it "
+                f"the adapter has values at {site!r} that are NaN or infinite in {dtype.name}; train it "
                 "again, or check how it was saved"
             )
     return packed

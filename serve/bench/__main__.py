@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization, hyphenated
+from preft_jax.cli import add_adapter_dtype, add_kv_cache_dtype, add_mesh, add_quantization, hyphenated
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.hub import cache_dir
 from serve.bench.client import ENDPOINTS
@@ -42,6 +42,7 @@ _ENGINE_ONLY = (
     "quantization",
     "keep_layers",
     "kv_cache_dtype",
+    "adapter_dtype",
     "mesh",
     "adapter_kind",
     "rank",
@@ -110,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-adapters", default=None, help="how many; 1,8,64 runs each in turn (default: 16; of a server, all)")
     add("--adapter-kind", default="mixed", help="mixed, lora, direft or loreft (default: %(default)s)")
     add("--rank", type=int, default=None, help="rank of every adapter (default: 8, 16 and 32 mixed; 16 for one kind)")
+    add_adapter_dtype(add)
     add("--positions", default="prompt", help="prompt tokens that prefill-only adapters edit (default: %(default)s)")
     add("--adapter-distribution", default="uniform", choices=DISTRIBUTIONS, help="who asks how often")
     add("--zipf-alpha", type=float, default=1.0, help="exponent of the zipf distribution (default: %(default)s)")

@@ -198,6 +198,7 @@ class EngineSide:
             config,
             bank_pages=args.bank_pages or self._bank_pages(),
             bank_sites=tuple({site for kind in kinds for site in kind.targets}),
+            adapter_dtype=args.adapter_dtype,
             max_rank=max(kind.rank for kind in kinds),
             all_token="all-token" in self.modes,
         )

@@ -48,6 +48,7 @@ class Admission:
         pages: of the KV cache.
         knows: whether an adapter, by its digest, is on the host: it was checked then.
         kv_dtype: of the cache.
+        adapter_dtype: of rank pages, on the host and in the bank.
         seeds: of which requests without one get theirs, in the order of their arrival.
     """
 
@@ -58,6 +59,7 @@ class Admission:
         pages: PageManager,
         knows: Callable[[str], bool],
         kv_dtype: str,
+        adapter_dtype: str,
         seeds: np.random.Generator,
     ):
         self._model = model
@@ -65,6 +67,7 @@ class Admission:
         self._pages = pages
         self._knows = knows
         self._kv_dtype = kv_dtype
+        self._adapter_dtype = adapter_dtype
         self._seeds = seeds
         # Requests whose prompts lack the marker of their adapter, and adapters of which the log says so.
         self.unmarked_prompts = 0
@@ -102,7 +105,9 @@ class Admission:
         eos = () if sampling.ignore_eos else model.eos_token_ids
         digest = None if request.adapter is None else request.adapter.digest
         salt = cache_salt(base=self._model.kv_digest, kv_dtype=self._kv_dtype, salt=request.cache_salt)
-        edits = None if digest is None else adapter_salt(digest=digest, fold_version=FOLD_VERSION)
+        edits = None
+        if digest is not None:
+            edits = adapter_salt(digest=digest, fold_version=FOLD_VERSION, adapter_dtype=self._adapter_dtype)
         given = (seed for seed in (sampling.seed, request.seed) if seed is not None)
         first_seed = next(given, None)
         if first_seed is None:

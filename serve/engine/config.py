@@ -3,7 +3,9 @@
 import dataclasses
 
 from preft_jax.errors import ConfigError, shown
-from preft_jax.shapes import DTYPES, KV_DTYPES, RANK_PAGE, SITES
+from preft_jax.shapes import ADAPTER_DTYPES, DTYPES, KV_DTYPES, RANK_PAGE, SITES
+
+_DTYPES = {"kv_dtype": KV_DTYPES, "bank_dtype": DTYPES, "adapter_dtype": ADAPTER_DTYPES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,9 @@ class EngineConfig:
             memory to the KV cache.
         all_token: whether all-token adapters are served (one program more).
         kv_dtype: of the KV cache: ``float32``, ``bfloat16``, ``float16`` or ``fp8`` (that of the weights).
-        bank_dtype: of rank pages in the bank and in host memory: one of the first three (that of the weights).
+        bank_dtype: of rank pages in the bank: one of the first three (that of the weights).
+        adapter_dtype: of rank pages in host memory, on disk and on their way to the bank: ``fp8``, with a scale for
+            each rank of A and of B (that of the bank).
         reserved_bytes: of an accelerator's memory, left to other work (training beside serving, say), which leases it
             from ``Engine.memory``.
         scoring: whether ``prompt_logprobs`` is served (one program more).
@@ -59,6 +63,7 @@ class EngineConfig:
     prefix_caching: bool = True
     kv_dtype: str | None = None
     bank_dtype: str | None = None
+    adapter_dtype: str | None = None
     reserved_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -71,8 +76,8 @@ class EngineConfig:
                 if not isinstance(value, tuple | list) or not value or any(site not in SITES for site in value):
                     raise ConfigError(f"bank_sites is {shown(value)}; give a tuple of some of {', '.join(SITES)}")
                 object.__setattr__(self, field.name, tuple(site for site in SITES if site in value))
-            elif field.name in ("kv_dtype", "bank_dtype"):
-                allowed = KV_DTYPES if field.name == "kv_dtype" else DTYPES
+            elif field.name in _DTYPES:
+                allowed = _DTYPES[field.name]
                 if value is not None and value not in allowed:
                     raise ConfigError(f"{field.name} is {shown(value)}; allowed: {', '.join(allowed)}, or None")
             elif isinstance(field.default, bool):

@@ -239,8 +239,8 @@ class Engine:
                 self._end(Delta(sequence=sequence, finish="abort", error=error))
 
     def _pack(self, adapter: Adapter) -> Known:
-        packed = pack_adapter(adapter, self.model.config, self.runner.bank_dtype)
-        return pin(pack(packed, self.runner.bank_dtype), self.model.placement)
+        packed = pack_adapter(adapter, self.model.config, self.runner.adapter_dtype)
+        return pin(pack(packed), self.model.placement)
 
     # Steps
 

@@ -34,7 +34,7 @@ def share_out(
     *,
     dtype: np.dtype,
     kv_dtype: np.dtype,
-    bank_dtype: np.dtype,
+    adapter_dtype: np.dtype,
     table_width: int,
     logit_rows: int,
     staged_pages: int,
@@ -49,7 +49,7 @@ def share_out(
         free: bytes of an accelerator that the engine may take beside weights and bank.
         dtype: of the weights, in which calls compute.
         kv_dtype: of the cache.
-        bank_dtype: of rank pages.
+        adapter_dtype: of rank pages on their way to the bank.
         table_width: KV pages of the longest sequence.
         logit_rows: rows of the buffer of logits.
         staged_pages: rank pages to be copied ahead, fewer where memory is short; 0: there are no adapters.
@@ -66,7 +66,7 @@ def share_out(
     staged = 0
     if staged_pages:
         widths = sum(map(sum, map(model.site_shape, config.bank_sites)))
-        slab = RANK_PAGE * widths * model.num_hidden_layers * bank_dtype.itemsize
+        slab = RANK_PAGE * widths * model.num_hidden_layers * adapter_dtype.itemsize
         # With all-token adapters, memory is what limits the rows of a step, and a bank seldom changes.
         # Slabs lie cut over devices; those being written are gathered on each, whole and then in its own parts.
         part, gathered = slab // num_devices, 2 * slab if num_devices > 1 else slab

@@ -27,14 +27,15 @@ def cache_salt(*, base: str, kv_dtype: str, salt: str | None = None) -> bytes:
     return _joined(parts)
 
 
-def adapter_salt(*, digest: str, fold_version: int) -> bytes:
+def adapter_salt(*, digest: str, fold_version: int, adapter_dtype: str) -> bytes:
     """Return what the KV from a request's first edited token on depends on besides.
 
     Args:
         digest: of the adapter's content, never its name.
         fold_version: version of the arithmetic that folds adapters.
+        adapter_dtype: how its rank pages are stored, on the host and in the bank.
     """
-    return _joined((b"adapter:" + digest.encode(), str(fold_version).encode()))
+    return _joined((b"adapter:" + digest.encode(), str(fold_version).encode(), adapter_dtype.encode()))
 
 
 def _joined(parts: Sequence[bytes]) -> bytes:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kernels import api
 from kernels.types import Array
+from kernels.xla.pages import slab_width
 from preft_jax.adapters.bank import Bank, Pools
 from preft_jax.config import ModelConfig
 from preft_jax.device.packed import Packed
@@ -27,7 +28,6 @@ from preft_jax.sampling.logits import History
 from preft_jax.sampling.parameters import MAX_LOGPROBS
 from preft_jax.sampling.rows import DecodeState, Drawn, advance, remember, tops_if
 from preft_jax.shapes import LINEAR_SITES, SITES
-from serve.store.slabs import slab_width
 
 
 def compiler_options() -> dict[str, Any] | None:
@@ -313,5 +313,5 @@ def write_whole_slabs(bank: Bank, slabs: Sequence[jax.Array], page_SK: jax.Array
         pools = bank.sites[site]
         written[site] = Pools(*api.write_pages(*pools, slabs, page_SK, row=rows[site], at=at))
         _, _, d, r = pools.a_LPDR.shape
-        at += slab_width(d, pools.b_LPRF.shape[3], r, pools.a_LPDR.dtype)
+        at += slab_width(d, pools.b_LPRF.shape[3], r, slabs[0].dtype)
     return Bank(bank.sites | written)

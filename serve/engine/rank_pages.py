@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.xla.pages import slab_width
 from preft_jax.adapters.bank import Bank
 from preft_jax.config import ModelConfig
 from preft_jax.device.mesh import TENSOR
@@ -21,7 +22,6 @@ from serve.engine import programs as device
 from serve.engine.residency import Load
 from serve.engine.spread import Spread
 from serve.store.host_copy import ALL_LINEARS, slab_sharding
-from serve.store.slabs import slab_width
 
 
 class _Write(NamedTuple):
@@ -38,7 +38,7 @@ class RankPages:
         model: sizes of the model.
         spread: its devices.
         sites: those of the bank.
-        dtype: of the bank.
+        dtype: of slabs: the bank's, or FP8.
         writes: rank pages that one call writes at each site.
     """
 
@@ -115,7 +115,7 @@ class RankPages:
 
 
 def own_slabs(model: ModelConfig, own: ModelConfig, slabs: Mapping[str, Many[jax.Array]]) -> dict[str, list[jax.Array]]:
-    """Return a device's slabs of each site, inside ``jax.shard_map``: its parts of A and B, and all of c.
+    """Return a device's slabs of each site, inside ``jax.shard_map``: its parts of A and B, and all of c and scales.
 
     Args:
         model: the whole model.
@@ -140,10 +140,10 @@ def _gathered(slab_LW: jax.Array, width: int) -> jax.Array:
 def _own(model: ModelConfig, own: ModelConfig, site: str, slab_LW: jax.Array) -> jax.Array:
     """Return a device's part of a whole slab of one site."""
     layers, (d, f), (own_d, own_f) = slab_LW.shape[0], model.site_shape(site), own.site_shape(site)
-    a, b, c = jnp.split(slab_LW, (RANK_PAGE * d, RANK_PAGE * (d + f)), axis=1)
+    a, b, rest = jnp.split(slab_LW, (RANK_PAGE * d, RANK_PAGE * (d + f)), axis=1)
     device = jax.lax.axis_index(TENSOR)
     if own_d < d:
         a = jax.lax.dynamic_slice_in_dim(a, device * own_d * RANK_PAGE, own_d * RANK_PAGE, 1)
     if own_f < f:
         b = jax.lax.dynamic_slice_in_dim(b.reshape(layers, RANK_PAGE, f), device * own_f, own_f, 2)
-    return jnp.concatenate([a, b.reshape(layers, -1), c], axis=1)
+    return jnp.concatenate([a, b.reshape(layers, -1), rest], axis=1)

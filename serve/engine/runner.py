@@ -59,6 +59,7 @@ class Runner:
         self.spread = Spread(model.placement, model.config)
         self.kv_dtype = jnp.dtype(KV_DTYPES[config.kv_dtype or self.dtype.name])
         self.bank_dtype = jnp.dtype(config.bank_dtype or self.dtype)
+        self.adapter_dtype = jnp.dtype(KV_DTYPES[config.adapter_dtype or self.bank_dtype.name])
         if reason := fused.why_not(self.params):
             level = logging.WARNING if jax.default_backend() == "gpu" else logging.INFO
             _log.log(level, "layers run over plain operations, not over fused kernels: %s", reason)
@@ -67,7 +68,7 @@ class Runner:
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
         # Rank pages that may be copied ahead: those of a prefill call, fewer where memory is short.
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
-        self.rank_pages = RankPages(model.config, self.spread, config.bank_sites, self.bank_dtype, self._writes)
+        self.rank_pages = RankPages(model.config, self.spread, config.bank_sites, self.adapter_dtype, self._writes)
         self._new_bank = self._bank_maker()
         self.bank = self._new_bank()
         self._choose_programs()
@@ -152,7 +153,7 @@ class Runner:
             return memory.Room(self.config.max_num_seqs * self.table_width, self.staged_pages)
         room = memory.share_out(
             self.model.config, self.config, self.memory.free, dtype=self.dtype, kv_dtype=self.kv_dtype,
-            bank_dtype=self.bank_dtype, table_width=self.table_width, logit_rows=self._logit_rows,
+            adapter_dtype=self.adapter_dtype, table_width=self.table_width, logit_rows=self._logit_rows,
             staged_pages=self.staged_pages if self._adapters else 0, writes=self._writes,
             num_devices=self.spread.num_devices,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.xla.pages import slab_width
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.fold import FOLD_VERSION
@@ -26,9 +27,8 @@ from preft_jax.io.adapter_files import load_adapter
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.io.safetensors_io import open_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model, check_base
-from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS, RANK_PAGE, SITES
+from preft_jax.shapes import KV_DTYPES, LINEAR_SITES, NUM_GROUPS, RANK_PAGE, SITES
 from serve.store.host_copy import ALL_LINEARS, Columns, Known, pack
-from serve.store.slabs import slab_width
 
 _LAYOUT = 3
 """Version of what a file of rank pages holds."""
@@ -53,7 +53,7 @@ class AdapterFiles:
         model: the base model.
         kept: the directory for rank pages, or None.
         limits: how much is read of an adapter; None: what one of the largest rank takes.
-        dtype: of rank pages: the engine's ``bank_dtype``; None: that of the weights.
+        dtype: of rank pages: the engine's ``adapter_dtype``, else its ``bank_dtype``; None: that of the weights.
         roots: groups of directories; the files of an adapter below one of a group must lie below one of that group,
             links followed. The first group that holds a path counts.
     """
@@ -70,7 +70,7 @@ class AdapterFiles:
         self._model = model
         self._limits = limits_for(model.config) if limits is None else limits
         self._roots = [tuple(os.path.realpath(root) for root in group) for group in roots]
-        self._dtype = np.dtype(dtype or model.params["embed"].dtype)
+        self._dtype = np.dtype(KV_DTYPES.get(dtype, dtype) or model.params["embed"].dtype)
         self._kept = kept
         if kept is not None:
             kept.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class AdapterFiles:
         """
         check_base(adapter, self._model)
         digest, packed = fold_and_cut(adapter, self._model.config, self._dtype)
-        return Read(adapter.config, digest, pack(packed, self._dtype))
+        return Read(adapter.config, digest, pack(packed))
 
     def load(self, path: str, digest: str) -> Known:
         """Return the rank pages of an adapter that was read before.

@@ -39,14 +39,14 @@ class Known(NamedTuple):
         return sum(array.nbytes for slabs in self.slabs.values() for array in slabs)
 
 
-def pack(edits: Mapping[str, PackedSite], dtype: Any) -> Known:
+def pack(edits: Mapping[str, PackedSite]) -> Known:
     """Return rank pages as the device takes them, in NumPy arrays."""
     sites = {site: Columns(edit.groups) for site, edit in edits.items()}
     if set(sites) == set(LINEAR_SITES) and len({columns.groups for columns in sites.values()}) == 1:
         count = len(sites[LINEAR_SITES[0]].groups)
-        whole = [np.concatenate([slab(edits[site], n, dtype) for site in LINEAR_SITES], axis=1) for n in range(count)]
+        whole = [np.concatenate([slab(edits[site], n) for site in LINEAR_SITES], axis=1) for n in range(count)]
         return Known(sites, {ALL_LINEARS: whole})
-    return Known(sites, {site: [slab(edits[site], n, dtype) for n in range(len(sites[site].groups))] for site in sites})
+    return Known(sites, {site: [slab(edits[site], n) for n in range(len(sites[site].groups))] for site in sites})
 
 
 SLAB_AXES = ("layers", "slab")

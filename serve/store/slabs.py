@@ -1,19 +1,16 @@
 """Slabs: a rank page of all layers as one array, which costs one copy."""
 
-from typing import Any
-
 import numpy as np
 
 from preft_jax.adapters.pages import PackedSite
 
 
-def slab(edit: PackedSite, n: int, dtype: Any) -> np.ndarray:
-    """Return rank page ``n`` of an adapter at one site as one array ``[L, W]``: A, B, and the bits of the float32 c."""
-    layers, dtype = len(edit.a), np.dtype(dtype)
-    a, b = (array[:, n].reshape(layers, -1).astype(dtype) for array in (edit.a, edit.b))
-    return np.concatenate([a, b, np.ascontiguousarray(edit.c[:, n], np.float32).view(dtype)], axis=1)
+def slab(edit: PackedSite, n: int) -> np.ndarray:
+    """Return rank page ``n`` of an adapter at one site as one array ``[L, W]`` of A's dtype, for ``api.write_pages``.
 
-
-def slab_width(d: int, f: int, rank: int, dtype: Any) -> int:
-    """Return the width of a site's slabs."""
-    return rank * (d + f) + rank * 4 // np.dtype(dtype).itemsize
+    A row is A, B, and the bits of the float32 c; behind it, if they have some, the bits of the scales of A and of B.
+    """
+    layers = len(edit.a)
+    numbers = [edit.c[:, n]] if edit.scales is None else [edit.c[:, n], *(scale[:, n] for scale in edit.scales)]
+    bits = (np.ascontiguousarray(x, np.float32).view(edit.a.dtype) for x in numbers)
+    return np.concatenate([edit.a[:, n].reshape(layers, -1), edit.b[:, n].reshape(layers, -1), *bits], axis=1)

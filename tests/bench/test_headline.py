@@ -100,7 +100,7 @@ def test_contenders_take_turns_and_what_was_measured_is_kept(capsys, tmp_path, m
         return real(engine, requests, adapters, most)
 
     monkeypatch.setattr(headline, "serve", serve)
-    assert headline.main([*TINY.split(), "--rounds", "3", "--output-json", str(path)]) == 1
+    assert headline.main([*TINY.split(), "--rounds", "3", "--adapter-dtype", "fp8", "--output-json", str(path)]) == 1
     figures = json.loads(path.read_text())
     assert served[0] == served[1] == served[2] != served[3] == served[5]
     rows = figures["rows"]

@@ -12,12 +12,14 @@ from preft_jax.config import PRESETS
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "figures.json"
-    assert prefill.main(["--model", "tiny", "--selection", "small", "--rounds", "2", "--output-json", str(out)]) == 0
+    options = "--model tiny --selection small --rounds 2 --quantization fp8 --keep-layers 0"
+    assert prefill.main([*options.split(), "--output-json", str(out)]) == 0
     return json.loads(out.read_text())
 
 
 def test_figures_pair_every_case_with_its_base(figures):
     assert figures["schema"] == "preft-jax/prefill/1"
+    assert (figures["options"]["quantization"], figures["options"]["keep_layers"]) == ("fp8", [0])
     assert [row["case"] for row in figures["cases"]] == [case.name for case in prefill.SMALL]
     for row in figures["cases"]:
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
@@ -29,6 +31,7 @@ def test_figures_pair_every_case_with_its_base(figures):
 
 def test_the_table_shows_every_case(figures):
     table = tables.prefill(figures)
+    assert "prefill of tiny in fp8, tokens/s" in table
     for row in figures["cases"]:
         assert row["case"] in table
         assert f"{row['ratio']:.3f}" in table

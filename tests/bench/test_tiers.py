@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("one_layer_tiny")
 
 SMALL = (
     "--model", "tiny", "--lengths", "16,64", "--input-len", "32", "--repeats", "4", "--prefill-tokens", "128",
-    "--prefill-seqs", "2", "--num-prompts", "8", "--rounds", "1",
+    "--prefill-seqs", "2", "--num-prompts", "8", "--rounds", "1", "--adapter-dtype", "fp8",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kernels import api
+from kernels.xla.fp8 import FP8
 
 LAYERS, PAGES, R = 3, 6, 16
 
@@ -55,6 +56,26 @@ def test_pages_are_written_bit_by_bit_and_others_stay(implementation, dtype, d, 
         np.testing.assert_array_equal(bits(found), bits(expected))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize(("d", "f", "before", "behind"), [(32, 48, 0, 0), (272, 528, 4, 12)])
+def test_pages_in_fp8_are_multiplied_with_the_scales_of_their_ranks(implementation, dtype, d, f, before, behind, rng):
+    """In float32, and rounded to the bank's dtype once; zeros for the null page write nothing."""
+    pools, _, _ = case(rng, dtype, d, f, 1)
+    a, b = (np.asarray(rng.uniform(-448, 448, shape), FP8) for shape in ((LAYERS, d, R), (LAYERS, R, f)))
+    c, a_scale, b_scale = rng.standard_normal((3, LAYERS, R)).astype(np.float32)
+    a_scale[:, 3] = 0
+    parts = [a.reshape(LAYERS, -1), b.reshape(LAYERS, -1), *(x.view(FP8) for x in (c, a_scale, b_scale))]
+    around = [np.asarray(rng.standard_normal((LAYERS, n)), FP8) for n in (before, behind)]
+    slab = np.concatenate([around[0], *parts, around[1]], axis=1)
+    wanted = [pool.copy() for pool in pools]
+    wanted[0][:, 4] = a.astype(np.float32) * a_scale[:, None]
+    wanted[1][:, 4] = c
+    wanted[2][:, 4] = b.astype(np.float32) * b_scale[..., None]
+    found = write(implementation, pools, [slab, np.zeros_like(slab)], [4, 0], before)
+    for one, expected in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(bits(one), bits(expected))
+
+
 @pytest.mark.parametrize("count", [1, 8])
 def test_zeros_for_the_null_page_write_nothing(implementation, count, rng):
     pools, new, slabs = case(rng, jnp.bfloat16, 32, 48, count)
@@ -74,8 +95,10 @@ def test_what_is_wrong_is_said(rng):
         api.write_pages(*pools, slabs, np.zeros((1, 1), np.int32))
     with pytest.raises(ValueError, match=r"slabs\[0\] has shape .*; expected 3 rows of 1296 elements and more from 1"):
         api.write_pages(*pools, slabs, np.zeros((1, 2), np.int32), at=1)
-    with pytest.raises(ValueError, match=r"slabs\[1\] has dtype float16; a_LPDR has float32"):
-        api.write_pages(*pools, [slabs[0], slabs[1].astype(np.float16)], np.zeros((1, 2), np.int32))
+    with pytest.raises(ValueError, match=r"slabs\[0\] has dtype float16; allowed: float32, as a_LPDR has, or float8"):
+        api.write_pages(*pools, [slab.astype(np.float16) for slab in slabs], np.zeros((1, 2), np.int32))
+    with pytest.raises(ValueError, match="slabs are of several dtypes"):
+        api.write_pages(*pools, [slabs[0], slabs[1].astype(FP8)], np.zeros((1, 2), np.int32))
     with pytest.raises(ValueError, match="c_LPR has dtype float16; allowed: float32"):
         api.write_pages(pools[0], pools[1].astype(np.float16), pools[2], slabs, np.zeros((1, 2), np.int32))
     with pytest.raises(ValueError, match="slabs is empty"):

@@ -21,6 +21,7 @@ from bench.edit_case import EditCase
 from bench.kernel_cases import select
 from kernels import dispatch
 from kernels.types import PagePool, Unsupported
+from kernels.xla.pages import slab_width
 from preft_jax.adapters.bank import init_bank
 from preft_jax.config import PRESETS
 from preft_jax.models import forward, linear
@@ -33,7 +34,6 @@ from preft_jax.sampling.arrays import sampling_arrays
 from preft_jax.sampling.parameters import SamplingParams
 from preft_jax.shapes import LINEAR_SITES, NUM_GROUPS
 from serve.engine import programs as device
-from serve.store.slabs import slab_width
 
 MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
@@ -104,11 +104,12 @@ def test_drawing_compiles_for_hopper_and_branches_nowhere(compiled):
     assert kernel.shared_mem_bytes <= SHARED_BYTES
 
 
-def test_rank_pages_are_written_in_place_by_a_kernel_a_site(compiled):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_rank_pages_are_written_in_place_by_a_kernel_a_site(dtype, compiled):
     config, f = PRESETS["smollm2-135m"], jax.ShapeDtypeStruct
     bank = jax.eval_shape(lambda: init_bank(config, 5, jnp.bfloat16))
-    widths = [slab_width(*config.site_shape(site), 16, jnp.bfloat16) for site in LINEAR_SITES]
-    slabs = [f((config.num_hidden_layers, sum(widths)), jnp.bfloat16)] * 8
+    widths = [slab_width(*config.site_shape(site), 16, dtype) for site in LINEAR_SITES]
+    slabs = [f((config.num_hidden_layers, sum(widths)), dtype)] * 8
     page = np.zeros((len(bank.sites), 8), np.int32)
     with dispatch.preferring("triton"):
         text = lower(device.write_whole_slabs, bank, slabs, page, donate_argnums=0)

@@ -158,11 +158,11 @@ def test_four_devices_serve_over_fused_operations_with_mixed_calls_as_one(wide, 
 
 
 def test_adapters_of_a_store_come_in_equal_parts_over_the_devices_links(wide, wide_adapters, rng):
-    """A bank of few pages: adapters come and go."""
+    """A bank of few pages: adapters come and go. In FP8, each device turns its own part to the bank's dtype."""
     model = spread_model(wide, "tp=2")
-    store = AdapterStore(AdapterFiles(model), Registry(), host_bytes=1 << 24)
+    store = AdapterStore(AdapterFiles(model, dtype="fp8"), Registry(), host_bytes=1 << 24)
     names = {name: store.publish(name, adapter) for name, adapter in wide_adapters.items()}
-    config = dataclasses.replace(TEN_PAGES, all_token=False, bank_pages=4)
+    config = dataclasses.replace(TEN_PAGES, all_token=False, bank_pages=4, adapter_dtype="fp8")
     requests = asked(rng, wide_adapters, ("lora", "direft", "lora_r24", "loreft", "lora"))
     named = [dataclasses.replace(one, adapter=names[kind]) for one, kind in zip(
         requests, ("lora", "direft", "lora_r24", "loreft", "lora"), strict=True

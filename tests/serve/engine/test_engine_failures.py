@@ -359,19 +359,21 @@ def test_a_load_of_an_adapter_that_had_to_go_again_is_not_carried_out(lively, ti
     assert [entry.digest for entry in engine.adapters.unwritten] == [second]
 
 
-@pytest.mark.parametrize(("dtype", "writes"), [("float32", 1), ("bfloat16", 8)])
+@pytest.mark.parametrize(("dtype", "writes"), [("float32", 1), ("bfloat16", 8), ("fp8", 2)])
 def test_pages_written_together_are_those_written_one_by_one(writes, dtype, lively, adapters):
     """Five adapters of many kinds at once, as on an accelerator; c keeps its float32 bits in a bfloat16 bank."""
-    model = dataclasses.replace(lively, params=jax.tree.map(lambda leaf: leaf.astype(dtype), lively.params))
-    runner = Runner(model, dataclasses.replace(TIGHT, bank_pages=12).resolve("cpu"))
+    own = "bfloat16" if dtype == "fp8" else dtype
+    model = dataclasses.replace(lively, params=jax.tree.map(lambda leaf: leaf.astype(own), lively.params))
+    config = dataclasses.replace(TIGHT, bank_pages=12, adapter_dtype="fp8" if dtype == "fp8" else None)
+    runner = Runner(model, config.resolve("cpu"))
     runner.rank_pages.writes = writes
     runner.programs = runner._name_programs(key=(dtype, writes))
     allocator, loads = BankAllocator(12), []
     expected = init_bank(model.config, 12, runner.dtype)
     for kind in ("lora", "direft", "loreft", "loreft_f3l2", "lora_r24"):
-        edits = pack_adapter(adapters[kind], model.config, runner.dtype)
+        edits = pack_adapter(adapters[kind], model.config, runner.adapter_dtype)
         place = allocator.allocate(edits)
-        loads.append(Load(kind, pack(edits, runner.dtype).slabs, place))
+        loads.append(Load(kind, pack(edits).slabs, place))
         expected = write_adapter(expected, edits, place)
     runner.write_adapters(loads)
     for ours, theirs in zip(jax.tree.leaves(runner.bank), jax.tree.leaves(expected), strict=True):

@@ -3,6 +3,7 @@
 bfloat16 has 8 bits: 0.15 of log-probabilities within ±10.
 """
 
+import contextlib
 import dataclasses
 
 import jax.numpy as jnp
@@ -10,12 +11,17 @@ import numpy as np
 import pytest
 from engine_runs import ROOMY, request, serve
 
+from kernels.xla.fp8 import FP8
 from kernels.xla.fused import write_kv
+from preft_jax import adapter_of_edits
+from preft_jax.adapters.pages import pack_adapter
 from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.store.files import AdapterFiles
+from serve.store.host import AdapterStore
+from serve.store.names import Registry
 
 PLAIN = dataclasses.replace(ROOMY, all_token=False)
 
@@ -59,15 +65,60 @@ def test_keys_and_values_in_fp8(lively, adapters, rng):
     assert 1e-4 < loss.max() < 0.5
 
 
+def served_in_fp8(adapter, model):
+    """Return an adapter of the edits that another's rank pages in FP8 stand for."""
+    edits = {}
+    for site, pages in pack_adapter(adapter, model.config, FP8).items():
+        a, c, b, *_ = pages.scaled()
+        for layer in range(len(a)):
+            a_DR = np.moveaxis(a[layer], 0, 1).reshape(a.shape[2], -1)
+            edits[layer, site] = a_DR, c[layer].reshape(-1), b[layer].reshape(-1, b.shape[-1])
+    return adapter_of_edits(edits, model.config, positions=adapter.config.positions)
+
+
+def test_rank_pages_in_fp8_are_served_as_the_edits_that_they_stand_for(lively, adapters, rng, tmp_path):
+    """To the last bit, from memory and from a store that keeps them on disk, in a quarter of the bytes of float32."""
+    kinds, prompts = ("lora_r24", "direft", "loreft"), rng.integers(0, 250, (3, 12))
+    plain = Engine(lively, PLAIN)
+    expected = serve(
+        plain, [request(p, served_in_fp8(adapters[k], lively)) for p, k in zip(prompts, kinds, strict=True)]
+    )
+    requests = [request(p, adapters[k]) for p, k in zip(prompts, kinds, strict=True)]
+    files = AdapterFiles(lively, tmp_path, dtype="fp8")
+    with contextlib.closing(AdapterStore(files, Registry(), host_bytes=1 << 24)) as store:
+        engine = Engine(lively, dataclasses.replace(PLAIN, adapter_dtype="fp8"), store=store)
+        assert engine.runner.bank.sites["q"].a_LPDR.dtype == np.float32
+        engine.warm_up()
+        assert serve(engine, requests) == expected
+        named = [store.publish(kind, adapters[kind]) for kind in kinds]
+        loaded = [files.load("", one.digest) for one in named]
+        assert [one.digest for one in named] == [adapters[kind].digest for kind in kinds]
+        engine = Engine(lively, engine.config, store=store)
+        assert (
+            serve(engine, [dataclasses.replace(o, adapter=n) for o, n in zip(requests, named, strict=True)]) == expected
+        )
+    usual = [AdapterFiles(lively).take(adapters[kind]).known.num_bytes for kind in kinds]
+    assert all(one.num_bytes < 0.3 * size for one, size in zip(loaded, usual, strict=True))
+    loss = np.abs(first_logprobs(plain, requests) - [sample.logprobs[0] for (sample,) in expected])
+    assert 1e-4 < loss.max() < 0.5
+
+
 def test_what_fp8_cannot_hold_is_its_largest():
     keys = jnp.asarray([[[1e4, -500.0, jnp.nan, 1.0]]])
     pool = write_kv(jnp.zeros((1, 2, 2, 4), "float8_e4m3fn"), jnp.asarray([1]), keys, -keys)
     np.testing.assert_array_equal(np.asarray(pool, np.float32)[0, 1], [[448, -448, np.nan, 1], [-448, 448, np.nan, -1]])
 
 
-@pytest.mark.parametrize(("field", "allowed"), [("kv_dtype", "float16, fp8"), ("bank_dtype", "float16")])
+@pytest.mark.parametrize(
+    ("field", "allowed"),
+    [
+        ("kv_dtype", "float32, bfloat16, float16, fp8"),
+        ("bank_dtype", "float32, bfloat16, float16"),
+        ("adapter_dtype", "fp8"),
+    ],
+)
 def test_another_dtype_is_refused_with_those_there_are(field, allowed):
-    with pytest.raises(ConfigError, match=f"{field} is 'int4'; allowed: float32, bfloat16, {allowed}, or None"):
+    with pytest.raises(ConfigError, match=f"{field} is 'int4'; allowed: {allowed}, or None"):
         EngineConfig(**{field: "int4"})
 
 

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from hlo import assert_in_place, copies_of, shape_of
 
+from kernels.xla.fp8 import FP8
 from serve.engine.arrays import constants_of
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.programs import Slots, draw_plain
+from serve.engine.rank_pages import RankPages
 
 CONFIG = EngineConfig(
     max_num_seqs=4, max_model_len=48, page_size=8, num_kv_pages=37, prefill_tokens=32, prefill_seqs=2, tile=16,
@@ -47,6 +49,16 @@ def test_the_bank_is_read_where_it_lies(name, engine, compiled):
 
 def test_rank_pages_are_written_into_the_banks_own_buffers(engine, compiled):
     assert_in_place(compiled["write-pages"], jax.tree.leaves(engine.runner.bank))
+
+
+def test_rank_pages_in_fp8_are_written_so_too(engine):
+    """In the program that writes they become numbers of the bank's dtype."""
+    runner = engine.runner
+    pages = RankPages(runner.model.config, runner.spread, CONFIG.bank_sites, FP8, 2)
+    for name in pages.programs:
+        text = pages.trace(name, runner.bank).lower().compile().as_text()
+        assert_in_place(text, jax.tree.leaves(runner.bank))
+        assert "f8e4m3fn" in text
 
 
 def test_a_draw_writes_all_slots_at_once(engine):

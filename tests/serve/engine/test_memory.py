@@ -19,7 +19,7 @@ PAGE, SLAB = 8 << 20, 16 * 32 * 2 * 90_112  # The last is the sum of the widths 
 
 
 def share_out(config=CONFIG, staged_pages=0, free=int(0.9 * 80e9) - 16 * 10**9, **dtypes):
-    dtypes = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "bank_dtype": "bfloat16", **dtypes}
+    dtypes = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "adapter_dtype": "bfloat16", **dtypes}
     return memory.share_out(
         MODEL, config, free, **{name: jnp.dtype(one) for name, one in dtypes.items()}, table_width=128, logit_rows=512,
         staged_pages=staged_pages, writes=8,
@@ -34,14 +34,14 @@ def test_pages_and_what_calls_need_are_what_may_be_taken():
     assert reserved.kv_pages == room.kv_pages - 100
 
 
-def test_the_cache_and_the_bank_have_dtypes_of_their_own():
-    usual, wide_kv, wide_bank = (
-        share_out(staged_pages=32, **dtypes) for dtypes in ({}, {"kv_dtype": "float32"}, {"bank_dtype": "float32"})
+def test_the_cache_and_rank_pages_have_dtypes_of_their_own():
+    usual, wide_kv, wide_pages = (
+        share_out(staged_pages=32, **dtypes) for dtypes in ({}, {"kv_dtype": "float32"}, {"adapter_dtype": "float32"})
     )
     assert wide_kv.kv_pages == usual.kv_pages // 2
     assert wide_kv.staged_bytes == usual.staged_bytes
-    assert wide_bank.staged_bytes == 2 * usual.staged_bytes
-    assert wide_bank.call_bytes == usual.call_bytes
+    assert wide_pages.staged_bytes == 2 * usual.staged_bytes
+    assert wide_pages.call_bytes == usual.call_bytes
 
 
 def test_copies_of_adapters_take_from_the_pages_and_fewer_where_memory_is_short():

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.host
 
 PARTS = {"base": "llama", "kv_dtype": "bfloat16"}
 SALT = cache_salt(**PARTS)
-ADAPTER = {"digest": "0a1b", "fold_version": 1}
+ADAPTER = {"digest": "0a1b", "fold_version": 1, "adapter_dtype": "float32"}
 EDITS = adapter_salt(**ADAPTER)
 OTHER = adapter_salt(**ADAPTER | {"digest": "2c3d"})
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_hashed_is_refused(rng):
 
 part = st.text(st.sampled_from("a1\0\4\xe9"), max_size=3)
 salt_parts = st.fixed_dictionaries({"base": part, "kv_dtype": part, "salt": st.none() | part})
-adapter_parts = st.fixed_dictionaries({"digest": part, "fold_version": st.integers(0, 12)})
+adapter_parts = st.fixed_dictionaries({"digest": part, "fold_version": st.integers(0, 12), "adapter_dtype": part})
 
 
 @given(salt_parts, salt_parts)
@@ -212,7 +212,7 @@ def test_salts_are_equal_iff_all_parts_are(one, other):
 
 
 @given(adapter_parts, adapter_parts)
-def test_adapter_salts_are_equal_iff_both_parts_are(one, other):
+def test_adapter_salts_are_equal_iff_all_parts_are(one, other):
     assert (adapter_salt(**one) == adapter_salt(**other)) == (one == other)
 
 
@@ -228,7 +228,8 @@ def test_text_moved_from_one_part_to_the_next_makes_another_salt():
         salt("", "", "abcd"),
     ]
     moved += [salt("a", "b", "c"), salt("a", "bc"), salt("ab", "c"), salt("a", "b")]
-    moved += [adapter_salt(digest=digest, fold_version=v) for digest, v in (("c", 11), ("c1", 1), ("c11", 0))]
+    adapters = ("c", 11, ""), ("c1", 1, ""), ("c11", 0, ""), ("c", 1, "1")
+    moved += [adapter_salt(digest=digest, fold_version=v, adapter_dtype=dtype) for digest, v, dtype in adapters]
     assert len(set(moved)) == len(moved)
 
 
@@ -238,7 +239,7 @@ def test_an_adapter_named_like_another_part_does_not_collide(rng):
     names += [SALT.decode()]
     tokens, mask_TG = rng.integers(9, size=4).tolist(), np.ones((4, 2), bool)
     keys = {
-        PageKeys(cache_salt(**PARTS | {"base": base}), 4, adapter_salt(digest=name, fold_version=1)).keys(
+        PageKeys(cache_salt(**PARTS | {"base": base}), 4, adapter_salt(**ADAPTER | {"digest": name})).keys(
             tokens, mask_TG, 4
         )[0]
         for name in names
@@ -253,7 +254,7 @@ def test_a_base_model_in_fp8_shares_no_page_with_the_plain_one(tiny_text):
     def first_key(model):
         config = EngineConfig(max_num_seqs=1, max_model_len=64)
         pages, seeds = PageManager(16, 4), np.random.default_rng(0)
-        admission = Admission(model, config, pages, lambda digest: True, "float32", seeds)
+        admission = Admission(model, config, pages, lambda digest: True, "float32", "float32", seeds)
         (sequence,) = admission.sequences(Request(prompt=EncodedPrompt((1, 2, 3, 4), ()), max_tokens=1), 0)
         return sequence.keys.keys([1, 2, 3, 4], np.zeros((4, 2), bool), 4)[0]
 

@@ -176,7 +176,8 @@ def test_a_name_that_equals_another_part_of_a_key_is_another_key(trap):
         parts = [("ab", "c", None), ("a", "bc", None), ("a", "b", "c"), ("a", "bc", ""), ("a", "bsalt:", "c")]
         salts = {prefix.cache_salt(base=base, kv_dtype=kv, salt=salt) for base, kv, salt in parts}
         assert len(salts) == len(parts)
-        assert len({prefix.adapter_salt(digest=name, fold_version=v) for name, v in (("a1", 1), ("a", 11))}) == 2
+        adapters = ("a1", 1, ""), ("a", 11, ""), ("a", 1, "1")
+        assert len({prefix.adapter_salt(digest=d, fold_version=v, adapter_dtype=t) for d, v, t in adapters}) == 3
 
     def joined(parts):
         return b"".join(parts)
