@@ -20,7 +20,7 @@ from serve.engine.request import Request
 
 ATOL = 1e-4
 """Float32 rounding of log-probabilities through two layers and a head; measured at about 1e-5."""
-VISIBLE = 100 * ATOL
+VISIBLE = 50 * ATOL
 """What a broken contract must change at least."""
 TIE = 2 * ATOL
 """Tokens whose logits (with their noise, over the temperature) are closer than this may change places."""

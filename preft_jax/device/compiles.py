@@ -2,9 +2,12 @@
 
 import contextlib
 import contextvars
+import logging
 from collections.abc import Iterator
 
 import jax
+
+_log = logging.getLogger(__name__)
 
 _expected = contextvars.ContextVar("expected", default=False)
 
@@ -20,7 +23,7 @@ def expected_compiles() -> Iterator[None]:
 
 
 class CompileCounter:
-    """Counts what JAX compiles while it is entered, but for ``expected_compiles``."""
+    """Counts what JAX compiles while it is entered, but for ``expected_compiles``; the log names it."""
 
     _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -33,8 +36,10 @@ class CompileCounter:
         new.count = self.count
         return new
 
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.count += event == self._EVENT and not _expected.get()
+    def _listen(self, event: str, duration_secs: float, *, fun_name: str = "a program", **_: str | int) -> None:
+        if event == self._EVENT and not _expected.get():
+            self.count += 1
+            _log.warning("compiled while serving, in %.2f s: %s", duration_secs, fun_name)
 
     def __enter__(self) -> "CompileCounter":
         jax.monitoring.register_event_duration_secs_listener(self._listen)
