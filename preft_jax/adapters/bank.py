@@ -61,11 +61,12 @@ class Bank(NamedTuple):
         pools = self.sites[site]
         per_layer = pools.a_LPDR.shape[1]
         pool = PagePool(*(array.reshape(-1, *array.shape[2:]) for array in pools))
-        return pool, jnp.where(page == 0, 0, page + layer * per_layer)
+        return pool, jnp.where(page == 0, 0, page + _unknown(layer * per_layer))
 
     def own(self, layer: int, site: str) -> PagePool:
         """Return a layer's own pages of a site, with page ids as they are: a copy, where they are read as an array."""
-        return PagePool(*(array[layer] for array in self.sites[site]))
+        at = _unknown(layer)
+        return PagePool(*(jax.lax.dynamic_index_in_dim(array, at, keepdims=False) for array in self.sites[site]))
 
     def site(self, layer: int, site: str, tiles: TilePages) -> Site:
         """Return where a batch's page lists act at one site of a layer."""
@@ -91,6 +92,13 @@ def init_bank(config: ModelConfig, num_pages: int, dtype: Any, sites: Sequence[s
         )
 
     return Bank({site: pools(site) for site in sites})
+
+
+def _unknown(number: int) -> Array:
+    """Return a number that XLA on a CPU does not know: kernels that differ in it alone are compiled once, not for each
+    layer.
+    """
+    return jax.lax.optimization_barrier(np.int32(number)) if jax.default_backend() == "cpu" else np.int32(number)
 
 
 def _write_page(pools: Pools, page: jax.Array, edit: tuple[jax.Array, jax.Array, jax.Array]) -> Pools:

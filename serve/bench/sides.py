@@ -190,6 +190,7 @@ class EngineSide:
             prefix_caching=args.enable_prefix_caching,
             kv_dtype=args.kv_cache_dtype,
             memory_utilization=self._share(),
+            all_token="all-token" in self.modes,
         )
         if mode == "base":
             return config
@@ -200,7 +201,6 @@ class EngineSide:
             bank_sites=tuple({site for kind in kinds for site in kind.targets}),
             adapter_dtype=args.adapter_dtype,
             max_rank=max(kind.rank for kind in kinds),
-            all_token="all-token" in self.modes,
         )
 
     def _share(self) -> float:

@@ -86,14 +86,15 @@ class Runner:
     def _choose_programs(self) -> None:
         """Choose the shapes of the programs: ten of them at most, and four more for mixed calls."""
         config, gpu = self.config, jax.default_backend() == "gpu"
-        all_token = config.all_token and self._adapters
+        # On a CPU a bank changes no sizes: engines with and without one share programs, which take long to compile.
+        all_token = config.all_token and (self._adapters or not gpu)
         self.row_counts = sorted({max(bucket(config.max_num_seqs) // 4, 1), config.max_num_seqs})
         # A GPU's host waits wherever a program branches: a second program draws without branches.
         self.draws_plainly = gpu and not (all_token and config.scoring)
         few = gpu or all_token or config.scoring
         self.draw_counts = self.row_counts[-1:] if few else self.row_counts
         self.adapted_row_counts: list[int] = []
-        if all_token:
+        if all_token and self._adapters:
             self.adapted_row_counts = self.row_counts[-1:] if config.scoring else self.row_counts
             if gpu and not config.scoring:
                 # Adapters leave room for few rows: of more plain ones, the program with adapters takes all.

@@ -1,6 +1,7 @@
 """The adapter bank: pages add up to the fold, writes land where they should, and the allocator's book stays right."""
 
 import copy
+import re
 
 import jax
 import numpy as np
@@ -125,6 +126,24 @@ def test_a_layer_sees_its_own_pages_and_one_null_page():
         assert page[0, 0] == 0
         for array, new in zip(pool, pages[:3], strict=True):
             np.testing.assert_array_equal(array[page[0, 1]], new[layer, 0])
+
+
+@pytest.mark.skipif("jax.default_backend() != 'cpu'", reason="where kernels are XLA's own")
+def test_layers_have_one_kernel_on_a_cpu():
+    """Kernels that differ in a number of a layer would be compiled for each."""
+    bank, page = init_bank(MODEL, 3, np.float32), np.asarray([2, 1], np.int32)
+
+    def kernels(layer):
+        def rows(bank, page):
+            pool, page = bank.at(layer, "q", page)
+            return pool.a_PDR[page], bank.own(layer, "q").b_PRF * 2
+
+        text = jax.jit(rows).lower(bank, page).compile().as_text().split("ENTRY")[0]
+        return re.sub(r", metadata=\{[^}]*\}", "", text)
+
+    first, second = [kernels(layer) for layer in (1, 2)]
+    assert "fused" in first
+    assert first == second
 
 
 def test_a_write_replaces_what_a_page_held():

@@ -103,7 +103,7 @@ def test_a_sweep_shares_an_engine_for_each_mode_and_its_adapters_are_its_own(mad
         *[("all_token", 1), ("all_token", 3)],
     ]
     (base, base_engine), (only, only_engine), (every, every_engine) = made.engines
-    assert (base.bank_pages, base.all_token) == (1, False)
+    assert (base.bank_pages, base.all_token) == (1, True)
     assert only == every
     assert (only.bank_pages, only.all_token) == (1 + 3 * 2, True)
     assert only.max_rank == 32
