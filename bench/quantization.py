@@ -1,10 +1,11 @@
-"""``python -m bench.quantization``: what a base model and its keys and values in FP8 lose, alone and under an adapter.
+"""``python -m bench.quantization``: what a base model, its keys and values, and an adapter in FP8 lose.
 
 The text is English prose of CPython's own reference, which every installation has (``pydoc_data.topics``), cut into
 documents of one length. The first half of a document is its prompt, the second half is scored: perplexity, and against
 the plain model the mean KL divergence of its next-token distributions and how often both have the same most likely
 token. The adapter is prefill-only and the same for all: random, or one that was trained (``--adapter``).
-A table for people, then one JSON line.
+Without an adapter, numbers in a long text are asked for, too (``bench/needle.py``). A table for people, then one JSON
+line.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +24,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kernels.xla.fp8 import kept_as
+from bench.fp8_bases import Base, stream, tensor_wise
+from bench.needle import PLACES, Haystack, found, haystack, wilson
 from preft_jax.adapters.adapter import Adapter, fold
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
+from preft_jax.adapters.own import adapter_in_fp8
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError
 from preft_jax.io.adapter_files import load_adapter
 from preft_jax.loading import Model, check_base, load_model
-from preft_jax.models.attention import Attention, dense_attention
-from preft_jax.models.forward import edits_of, lm_head, rope_table
-from preft_jax.models.layer import hidden
+from preft_jax.models.forward import lm_head
 from preft_jax.models.params import Params
-from preft_jax.models.plain import PlainLayers
 from preft_jax.quantize import quantize
 from preft_jax.shapes import KV_DTYPES
 from serve.bench.environment import environment
 from serve.bench.output import emit
 
-SCHEMA = "preft-jax/quantization/1"
+SCHEMA = "preft-jax/quantization/2"
 
 
 def documents(model: Model, count: int, length: int) -> np.ndarray:
@@ -62,37 +62,13 @@ def documents(model: Model, count: int, length: int) -> np.ndarray:
     return np.array([tokens[start : start + length] for start in at], np.int32)
 
 
-class Base(NamedTuple):
-    """Weights, and what keys and values are kept in (None: the model's dtype)."""
-
-    params: Params
-    kv_dtype: str | None = None
-
-
-class KeptAttention(NamedTuple):
-    """Attention to keys and values as a cache of a dtype keeps them."""
-
-    attention: Attention
-    dtype: str
-
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
-        """See ``Attention``."""
-        k, v = (kept_as(x, self.dtype).astype(x.dtype) for x in (k, v))
-        return self.attention.attend(layer, q, k, v, window)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logprobs(
     config: ModelConfig, kv_dtype: str | None, params: Params, folded: Any, tokens_BS: jax.Array
 ) -> jax.Array:
     """Return the distributions behind the second half of each document but its last token, ``[B, S / 2 - 1, V]``."""
     half = tokens_BS.shape[1] // 2
-    mask_BSG = jnp.zeros((*tokens_BS.shape, 2), bool).at[:, :half, 0].set(folded is not None)
-    edits = edits_of(config, folded, None if folded is None else mask_BSG)
-    rope = rope_table(config, jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape))
-    attention: Attention = dense_attention(None, "xla")
-    attention = attention if kv_dtype is None else KeptAttention(attention, kv_dtype)
-    h_BSD = hidden(PlainLayers(config, rope, attention, edits), params, tokens_BS)
+    h_BSD = stream(config, kv_dtype, params, folded, tokens_BS, half)
     return jax.nn.log_softmax(lm_head(params, h_BSD[:, half:-1]))
 
 
@@ -106,19 +82,17 @@ def _compare(plain_BSV: jax.Array, other_BSV: jax.Array, targets_BS: jax.Array) 
     }
 
 
-def compare(
-    config: ModelConfig, bases: dict[str, Base], folded: Any, tokens: np.ndarray, batch: int
-) -> dict[str, dict[str, float]]:
+def compare(config: ModelConfig, bases: dict[str, Base], tokens: np.ndarray, batch: int) -> dict[str, dict[str, float]]:
     """Return the figures of each base model; the first one is what the others are compared with."""
     totals = {name: dict.fromkeys(("nll", "kl", "same"), 0.0) for name in bases}
     half = tokens.shape[1] // 2
     for start in range(0, len(tokens), batch):
         some = tokens[start : start + batch]
         plain = None
-        for name, (params, kv_dtype) in bases.items():
-            found = _logprobs(config, kv_dtype, params, folded, some)
-            plain = found if plain is None else plain
-            for key, value in _compare(plain, found, some[:, half + 1 :]).items():
+        for name, (params, kv_dtype, folded) in bases.items():
+            own = _logprobs(config, kv_dtype, params, folded, some)
+            plain = own if plain is None else plain
+            for key, value in _compare(plain, own, some[:, half + 1 :]).items():
                 totals[name][key] += float(value)
     count = len(tokens) * (tokens.shape[1] - half - 1)
     return {
@@ -144,9 +118,52 @@ def make_adapter(args: argparse.Namespace, model: Model) -> Adapter:
     return adapter
 
 
+def contenders(model: Model, adapter: Adapter) -> tuple[dict[str, Base], dict[str, Base]]:
+    """Return the base models alone and under an adapter; the first of each is plain."""
+    dtype, fp8, kv_dtype = str(model.params["embed"].dtype), quantize(model.params), KV_DTYPES["fp8"]
+    folded, rounded = fold(adapter), fold(adapter_in_fp8(adapter, model.config))
+    alone = {
+        "plain": Base(model.params),
+        "fp8": Base(fp8),
+        "fp8, one scale for each weight": Base(tensor_wise(model.params)),
+        "fp8, first and last layer plain": Base(quantize(model.params, (0, -1))),
+        f"{dtype}, KV in fp8": Base(model.params, kv_dtype),
+        "fp8, KV in fp8": Base(fp8, kv_dtype),
+    }
+    edited = {
+        "plain": Base(model.params, None, folded),
+        "fp8": Base(fp8, None, folded),
+        f"{dtype}, KV in fp8": Base(model.params, kv_dtype, folded),
+        f"{dtype}, adapter in fp8": Base(model.params, None, rounded),
+        "fp8, KV and adapter in fp8": Base(fp8, kv_dtype, rounded),
+    }
+    return alone, edited
+
+
+def haystacks(model: Model, args: argparse.Namespace) -> list[Haystack]:
+    """Return the texts of the needle task."""
+    rng, encode = np.random.default_rng(args.seed), model.tokenizer.encode
+    return [
+        haystack(encode, lambda count, n=n: documents(model, args.haystacks, count)[n], args.context, rng)
+        for n in range(args.haystacks)
+    ]
+
+
+def retrieval(config: ModelConfig, base: Base, hay: Sequence[Haystack]) -> dict[str, Any]:
+    """Return how many needles a base model finds, with an interval of the rate."""
+    count, asked = found(config, base, hay), len(hay) * len(PLACES)
+    low, high = wilson(count, asked)
+    return {"found": count, "asked": asked, "found_low": round(low, 4), "found_high": round(high, 4)}
+
+
+def num_bytes(base: Base) -> int:
+    """Return the bytes of a base model's weights."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Compare the base models; returns the figures that the JSON line holds."""
-    for name in ("documents", "batch_size"):
+    for name in ("documents", "batch_size", "haystacks"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
     if args.length < 4:
@@ -155,19 +172,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if model.tokenizer is None:
         raise ConfigError(f"--model {args.model} has no tokenizer; give one that has")
     tokens, start = documents(model, args.documents, args.length), time.perf_counter()
-    fp8, kv_dtype = quantize(model.params), KV_DTYPES["fp8"]
-    bases = {
-        "plain": Base(model.params),
-        "fp8": Base(fp8),
-        "fp8, first and last layer plain": Base(quantize(model.params, (0, -1))),
-        f"{model.params['embed'].dtype}, KV in fp8": Base(model.params, kv_dtype),
-        "fp8, KV in fp8": Base(fp8, kv_dtype),
-    }
-    contenders = {"none": None, "lora, prefill-only": fold(make_adapter(args, model))}
+    hay = haystacks(model, args)
+    alone, edited = contenders(model, make_adapter(args, model))
     rows = []
-    for name, folded in contenders.items():
-        found = compare(model.config, bases, folded, tokens, args.batch_size)
-        rows += [{"base": base, "adapter": name, **figures} for base, figures in found.items()]
+    for kind, bases in (("none", alone), ("lora, prefill-only", edited)):
+        figures = compare(model.config, bases, tokens, args.batch_size)
+        for name, base in bases.items():
+            needles = {} if base.folded is not None else retrieval(model.config, base, hay)
+            rows.append({"base": name, "adapter": kind, "weight_bytes": num_bytes(base), **figures[name], **needles})
     options = {name: value for name, value in vars(args).items() if name != "output_json"}
     return {
         "schema": SCHEMA,
@@ -175,7 +187,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(model.params["embed"].dtype),
         "options": options | {"adapter": None if args.adapter is None else str(args.adapter)},
         "scored_tokens": args.documents * (args.length - args.length // 2 - 1),
-        "weight_bytes": {name: sum(leaf.nbytes for leaf in jax.tree.leaves(own.params)) for name, own in bases.items()},
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
         **environment(),
@@ -192,24 +203,28 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="(default: %(default)s)")
     add("--dtype", default=None, help="of what is not in FP8 (default: float32 on CPU, bfloat16 elsewhere)")
-    add("--documents", type=int, default=32, help="(default: %(default)s)")
+    add("--documents", type=int, default=16, help="(default: %(default)s)")
     add("--length", type=int, default=256, help="tokens of a document (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="documents at a time (default: %(default)s)")
     add("--adapter", type=Path, default=None, help="directory of a prefill-only adapter (default: a random LoRA)")
     add("--rank", type=int, default=16, help="of the random one (default: %(default)s)")
     add("--strength", type=float, default=0.05, help="of the random one's edits (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the random one (default: %(default)s)")
+    add("--haystacks", type=int, default=2, help="texts of the needle task (default: %(default)s)")
+    add("--context", type=int, default=2048, help="tokens of each (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the random adapter and the needles (default: %(default)s)")
     add("--output-json", type=Path, default=None, help="also write the JSON line here")
     return parser
 
 
 def _print(found: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{found['model']}, {found['scored_tokens']:,} scored tokens", title_justify="left")
-    for column in ("base", "adapter", "perplexity", "mean KL", "same top token"):
+    for column in ("base", "adapter", "perplexity", "mean KL", "same top token", "needles"):
         table.add_column(column, justify="left" if column in ("base", "adapter") else "right")
     for row in found["rows"]:
         figures = f"{row['perplexity']:.3f}", f"{row['mean_kl']:.2g}", f"{row['same_top_1']:.1%}"
-        table.add_row(row["base"], row["adapter"], *figures)
+        table.add_row(
+            row["base"], row["adapter"], *figures, f"{row['found']} of {row['asked']}" if "asked" in row else ""
+        )
     console.print(table)
 
 

@@ -337,10 +337,16 @@ def quantization(figures: dict[str, Any]) -> str:
     for row in figures["rows"]:
         is_plain = row["base"] == "plain"
         same = ["", ""] if is_plain else [f"{row['mean_kl']:.2g}", f"{100 * row['same_top_1']:.1f}"]
-        size = f"{figures['weight_bytes'][row['base']] / 1e6:.0f}"
+        needles = ""
+        if "asked" in row:
+            needles = "{found} of {asked} ({low:.0f}% to {high:.0f}%)".format(
+                **row, low=100 * row["found_low"], high=100 * row["found_high"]
+            )
+        size = f"{row['weight_bytes'] / 1e6:.0f}"
         name = figures["dtype"] if is_plain else row["base"]
-        rows.append([name, row["adapter"], size, f"{row['perplexity']:.2f}", *same])
+        rows.append([name, row["adapter"], size, f"{row['perplexity']:.2f}", *same, needles])
     header = [f"{figures['model']}, linears in", "adapter", "MB", "perplexity", "mean KL, nats", "same top token, %"]
+    header.append(f"needles found in {figures['options']['context']:,} tokens")
     return f"{markdown(header, rows)}\n{figures['scored_tokens']:,} scored tokens; {machine(figures)}.\n"
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from kernels.xla.fp8 import FP8
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig
+from preft_jax.adapters.pages import pack_adapter
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, ShapeError, check_type, shown
 from preft_jax.shapes import SITES, check_axes
@@ -59,6 +61,30 @@ def adapter_of_edits(edits: Any, model: ModelConfig, **config: Any) -> Adapter:
             name: np.asarray(leaf, np.float32) for name, leaf in leaves.get((layer, site), nothing).items()
         }
     return Adapter(made, {"layers": params})
+
+
+def adapter_in_fp8(adapter: Adapter, model: ModelConfig) -> Adapter:
+    """Return the adapter of the edits that another's rank pages in FP8 (``EngineConfig.adapter_dtype``) stand for.
+
+    Args:
+        adapter: of one position group.
+        model: of the base model.
+
+    Raises:
+        AdapterError: if FP8 cannot hold it.
+        ConfigError: if it edits first and last tokens differently.
+    """
+    if adapter.config.groups > 1:
+        raise ConfigError("the adapter has weights of last positions of their own; give one of one position group")
+    edits = {}
+    for site, pages in pack_adapter(adapter, model, FP8).items():
+        a_LPDR, c_LPR, b_LPRF, *_ = pages.scaled()
+        for layer in range(len(a_LPDR)):
+            if adapter.config.edits_layer(layer):
+                a_DR = np.moveaxis(a_LPDR[layer], 0, 1).reshape(a_LPDR.shape[2], -1)
+                edits[layer, site] = a_DR, c_LPR[layer].reshape(-1), b_LPRF[layer].reshape(-1, b_LPRF.shape[3])
+    config = {"positions": adapter.config.positions, "assistant_turns": adapter.config.assistant_turns}
+    return adapter_of_edits(edits, model, **config)
 
 
 def steering_adapter(

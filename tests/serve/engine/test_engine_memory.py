@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from engine_runs import ROOMY, request, serve
 
-from kernels.xla.fp8 import FP8
 from kernels.xla.fused import write_kv
-from preft_jax import adapter_of_edits
-from preft_jax.adapters.pages import pack_adapter
+from preft_jax.adapters.own import adapter_in_fp8
 from preft_jax.device.memory import Budget
 from preft_jax.errors import ConfigError
 from serve.engine.config import EngineConfig
@@ -65,23 +63,12 @@ def test_keys_and_values_in_fp8(lively, adapters, rng):
     assert 1e-4 < loss.max() < 0.5
 
 
-def served_in_fp8(adapter, model):
-    """Return an adapter of the edits that another's rank pages in FP8 stand for."""
-    edits = {}
-    for site, pages in pack_adapter(adapter, model.config, FP8).items():
-        a, c, b, *_ = pages.scaled()
-        for layer in range(len(a)):
-            a_DR = np.moveaxis(a[layer], 0, 1).reshape(a.shape[2], -1)
-            edits[layer, site] = a_DR, c[layer].reshape(-1), b[layer].reshape(-1, b.shape[-1])
-    return adapter_of_edits(edits, model.config, positions=adapter.config.positions)
-
-
 def test_rank_pages_in_fp8_are_served_as_the_edits_that_they_stand_for(lively, adapters, rng, tmp_path):
     """To the last bit, from memory and from a store that keeps them on disk, in a quarter of the bytes of float32."""
     kinds, prompts = ("lora_r24", "direft", "loreft"), rng.integers(0, 250, (3, 12))
     plain = Engine(lively, PLAIN)
     expected = serve(
-        plain, [request(p, served_in_fp8(adapters[k], lively)) for p, k in zip(prompts, kinds, strict=True)]
+        plain, [request(p, adapter_in_fp8(adapters[k], lively.config)) for p, k in zip(prompts, kinds, strict=True)]
     )
     requests = [request(p, adapters[k]) for p, k in zip(prompts, kinds, strict=True)]
     files = AdapterFiles(lively, tmp_path, dtype="fp8")
