@@ -26,6 +26,7 @@ from rich.table import Table
 from kernels.xla.fp8 import kept_as
 from preft_jax.adapters.adapter import Adapter, fold
 from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.edits import PrefixKV
 from preft_jax.adapters.init import random_adapter
 from preft_jax.cli import hyphenated
 from preft_jax.config import ModelConfig
@@ -75,7 +76,9 @@ class KeptAttention(NamedTuple):
     attention: Attention
     dtype: str
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, prefix: PrefixKV | None = None
+    ) -> jax.Array:
         """See ``Attention``."""
         k, v = (kept_as(x, self.dtype).astype(x.dtype) for x in (k, v))
         return self.attention.attend(layer, q, k, v, window)
