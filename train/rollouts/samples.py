@@ -91,9 +91,12 @@ class Asked(NamedTuple):
     seed: int
 
 
-def step_prompts(job: RolloutJob) -> list[Asked]:
-    """Return what a job samples next: the same for the same seed and batch, whatever was before."""
-    first = job.batch * job.prompts_per_step
+def step_prompts(job: RolloutJob, ahead: int = 0) -> list[Asked]:
+    """Return what a job samples next: the same for the same seed and batch, whatever was before.
+
+    ``ahead``: so many batches later.
+    """
+    first = (job.batch + ahead) * job.prompts_per_step
     return [
         Asked(job.task.at(place), job.options.num_generations, _seed(job, "train", place))
         for place in range(first, first + job.prompts_per_step)
