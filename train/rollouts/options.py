@@ -230,8 +230,8 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> RolloutSet
     for job in found.jobs if found.max_staleness else ():
         if isinstance(job, RolloutConfig) and not job.rollouts.importance_sampling_cap:
             raise ConfigError(
-                f"max_staleness is {found.max_staleness} and importance_sampling_cap is 0: nothing corrects for what older "
-                "adapters drew; give a cap above 0, or max_staleness 0"
+                f"max_staleness is {found.max_staleness} and importance_sampling_cap is 0: nothing corrects for what "
+                "older adapters drew; give a cap above 0, or max_staleness 0"
             )
     return found
 
