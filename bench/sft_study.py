@@ -14,6 +14,7 @@ and a seed of their own; otherwise its default or ``--learning-rate``. A table f
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -30,8 +31,9 @@ from bench.sft_study_plot import draw_picture
 from bench.tables_study import sft_study
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
+from preft_jax.adapters.edit_mask import sequence_edit_mask
 from preft_jax.cli import hyphenated
-from preft_jax.errors import ConfigError, PreftError, did_you_mean
+from preft_jax.errors import ConfigError, PreftError, RequestError, did_you_mean
 from preft_jax.loading import Model, load_model
 from preft_jax.models.layer import Remat
 from preft_jax.sampling.parameters import SamplingParams
@@ -100,6 +102,7 @@ class Study:
         self.model: Model = load_model(args.model, dtype=args.dtype)
         self._options = {name: value for name, value in vars(args).items() if name not in _NOT_OF_RESULTS}
         self.rows: list[dict[str, Any]] = self._found()
+        self._encoded: dict[tuple[str, int, int], list[Example]] = {}
         # Made before a trainer takes memory.
         self._engine = Engine(self.model, _engine_config(args))
 
@@ -136,12 +139,8 @@ class Study:
 
     def _cells(self, kind: str, ranks: str, seeds: Sequence[int], rates: str, *, is_swept: bool = False) -> list[Cell]:
         """Return the cells of a kind that are not done yet."""
-        parts = (
-            self._args.tasks.split(","),
-            map(int, ranks.split(",")),
-            seeds,
-            map(float, filter(None, rates.split(","))),
-        )
+        each_rate = [float(rate) for rate in rates.split(",") if rate]
+        parts = self._args.tasks.split(","), map(int, ranks.split(",")), seeds, each_rate
         cells = [Cell(task, kind, *rest, is_swept) for task, *rest in itertools.product(*parts)]
         done = {Cell(**row["cell"]) for row in self.rows}
         return [cell for cell in cells if cell not in done]
@@ -158,7 +157,7 @@ class Study:
 
     def _base(self) -> None:
         """Evaluate the base model: as an adapter that was not trained, and changes nothing."""
-        cells = [cell for cell in self._cells(BASE, "0", [0], "0") if cell.task in self._args.tasks.split(",")]
+        cells = self._cells(BASE, "0", [0], "0")
         jobs = {self._job(dataclasses.replace(cell, kind="lora", rank=1, learning_rate=1e-3)): cell for cell in cells}
         trainer = Trainer(self.model, list(jobs))
         trainer.admit()
@@ -192,22 +191,14 @@ class Study:
         )  # fmt: skip
 
     def _examples(self, task: str, adapter: AdapterConfig, first: int, count: int) -> list[Example]:
-        """Return questions and answers of a task from ``first`` on, those that are too long left out."""
-        options, found = DataOptions(max_length=self._args.max_length), list[Example]()
-        for entry in itertools.islice(questions(task, first), count):
-            row = {
-                "prompt": [{"role": "user", "content": entry["question"]}],
-                "completion": [{"role": "assistant", "content": entry["answer"]}],
-            }
-            try:
-                found += make_examples(row, self.model, adapter, options)
-            except PreftError:
-                continue  # It is too long.
-        if 2 * len(found) < count:
-            raise ConfigError(
-                f"most questions of {task} are longer than --max-length {self._args.max_length}; raise it"
-            )
-        return found
+        """Return questions and answers of a task from ``first`` on, as an adapter edits them."""
+        key = task, first, count
+        if key not in self._encoded:
+            self._encoded[key] = encoded_examples(task, first, count, self.model, self._args.max_length)
+        return [
+            dataclasses.replace(one, edit_mask=sequence_edit_mask(one.prompt, adapter, len(one.answer)))
+            for one in self._encoded[key]
+        ]
 
     def _keep(self, cell: Cell, job: Job, loss: float | None, adapter: Adapter | None) -> None:
         """Write what came of a cell."""
@@ -233,6 +224,25 @@ class Study:
         scorer, done = gym.dataset(task, _TESTED), self._engine.generate(requests)
         scores = [scorer.score_answer(one.text.strip(), entry) for one, entry in zip(done, asked, strict=True)]
         return float(np.mean([score == 1 for score in scores]))
+
+
+def encoded_examples(task: str, first: int, count: int, model: Model, max_length: int) -> list[Example]:
+    """Return the examples of ``count`` questions of a task, without those that are too long.
+
+    Raises:
+        ConfigError: if most are.
+    """
+    found = list[Example]()
+    for entry in itertools.islice(questions(task, first), count):
+        row = {
+            "prompt": [{"role": "user", "content": entry["question"]}],
+            "completion": [{"role": "assistant", "content": entry["answer"]}],
+        }
+        with contextlib.suppress(RequestError):  # It is too long.
+            found += make_examples(row, model, AdapterConfig(), DataOptions(max_length=max_length))
+    if 2 * len(found) < count:
+        raise ConfigError(f"most questions of {task} are longer than --max-length {max_length}; raise it")
+    return found
 
 
 def questions(task: str, first: int) -> Iterator[dict[str, Any]]:
