@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.xla.fp8 import FP8, LARGEST_FP8, kept_as
+from preft_jax.adapters.edits import PrefixKV
 from preft_jax.config import ModelConfig
 from preft_jax.models.attention import Attention, dense_attention
 from preft_jax.models.forward import edits_of, rope_table
@@ -30,10 +31,12 @@ class KeptAttention(NamedTuple):
     attention: Attention
     dtype: str
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, prefix: PrefixKV | None = None
+    ) -> jax.Array:
         """See ``Attention``."""
         k, v = (kept_as(x, self.dtype).astype(x.dtype) for x in (k, v))
-        return self.attention.attend(layer, q, k, v, window)
+        return self.attention.attend(layer, q, k, v, window, prefix)
 
 
 def stream(

@@ -26,6 +26,7 @@ from bench.tables_device import (
     tpu_programs,
     vllm_trace,
 )
+from bench.tables_study import sft_study
 
 _BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -359,6 +360,7 @@ TABLES = {
     "cpu-kills": kills,
     "cpu-overload": overload,
     "cpu-serve-bench": cpu_serve_bench,
+    "cpu-sft-study": sft_study,
     "cpu-server-uniform": server,
     "cpu-server-zipf": server,
     "cpu-tiers": tiers,
@@ -395,6 +397,7 @@ TABLES = {
     "h200-trace": trace,
     "h200-trace-adapters": trace,
     "h200-trace-limit": trace,
+    "h200-sft-study": sft_study,
     "h200-trace-limit-separate": trace,
     "h200-vllm-trace": vllm_trace,
     "tpu-fp8": tpu_programs,

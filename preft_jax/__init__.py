@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from preft_jax.models.forward import hidden_states as hidden_states
     from preft_jax.models.layout import fused_layout as fused_layout
     from preft_jax.models.modules import Llama as Llama
+    from preft_jax.prefix import text_prefix as text_prefix
     from preft_jax.rows import Rows as Rows
     from preft_jax.rows import collate as collate
     from preft_jax.sampling.parameters import SamplingParams as SamplingParams
@@ -101,6 +102,7 @@ __all__ = [
     "save_adapter",
     "sequence_edit_mask",
     "steering_adapter",
+    "text_prefix",
 ]
 
 _forward = forwarded(
@@ -157,6 +159,7 @@ _forward = forwarded(
         ),
         "preft_jax.models.layout": ("fused_layout",),
         "preft_jax.models.modules": ("Llama",),
+        "preft_jax.prefix": ("text_prefix",),
         "preft_jax.rows": (
             "Rows",
             "collate",

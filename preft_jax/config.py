@@ -71,10 +71,10 @@ class ModelConfig:
         return self.num_key_value_heads * self.head_dim
 
     def site_shape(self, site: str) -> tuple[int, int]:
-        """Return ``(D, F)``, the input and output width of an edit's site (``q`` ... ``down``, ``block``)."""
+        """Return ``(D, F)``, the input and output width of a site (``q`` ... ``down``, ``block``, ``prefix``)."""
         d, f, q, kv = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
         shapes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d),
-                  "block": (d, d)}  # fmt: skip
+                  "block": (d, d), "prefix": (kv, kv)}  # fmt: skip
         if site not in shapes:
             raise ConfigError(f"unknown site {site!r}{did_you_mean(site, shapes)}; allowed: {', '.join(shapes)}")
         return shapes[site]

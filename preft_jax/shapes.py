@@ -52,6 +52,12 @@ LINEAR_SITES = ("q", "k", "v", "o", "gate", "up", "down")
 SITES = (*LINEAR_SITES, "block")
 """Every site of a layer that a low-rank edit may act on; ``block`` is the residual stream after the layer."""
 
+PREFIX = "prefix"
+"""The site of attention's learned positions in front of a prompt: keys are A, values are B (``PrefixKV``)."""
+
+BANK_SITES = (*SITES, PREFIX)
+"""Every site that adapters may have rank pages at."""
+
 
 def check_axes(name: str, array: Any, kind: str = "", **axes: int | None) -> None:
     """Check an array's shape axis by axis, and its kind.

@@ -98,7 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--bank-sites",
         default=",".join(SITES),
-        help="what adapters may edit, with commas; the memory of others goes to the KV cache (default: %(default)s)",
+        help="what adapters may edit, with commas, and prefix for learned prefixes; the memory of others goes to the "
+        "KV cache (default: %(default)s)",
     )
     add("--adapter-memory-gib", type=float, default=4.0, help="host memory for adapters (default: %(default)s)")
     add_adapter_dtype(add)

@@ -10,7 +10,7 @@ from preft_jax.loading import Model, check_base
 from preft_jax.models.batch import bucket
 from preft_jax.prompts import as_list, per_prompt
 from preft_jax.sampling.parameters import SamplingParams, derived_seed
-from preft_jax.shapes import RANK_PAGE
+from preft_jax.shapes import BANK_SITES, PREFIX, RANK_PAGE, SITES
 from serve.engine.admission import encoded
 from serve.engine.completion import Completion as Completion
 from serve.engine.config import EngineConfig
@@ -97,7 +97,7 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
     """
     if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs is {max_num_seqs!r}; give an integer of at least 1")
-    longest = max(len(request.token_ids) + request.max_tokens for request in requests)
+    longest = max(_length(request) for request in requests)
     most = model.config.max_position_embeddings
     if longest > most:
         raise RequestError(
@@ -116,6 +116,12 @@ def config_for(model: Model, requests: Sequence[Request], *, max_num_seqs: int) 
         prefill_seqs=min(size, 8),
         max_rank=RANK_PAGE * bucket(max(pages, default=1)),
         bank_pages=bucket(sum(pages[:size]) + 1),
+        bank_sites=BANK_SITES if any(PREFIX in count for count in counts) else SITES,
         all_token=any(not adapter.config.prefill_only for adapter in adapters.values()),
         prefix_caching=False,
     )
+
+
+def _length(request: Request) -> int:
+    prefix = 0 if request.adapter is None else request.adapter.config.prefix_length
+    return prefix + len(request.token_ids) + request.max_tokens

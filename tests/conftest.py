@@ -268,7 +268,9 @@ ADAPTER_CONFIGS = {
     "loreft_all": AdapterConfig(kind="loreft", rank=4, positions="all"),
     "lora_skip": AdapterConfig(rank=8, assistant_turns="skip"),
 }
-"""One configuration of every kind."""
+"""One configuration of every kind that edits tokens."""
+
+PREFIX = AdapterConfig(kind="prefix", rank=5)
 
 PREFILL_ONLY = tuple(name for name, config in ADAPTER_CONFIGS.items() if config.prefill_only)
 ALL_TOKEN = tuple(name for name, config in ADAPTER_CONFIGS.items() if not config.prefill_only)

@@ -130,7 +130,8 @@ def chances(model, one, index, token_ids):
     first, count = len(prompt), len(token_ids)
     mask = reference.adapter_mask(one.adapter, first, count, one.prompt.unedited_spans, prompt)
     logits = reference.forward(model.config, model.params, [*prompt, *token_ids], one.adapter, mask)[first - 1 : -1]
-    places = np.arange(first, first + LONGEST_SAMPLE)  # of one length: one program
+    behind = 0 if one.adapter is None else reference.prefix_length(one.adapter)
+    places = behind + np.arange(first, first + LONGEST_SAMPLE)  # of one length: one program
     noise = np.asarray(_noise(np.uint32(seed_of(one, index)), places, logits.shape[1]), np.float64)[:count]
     drawn_from, chosen_by = np.full_like(logits, -np.inf), np.full_like(logits, -np.inf)
     for step, row in enumerate(logits.copy()):

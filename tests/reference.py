@@ -71,6 +71,8 @@ def adapter_mask(adapter, prompt_len, generated=0, spans=(), prompt=()):
     """
     if adapter is None:
         return np.zeros((prompt_len + generated, 2), bool)
+    if adapter.config.kind == "prefix":
+        return np.repeat([[True, False]], prompt_len + generated, axis=0)
     config = adapter.config
     if config.assistant_turns != "skip" or config.positions == "all":
         spans = ()
@@ -137,6 +139,11 @@ def edited(adapter, layer, site, x, y, mask):
     return y
 
 
+def prefix_length(adapter):
+    """Return how many learned positions stand in front of a prompt."""
+    return adapter.config.rank if adapter.config.kind == "prefix" else 0
+
+
 # The model.
 
 
@@ -181,17 +188,18 @@ def rotate(x, positions, freqs):
 
 
 def attention(q, k, v, scale, window=None):
-    """Causal attention of ``q [T, H, C]`` over ``k, v [T, K, C]``; query head h reads KV head h // (H / K).
+    """Causal attention of ``q [T, H, C]`` over ``k, v [m + T, K, C]``; query head h reads KV head h // (H / K).
 
-    With a ``window`` a query sees so many keys, the last of which is its own.
+    All see the first m. With a ``window``, and m = 0, a query sees so many keys, the last of which is its own.
     """
     tokens, heads, _ = q.shape
     out = np.empty_like(q)
     for h in range(heads):
         kv = h // (heads // k.shape[1])
         scores = scale * q[:, h] @ k[:, kv].T
-        scores[np.triu_indices(tokens, 1)] = -np.inf
-        scores[np.tril_indices(tokens, -(window or tokens))] = -np.inf
+        own = scores[:, len(k) - tokens :]
+        own[np.triu_indices(tokens, 1)] = -np.inf
+        own[np.tril_indices(tokens, -(window or tokens))] = -np.inf
         out[:, h] = np.exp(log_softmax(scores)) @ v[:, kv]
     return out
 
@@ -203,9 +211,10 @@ def forward(config, params, tokens, adapter=None, mask=None):
 
 
 def forward_with_kv(config, params, tokens, adapter=None, mask=None):
-    """``forward``, and for each layer its keys (rotated) and values, ``[T, K, C]`` each."""
+    """``forward``, and for each layer its keys (rotated) and values, ``[T, K, C]`` each, behind those of a prefix."""
     tokens = np.asarray(tokens)
-    positions = np.arange(len(tokens))
+    length = 0 if adapter is None else prefix_length(adapter)
+    positions = np.arange(length, length + len(tokens))
     freqs = frequencies(config)
     cache = []
     x = f64(params["embed"])[tokens]
@@ -225,8 +234,14 @@ def forward_with_kv(config, params, tokens, adapter=None, mask=None):
             for site in ("q", "k"):
                 qkv[site] = rms_norm(qkv[site], w[f"{site}_norm"], config.rms_norm_eps)
         q, k = (rotate(qkv[site], positions, freqs) for site in ("q", "k"))
-        cache.append((k, qkv["v"]))
-        mixed = attention(q, k, qkv["v"], config.head_dim**-0.5, config.sliding_window).reshape(len(tokens), -1)
+        v = qkv["v"]
+        if length:
+            front = adapter.params["layers"][i]["prefix"]
+            k, v = (
+                np.concatenate([f64(x).reshape(length, *y.shape[1:]), y]) for x, y in ((front["k"], k), (front["v"], v))
+            )
+        cache.append((k, v))
+        mixed = attention(q, k, v, config.head_dim**-0.5, config.sliding_window).reshape(len(tokens), -1)
         x = x + edit("o", mixed, mixed @ f64(w["o"]))
         h = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
         gate, up = (edit(site, h, h @ f64(w[site])) for site in ("gate", "up"))

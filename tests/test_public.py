@@ -35,6 +35,7 @@ SIGNATURES = {
     "preft_jax.adapter_of_edits": "edits, model, config",
     "preft_jax.register_positions": "name, function, *, replace=False",
     "preft_jax.steering_adapter": "vectors, model, *, strength=1.0, positions='prompt'",
+    "preft_jax.text_prefix": "config, model, text=None",
     "preft_jax.collate": "examples, *, length=None",
     "preft_jax.encode_prompt": "tokenizer, prompt, *, vocab_size, add_generation_prompt=True, add_special_tokens=None",
     "preft_jax.extend_edit_mask": "mask_TG, num_generated, positions",

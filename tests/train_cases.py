@@ -29,7 +29,9 @@ CHAT = [
 def example(adapter, rng, prompt=9, answer=5, *, vocab=250, learned=None):
     """Return an example of random tokens for an adapter (or its config); ``learned`` overrides which are."""
     config = getattr(adapter, "config", adapter)
-    mask = reference.edit_mask(prompt, config.positions, config.groups, generated=answer)
+    # Every token sees a prefix.
+    positions = "all" if config.kind == "prefix" else config.positions
+    mask = reference.edit_mask(prompt, positions, config.groups, generated=answer)
     loss_mask = np.arange(prompt + answer) >= prompt
     tokens = rng.integers(0, vocab, prompt + answer).astype(np.int32)
     return Example(
@@ -46,7 +48,8 @@ def gradients(model, adapter, rows, *, remat="none", packed=False, attention="xl
     """Return ``(mean loss, gradient of the mean loss)`` of one adapter on rows of examples."""
     group = (Group(fold_config(adapter.config), "adamw", 1),)
     slots = empty_slots(group[0], adapter.params)
-    batch = collate([Rows(rows, 0, 0, 0)], num_rows=len(rows), max_length=256, packed=packed)
+    first = reference.prefix_length(adapter)
+    batch = collate([Rows(rows, 0, 0, 0, first)], num_rows=len(rows), max_length=256, packed=packed)
     programs = Programs(model.config, group, attention=attention, remat=remat)
     sums = sums_of(programs.accumulate(model.params, (slots.params,), None, batch, None), (slots.params,))
     count = float(sums.count_J[0])

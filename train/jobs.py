@@ -17,7 +17,9 @@ from preft_jax.adapters.init import init_adapter
 from preft_jax.errors import ConfigError
 from preft_jax.frozen import FrozenDict
 from preft_jax.loading import Model
-from train.data.batches import BatchOptions, Row, plan_epoch
+from preft_jax.prefix import text_prefix
+from train.data.batches import BatchOptions, Row, Rows, plan_epoch
+from train.data.documents import Document
 from train.data.rows import DataOptions, Example
 from train.optimizer import Numbers, OptimizerConfig, numbers
 from train.run.start import load_start
@@ -37,6 +39,7 @@ class JobConfig:
         dataset_test_split: split that is held out; None is ``test``, and of a file all of it.
         adapter: kind, rank, positions and so on of a new adapter.
         init_from: directory of an adapter to start from, in place of a new one.
+        prefix_text: what a new prefix begins as (``text_prefix``); None: a text for any task.
         asked: with ``init_from``, the fields of ``AdapterConfig`` that are asked for; others are those of the adapter
             there, see ``start.start_config``.
         optimizer: see there.
@@ -55,6 +58,7 @@ class JobConfig:
     dataset_test_split: str | None = None
     adapter: AdapterConfig = AdapterConfig()
     init_from: Path | None = None
+    prefix_text: str | None = None
     asked: Mapping[str, Any] = FrozenDict()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataOptions = DataOptions()
@@ -71,6 +75,8 @@ class JobConfig:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; give a number above 0, or max_steps")
         if self.adapter.alpha == 0:
             raise ConfigError("alpha is 0, so the adapter would do nothing; give a number above 0, or leave it out")
+        if self.prefix_text is not None and (self.init_from is not None or self.adapter.kind != "prefix"):
+            raise ConfigError("prefix_text is what a new adapter of kind 'prefix' begins as; leave it out for others")
         if self.gradient_accumulation_steps < 1:
             raise ConfigError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; give at least 1")
 
@@ -157,6 +163,14 @@ class Job:
         """Return a micro-batch's examples, row by row."""
         return [[self.examples[i] for i in row] for row in micro_batch]
 
+    def rows_in(self, slot: int, rows: Sequence[Sequence[Example | Document]], gathered: int = 0) -> Rows:
+        """Return rows of documents for a micro-batch of the job, whose adapter is in a slot.
+
+        ``gathered``: micro-batches of the next update that came before it.
+        """
+        first = self.initial.config.prefix_length
+        return Rows(rows, slot, self.config.batches.seed, self.count + gathered, first)
+
     def numbers(self) -> Numbers:
         """Return the optimizer's numbers for the next update."""
         return numbers(self.config.optimizer, float(self._rates[min(self.step, self.total_steps - 1)]))
@@ -189,13 +203,19 @@ def first_adapter(config: JobConfig, model: Model) -> Adapter:
         ConfigError: if something else is asked for than what that adapter is.
     """
     if config.init_from is None:
-        adapter = init_adapter(config.adapter, model.config, jax.random.key(config.batches.seed))
+        adapter = _new_adapter(config, model)
     else:
         adapter = load_start(config.init_from, config.asked, model)
     return dataclasses.replace(
         adapter,
         config=dataclasses.replace(adapter.config, base_model=model.name or None, base_model_digest=model.digest),
     )
+
+
+def _new_adapter(config: JobConfig, model: Model) -> Adapter:
+    if config.adapter.kind == "prefix" and model.tokenizer is not None:
+        return text_prefix(config.adapter, model, config.prefix_text)
+    return init_adapter(config.adapter, model.config, jax.random.key(config.batches.seed))
 
 
 def first_state(job: Job) -> Slots:

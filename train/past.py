@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from preft_jax.models.attention import DenseKernel
+from preft_jax.adapters.edits import PrefixKV
+from preft_jax.models.attention import DenseKernel, attend_behind
 from train.data.batches import Batch
 
 
@@ -48,11 +49,14 @@ class PastAttention:
         self._start = start
         self._segments = None if segments_BP is None or segments_BW is None else (segments_BP, segments_BW)
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, prefix: PrefixKV | None = None
+    ) -> jax.Array:
         """Attend ``q [B, W, H, C]``."""
         self.k[layer] = jax.lax.dynamic_update_slice_in_dim(self.k[layer], k, self._start, 1)
         self.v[layer] = jax.lax.dynamic_update_slice_in_dim(self.v[layer], v, self._start, 1)
-        if self.k[layer].shape[1] == q.shape[1] and window is None and self._segments is None:
+        alone = window is None and self._segments is None and prefix is None
+        if self.k[layer].shape[1] == q.shape[1] and alone:
             # The first tokens: cuDNN leaves out what a causal mask hides, and computes what another one hides.
             return self._dot_product(layer, q, is_causal=True)
         key_P = jnp.arange(self.k[layer].shape[1], dtype=jnp.int32)
@@ -62,7 +66,10 @@ class PastAttention:
             mask &= key_P > query_W1 - window
         if self._segments is not None:
             mask = mask & (self._segments[1][:, :, None] == self._segments[0][:, None, :])
-        return self._dot_product(layer, q, mask=mask[None, None] if mask.ndim == 2 else mask[:, None])
+        mask = mask[None] if mask.ndim == 2 else mask
+        if prefix is not None:
+            return attend_behind(prefix, q, self.k[layer], self.v[layer], mask, self._implementation)
+        return self._dot_product(layer, q, mask=mask[:, None])
 
     def _dot_product(self, layer: int, q: jax.Array, **masked: Any) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.

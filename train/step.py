@@ -32,7 +32,7 @@ from preft_jax.models.forward import hidden_states
 from preft_jax.models.layer import Remat
 from preft_jax.models.logprobs import token_logprobs
 from preft_jax.models.params import Params
-from preft_jax.shapes import RANK_PAGE, SITES
+from preft_jax.shapes import BANK_SITES, RANK_PAGE
 from train.data.batches import Batch
 from train.flat import Flat, flat_like, flat_params, trees_of
 from train.losses import CROSS_ENTROPY, Loss, LossInputs
@@ -167,7 +167,7 @@ class PagePlan(NamedTuple):
 def plan_pages(config: ModelConfig, groups: Sequence[Group]) -> PagePlan:
     """Number the rank pages of all slots, from 1; a slot's pages at a site follow one another, in every layer."""
     pages, columns = {}, {}
-    for site in SITES:
+    for site in BANK_SITES:
         counts = [adapter_page_counts(group.config, config).get(site, 0) for group in groups]
         own = [
             (count, group.config.groups) for count, group in zip(counts, groups, strict=True) for _ in range(group.size)
@@ -206,7 +206,7 @@ def _pools(config: ModelConfig, groups: Sequence[Group], folds: Sequence[Any], d
             jnp.concatenate([x.astype(dtype) for x in b]),
         )
 
-    edited = [site for site in SITES if any(count.get(site) for count in counts)]
+    edited = [site for site in BANK_SITES if any(count.get(site) for count in counts)]
     return [{site: pool(layer, site) for site in edited} for layer in range(config.num_hidden_layers)]
 
 
@@ -221,7 +221,7 @@ def _tiles(plan: PagePlan, batch: Batch) -> dict[str, TilePages]:
         end_NE = jnp.where(page_NE == 0, 0, tile)
         return TilePages(page_NE, jnp.zeros_like(page_NE), end_NE, jnp.asarray(plan.group_JE[site])[slot_N])
 
-    return {site: one(site) for site in SITES}
+    return {site: one(site) for site in BANK_SITES}
 
 
 def edits_by_layer(config: ModelConfig, groups: Sequence[Group], params: Sequence[Any], dtype: Any) -> list[Any]:

@@ -223,10 +223,7 @@ class Trainer:
         self._settle()
         for job, own in rows.items():
             self._check_rows(job, own, found)
-        parts = [
-            Rows(own, self.slot_of(job), job.config.batches.seed, job.count + self._gathered.get(job, 0))
-            for job, own in rows.items()
-        ]
+        parts = [job.rows_in(self.slot_of(job), own, self._gathered.get(job, 0)) for job, own in rows.items()]
         if not any(part.rows for part in parts):
             raise ConfigError("there are no rows; give each job a list of rows, and each row a list of documents")
         params = tuple(slots.params for slots in self._state)
@@ -493,6 +490,6 @@ class Trainer:
         params = tuple(slots.params for slots in self._state)
         order = sorted(examples, key=len)
         for at in range(0, len(order), size):
-            rows = Rows([[example] for example in order[at : at + size]], slot, 0, 0)
+            rows = job.rows_in(slot, [[example] for example in order[at : at + size]])
             batch = collate([rows], num_rows=size, max_length=job.config.batches.max_length, packed=False)
             yield params, self._placement.put_rows(batch)

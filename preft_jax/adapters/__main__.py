@@ -145,7 +145,7 @@ def _say_changes(old: AdapterConfig, new: AdapterConfig, to: str) -> None:
             "only the config changed, the tensors are the same: which tokens an adapter edits is not in its weights. "
             "It was trained for other positions, so check its quality or train it further"
         )
-    if to == "peft" and (new.prefill_only or new.assistant_turns == "skip"):
+    if to == "peft" and not new.prefix_length and (new.prefill_only or new.assistant_turns == "skip"):
         print(
             "warning: PEFT's format cannot hold the position rule: every reader will edit ALL tokens"
             + (" from the marker on" if new.alora_invocation_tokens else ""),

@@ -13,10 +13,15 @@ kind       site                                       A              c     B
 ``direft`` ``block``, the residual stream             wᵀ             b     r
 ``loreft`` ``block``                                  wᵀ - rᵀ        b     r
 ``edits``  any                                        a              c     b
+``prefix`` ``prefix``: learned positions, see below   kᵀ             1     v
 =========  =========================================  =============  ====  =======================
+
+A prefix is no sum: its R positions stand in front of the prompt, and every token sees their keys A and values B beside
+those of the tokens before it (``PrefixKV``). ``c`` says which positions there are: 1, and 0 in a rank page's padding.
 
 LoRA: Hu et al., arXiv 2106.09685, ``scale = alpha / rank``; rsLoRA: Kalajdzievski, arXiv 2312.03732, ``alpha /
     sqrt(rank)``.
+Prefix: Li and Liang, arXiv 2101.00190, without their reparametrisation.
 LoReFT and DiReFT: Wu et al., arXiv 2404.03592, equations 2 and 3. The rows of ``r`` are orthonormal for LoReFT and, if
 ``orthonormal`` is set, for DiReFT; the stored ``r`` is free and the fold orthonormalises it.
 """
@@ -43,7 +48,8 @@ class Adapter:
     ``params`` is ``{"layers": [{site: leaves}]}`` with one dict for each layer of the base model, empty where nothing
     is edited. Leaves are float32: ``lora_a [R, D]`` and ``lora_b [F, R]`` for LoRA (PEFT's layout); ``w [R, D]``, ``b
     [R]`` and ``r [R, D]`` for ReFT, where without shared weights the two groups' rows follow one another on the rank
-    axis.
+    axis. A prefix has ``k`` and ``v [m, K * C]``: keys as attention sees them, rotated to positions 0 to m - 1, and
+    values.
     """
 
     config: AdapterConfig

@@ -20,7 +20,7 @@ from preft_jax.adapters.pages import PackedSite
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError
 from preft_jax.models.params import AXES
-from preft_jax.shapes import RANK_PAGE, SITES
+from preft_jax.shapes import PREFIX, RANK_PAGE, SITES
 
 
 class Pools(NamedTuple):
@@ -31,15 +31,15 @@ class Pools(NamedTuple):
     b_LPRF: Array
 
 
-BLOCK_AXES = ("hidden", "hidden")
-"""The logical axes of what the site ``block`` reads and writes; a linear's are those of its weight."""
+_AXES = {**AXES, "block": ("hidden", "hidden"), PREFIX: ("kv_heads", "kv_heads")}
+"""The logical axes of what a site reads and writes: a linear's are those of its weight."""
 
 
 def bank_axes(sites: Sequence[str]) -> "Bank":
     """Return the logical axes of a bank's arrays: A is cut with what a site reads, B with what it writes."""
 
     def axes(site: str) -> Pools:
-        reads, writes = AXES.get(site, BLOCK_AXES)
+        reads, writes = _AXES[site]
         lead = ("layers", "pages")
         return Pools((*lead, reads, "rank"), (*lead, "rank"), (*lead, "rank", writes))
 

@@ -1,4 +1,4 @@
-"""The kinds that are here: LoRA, DiReFT, LoReFT, and ``edits``, whose parameters are the edit itself.
+"""The kinds that are here: LoRA, DiReFT, LoReFT, learned prefixes, and ``edits``, whose parameters are the edit itself.
 
 The table in ``adapters/adapter.py`` says what each computes. Functions take arrays of NumPy or JAX.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from preft_jax.adapters.kinds import register_kind
 from preft_jax.errors import ConfigError
-from preft_jax.shapes import LINEAR_SITES
+from preft_jax.shapes import LINEAR_SITES, PREFIX
 
 if TYPE_CHECKING:
     from kernels.types import Array
@@ -94,9 +94,23 @@ def _edits_fold(config: AdapterConfig, leaves: Leaves, scale: float) -> tuple[Ar
     return leaves["a"], leaves["c"], leaves["b"]
 
 
+def _prefix_shapes(config: AdapterConfig, d: int, f: int, rank: int) -> LeafShapes:
+    return {"k": (rank, d), "v": (rank, f)}
+
+
+def _prefix_init(config: AdapterConfig, shapes: LeafShapes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _prefix_fold(config: AdapterConfig, leaves: Leaves, scale: float) -> tuple[Array, Array, Array]:
+    xp = _namespace(leaves["k"])
+    return leaves["k"].T, xp.ones(leaves["k"].shape[0], leaves["k"].dtype), leaves["v"]
+
+
 BLOCK = ("block",)
 
 register_kind("lora", _lora_shapes, _lora_init, _lora_fold, sites=LINEAR_SITES, ranked=True, scaled=True)
 register_kind("direft", _reft_shapes, _reft_init, _direft_fold, sites=BLOCK, ranked=False, grouped=True)
 register_kind("loreft", _reft_shapes, _reft_init, _loreft_fold, sites=BLOCK, ranked=False, grouped=True)
+register_kind("prefix", _prefix_shapes, _prefix_init, _prefix_fold, sites=(PREFIX,), ranked=False)
 register_kind("edits", _edits_shapes, _edits_init, _edits_fold, ranked=True)

@@ -17,7 +17,7 @@ from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, did_you_mean, shown
 from preft_jax.frozen import FrozenDict
 from preft_jax.models.family import HF_MODULES
-from preft_jax.shapes import NUM_GROUPS
+from preft_jax.shapes import NUM_GROUPS, PREFIX
 
 MAX_RANK = 1024
 
@@ -37,8 +37,9 @@ class AdapterConfig:
     """What an adapter is and where it acts. Hashable, so that it can be a static argument of a jitted function.
 
     Attributes:
-        kind: ``lora``, ``direft``, ``loreft``, ``edits``, or one of your own (``adapters.kinds.register_kind``).
-        rank: rank of every edit that ``rank_pattern`` does not name.
+        kind: ``lora``, ``direft``, ``loreft``, ``edits``, ``prefix``, or one of your own
+            (``adapters.kinds.register_kind``).
+        rank: rank of every edit that ``rank_pattern`` does not name; a prefix's number of positions.
         alpha: LoRA's scale numerator; ``None`` means ``rank``, a scale of 1 without rsLoRA and patterns.
             Not used by ReFT.
         use_rslora: divide by the square root of the rank instead of the rank.
@@ -112,6 +113,7 @@ class AdapterConfig:
             raise ConfigError("orthonormal false is for DiReFT; LoReFT's rows are orthonormal by its definition")
         rule = parse_positions(self.positions)
         self._check_marker()
+        self._check_prefix()
         if not self.share_weights and (not kind.grouped or rule.first is None):
             raise ConfigError(
                 "share_weights false needs a ReFT kind and positions such as 'f7+l7'; "
@@ -135,6 +137,19 @@ class AdapterConfig:
                 "otherwise; give positions 'prompt' (from the marker to the prompt's end) or 'all' (generated tokens "
                 "too), or leave the marker out"
             )
+
+    def _check_prefix(self) -> None:
+        """Refuse what means nothing for learned positions, which every token of every layer sees."""
+        if not self.prefix_length:
+            return
+        for name, nothing in (("positions", "prompt"), ("layers", None), ("alora_invocation_tokens", None),
+                              ("assistant_turns", "edit"), ("dropout", 0.0)):  # fmt: skip
+            value = getattr(self, name)
+            if value != nothing:
+                raise ConfigError(
+                    f"{name} is {shown(value)}, and a learned prefix is in front of every prompt, in every layer; "
+                    f"leave {name} out"
+                )
 
     def _check_patterns(self) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
@@ -168,6 +183,11 @@ class AdapterConfig:
     def prefill_only(self) -> bool:
         """True if no generated token is edited, so that decoding is the plain base model."""
         return not parse_positions(self.positions).edits_generated
+
+    @property
+    def prefix_length(self) -> int:
+        """Learned positions in front of each prompt; 0 for adapters that edit tokens."""
+        return self.rank if PREFIX in self.targets else 0
 
     @property
     def groups(self) -> int:
@@ -234,8 +254,13 @@ def adapter_shapes(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: if the config names a layer that the model does not have, a marker outside its vocabulary, or a
-            ReFT rank wider than the model.
+            ReFT rank wider than the model; or has a prefix, which the model's sliding window would pass.
     """
+    if config.prefix_length and model.sliding_window is not None:
+        raise ConfigError(
+            f"the base model's tokens see {model.sliding_window} tokens (sliding_window), and no learned prefix beyond "
+            "them; use an adapter of another kind"
+        )
     marker = config.alora_invocation_tokens or ()
     if max(marker, default=0) >= model.vocab_size:
         raise ConfigError(

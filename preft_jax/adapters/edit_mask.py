@@ -21,6 +21,8 @@ the prompt on are edited, its own tokens included. Of a prompt that does not hol
 what is generated behind it (as PEFT's activated LoRA has it). The marker is looked for in the prompt alone, never in
 what is generated.
 
+A learned prefix edits no token, and every token sees it, generated ones too: its mask is true everywhere.
+
 A mask of one's own, in place of a rule's, is given to a request or a training document.
 
 A mask has ``NUM_GROUPS`` columns. Adapters with shared weights edit through column 0 only; adapters with their own
@@ -188,7 +190,11 @@ def sequence_edit_mask(
     if own is not None:
         if config is None:
             raise RequestError("edit_mask is given without an adapter, and so there is nothing to edit with")
+        if config.prefix_length:
+            raise RequestError("edit_mask is given, and every token sees the adapter's learned prefix; leave it out")
         mask_TG = own_mask(own, len(prompt.token_ids), "edit_mask", config.groups)
+    if config is not None and config.prefix_length:
+        return extend_edit_mask(mask_TG, num_generated, "all")
     unmarked = config is not None and config.alora_invocation_tokens is not None and not mask_TG.any()
     positions = "prompt" if config is None or unmarked else config.positions
     return extend_edit_mask(mask_TG, num_generated, positions)

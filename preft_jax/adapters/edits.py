@@ -2,6 +2,7 @@
 
 All have ``apply(layer, sites, x, ys)``: ``ys`` are the un-edited outputs of ``sites``, which all read ``x``; the
 edited outputs come back. At ``block``, x and y are the same array: every edit reads it before any is added.
+``prefix(layer, dtype)`` gives attention what it is to see in front of each row.
 """
 
 import itertools
@@ -16,7 +17,19 @@ from kernels.types import PagePool, Site, TilePages
 from kernels.xla.lowrank import few_pages
 from preft_jax.adapters.bank import Bank
 from preft_jax.adapters.fold import LowRankEdit
-from preft_jax.shapes import NUM_GROUPS, SITES, check_axes
+from preft_jax.shapes import NUM_GROUPS, PREFIX, SITES, check_axes
+
+
+class PrefixKV(NamedTuple):
+    """Learned keys and values in front of each row of a batch, ``k`` and ``v [B, M, K * C]``.
+
+    A query sees those of ``mask_BSM`` beside the keys that it sees in any case; M is padded. Keys are as attention sees
+    them, rotated to the positions 0, 1, ..., and the row's own tokens have the positions behind them.
+    """
+
+    k_BMF: jax.Array
+    v_BMF: jax.Array
+    mask_BSM: jax.Array
 
 
 class Edits(Protocol):
@@ -26,6 +39,10 @@ class Edits(Protocol):
         """Return ``ys`` with the edits of ``sites`` added."""
         ...
 
+    def prefix(self, layer: int, dtype: Any) -> PrefixKV | None:
+        """Return learned keys and values; None where there are none, or the KV cache holds them."""
+        ...
+
 
 class NoEdits(NamedTuple):
     """The plain base model."""
@@ -33,6 +50,10 @@ class NoEdits(NamedTuple):
     def apply(self, layer: int, sites: Sequence[str], x: jax.Array, ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Return ``ys``."""
         return ys
+
+    def prefix(self, layer: int, dtype: Any) -> PrefixKV | None:
+        """Return None: what there is is in the KV cache."""
+        return None
 
 
 class PackedEdits(NamedTuple):
@@ -53,6 +74,10 @@ class PackedEdits(NamedTuple):
         for (site, at), s_TER in zip(held.items(), shrunk, strict=True):
             out[site] = api.expand(s_TER, out[site], *at)
         return tuple(out[site] for site in sites)
+
+    def prefix(self, layer: int, dtype: Any) -> PrefixKV | None:
+        """Return None: what there is is in the KV cache."""
+        return None
 
 
 class RowEdits(NamedTuple):
@@ -77,6 +102,10 @@ class RowEdits(NamedTuple):
             pools.append(pool)
             pages.append(page_BE)
         return api.decode_edit(x, y_BW, pools, pages, columns=[column for _, column in held])
+
+    def prefix(self, layer: int, dtype: Any) -> PrefixKV | None:
+        """Return None: what there is is in the KV cache."""
+        return None
 
     def _at(self, layer: int, site: str) -> tuple[PagePool, jax.Array]:
         page_BE = self.pages[site]
@@ -149,6 +178,16 @@ class FoldedEdits(NamedTuple):
 
         return tuple(one(site, y) for site, y in zip(sites, ys, strict=True))
 
+    def prefix(self, layer: int, dtype: Any) -> PrefixKV | None:
+        """Return the adapter's keys and values, the same for each row."""
+        edit = self.folded["layers"][layer].get(PREFIX)
+        if edit is None:
+            return None
+        k_BMF, v_BMF = (
+            jnp.broadcast_to(x.astype(dtype), (self.mask_BSG.shape[0], *x.shape)) for x in (edit.a_DR.T, edit.b_RF)
+        )
+        return PrefixKV(k_BMF, v_BMF, jnp.asarray(self.mask_BSG)[:, :, :1] & (edit.c_R > 0))
+
     def _edit(self, edit: LowRankEdit, x: jax.Array, y: jax.Array) -> jax.Array:
         s = jnp.einsum("bsd,dr->bsr", x, edit.a_DR.astype(x.dtype), preferred_element_type=jnp.float32) + edit.c_R
         s = jnp.where(jnp.asarray(self.mask_BSG)[..., edit.group_R], s, 0.0)
@@ -195,3 +234,17 @@ class RowsEdits(NamedTuple):
             y = out[site]
             out[site] = api.expand(s_TER, y.reshape(-1, y.shape[2]), *at[site]).reshape(y.shape)
         return tuple(out[site] for site in sites)
+
+    def prefix(self, layer: int, dtype: Any) -> PrefixKV | None:
+        """Return each row's keys and values, of the pages on the list of its first tile."""
+        pool = self.pools[layer].get(PREFIX)
+        if pool is None:
+            return None
+        rows = self.mask_BSG.shape[0]
+        page_NE = self.tiles[PREFIX].page_NE
+        page_BE = page_NE.reshape(rows, -1, page_NE.shape[1])[:, 0]
+        k_BMF, v_BMF = (
+            x.reshape(rows, -1, x.shape[-1]).astype(dtype) for x in (pool[0][page_BE].swapaxes(2, 3), pool[2][page_BE])
+        )
+        there_BM = pool[1][page_BE].reshape(rows, -1) > 0
+        return PrefixKV(k_BMF, v_BMF, jnp.asarray(self.mask_BSG)[:, :, :1] & there_BM[:, None])

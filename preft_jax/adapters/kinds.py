@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from preft_jax.errors import ConfigError, did_you_mean, shown
-from preft_jax.shapes import SITES
+from preft_jax.shapes import BANK_SITES, PREFIX, SITES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,7 +116,8 @@ def register_kind(
         shapes: of a site's parameters.
         init: of them.
         fold: of them.
-        sites: where it may act.
+        sites: where it may act; ``("prefix",)`` alone: what it folds to are keys and values (see ``PrefixKV``), with
+            ``c`` all ones.
         targets: where it acts if a config does not say; empty: at all of ``sites``.
         ranked: whether ``rank_pattern`` is allowed.
         scaled: whether ``alpha`` and its like are allowed.
@@ -133,8 +134,12 @@ def register_kind(
     for what, function in (("shapes", shapes), ("init", init), ("fold", fold)):
         if not callable(function):
             raise ConfigError(f"{what} of the kind {name!r} is {shown(function)}; give a function")
+    if PREFIX in sites and len(sites) > 1:
+        raise ConfigError(
+            f"the kind {name!r} is to act at {PREFIX!r} and elsewhere; give sites ({PREFIX!r},), or others"
+        )
     for site in (*sites, *targets):
-        allowed = SITES if site in sites else sites
+        allowed = BANK_SITES if site in sites else sites
         if site not in allowed:
             raise ConfigError(f"unknown site {shown(site)}{did_you_mean(str(site), allowed)}; {', '.join(allowed)}")
     kind = Kind(

@@ -3,7 +3,8 @@
 For LoRA this is Hugging Face PEFT's layout, which PEFT reads and writes, plus a ``preft`` object in the config that
 holds what PEFT has no keys for: ``version``, ``kind``, ``positions``, ``assistant_turns``, ``base_model_digest``. A
 PEFT adapter with neither it nor its mark (``peft_mark``) edits every token. Other kinds use the same two files with
-tensors named ``layers.{i}.{site}.{leaf}`` (``layers.0.block.w``) and no ``peft_type``.
+tensors named ``layers.{i}.{site}.{leaf}`` (``layers.0.block.w``) and no ``peft_type``; a learned prefix may be PEFT's,
+too (``peft_prefix``).
 
 A save is atomic, see ``file_pair``. A directory may be anybody's: ``adapter_limits`` says how much of it is read, and
 its tensors are read once the file's header names exactly those of the config, in the shapes that fit.
@@ -26,12 +27,14 @@ from preft_jax.adapters.config import PEFT_MODULES, AdapterConfig, adapter_shape
 from preft_jax.adapters.kinds import KINDS, Kind, find_kind
 from preft_jax.config import ModelConfig
 from preft_jax.errors import AdapterError, ConfigError, check_type, did_you_mean, plain, reject_unknown, shown
+from preft_jax.io import peft_prefix
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.io.file_pair import ADVICE, CONFIG_FILE, TENSORS_FILE, open_pair, write_pair
 from preft_jax.io.peft_config import BASE_MODEL_KEY, MARKER_KEY, config_from_peft, peft_from_config, peft_pattern
 from preft_jax.io.peft_mark import check_mark, mark_of, preft_of
 from preft_jax.io.safetensors_io import serialize_safetensors
 from preft_jax.io.tensor_checks import Shape, check_finite, check_tensors
+from preft_jax.shapes import PREFIX
 
 FORMAT_VERSION = 1
 """Version of the ``preft`` object."""
@@ -111,7 +114,7 @@ def save_adapter(
     Args:
         path: the directory; made if it does not exist.
         adapter: parameters are stored in their own dtype: float32, float16 or bfloat16.
-        format: ``preft`` restores the same adapter, bit for bit. ``peft`` (LoRA only) leaves out the ``preft`` object.
+        format: ``preft`` restores the same adapter, bit for bit. ``peft`` (LoRA and prefixes) is PEFT's alone.
         allow_prefill_only_as_peft: write a prefill-only adapter as ``peft`` although every tool, this one included,
             will then apply it to all tokens.
         base_model: name of the base model to write, in place of the config's.
@@ -131,11 +134,15 @@ def save_adapter(
         _check_peft_can_hold(config, allow_prefill_only_as_peft)
     contents = _contents(config, with_preft=format == "preft")
     tensors = _tensors(config, adapter.params)
+    if format == "peft" and config.kind == "prefix":
+        contents, tensors = peft_prefix.contents_of_prefix(config), peft_prefix.tensors_of_prefix(adapter.params)
     text = json.dumps(contents, indent=2, allow_nan=False) + "\n"
     write_pair(Path(path), text.encode(), serialize_safetensors(tensors, {"format": "pt"}))
 
 
 def _check_peft_can_hold(config: AdapterConfig, allow_prefill_only: bool) -> None:
+    if config.kind == "prefix":
+        return
     if config.kind != "lora":
         raise AdapterError(f"PEFT has no {config.kind} adapters; save with format 'preft'")
     if (config.prefill_only or config.assistant_turns == "skip") and not allow_prefill_only:
@@ -225,6 +232,8 @@ def _read(path: Path, model: ModelConfig | None, limits: AdapterLimits) -> Adapt
     with open_pair(path, limits) as (raw, file):
         contents = _parse_json(raw, where)
         _check_lengths(contents, limits, str(where))
+        if contents.get("peft_type") == peft_prefix.PEFT_TYPE:
+            return _read_prefix(path, contents, file, model, limits)
         depth = _depth(contents, file.entries, limits, where) if model is None else model.num_hidden_layers
         config = _config(contents, num_layers=depth, depth_known=model is not None, where=str(where))
         check_mark(contents, str(where))
@@ -238,6 +247,21 @@ def _read(path: Path, model: ModelConfig | None, limits: AdapterLimits) -> Adapt
     for name, (layer, site, leaf) in names.items():
         layers[layer].setdefault(site, {})[leaf] = tensors[name].astype(np.float32)
     return Adapter(config, {"layers": layers})
+
+
+def _read_prefix(
+    path: Path, contents: Mapping[str, Any], file: Any, model: ModelConfig | None, limits: AdapterLimits
+) -> Adapter:
+    """Read a learned prefix as PEFT has one."""
+    where = str(path / CONFIG_FILE)
+    config = peft_prefix.config_of_prefix(contents, where)
+    _check_ranks(config, {"": (0, PREFIX, "")}, limits, where)
+    shape = peft_prefix.prefix_shape(config, contents, model, limits.max_layers, where)
+    check_tensors(str(path / TENSORS_FILE), {peft_prefix.TENSOR: shape}, file.entries)
+    tensors = file.read()
+    check_finite(str(path / TENSORS_FILE), tensors)
+    depth = contents["num_layers"] if model is None else model.num_hidden_layers
+    return peft_prefix.prefix_adapter(config, tensors[peft_prefix.TENSOR], depth, where)
 
 
 def _parse_json(raw: bytes, where: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from preft_jax.adapters.edits import Edits
+from preft_jax.adapters.edits import Edits, PrefixKV
 from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, shown
 from preft_jax.models.forward import edits_of, hidden_states
@@ -32,6 +32,10 @@ class _Collecting:
                 if name in self._names:
                     self.found[name] = value
         return edited
+
+    def prefix(self, layer: int, dtype: Any) -> PrefixKV | None:
+        """See ``Edits.prefix``."""
+        return self._edits.prefix(layer, dtype)
 
 
 def activations(

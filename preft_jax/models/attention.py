@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import api
+from preft_jax.adapters.edits import PrefixKV
 from preft_jax.models.cache import NO_SLOT, KVCache, write_kv
 from preft_jax.models.places import Decoding, Mixed, Packed, Places
 
@@ -18,8 +19,14 @@ DenseKernel = Literal["xla", "cudnn"]
 class Attention(Protocol):
     """What a layer of the model knows of attention: it gives rotated queries and keys, and values, and gets the mix."""
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
-        """Return the attention output in the shape of ``q``; ``window``: most keys that a query sees, None for all."""
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, prefix: PrefixKV | None = None
+    ) -> jax.Array:
+        """Return the attention output in the shape of ``q``.
+
+        ``window``: most keys that a query sees, None for all. ``prefix``: learned keys and values in front of each row;
+        there are none beside a window, nor where a cache holds them.
+        """
         ...
 
 
@@ -33,8 +40,11 @@ class PagedAttention:
         packed = places.packed if isinstance(places, Mixed) else places
         self._packed = _rows_packed(packed, cache.page_size) if isinstance(packed, Decoding) else packed
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, prefix: PrefixKV | None = None
+    ) -> jax.Array:
         """Attend queries ``q [T, H, C]`` to their sequences' cached keys."""
+        assert prefix is None, "learned keys and values are in the cache"
         packed = self._attend(layer, self._packed, q, k, v, window)
         if self._rows is None or not isinstance(self._places, Mixed):
             return packed
@@ -75,8 +85,13 @@ class DenseAttention(NamedTuple):
     mask_BSS: jax.Array | None
     implementation: DenseKernel = "xla"
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, prefix: PrefixKV | None = None
+    ) -> jax.Array:
         """Attend ``q [B, S, H, C]`` to ``k, v [B, S, K, C]``."""
+        if prefix is not None:
+            mask_BSS = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None] if self.mask_BSS is None else self.mask_BSS
+            return attend_behind(prefix, q, k, v, mask_BSS, self.implementation)
         mask = None if self.mask_BSS is None else self.mask_BSS[:, None]
         local = None
         if window is not None and mask is not None:
@@ -87,6 +102,21 @@ class DenseAttention(NamedTuple):
             return jax.nn.dot_product_attention(
                 q, k, v, mask=mask, is_causal=mask is None, local_window_size=local, implementation=self.implementation
             )
+
+
+def attend_behind(
+    prefix: PrefixKV, q: jax.Array, k: jax.Array, v: jax.Array, mask_BSS: jax.Array, implementation: DenseKernel
+) -> jax.Array:
+    """Attend ``q [B, S, H, C]`` to learned keys and values, and to ``k, v [B, P, K, C]`` where ``mask [B, S, P]`` is.
+
+    The batch of the mask may be 1.
+    """
+    rows, size = prefix.mask_BSM.shape[:2]
+    learned = (x.reshape(*x.shape[:2], *k.shape[2:]) for x in prefix[:2])
+    k, v = (jnp.concatenate([front, own], axis=1) for front, own in zip(learned, (k, v), strict=True))
+    mask = jnp.concatenate([prefix.mask_BSM, jnp.broadcast_to(mask_BSS, (rows, size, mask_BSS.shape[2]))], axis=2)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
 
 
 def _within(window: int, size: int) -> jax.Array:

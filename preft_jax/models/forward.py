@@ -273,7 +273,8 @@ def hidden_states(
         tokens_BS: int32.
         edits: how adapters act on the batch.
         segments_BS: int32 document ids of packed rows, 0 for padding; None means one document a row, from its start.
-        positions_BS: int32; None counts from 0 in each row. Packed documents restart theirs.
+        positions_BS: int32; None counts from 0 in each row, or behind a learned prefix. Packed documents
+            restart theirs.
         attention: implementation of ``jax.nn.dot_product_attention``: ``xla`` or ``cudnn``.
         remat: what the backward pass computes again instead of finding it in memory, see ``Remat``.
 
@@ -286,7 +287,10 @@ def hidden_states(
     """
     _check_rows(config, params, tokens_BS, segments_BS, positions_BS)
     if positions_BS is None:
-        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        front = edits.prefix(0, params["embed"].dtype)
+        first = 0 if front is None else front.k_BMF.shape[1]
+        place_S = jnp.arange(first, first + tokens_BS.shape[1], dtype=jnp.int32)
+        positions_BS = jnp.broadcast_to(place_S, tokens_BS.shape)
     layers = PlainLayers(config, rope_table(config, positions_BS), dense_attention(segments_BS, attention), edits)
     return hidden(layers, params, tokens_BS, remat=remat)
 
@@ -310,7 +314,8 @@ def forward(
         folded: ``fold(adapter)``; None for the base model.
         edit_mask_BSG: bool, which tokens are edited; required with ``folded``.
         segments_BS: int32 document ids of packed rows, 0 for padding; None means one document a row.
-        positions_BS: int32; None counts from 0 in each row. Packed documents restart theirs.
+        positions_BS: int32; None counts from 0 in each row, or behind a learned prefix. Packed documents
+            restart theirs.
 
     Returns:
         float32 ``logits_BSV``.

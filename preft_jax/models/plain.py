@@ -56,8 +56,9 @@ class PlainLayers:
             q = rms_norm(q, w["q_norm"], self._config.rms_norm_eps)
             k = rms_norm(k, w["k_norm"], self._config.rms_norm_eps)
         mixed = self._attention.attend(
-            layer, rotate(q, self._rope), rotate(k, self._rope), v, self._config.sliding_window
-        )
+            layer, rotate(q, self._rope), rotate(k, self._rope), v, self._config.sliding_window,
+            self._edits.prefix(layer, k.dtype),
+        )  # fmt: skip
         return checkpoint_name(mixed.reshape(*mixed.shape[:-2], -1), SAVED)
 
     def gate(self, layer: int, w: Params, gate_up: tuple[jax.Array, ...]) -> jax.Array:

@@ -21,7 +21,7 @@ from serve.engine.outputs import Sample
 from serve.engine.pages import PageManager
 from serve.engine.prefix import PageKeys, adapter_salt, cache_salt
 from serve.engine.request import Request
-from serve.engine.sequence import Sequence, Status
+from serve.engine.sequence import NO_TOKEN, Sequence, Status
 from serve.store.names import Registered
 
 _log = logging.getLogger("preft.engine")
@@ -80,11 +80,13 @@ class Admission:
             RequestError, AdapterError: if it can never be served.
         """
         prompt, sampling, model = request.token_ids, request.sampling, self._model.config
-        longest = len(prompt) + request.max_tokens
+        prefix = 0 if request.adapter is None else request.adapter.config.prefix_length
+        longest = prefix + len(prompt) + request.max_tokens
         if longest > self._config.max_model_len:
+            behind = f" behind a learned prefix of {prefix}" if prefix else ""
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}: together more than "
-                f"max_model_len {self._config.max_model_len}; shorten the prompt, or raise max_model_len"
+                f"the prompt has {len(prompt)} tokens{behind} and max_tokens is {request.max_tokens}: together more "
+                f"than max_model_len {self._config.max_model_len}; shorten the prompt, or raise max_model_len"
             )
         if longest > self._pages.num_pages * self._pages.page_size:
             raise RequestError(
@@ -121,8 +123,9 @@ class Admission:
                 tenant=request.tenant,
                 order=request_id,
                 priority=request.priority,
-                tokens=list(prompt),
-                prompt_len=len(prompt),
+                tokens=[NO_TOKEN] * prefix + list(prompt),
+                prompt_len=prefix + len(prompt),
+                prefix=prefix,
                 mask=mask,
                 max_tokens=request.max_tokens,
                 stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
@@ -131,21 +134,24 @@ class Admission:
                 logprobs=request.logprobs,
                 adapter=digest,
                 entries=entries,
-                all_token=bool(mask[len(prompt) :].any()),
+                all_token=not prefix and bool(mask[len(prompt) :].any()),
                 keys=keys,
                 score=request.prompt_logprobs is not None and index == 0,
                 status=Status.FORKING if index else Status.NEW,
             )
             sequences.append(sequence)
         sequences[0].followers = sequences[1:]
-        sequences[0].page_keys(len(prompt) - 1)  # Hashed now, and not for many sequences in one step.
+        sequences[0].page_keys(prefix + len(prompt) - 1)  # Hashed now, and not for many sequences in one step.
         return sequences
 
     def _mask(self, request: Request) -> np.ndarray:
-        """Return which tokens are edited, those that may be generated included."""
+        """Return which tokens are edited, those that may be generated included; with a learned prefix, all."""
         assert isinstance(request.prompt, EncodedPrompt)
         config = None if request.adapter is None else request.adapter.config
-        return sequence_edit_mask(request.prompt, config, request.max_tokens, own=request.edit_mask)
+        mask_TG = sequence_edit_mask(request.prompt, config, request.max_tokens, own=request.edit_mask)
+        if config is None or not config.prefix_length:
+            return mask_TG
+        return np.concatenate([np.repeat(mask_TG[:1], config.prefix_length, axis=0), mask_TG])
 
     def _note_marker(self, request: Request) -> None:
         """Count a prompt that lacks its adapter's marker, and log it once for each adapter."""
@@ -200,7 +206,8 @@ class Admission:
                 f"{', '.join(engine.bank_sites)}; name them in bank_sites (a server's --bank-sites)"
             )
         most, most_served = max(counts.values(), default=0), engine.tile_entries or 1
-        if most > most_served:
+        entries = 0 if config.prefix_length else most
+        if entries > most_served:
             raise AdapterError(
                 f"the adapter takes {most} rank pages of 16 and the engine serves up to {most_served}; raise "
                 "max_rank (a server's --max-lora-rank), or use an adapter of lower rank"
@@ -210,4 +217,4 @@ class Admission:
                 f"the adapter takes {most} rank pages and the bank has {engine.bank_pages - 1}; raise bank_pages (a "
                 "server's --bank-pages)"
             )
-        return most
+        return entries

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from preft_jax.adapters.allocator import AdapterPages
-from preft_jax.models.batch import PrefillBatch, Span, pack_prefill, pack_rows, rows_of
+from preft_jax.models.batch import PrefillBatch, Span, pack_prefill, pack_rows, rows_of, slots_of
+from preft_jax.models.cache import NO_SLOT
 from preft_jax.sampling.arrays import PlainSampling, SamplingArrays, sampling_arrays
 from preft_jax.sampling.parameters import is_penalised, is_plain
+from preft_jax.shapes import PREFIX, RANK_PAGE, SITES
 from serve.engine.config import EngineConfig
 from serve.engine.plan import Chunk, Step
 from serve.engine.programs import Picks, Rows
@@ -43,6 +45,7 @@ class Arrays:
         put: Callable[[Any], Any] = jax.device_put,
     ):
         self._config = config
+        self._sites = tuple(site for site in config.bank_sites if site in SITES)
         self._table_width = table_width
         self._prefill_rows = prefill_rows
         self._draws_plainly = draws_plainly
@@ -62,7 +65,7 @@ class Arrays:
             page_size=config.page_size or 1,
             tile=config.tile,
             min_entries=config.tile_entries or 1,
-            sites=config.bank_sites,
+            sites=self._sites,
             starts=[chunk.at for chunk in chunks],
         )
 
@@ -73,6 +76,22 @@ class Arrays:
             tokens = chunk.sequence.tokens[chunk.start + 1 : chunk.end + 1]
             next_T[chunk.at : chunk.at + len(tokens)] = tokens
         return next_T
+
+    def prefixes(self, chunks: Many[Chunk], place: Place) -> tuple[np.ndarray, np.ndarray]:
+        """Return the learned positions that are written before chunks, in rank pages.
+
+        int32 ``[E]`` rank pages and ``[E, RANK_PAGE]`` slots, ``NO_SLOT`` where a position is in the cache already.
+        """
+        pages: list[int] = []
+        slots: list[np.ndarray] = []
+        for chunk in (chunk for chunk in chunks if chunk.prefix):
+            sequence, rank_pages = chunk.sequence, place(chunk.sequence)[PREFIX].pages
+            slot_T = np.full(len(rank_pages) * RANK_PAGE, NO_SLOT, np.int32)
+            positions = np.asarray(chunk.prefix)
+            slot_T[positions] = slots_of(positions, sequence.pages, self._config.page_size or 1)
+            pages += rank_pages
+            slots.append(slot_T.reshape(-1, RANK_PAGE))
+        return np.asarray(pages, np.int32), np.concatenate(slots or [np.zeros((0, RANK_PAGE), np.int32)])
 
     # Rows
 
@@ -89,7 +108,7 @@ class Arrays:
         places: list[AdapterPages] = [place(s) if s.all_token and _runs(s) else {} for s in sequences]
         empty: list[AdapterPages] = [{}] * (size - len(places))
         entries = self._config.tile_entries or 1
-        return pack_rows([*places, *empty], min_entries=entries, sites=self._config.bank_sites)
+        return pack_rows([*places, *empty], min_entries=entries, sites=self._sites)
 
     def picks(self, sequences: Many[Sequence], index: Many[int], fresh: Many[bool], size: int) -> Picks:
         """Return who draws, each from its row ``index`` of the logits; those that are ``fresh`` draw their first token.

@@ -124,6 +124,7 @@ class Starter:
         return Prepared(step, copies, functools.partial(self._mixed, step, first, tokens, packed))
 
     def _mixed(self, step: Step, first: int, tokens: int, packed: Packed) -> Call:
+        self._write_prefixes(step)
         self._observer.calling("mixed", step.sequences)
         self._runner.mixed(tokens, packed)
         self._copy_forks(step)
@@ -137,6 +138,7 @@ class Starter:
 
     def _prefill(self, step: Step, tokens: int, packed: Packed, scored: bool) -> Call:
         scores = None
+        self._write_prefixes(step)
         self._observer.calling("score" if scored else "prefill", step.sequences)
         if scored:
             done, scores = self._runner.score(packed)
@@ -150,6 +152,12 @@ class Starter:
             picks = self._arrays.picks(sequences, index, fresh, size)
             parts.append(Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)]))
         return Call(step=step, parts=parts, done=done, scores=scores)
+
+    def _write_prefixes(self, step: Step) -> None:
+        begun = [chunk.sequence for chunk in step.chunks if chunk.prefix]
+        if begun:
+            self._observer.calling("write_prefix", begun)
+            self._runner.write_prefixes(*self._arrays.prefixes(step.chunks, self._place))
 
     def _copy_forks(self, step: Step) -> None:
         copies = [fork.copy for fork in step.forks if fork.copy is not None]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from preft_jax.errors import ConfigError, shown
-from preft_jax.shapes import ADAPTER_DTYPES, DTYPES, KV_DTYPES, RANK_PAGE, SITES
+from preft_jax.shapes import ADAPTER_DTYPES, BANK_SITES, DTYPES, KV_DTYPES, RANK_PAGE, SITES
 
 _DTYPES = {"kv_dtype": KV_DTYPES, "bank_dtype": DTYPES, "adapter_dtype": ADAPTER_DTYPES}
 
@@ -14,7 +14,7 @@ class EngineConfig:
 
     Attributes:
         max_num_seqs: sequences that run together.
-        max_model_len: prompt plus generated tokens of one sequence.
+        max_model_len: prompt plus generated tokens of one sequence, learned positions in front of it included.
         page_size: tokens of a KV page (16 on a CPU, else 64).
         num_kv_pages: pages of the KV cache (room for ``max_num_seqs`` full sequences, or what
             ``memory_utilization`` leaves).
@@ -26,8 +26,8 @@ class EngineConfig:
         tile_entries: rank pages that one list may hold (as many as ``max_rank`` takes); every tile pays for all.
         max_rank: largest rank of an adapter, over its position groups together.
         bank_pages: rank pages for each layer and site, the null page included; 1: no adapters.
-        bank_sites: what adapters may edit, of q, k, v, o, gate, up, down and block (all); what none edits leaves its
-            memory to the KV cache.
+        bank_sites: what adapters may edit, of q, k, v, o, gate, up, down and block (all of these), and ``prefix`` for
+            learned prefixes (one program more); what none edits leaves its memory to the KV cache.
         all_token: whether all-token adapters are served (one program more).
         kv_dtype: of the KV cache: ``float32``, ``bfloat16``, ``float16`` or ``fp8`` (that of the weights).
         bank_dtype: of rank pages in the bank: one of the first three (that of the weights).
@@ -73,9 +73,9 @@ class EngineConfig:
                 if not isinstance(value, int | float) or not 0 < value <= 1:
                     raise ConfigError(f"memory_utilization is {shown(value)}; it must be above 0 and at most 1")
             elif field.name == "bank_sites":
-                if not isinstance(value, tuple | list) or not value or any(site not in SITES for site in value):
-                    raise ConfigError(f"bank_sites is {shown(value)}; give a tuple of some of {', '.join(SITES)}")
-                object.__setattr__(self, field.name, tuple(site for site in SITES if site in value))
+                if not isinstance(value, tuple | list) or not value or any(site not in BANK_SITES for site in value):
+                    raise ConfigError(f"bank_sites is {shown(value)}; give a tuple of some of {', '.join(BANK_SITES)}")
+                object.__setattr__(self, field.name, tuple(site for site in BANK_SITES if site in value))
             elif field.name in _DTYPES:
                 allowed = _DTYPES[field.name]
                 if value is not None and value not in allowed:

@@ -24,8 +24,8 @@ class Observer:
         """A step was started behind those under way, oldest first."""
 
     def calling(self, operation: str, sequences: Many[Sequence]) -> None:
-        """A program is about to be called for sequences: prefill, score, mixed, decode,
-        decode_adapted, draw, or copy_pages.
+        """A program is about to be called for sequences: prefill, score, mixed, decode, decode_adapted, draw,
+        copy_pages, or write_prefix.
         """
 
     def copying(self, digests: Many[str]) -> None:

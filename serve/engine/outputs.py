@@ -95,7 +95,7 @@ def _tops(drawn: Drawn, row: int, new: Delta, count: int) -> list[TokenLogprobs]
 def keep_scores(sample: Sample, chunk: Chunk, scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     """Note the log-probabilities of the prompt tokens after each token of a chunk."""
     sequence = chunk.sequence
-    kept: list[TokenLogprobs | None] = [None] if chunk.start == 0 else sample.prompt_scores or [None]
+    kept: list[TokenLogprobs | None] = [None] if chunk.start == sequence.prefix else sample.prompt_scores or [None]
     sample.prompt_scores = kept
     logprob_T, token_TE, top_logprob_TE = scores
     for n in range(chunk.end - chunk.start):

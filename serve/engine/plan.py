@@ -19,6 +19,12 @@ class Chunk:
     at: int
     samples: bool
 
+    @property
+    def prefix(self) -> range:
+        """Positions of a learned prefix that are written before it: those that no page in the cache has."""
+        sequence = self.sequence
+        return range(sequence.computed if self.start == sequence.prefix else sequence.prefix, sequence.prefix)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:

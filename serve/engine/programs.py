@@ -1,9 +1,9 @@
 """The engine's device programs: pure functions, jitted and compiled by ``serve.engine.runner``.
 
-At most ten, each compiled for one shape: prefill for up to three token counts, decode for one or two row counts, decode
-for all-token adapters, drawing of tokens (with and without all that a request may ask for), copying of forked KV pages,
-writing of rank pages in two forms, and prefill that scores its tokens. Logits pass from prefill and decode to drawing
-in one buffer with as many rows as ever draw together.
+At most eleven, each compiled for one shape: prefill for up to three token counts, decode for one or two row counts,
+decode for all-token adapters, drawing of tokens (with and without all that a request may ask for), copying of forked KV
+pages, writing of rank pages in two forms and of learned prefixes, and prefill that scores its tokens. Logits pass from
+prefill and decode to drawing in one buffer with as many rows as ever draw together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from preft_jax.config import ModelConfig
 from preft_jax.device.packed import Packed
 from preft_jax.models import forward
 from preft_jax.models.batch import DecodeBatch, PrefillBatch
-from preft_jax.models.cache import KVCache
+from preft_jax.models.cache import KVCache, write_kv
 from preft_jax.models.params import Params
 from preft_jax.sampling.arrays import PlainSampling, SamplingArrays
 from preft_jax.sampling.device import sample, sample_plain
 from preft_jax.sampling.logits import History
 from preft_jax.sampling.parameters import MAX_LOGPROBS
 from preft_jax.sampling.rows import DecodeState, Drawn, advance, remember, tops_if
-from preft_jax.shapes import LINEAR_SITES, SITES
+from preft_jax.shapes import BANK_SITES, LINEAR_SITES, PREFIX
 
 
 def compiler_options() -> dict[str, Any] | None:
@@ -286,15 +286,32 @@ def copy_pages(cache: KVCache, source_M: jax.Array, target_M: jax.Array) -> KVCa
     return KVCache([pool.at[target_M].set(pool[source_M], mode="drop") for pool in cache.kv])
 
 
+def write_prefix(
+    config: ModelConfig, dtype: Any, bank: Bank, cache: KVCache, page_E: jax.Array, slot_EI: jax.Array
+) -> KVCache:
+    """Write learned keys and values to the KV cache, in every layer.
+
+    ``page_E``: rank pages at ``prefix``; ``slot_EI``: the slot of each of their positions, past the pools where it is
+    not written. ``dtype``: of keys and values that a layer computes.
+    """
+    pools, heads = bank.sites[PREFIX], (-1, config.num_key_value_heads, config.head_dim)
+    written = []
+    for layer, pool in enumerate(cache.kv):
+        k_TKC = pools.a_LPDR[layer, page_E].swapaxes(1, 2).reshape(heads).astype(dtype)
+        v_TKC = pools.b_LPRF[layer, page_E].reshape(heads).astype(dtype)
+        written.append(write_kv(pool, slot_EI.reshape(-1), k_TKC, v_TKC))
+    return KVCache(written)
+
+
 def _row_of(bank: Bank) -> dict[str, int]:
     """Return which row of page ids is a site's; a jitted program's dicts are sorted by name."""
-    return {site: row for row, site in enumerate(site for site in SITES if site in bank.sites)}
+    return {site: row for row, site in enumerate(site for site in BANK_SITES if site in bank.sites)}
 
 
 def write_slabs(bank: Bank, slabs: Mapping[str, Sequence[jax.Array]], page_SK: jax.Array) -> Bank:
     """Write rank pages in all layers: at each site K slabs, each to its page of ``page_SK``, int32.
 
-    ``page_SK`` has a row for each site of the bank, in the order of ``SITES``. A slab of zeros for page 0 writes
+    ``page_SK`` has a row for each site of the bank, in the order of ``BANK_SITES``. A slab of zeros for page 0 writes
     nothing: that page is null.
     """
     written = {

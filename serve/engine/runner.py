@@ -26,10 +26,10 @@ from preft_jax.errors import ConfigError
 from preft_jax.loading import Model, serving_params
 from preft_jax.models import fused
 from preft_jax.models.batch import bucket, round_up
-from preft_jax.models.cache import KVCache, cache_axes, init_cache, pages_for
+from preft_jax.models.cache import NO_SLOT, KVCache, cache_axes, init_cache, pages_for
 from preft_jax.sampling.arrays import PlainSampling, SamplingArrays
 from preft_jax.sampling.rows import Drawn
-from preft_jax.shapes import KV_DTYPES
+from preft_jax.shapes import KV_DTYPES, PREFIX, RANK_PAGE
 from serve.engine import memory
 from serve.engine import programs as device
 from serve.engine.arrays import Arrays, constants_of
@@ -43,6 +43,9 @@ _log = logging.getLogger("preft.engine")
 
 COPIES = 8
 """KV pages that one call copies."""
+
+PREFIX_PAGES = 4
+"""Rank pages of learned prefixes that one call writes to the KV cache."""
 
 WRITES = 8
 """Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
@@ -65,6 +68,7 @@ class Runner:
             _log.log(level, "layers run over plain operations, not over fused kernels: %s", reason)
         self.table_width = pages_for(config.max_model_len, config.page_size or 1)
         self._adapters = config.bank_pages > 1
+        self._has_prefixes = self._adapters and PREFIX in config.bank_sites
         self._writes = 1 if jax.default_backend() == "cpu" else WRITES
         # Rank pages that may be copied ahead: those of a prefill call, fewer where memory is short.
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
@@ -251,6 +255,8 @@ class Runner:
         for tokens in self.mixed_counts:
             traces[f"mixed-{tokens}"] = functools.partial(self._trace_mixed, tokens)
         traces["copy-pages"] = self._trace_copy
+        if self._has_prefixes:
+            traces["write-prefix"] = self._trace_prefix
         for name in self.rank_pages.programs if self._adapters else ():
             traces[name] = functools.partial(self._trace_write, name)
         key = key or (self.model.config, config, self.model.placement, str(abstract))
@@ -312,6 +318,11 @@ class Runner:
         none = np.zeros(COPIES, np.int32)
         return self.spread.trace(device.copy_pages, (self.cache, none, none), out=self.cache, donate=(0,))
 
+    def _trace_prefix(self) -> Any:
+        page_E, slot_EI = np.zeros(PREFIX_PAGES, np.int32), np.full((PREFIX_PAGES, RANK_PAGE), NO_SLOT, np.int32)
+        function = functools.partial(device.write_prefix, self.spread.config, self.dtype)
+        return self.spread.trace(function, (self.bank, self.cache, page_E, slot_EI), out=self.cache, donate=(1,))
+
     def _trace_write(self, name: str) -> Any:
         assert self.bank is not None
         return self.rank_pages.trace(name, self.bank)
@@ -330,6 +341,8 @@ class Runner:
                 for plainly in {False, self.draws_plainly}:
                     self.draw(picks, self.put(constants_of([], size, plainly=plainly))[1])
             self.copy_pages([(0, self.num_kv_pages)])
+            if self._has_prefixes:
+                self.write_prefixes(np.zeros(1, np.int32), np.full((1, RANK_PAGE), NO_SLOT, np.int32))
             for name in self.rank_pages.programs if self._adapters else ():
                 self.bank = self.programs[name](self.bank, *self.rank_pages.nothing(name))
         jax.block_until_ready((self.cache, self.bank, self.slots))
@@ -440,6 +453,14 @@ class Runner:
             source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.num_kv_pages, np.int32)
             source[: len(some)], target[: len(some)] = zip(*some, strict=True)
             self.cache = self.programs["copy-pages"](self.cache, source, target)
+
+    def write_prefixes(self, page_E: np.ndarray, slot_EI: np.ndarray) -> None:
+        """Write learned positions to the KV cache: those of rank pages, each to its slot; ``NO_SLOT`` for none."""
+        for at in range(0, len(page_E), PREFIX_PAGES):
+            short = PREFIX_PAGES - len(page_E[at : at + PREFIX_PAGES])
+            pages = np.pad(page_E[at : at + PREFIX_PAGES], (0, short))
+            slots = np.pad(slot_EI[at : at + PREFIX_PAGES], ((0, short), (0, 0)), constant_values=NO_SLOT)
+            self.cache = self.programs["write-prefix"](self.bank, self.cache, pages, slots)
 
     # Bank
 

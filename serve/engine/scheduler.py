@@ -326,7 +326,7 @@ class Scheduler:
 
     def chunk_of(self, sequence: Sequence) -> int:
         """Return the prompt tokens of a sequence that a step would take, if there is room."""
-        return min(len(sequence.tokens) - sequence.started, self._chunk_tokens)
+        return min(len(sequence.tokens) - max(sequence.started, sequence.prefix), self._chunk_tokens)
 
     def fills(self, tokens: int, count: int) -> bool:
         """Whether so many tokens of so many sequences fill a prefill step."""
@@ -393,7 +393,8 @@ class Scheduler:
             self.pages.release(found)
             return False
         sequence.pages = [*found, *self.pages.allocate(missing)]
-        sequence.computed = sequence.started = len(found) * self.pages.page_size
+        sequence.computed = len(found) * self.pages.page_size
+        sequence.started = max(sequence.computed, sequence.prefix)
         sequence.registered = len(found)
         sequence.slot = self._slots.pop()
         self.prefix_hit_tokens += sequence.computed

@@ -8,6 +8,9 @@ import numpy as np
 from preft_jax.sampling.parameters import SamplingParams
 from serve.engine.prefix import PageKeys
 
+NO_TOKEN = -1
+"""Stands for a position of a learned prefix: its keys and values come from an adapter."""
+
 
 class Status(enum.Enum):
     """Where a sequence is."""
@@ -30,8 +33,9 @@ class Sequence:
         request_id, index: which request, and which of its samples.
         tenant: whose it is; the queue is fair between tenants.
         order: of arrival; with ``priority`` it decides who goes first.
-        tokens: prompt and generated token ids.
-        prompt_len: tokens of the prompt.
+        tokens: prompt and generated token ids; in front of them, ``NO_TOKEN`` for each position of a learned prefix.
+        prompt_len: tokens of the prompt, and of a prefix.
+        prefix: positions of a learned prefix.
         mask: bool ``[prompt_len + max_tokens, G]``: which tokens are edited, generated ones included, decided when the
             request was admitted and never again.
         max_tokens: at most so many are generated.
@@ -67,6 +71,7 @@ class Sequence:
     priority: int = 0
     tokens: list[int]
     prompt_len: int
+    prefix: int = 0
     mask: np.ndarray
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()

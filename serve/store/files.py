@@ -27,7 +27,7 @@ from preft_jax.io.adapter_files import load_adapter
 from preft_jax.io.adapter_limits import AdapterLimits, limits_for
 from preft_jax.io.safetensors_io import open_safetensors, serialize_safetensors, write_file
 from preft_jax.loading import Model, check_base
-from preft_jax.shapes import KV_DTYPES, LINEAR_SITES, NUM_GROUPS, RANK_PAGE, SITES
+from preft_jax.shapes import BANK_SITES, KV_DTYPES, LINEAR_SITES, NUM_GROUPS, RANK_PAGE
 from serve.store.host_copy import ALL_LINEARS, Columns, Known, pack
 
 _LAYOUT = 3
@@ -177,7 +177,7 @@ class AdapterFiles:
     def _check(self, file: Path, slabs: Mapping[str, list[Any]], groups: Mapping[str, list[int]]) -> None:
         """Raise ``AdapterError`` unless these are slabs that the engine can copy to the bank."""
         model = self._model.config
-        wide = {site: slab_width(*model.site_shape(site), RANK_PAGE, self._dtype) for site in SITES}
+        wide = {site: slab_width(*model.site_shape(site), RANK_PAGE, self._dtype) for site in BANK_SITES}
         wide[ALL_LINEARS] = sum(wide[site] for site in LINEAR_SITES)
         for site, some in slabs.items():
             whole = all(

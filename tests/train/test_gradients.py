@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import train_cases as cases
-from conftest import ADAPTER_CONFIGS
+from conftest import ADAPTER_CONFIGS, PREFIX
 
 from preft_jax import Adapter, AdapterConfig, load_model
 from preft_jax.adapters.init import random_adapter
@@ -17,6 +17,11 @@ STEP = 1e-5
 """Of central differences in float64: their error is about STEP squared, their rounding 1e-16 / STEP."""
 RTOL = 2e-3
 """Float32 rounding of a gradient through two layers, whose parts cancel; measured below 3e-4."""
+
+
+@pytest.fixture(scope="module")
+def prefix(lively):
+    return random_adapter(PREFIX, lively.config, jax.random.key(0))
 
 
 def reference_loss(model, adapter, rows):
@@ -96,8 +101,8 @@ def test_an_answer_reaches_a_prompt_only_adapter_through_keys_and_values(kind, l
     check(lively, adapter, rows, rng)
     whole = DenseAttention.attend
 
-    def cut(self, layer, q, k, v, window):
-        return whole(self, layer, q, jax.lax.stop_gradient(k), jax.lax.stop_gradient(v), window)
+    def cut(self, layer, q, k, v, window, prefix):
+        return whole(self, layer, q, jax.lax.stop_gradient(k), jax.lax.stop_gradient(v), window, prefix)
 
     monkeypatch.setattr(DenseAttention, "attend", cut)
     _, grads = cases.gradients(lively, adapter, rows)
@@ -106,11 +111,22 @@ def test_an_answer_reaches_a_prompt_only_adapter_through_keys_and_values(kind, l
         check(lively, adapter, rows, rng)
 
 
-def test_packed_documents_do_not_see_each_other(lively, adapters, rng):
-    for kind in ("loreft_f3l2", "lora_all"):
-        some = cases.examples(adapters[kind], rng, 6)
-        loss, grads = cases.gradients(lively, adapters[kind], [[one] for one in some])
-        packed, together = cases.gradients(lively, adapters[kind], [some[:4], some[4:]], packed=True)
+def test_gradients_of_a_prefix_are_too(lively, prefix, rng):
+    """Also where what an answer's tokens see of it is all that there is."""
+    check(lively, prefix, [[cases.example(prefix, rng, 8, 4)], [cases.example(prefix, rng, 5, 6)]], rng)
+    one = cases.example(prefix, rng, 8, 6)
+    unseen = [[dataclasses.replace(one, edit_mask=np.zeros_like(one.edit_mask))]]
+    loss, grads = cases.gradients(lively, prefix, unseen)
+    base = reference_loss(lively, None, unseen)
+    assert loss == pytest.approx(base, abs=1e-4), "rotations know differences of positions alone"
+    assert max(np.abs(g).max() for g in grads) == 0
+
+
+def test_packed_documents_do_not_see_each_other(lively, adapters, prefix, rng):
+    for adapter in (adapters["loreft_f3l2"], adapters["lora_all"], prefix):
+        some = cases.examples(adapter, rng, 6)
+        loss, grads = cases.gradients(lively, adapter, [[one] for one in some])
+        packed, together = cases.gradients(lively, adapter, [some[:4], some[4:]], packed=True)
         assert packed == pytest.approx(loss, abs=2e-6)
         for a, b in zip(together, grads, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import train_cases as cases
-from conftest import ADAPTER_CONFIGS
+from conftest import ADAPTER_CONFIGS, PREFIX
 
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.init import random_adapter
@@ -24,7 +24,7 @@ from train.window import Windowed
 TOLERANCE = 2e-5
 """Of the largest number of a leaf's gradient."""
 
-KINDS = ADAPTER_CONFIGS | {"small": AdapterConfig(rank=8, alpha=12.0, targets=("q", "down"))}
+KINDS = ADAPTER_CONFIGS | {"small": AdapterConfig(rank=8, alpha=12.0, targets=("q", "down")), "prefix": PREFIX}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def setting(model, names, rng, *, prompts=((30, 9), (3, 40)), packed=False, rows
         rows = [[cases.example(config, rng, *prompts[i % len(prompts)])] for i in range(rows_each)]
         if packed:
             rows = [[one, cases.example(config, rng, 6, 5)] for (one,) in rows]
-        parts.append(Rows(rows, slot, 7, 0))
+        parts.append(Rows(rows, slot, 7, 0, config.prefix_length))
     batch = collate(parts, num_rows=len(names) * rows_each, max_length=64, packed=packed)
     return tuple(groups), tuple(params), batch
 
@@ -67,7 +67,7 @@ def check(model, groups, params, batch, options, dropout=None):
 
 @pytest.mark.parametrize("order", ["layers", "windows"])
 def test_windows_of_one_adapter_add_up(order, lively, rng):
-    groups, params, batch = setting(lively, ["loreft_f3l2"], rng)
+    groups, params, batch = setting(lively, ["loreft_f3l2" if order == "layers" else "prefix"], rng)
     check(lively, groups, params, batch, WindowOptions(tokens=32, layers=1, order=order))
 
 
@@ -81,13 +81,13 @@ def test_units_add_up_whose_layers_are_not_equally_many(lively, rng):
 
 
 def test_windows_of_many_adapters_add_up(lively, rng):
-    groups, params, batch = setting(lively, ["lora", "direft", "lora_pattern"], rng, rows_each=1)
+    groups, params, batch = setting(lively, ["lora", "direft", "lora_pattern", "prefix"], rng, rows_each=1)
     check(lively, groups, params, batch, WindowOptions(tokens=32))
 
 
 @pytest.mark.parametrize("order", ["layers", "windows"])
 def test_windows_add_up_if_products_are_kept(order, lively, rng):
-    groups, params, batch = setting(lively, ["lora", "direft"], rng, rows_each=1, packed=True)
+    groups, params, batch = setting(lively, ["lora", "prefix"], rng, rows_each=1, packed=True)
     options = WindowOptions(tokens=32, layers=1, order=order, remat="cheap")
     check(lively, groups, params, batch, options, np.full(2, 0.3, np.float32))
 

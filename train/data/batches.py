@@ -33,10 +33,10 @@ class Batch(NamedTuple):
     """Rows of tokens to learn from. ``segments_BS`` is None where no row holds several documents.
 
     int32 ``tokens_BS``, ``targets_BS`` (the next token of the same document), ``positions_BS`` (from 0 in each
-    document), ``slot_B`` (the row's adapter), ``draw_BU`` (what the row's random numbers depend on: seed, micro-batch,
-    row); float32 ``weights_BS`` of the targets, 0 where they are not learned; bool ``edit_mask_BSG``. What some losses
-    need of the targets is float32 ``[B, S]`` too, and None for the others; so is ``temperature_BS``, of the targets'
-    distribution, which is None where all have 1.
+    document, or behind a learned prefix), ``slot_B`` (the row's adapter), ``draw_BU`` (what the row's random numbers
+    depend on: seed, micro-batch, row); float32 ``weights_BS`` of the targets, 0 where they are not learned; bool
+    ``edit_mask_BSG``. What some losses need of the targets is float32 ``[B, S]`` too, and None for the others; so is
+    ``temperature_BS``, of the targets' distribution, which is None where all have 1.
     """
 
     tokens_BS: Array
@@ -122,12 +122,14 @@ class Rows:
         slot: of the adapter.
         seed: of its random numbers.
         count: micro-batches that it has had before.
+        first: position of each document's first token: behind a learned prefix.
     """
 
     rows: Sequence[Sequence[Example | Document]]
     slot: int
     seed: int
     count: int
+    first: int = 0
 
 
 def collate(
@@ -153,7 +155,7 @@ def collate(
         for number, row in enumerate(part.rows):
             batch.slot_B[b] = part.slot
             batch.draw_BU[b] = part.seed, part.count, number
-            _fill(batch, b, row, fields)
+            _fill(batch, b, row, fields, part.first)
             b += 1
     return batch
 
@@ -174,7 +176,7 @@ def empty_batch(num_rows: int, size: int, packed: bool, fields: Sequence[str] = 
     )
 
 
-def _fill(batch: Batch, b: int, row: Sequence[Example | Document], fields: Sequence[str]) -> None:
+def _fill(batch: Batch, b: int, row: Sequence[Example | Document], fields: Sequence[str], first: int) -> None:
     at = 0
     for segment, document in enumerate(row, 1):
         n = len(document)
@@ -187,7 +189,7 @@ def _fill(batch: Batch, b: int, row: Sequence[Example | Document], fields: Seque
         if batch.temperature_BS is not None:
             batch.temperature_BS[b, targets] = document.temperature
         batch.edit_mask_BSG[b, here] = document.edit_mask
-        batch.positions_BS[b, here] = np.arange(n)
+        batch.positions_BS[b, here] = np.arange(first, first + n)
         if batch.segments_BS is not None:
             batch.segments_BS[b, here] = segment
         at += n

@@ -9,12 +9,13 @@ from rich.console import Console
 
 from preft_jax.loading import Model
 from train.jobs import first_adapter
+from train.rollouts.drawing import Drawing
 from train.rollouts.learning import learned
 from train.rollouts.measures import eval_measures, prompt_rewards, step_measures
 from train.rollouts.options import RolloutConfig, RolloutSettings
 from train.rollouts.report import RolloutReport
 from train.rollouts.rewarding import Rewarder
-from train.rollouts.samples import Group, RolloutJob, Sampler, held_out_prompts, step_prompts
+from train.rollouts.samples import RolloutJob, Sampler, held_out_prompts
 from train.rollouts.tasks import make_task
 from train.rollouts.update import Update, learn
 from train.run.directory import RunDirectory
@@ -54,8 +55,9 @@ class RolloutRun(InterruptibleRun[RolloutReport]):
         super().__init__(settings, RunDirectory(settings.output_dir, names, named=named, picture="reward.png"))
         configs = [config for config in settings.jobs if isinstance(config, RolloutConfig)]
         self._jobs = jobs = load_jobs(configs, model)
-        self._sampler = Sampler(model, jobs, max_num_seqs=settings.max_num_seqs, max_jobs=settings.train.max_jobs)
+        sampler = Sampler(model, jobs, max_num_seqs=settings.max_num_seqs, max_jobs=settings.train.max_jobs)
         self._rewarder = Rewarder()
+        self._drawing = Drawing(sampler, self._rewarder, settings.max_staleness)
         try:
             self._rewarder.start(jobs)
             self._directory.prepare(resume=settings.resume, overwrite=settings.overwrite_output_dir)
@@ -66,14 +68,18 @@ class RolloutRun(InterruptibleRun[RolloutReport]):
             self._directory.write_options(settings.given, settings.run)  # Once nothing refuses them.
             self._report = RolloutReport(settings, model, self._directory, jobs, reporters, console)
         except BaseException:
-            self._rewarder.close()
+            self._close()
             raise
 
     def __enter__(self) -> "RolloutRun":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def _close(self) -> None:
+        self._drawing.close()
         self._rewarder.close()
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
         self._progress.close()
         self._report.close(failed=error[0] is not None)
 
@@ -116,21 +122,18 @@ class RolloutRun(InterruptibleRun[RolloutReport]):
 
     def _step(self, jobs: Sequence[RolloutJob]) -> None:
         """Sample, reward and learn, once for each job; all of them beside each other."""
+        batches = self._drawing.next(jobs, self._trainer.adapter_of)
         began = time.perf_counter()
-        asked = {job: step_prompts(job) for job in jobs}
-        groups = self._sampler.sample(asked, {job: self._trainer.adapter_of(job) for job in jobs})
-        sampled = time.perf_counter()
+        updates = learn(self._trainer, {job: learned(job, batches[job].groups) for job in jobs})
+        learning_seconds = time.perf_counter() - began
         for job in jobs:
-            self._rewarder.reward(job, groups[job])
-        rewarded = time.perf_counter()
-        updates = learn(self._trainer, {job: learned(job, groups[job]) for job in jobs})
-        seconds = {
-            "sampling_seconds": sampled - began, "reward_seconds": rewarded - sampled,
-            "learning_seconds": time.perf_counter() - rewarded,
-        }  # fmt: skip
-        for job in jobs:
-            measures = step_measures(groups[job], job.options, job.prompts_per_step)
-            self._report.step(job, measures | _learning(updates[job]) | seconds, groups[job])
+            batch = batches[job]
+            values = step_measures(batch.groups, job.options, job.prompts_per_step) | _learning(updates[job])
+            values |= {
+                "staleness": float(batch.staleness), "sampling_seconds": batch.sampling_seconds,
+                "reward_seconds": batch.reward_seconds, "learning_seconds": learning_seconds,
+            }  # fmt: skip
+            self._report.step(job, values, batch.groups)
 
     def _evaluate(self, jobs: Sequence[RolloutJob]) -> None:
         """Evaluate jobs on what is held out, unless they are done, or that was before the run was interrupted."""
@@ -142,8 +145,7 @@ class RolloutRun(InterruptibleRun[RolloutReport]):
         asked = held_out_prompts(job)
         if not asked:
             return
-        groups: list[Group] = self._sampler.sample({job: asked}, {job: self._trainer.adapter_of(job)})[job]
-        self._rewarder.reward(job, groups, punish=False)
+        groups = self._drawing.draw({job: asked}, {job: self._trainer.adapter_of(job)}, punish=False)[job]
         self._report.evaluation(job, eval_measures(groups), prompt_rewards(groups))
 
     def _end(self, job: RolloutJob) -> None:
@@ -153,6 +155,7 @@ class RolloutRun(InterruptibleRun[RolloutReport]):
             self._export(job)
             self._evaluate_one(job)
         self._progress.ended[job.name] = self._trainer.release(job)
+        self._drawing.forget(job)
 
 
 def _learning(update: Update) -> dict[str, float]:

@@ -129,9 +129,15 @@ class RolloutConfig(JobConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Settings):
-    """A run of ``train.rl``; ``max_num_seqs`` is how many samples are generated at a time."""
+    """A run of ``train.rl``.
+
+    Attributes:
+        max_num_seqs: samples that are generated at a time.
+        max_staleness: steps that are learned between the adapter that draws samples and the one that learns from them.
+    """
 
     max_num_seqs: int = 32
+    max_staleness: int = 0
 
 
 _FLAG = {"action": argparse.BooleanOptionalAction}
@@ -146,6 +152,11 @@ _RUN: dict[str, dict[str, Any]] = {
     "save_steps": {"type": int, "default": 20, "help": "steps between checkpoints; 0: only when interrupted"},
     "logging_steps": {"type": int, "default": 1, "help": "steps between status lines and transcripts"},
     "max_num_seqs": {"type": int, "default": 32, "help": "samples that are generated at a time"},
+    "max_staleness": {
+        "type": int,
+        "default": 0,
+        "help": "steps by which samples are drawn ahead, beside training; 0: none",
+    },
 }
 
 _ROLLOUTS: dict[str, dict[str, Any]] = {
@@ -213,8 +224,15 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> RolloutSet
         ConfigError: for a file that cannot be read, an unknown option in it, or values that cannot work.
     """
     found = make_settings(RolloutSettings, DECLARED, read_command(DECLARED, parser, argv), rollout_config)
-    if found.max_num_seqs < 1:
-        raise ConfigError(f"max_num_seqs is {found.max_num_seqs}; give at least 1")
+    for name, least in (("max_num_seqs", 1), ("max_staleness", 0)):
+        if getattr(found, name) < least:
+            raise ConfigError(f"{name} is {getattr(found, name)}; give at least {least}")
+    for job in found.jobs if found.max_staleness else ():
+        if isinstance(job, RolloutConfig) and not job.rollouts.importance_sampling_cap:
+            raise ConfigError(
+                f"max_staleness is {found.max_staleness} and importance_sampling_cap is 0: nothing corrects for what "
+                "older adapters drew; give a cap above 0, or max_staleness 0"
+            )
     return found
 
 

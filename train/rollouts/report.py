@@ -88,10 +88,10 @@ class RolloutReport(RunReport):
         )
 
     def _look_at(self, job: RolloutJob, values: dict[str, float]) -> None:
-        """Warn once if the samples were not drawn from the adapter that learns from them."""
+        """Warn once if the samples were not drawn from the adapter that learns from them, and should have been."""
         largest = values["sampling_logp_difference/max"]
         is_exact = str(self._model.params["embed"].dtype) == "float32"
-        if is_exact and largest > _UNLIKE and job.name not in self._warned:
+        if is_exact and not values["staleness"] and largest > _UNLIKE and job.name not in self._warned:
             self._warned.add(job.name)
             self.line(
                 f"warning: a log-probability of the sampler is {largest:.3g} from the trainer's at step {job.batch}; "

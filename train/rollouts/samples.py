@@ -13,7 +13,7 @@ from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from preft_jax.models.batch import bucket
 from preft_jax.sampling.parameters import SamplingParams
-from preft_jax.shapes import RANK_PAGE, SITES
+from preft_jax.shapes import BANK_SITES, RANK_PAGE, SITES
 from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from serve.engine.completion import Completion
 from serve.engine.config import EngineConfig
@@ -91,9 +91,12 @@ class Asked(NamedTuple):
     seed: int
 
 
-def step_prompts(job: RolloutJob) -> list[Asked]:
-    """Return what a job samples next: the same for the same seed and batch, whatever was before."""
-    first = job.batch * job.prompts_per_step
+def step_prompts(job: RolloutJob, ahead: int = 0) -> list[Asked]:
+    """Return what a job samples next: the same for the same seed and batch, whatever was before.
+
+    ``ahead``: so many batches later.
+    """
+    first = (job.batch + ahead) * job.prompts_per_step
     return [
         Asked(job.task.at(place), job.options.num_generations, _seed(job, "train", place))
         for place in range(first, first + job.prompts_per_step)
@@ -212,12 +215,12 @@ def engine_config(model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int
     Raises:
         ConfigError: if prompts and completions may be longer than the model.
     """
-    longest = max(job.options.max_prompt_length + job.options.max_completion_length for job in jobs)
+    longest = max(_longest(job) for job in jobs)
     most = model.config.max_position_embeddings
     if longest > most:
         raise ConfigError(
-            f"max_prompt_length and max_completion_length are {longest} tokens together, and the model has {most} "
-            "positions; lower one of them"
+            f"max_prompt_length and max_completion_length are {longest} tokens together, with a learned prefix if "
+            f"there is one, and the model has {most} positions; lower one of them"
         )
     counts = [adapter_page_counts(job.initial.config, model.config) for job in jobs]
     most_jobs = max_jobs or len(jobs)
@@ -232,7 +235,12 @@ def engine_config(model: Model, jobs: Sequence[RolloutJob], *, max_num_seqs: int
         prefill_seqs=min(size, 8),
         max_rank=RANK_PAGE * bucket(max(pages, default=1)),
         bank_pages=bucket(2 * sum(pages) + 1),
-        bank_sites=tuple(site for site in SITES if site in sites) or SITES,
+        bank_sites=tuple(site for site in BANK_SITES if site in sites) or SITES,
         all_token=any(not job.initial.config.prefill_only for job in jobs),
         prefix_caching=False,
     )
+
+
+def _longest(job: RolloutJob) -> int:
+    """Return the tokens of a job's longest sample, with its prompt and the learned prefix in front of it."""
+    return job.initial.config.prefix_length + job.options.max_prompt_length + job.options.max_completion_length

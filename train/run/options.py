@@ -56,8 +56,9 @@ JOB_OPTIONS: dict[str, dict[str, Any]] = {
     "dataset_config": {"help": "configuration of a dataset that has several"},
     "dataset_train_split": {"help": "split of a dataset that has several (default: train)"},
     "dataset_test_split": {"help": "split of what is held out (default: test)"},
-    "adapter_kind": {"choices": KINDS, "default": "lora", "help": "lora, direft, loreft or edits"},
-    "rank": {"type": int, "default": 16, "help": "of every edit"},
+    "adapter_kind": {"choices": KINDS, "default": "lora", "help": "lora, direft, loreft, prefix or edits"},
+    "rank": {"type": int, "default": 16, "help": "of every edit; of a prefix, its positions"},
+    "prefix_text": {"help": "what a new prefix begins as (default: a text for any task)"},
     "lora_alpha": {"type": float, "help": "LoRA's scale numerator (default: the rank)"},
     "lora_dropout": {"type": float, "default": 0.0, "help": "on LoRA's input"},
     "use_rslora": {**_FLAG, "default": False, "help": "divide alpha by the square root of the rank"},
@@ -233,7 +234,7 @@ def job_config(v: Mapping[str, Any], given: Collection[str]) -> JobConfig:
         adapter = AdapterConfig()
         asked = {field: value for field, value in fields.items() if ADAPTER_OPTIONS[field] in given}
     return JobConfig(
-        name=v["name"], adapter=adapter, init_from=v["init_from"], asked=asked,
+        name=v["name"], adapter=adapter, init_from=v["init_from"], asked=asked, prefix_text=v["prefix_text"],
         dataset=v["dataset"], eval_dataset=eval_dataset,
         dataset_config=v["dataset_config"], dataset_train_split=v["dataset_train_split"], dataset_test_split=test_split,
         optimizer=OptimizerConfig(**{f.name: v[f.name] for f in dataclasses.fields(OptimizerConfig)}),

@@ -44,6 +44,7 @@ CONFIGS = {
     "loreft unshared": AdapterConfig(kind="loreft", rank=4, positions="f7+l7", share_weights=False, layers=(1,)),
     "direft": AdapterConfig(kind="direft", rank=2, positions="all", dropout=0.25, assistant_turns="skip"),
     "direft free": AdapterConfig(kind="direft", rank=2, orthonormal=False, base_model="x", base_model_digest="cd" * 32),
+    "prefix": AdapterConfig(kind="prefix", rank=5, base_model_digest="cd" * 32),
 }
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import PREFIX
 from engine_runs import ATOL, TIGHT, request, serve
 from hlo import assert_in_place
 
@@ -38,7 +39,7 @@ from preft_jax.models.cache import cache_axes, init_cache
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.linear import logical_axes
 from preft_jax.models.modules import abstract_params, init_params
-from preft_jax.shapes import SITES
+from preft_jax.shapes import BANK_SITES, SITES
 from serve.engine import programs as device
 from serve.engine.arrays import Arrays, constants_of
 from serve.engine.config import EngineConfig
@@ -57,7 +58,7 @@ WIDE = dataclasses.replace(
 )  # fmt: skip
 """Two layers, four KV heads, an output head of its own."""
 GPU = EngineConfig(max_num_seqs=8, max_model_len=512, prefill_tokens=256, max_rank=16).resolve("gpu")
-TEN_PAGES = dataclasses.replace(TIGHT, bank_pages=12)
+TEN_PAGES = dataclasses.replace(TIGHT, bank_pages=12, bank_sites=BANK_SITES)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +124,12 @@ def assert_equal(ours, theirs):
 def test_two_devices_serve_every_kind_of_adapter_as_one(lively, adapters, rng):
     """Chunked prompts, preemption, a prefix from the cache, all-token adapters, and edits with constants.
 
-    Of a constant where the input is cut, the sum over devices has one.
+    Of a constant where the input is cut, the sum over devices has one; each has its heads of a learned prefix.
     """
-    adapters = {**adapters, "constants": constants(lively.config)}
+    prefix = random_adapter(PREFIX, lively.config, jax.random.key(2))
+    adapters = {**adapters, "constants": constants(lively.config), "prefix": prefix}
     kinds = ("constants", "lora", "direft", "loreft_f3l2", "lora_all", "lora_r24", None, "loreft", "lora_pattern")
-    requests = asked(rng, adapters, (None, *kinds, "direft_free", "direft_free"))
+    requests = asked(rng, adapters, (None, "prefix", *kinds, "direft_free", "direft_free"))
     alone = serve(Engine(lively, TEN_PAGES), requests)
     engine = Engine(spread_model(lively, "tp=2"), TEN_PAGES)
     assert_equal(serve(engine, requests), alone)

@@ -6,6 +6,7 @@ import pytest
 from hlo import assert_in_place, copies_of, shape_of
 
 from kernels.xla.fp8 import FP8
+from preft_jax.shapes import BANK_SITES, PREFIX
 from serve.engine.arrays import constants_of
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
@@ -14,10 +15,10 @@ from serve.engine.rank_pages import RankPages
 
 CONFIG = EngineConfig(
     max_num_seqs=4, max_model_len=48, page_size=8, num_kv_pages=37, prefill_tokens=32, prefill_seqs=2, tile=16,
-    max_rank=16, bank_pages=5, all_token=True,
+    max_rank=16, bank_pages=5, all_token=True, bank_sites=BANK_SITES,
 )  # fmt: skip
 """Its numbers of pages are no other size in any program."""
-NAMES = ("prefill-32", "decode-4", "decode-adapted-4", "write-pages", "copy-pages")
+NAMES = ("prefill-32", "decode-4", "decode-adapted-4", "write-pages", "copy-pages", "write-prefix")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def test_every_kv_buffer_is_aliased_and_never_copied(name, engine, compiled):
 def test_the_bank_is_read_where_it_lies(name, engine, compiled):
     """No copy of a pool of rank pages: a prefill that copied 84 MB an adapter would cost more than its edits."""
     text = compiled[name]
-    shapes = {shape_of(leaf) for leaf in jax.tree.leaves(engine.runner.bank) if leaf.ndim == 4}
+    edits = [pools for site, pools in engine.runner.bank.sites.items() if site != PREFIX]
+    shapes = {shape_of(leaf) for pools in edits for leaf in pools if leaf.ndim == 4}
     assert all(shape in text for shape in shapes), "the test looks for a shape that the program does not have"
     assert not copies_of(text, shapes)
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import sys
+import time
 
 import pytest
 
@@ -117,6 +119,44 @@ def test_a_run_that_ends_at_any_step_and_is_resumed_is_the_whole_one(step, how, 
     assert left(out) == left(whole)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_samples_are_drawn_beside_training_by_the_adapter_of_so_many_steps_before(most, own, tmp_path, monkeypatch):
+    """The next batch is begun before this one is learned. A run that is resumed has its own adapter draw at first."""
+    out, drew, learned, begun = tmp_path / "out", [], [], []
+    real_draw, real_learn = loop.Drawing._draw, loop.learn
+
+    def draw(self, asked, adapters, punish):
+        if punish:
+            drew.append(adapters[next(iter(adapters))].digest)
+        return real_draw(self, asked, adapters, punish)
+
+    def learn(trainer, given):
+        (job,) = given
+        learned.append(trainer.adapter_of(job).digest)
+        wanted, until = min(len(learned) + most, job.steps), time.monotonic() + 60
+        while len(drew) < wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        begun.append(len(drew))
+        if job.batch == 1 and "--resume" not in sys.argv:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_learn(trainer, given)
+
+    monkeypatch.setattr(loop.Drawing, "_draw", draw)
+    monkeypatch.setattr(loop, "learn", learn)
+    assert rl.main(arguments(own, out, "--max-staleness", str(most), "--eval-steps", "0")) == 130
+    versions = [learned[max(0, batch - most)] for batch in range(2 + most)]
+    assert drew == versions[:4]
+    assert begun == [min(1 + most, 4), min(2 + most, 4)]
+    drew.clear(), learned.clear()
+    monkeypatch.setattr("sys.argv", ["train.rl", "--resume"])
+    assert rl.main(["--resume", "--output-dir", str(out)]) == 0
+    assert drew == [learned[0]] * 2, "the last two steps are as near as can be"
+    rows = [row for row in left(out)[0] if "loss" in row]
+    assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
+    for row in rows:
+        assert (row["sampling_logp_difference/max"] > 1e-4) == (row["staleness"] > 0 and row["samples"] > 0)
+
+
 def test_jobs_share_engine_and_micro_batches_and_each_learns_as_if_alone(own, whole, tmp_path, monkeypatch):
     jobs, out = tmp_path / "jobs.yaml", tmp_path / "out"
     jobs.write_text(
@@ -150,6 +190,8 @@ def test_jobs_share_engine_and_micro_batches_and_each_learns_as_if_alone(own, wh
         (["--task", "builtin", "--dataset", "a.jsonl"], "the task has prompts of its own; leave dataset out"),
         (["--num-generations", "7"], "a step has 32 samples .* no multiple of num_generations 7"),
         (["--max-steps", "0"], "max_steps is 0; give at least 1"),
+        (["--max-staleness", "-1"], "max_staleness is -1; give at least 0"),
+        (["--max-staleness", "1", "--importance-sampling-cap", "0"], "give a cap above 0, or max_staleness 0"),
         (["--top_p", "0.9"], "tokens are drawn from the whole distribution"),
         (["--epsilonn", "0.9"], r"unknown option --epsilonn \(did you mean --epsilon"),
     ],

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import rollout_cases as cases
-from conftest import ADAPTER_CONFIGS
+from conftest import ADAPTER_CONFIGS, PREFIX
 from engine_runs import ATOL, VISIBLE
 
 from preft_jax import AdapterConfig, ConfigError
@@ -20,7 +20,8 @@ from train.rollouts.samples import Asked, Sampler, engine_config, held_out_promp
 from train.rollouts.update import learn
 from train.trainer import Trainer
 
-KINDS = ("lora", "direft_free", "loreft", "loreft_f3l2", "lora_all")
+CONFIGS = ADAPTER_CONFIGS | {"prefix": PREFIX}
+KINDS = ("lora", "direft_free", "loreft", "loreft_f3l2", "lora_all", "prefix")
 
 _opened = []
 
@@ -57,8 +58,8 @@ def small(lively):
 def test_every_kinds_samples_have_the_trainers_logprobs_after_each_update(small, rng):
     """And those of an adapter of the step before, or of none at all, have not."""
     jobs = [
-        cases.job(small, ADAPTER_CONFIGS[name], name=name, prompts=1, optimizer={"learning_rate": 2e-2},
-                  initial=random_adapter(ADAPTER_CONFIGS[name], small.config, jax.random.key(i), strength=0.7),
+        cases.job(small, CONFIGS[name], name=name, prompts=1, optimizer={"learning_rate": 2e-2},
+                  initial=random_adapter(CONFIGS[name], small.config, jax.random.key(i), strength=0.7),
                   temperature=0.8 if i % 2 else 1.0)
         for i, name in enumerate(KINDS)
     ]  # fmt: skip
