@@ -34,6 +34,7 @@ from serve.engine import memory
 from serve.engine import programs as device
 from serve.engine.arrays import Arrays, constants_of
 from serve.engine.config import EngineConfig
+from serve.engine.kv_pages import KVPages
 from serve.engine.packing import READS_WEIGHTS, worth_filling
 from serve.engine.rank_pages import RankPages
 from serve.engine.residency import Load
@@ -68,6 +69,8 @@ class Runner:
         # Rank pages that may be copied ahead: those of a prefill call, fewer where memory is short.
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
         self.rank_pages = RankPages(model.config, self.spread, config.bank_sites, self.bank_dtype, self._writes)
+        page_size = config.page_size or 1
+        self.kv_pages = KVPages(model.config, self.spread, page_size, self.kv_dtype, config.role)
         self._new_bank = self._bank_maker()
         self.bank = self._new_bank()
         self._choose_programs()
@@ -242,13 +245,15 @@ class Runner:
             traces[f"draw-{size}"] = functools.partial(self._trace_draw, size)
             if self.draws_plainly:
                 traces[f"draw-plain-{size}"] = functools.partial(self._trace_draw_plain, size)
-        for count in self.row_counts:
+        for count in self.row_counts if config.role != "prefill" else ():
             traces[f"decode-{count}"] = functools.partial(self._trace_decode, count)
         for count in self.adapted_row_counts:
             traces[f"decode-adapted-{count}"] = functools.partial(self._trace_decode_adapted, count)
         for tokens in self.mixed_counts:
             traces[f"mixed-{tokens}"] = functools.partial(self._trace_mixed, tokens)
         traces["copy-pages"] = self._trace_copy
+        for name in self.kv_pages.programs:
+            traces[name] = functools.partial(self._trace_kv, name)
         for name in self.rank_pages.programs if self._adapters else ():
             traces[name] = functools.partial(self._trace_write, name)
         key = key or (self.model.config, config, self.model.placement, str(abstract))
@@ -310,6 +315,9 @@ class Runner:
         none = np.zeros(COPIES, np.int32)
         return self.spread.trace(device.copy_pages, (self.cache, none, none), out=self.cache, donate=(0,))
 
+    def _trace_kv(self, name: str) -> Any:
+        return self.kv_pages.trace(name, self.cache)
+
     def _trace_write(self, name: str) -> Any:
         assert self.bank is not None
         return self.rank_pages.trace(name, self.bank)
@@ -328,6 +336,12 @@ class Runner:
                 for plainly in {False, self.draws_plainly}:
                     self.draw(picks, self.put(constants_of([], size, plainly=plainly))[1])
             self.copy_pages([(0, self.num_kv_pages)])
+            for name, size in self.kv_pages.programs.items():
+                if name.startswith("take"):
+                    self.take_kv([0] * size)
+                else:
+                    kv = np.zeros((size * (self.config.page_size or 1), *self.kv_pages.token_shape), self.kv_dtype)
+                    self.put_kv([self.num_kv_pages] * size, kv)
             for name in self.rank_pages.programs if self._adapters else ():
                 self.bank = self.programs[name](self.bank, *self.rank_pages.nothing(name))
         jax.block_until_ready((self.cache, self.bank, self.slots))
@@ -438,6 +452,15 @@ class Runner:
             source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.num_kv_pages, np.int32)
             source[: len(some)], target[: len(some)] = zip(*some, strict=True)
             self.cache = self.programs["copy-pages"](self.cache, source, target)
+
+    def take_kv(self, pages: Many[int]) -> list[jax.Array]:
+        """Return the KV of pages, by token, in parts: ``[n, L, 2 * KV heads, head dim]`` each."""
+        return [self.programs[name](self.cache, page_M) for name, page_M in self.kv_pages.takes(pages)]
+
+    def put_kv(self, pages: Many[int], kv_TLJC: np.ndarray) -> None:
+        """Write the KV of tokens, whole pages of them but for the last, to pages."""
+        for name, kv, page_M in self.kv_pages.puts(pages, kv_TLJC):
+            self.cache = self.programs[name](self.cache, kv, page_M)
 
     # Bank
 
