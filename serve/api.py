@@ -31,6 +31,7 @@ from serve.engine.engine import Engine
 from serve.engine.pacing import Pacing, Promise, Share
 from serve.finetune import Service, make_service, read_jobs, start_jobs
 from serve.options import MODEL_LEN, add_environment, check, fine_tunes, make_parser
+from serve.server.apart import PrefillServer
 from serve.server.app import make_app
 from serve.server.auth import Keys, RuntimeLoading, parse_keys
 from serve.server.connections import AT_ONCE, Connections, allowed_connections
@@ -61,19 +62,21 @@ def _engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
     longest = model.config.max_position_embeddings
     mixed = args.mixed_tokens
     if mixed is None:
-        mixed = 512 if jax.default_backend() == "gpu" and not args.all_token else 0
+        mixes = jax.default_backend() == "gpu" and not args.all_token and args.role != "prefill"
+        mixed = 512 if mixes else 0
     return EngineConfig(
         max_num_seqs=args.max_num_seqs,
         max_model_len=min(MODEL_LEN, longest) if args.max_model_len is None else args.max_model_len,
         memory_utilization=args.memory_utilization,
         max_rank=args.max_lora_rank,
-        bank_pages=args.bank_pages,
+        bank_pages=1 if args.role == "decode" else args.bank_pages,
         bank_sites=tuple(site.strip() for site in args.bank_sites.split(",")),
         all_token=args.all_token,
         mixed_tokens=mixed,
         kv_dtype=args.kv_cache_dtype,
         prefix_caching=args.enable_prefix_caching,
         reserved_bytes=int(args.finetune_memory_gib * 2**30) if fine_tunes(args) else 0,
+        role=args.role,
     )
 
 
@@ -264,6 +267,8 @@ def make_serving(args: argparse.Namespace) -> Serving:
         share_prefix_cache=args.share_prefix_cache,
         directory=directory,
         tuning=None if service is None else _make_tuning(args, service, running),
+        hands_over=args.role == "prefill",
+        prefill=None if args.prefill_url is None else PrefillServer(args.prefill_url),
     )
     serving.scan()
     return serving

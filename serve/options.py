@@ -7,6 +7,7 @@ from pathlib import Path
 from preft_jax.cli import add_kv_cache_dtype, add_mesh, add_quantization
 from preft_jax.errors import ConfigError
 from preft_jax.shapes import SITES
+from serve.engine.config import ROLES
 from serve.finetune import read_jobs
 
 MODEL_LEN = 2048
@@ -37,6 +38,8 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="on by default")
     add("--share-prefix-cache", action="store_true", help="between keys too, who may then time each other's prompts")
+
+    _add_role(parser)
 
     add = parser.add_argument_group("adapters").add_argument
     add("--adapter-dir", type=Path, default=None, help="each subdirectory is an adapter, named by it; it is watched")
@@ -81,6 +84,12 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--drain-seconds", type=float, default=30.0, help="to finish requests after SIGTERM (default: %(default)s)")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
     return parser
+
+
+def _add_role(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prefill and decode apart").add_argument
+    add("--role", default="both", choices=ROLES, help="what it does of a request (default: %(default)s)")
+    add("--prefill-url", default=None, metavar="URL", help="of the server that prefills for one of the role decode")
 
 
 def _add_fine_tuning(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +167,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("fine-tuning needs --finetune-state, or --state-dir: files and jobs are kept there")
     if fine_tunes(args) and args.mesh not in (None, "tp=1"):
         raise ConfigError(f"--mesh is {args.mesh}, and fine-tuning is on one device; leave one of them out")
+    _check_role(args)
     if args.finetune is not None:
         read_jobs(args.finetune)  # What is wrong with it is told before the model is loaded.
     if args.port > 65535:
@@ -166,6 +176,25 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--allow-runtime-lora-updating needs --admin-key: only the admin may load adapters")
     if args.allow_runtime_lora_updating != bool(args.adapter_root):
         raise ConfigError("--allow-runtime-lora-updating and --adapter-root need each other; give both, or neither")
+
+
+def _check_role(args: argparse.Namespace) -> None:
+    if (args.role == "decode") != (args.prefill_url is not None):
+        raise ConfigError("--role decode and --prefill-url need each other; give both, or neither")
+    if args.prefill_url is not None and not args.prefill_url.startswith(("http://", "https://")):
+        raise ConfigError(f"--prefill-url is {args.prefill_url!r}; give an address such as http://10.0.0.7:8000")
+    if args.role != "both" and args.all_token:
+        raise ConfigError(
+            f"--all-token is given, and --role is {args.role}: adapters of all tokens edit what is decoded; serve them "
+            "with --role both"
+        )
+    if args.role == "decode":
+        given = {
+            "--adapter-dir": args.adapter_dir, "--lora-modules": args.lora_modules, "--adapter-root": args.adapter_root,
+            "--enable-finetuning": fine_tunes(args),
+        }  # fmt: skip
+        if name := next((name for name, value in given.items() if value), None):
+            raise ConfigError(f"{name} is given, and --role decode has no adapters; give it to the prefill server")
 
 
 def fine_tunes(args: argparse.Namespace) -> bool:
