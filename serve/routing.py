@@ -45,18 +45,20 @@ class Affinity:
     Args:
         most: replicas of a key.
         slack: times the mean load that a replica may have, above 1.
+        least: requests that a replica may have in any case: a few more than others' hold nobody up.
     """
 
-    def __init__(self, most: int = 2, slack: float = 1.25):
+    def __init__(self, most: int = 2, slack: float = 1.25, least: int = 8):
         if most < 1 or not slack > 1:
             raise ValueError(f"most is {most} and slack {slack}; give at least 1, and more than 1")
         self._most = most
         self._slack = slack
+        self._least = least
 
     def choose(self, key: str | None, loads: Mapping[str, int]) -> str:
         """See ``Policy``."""
         if key is not None:
-            bound = math.ceil(self._slack * (sum(loads.values()) + 1) / len(loads))
+            bound = max(self._least, math.ceil(self._slack * (sum(loads.values()) + 1) / len(loads)))
             for name in self.replicas(key, loads):
                 if loads[name] < bound:
                     return name

@@ -42,7 +42,8 @@ def test_a_fleet_that_grows_moves_few_keys_and_only_to_the_new_one():
 def test_a_busy_replica_is_left_for_the_keys_next_one():
     policy = Affinity(most=2, slack=1.25)
     first, second = policy.replicas("hot", idle())
-    loads = {**idle(), first: 4}
+    loads = {**idle(), first: 8}
+    assert policy.choose("hot", {**idle(), first: 7}) == first
     assert policy.choose("hot", loads) == second
 
 
