@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.trace_model import GPUS, NOW, Gpu, Variant, World, _Flight
+from bench.trace_model import GPUS, NOW, Flight, Gpu, Variant, World
 from preft_jax.cli import hyphenated
 from preft_jax.errors import ConfigError
 from serve.bench.datasets import read_trace
@@ -92,7 +92,7 @@ class SharedWorld(World):
         self._units: collections.deque[tuple[UnitCall, float, float]] = collections.deque()
         self._begins: collections.deque[float] = collections.deque()
 
-    def _turn(self) -> Many[tuple[Sequence, int]]:
+    def turn(self) -> Many[tuple[Sequence, int]]:
         """See ``World``: as the engine goes, behind units the next step is started once tokens went out."""
         prepared, covered = None, self._covered()
         if not self.calls and self._go_on():
@@ -117,11 +117,13 @@ class SharedWorld(World):
         last = self.calls[-1][1] if self.calls else 0.0
         return sum(call.unit.seconds for call, _, end in self._units if end > last) >= UnderWay.COVER
 
-    def _add(self, number: int, request: Request) -> None:
-        super()._add(number, request)
+    def add(self, number: int, request: Request) -> None:
+        """See ``World``."""
+        super().add(number, request)
         self.background.arrived([self.flights[number].sequence])
 
-    def _wait_until(self, arrival: float) -> None:
+    def wait_until(self, arrival: float) -> None:
+        """See ``World``: units run meanwhile."""
         margin = 1e3 * Background.MARGIN
         while max(self.free, self.now) - margin < arrival:
             unit = self.background.idle(None)
@@ -198,7 +200,7 @@ def poisson(rate: float, seconds: float, prompt: float, output: float, seed: int
     return [(float(a), int(p), int(o)) for a, p, o in zip(arrivals, prompts, outputs, strict=True)]
 
 
-def kept(flights: Iterable[_Flight], tpot_ms: float, ttft_ms: float) -> float:
+def kept(flights: Iterable[Flight], tpot_ms: float, ttft_ms: float) -> float:
     """Return the part of requests whose first token came in time, and the others in the mean."""
     good = []
     for flight in flights:
@@ -207,7 +209,7 @@ def kept(flights: Iterable[_Flight], tpot_ms: float, ttft_ms: float) -> float:
     return sum(good) / len(good)
 
 
-def most(world: SharedWorld, flights: Iterable[_Flight], tpot_ms: float) -> float:
+def most(world: SharedWorld, flights: Iterable[Flight], tpot_ms: float) -> float:
     """Return the seconds that are left until the last arrival if all decode steps come when they are promised."""
     spans = sorted((one.first, min(world.until, one.first + one.sequence.generated * tpot_ms)) for one in flights)
     busy, until = 0.0, 0.0
@@ -220,7 +222,7 @@ def most(world: SharedWorld, flights: Iterable[_Flight], tpot_ms: float) -> floa
 
 def serve(
     requests: Many[Request], pacing: Pacing, work: Units | None, *, gpu: Gpu = GPUS["h200"], variant: Variant = NOW
-) -> tuple[SharedWorld, list[_Flight]]:
+) -> tuple[SharedWorld, list[Flight]]:
     """Serve requests beside work, and return the world at the end and how each request fared."""
     world = SharedWorld(variant, gpu, work, pacing)
     world.until = max(request[0] for request in requests)

@@ -265,7 +265,8 @@ def adapter_config(kind: str, rank: int, model: Model) -> AdapterConfig:
     if kind == "marker":
         chat = [{"role": "user", "content": "?"}]
         asked = render_chat(model.tokenizer, chat, add_generation_prompt=False).token_ids
-        fields = {"alora_invocation_tokens": tuple(render_chat(model.tokenizer, chat).token_ids[len(asked) :])}
+        header = tuple(render_chat(model.tokenizer, chat).token_ids[len(asked) :])
+        return AdapterConfig(rank=rank, alora_invocation_tokens=header)
     return AdapterConfig(rank=rank, **fields)
 
 

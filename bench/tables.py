@@ -26,6 +26,7 @@ from bench.tables_device import (
     tpu_programs,
     vllm_trace,
 )
+from bench.tables_scale import handover
 from bench.tables_study import sft_study
 
 _BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -392,6 +393,7 @@ TABLES = {
     "h200-decode-70b": decode,
     "h200-decode-fp8": decode,
     "h200-headline": engine,
+    "h200-headline:handover": handover,
     "h200-headline-fp8": engine,
     "h200-prefill-small": prefill,
     "h200-trace": trace,

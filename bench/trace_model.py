@@ -30,6 +30,7 @@ from serve.engine.pages import PageManager
 from serve.engine.plan import Step
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence, Status
+from serve.engine.slots import AdapterSlots
 
 KV_BYTES = 131072
 """Of a token: ``llama3-8b`` in bfloat16."""
@@ -145,12 +146,12 @@ class _Room:
 class Planner(Scheduler):
     """The engine's scheduler, with what variants change."""
 
-    def __init__(self, variant: Variant, gpu: Gpu):
+    def __init__(self, variant: Variant, gpu: Gpu, adapters: AdapterSlots):
         self.variant, self.gpu = variant, gpu
         largest = variant.prefill_sizes[-1]
         filled = worth_filling(variant.prefill_sizes, READS_WEIGHTS)
         super().__init__(
-            PageManager(gpu.num_pages, 64), _Room(), max_num_seqs=variant.max_num_seqs, prefill_tokens=largest,
+            PageManager(gpu.num_pages, 64), adapters, max_num_seqs=variant.max_num_seqs, prefill_tokens=largest,
             prefill_seqs=32, chunk_tokens=min(variant.chunk_tokens, largest), tile=64, tile_entries=1,
             decode_steps=variant.decode_steps, goes_ahead=variant.two,
             prefill_sizes=filled if variant.fill else (largest,),
@@ -198,7 +199,9 @@ class Planner(Scheduler):
 
 
 @dataclasses.dataclass
-class _Flight:
+class Flight:
+    """A request on its way: when it came, and when its first and last tokens did; -1: not yet."""
+
     sequence: Sequence
     arrival: float
     first: float = -1.0
@@ -208,31 +211,31 @@ class _Flight:
 class World:
     """The engine's loop with virtual clocks; milliseconds."""
 
-    def __init__(self, variant: Variant, gpu: Gpu):
+    def __init__(self, variant: Variant, gpu: Gpu, adapters: AdapterSlots | None = None):
         self.variant, self.gpu, self.host = variant, gpu, variant.host
-        self.planner = Planner(variant, gpu)
+        self.planner = Planner(variant, gpu, adapters or _Room())
         self.now = self.free = 0.0
         self.ends: collections.deque[float] = collections.deque()
         self.calls: collections.deque[tuple[Step, float]] = collections.deque()
-        self.flights: dict[int, _Flight] = {}
+        self.flights: dict[int, Flight] = {}
         self.spent: dict[str, float] = collections.defaultdict(float)
         self.counts: dict[str, int] = collections.defaultdict(int)
 
-    def run(self, requests: Many[tuple[float, int, int]]) -> list[_Flight]:
+    def run(self, requests: Many[tuple[float, int, int]]) -> list[Flight]:
         """Serve requests ``(arrival, prompt tokens, output tokens)`` and return when each had its tokens."""
         waiting, done = collections.deque(enumerate(requests)), []
         while waiting or self.flights:
             for _ in range(64):
                 if not waiting or waiting[0][1][0] > self.now:
                     break
-                self._add(*waiting.popleft())
+                self.add(*waiting.popleft())
             if not self.flights:
-                self._wait_until(waiting[0][1][0])
+                self.wait_until(waiting[0][1][0])
                 continue
-            done += self._tell(self._turn())
+            done += self.tell(self.turn())
         return done
 
-    def _turn(self) -> Many[tuple[Sequence, int]]:
+    def turn(self) -> Many[tuple[Sequence, int]]:
         """Go on by one step of the engine; return the tokens that it gave."""
         prepared = self._run_ahead() if len(self.calls) == 1 and self.variant.two else None
         told = self._collect(prepared) if self.calls else []
@@ -240,7 +243,7 @@ class World:
             self._start(step)
         return told
 
-    def _tell(self, told: Many[tuple[Sequence, int]]) -> list[_Flight]:
+    def tell(self, told: Many[tuple[Sequence, int]]) -> list[Flight]:
         """Send tokens out; return those that have all."""
         done = []
         self.now += self.host.token * sum(count for _, count in told)
@@ -251,7 +254,7 @@ class World:
                 done.append(self.flights.pop(sequence.request_id))
         return done
 
-    def _wait_until(self, arrival: float) -> None:
+    def wait_until(self, arrival: float) -> None:
         """Let the time pass until the next request comes, while there is none."""
         self.now = arrival
 
@@ -267,9 +270,17 @@ class World:
             self._start(first)
         return prepared
 
-    def _add(self, number: int, request: tuple[float, int, int]) -> None:
-        arrival, prompt, output = request
-        sequence = Sequence(
+    def add(self, number: int, request: tuple[float, int, int]) -> None:
+        """Take a request."""
+        sequence = self.sequence(number, request)
+        self.flights[number] = Flight(sequence, request[0])
+        self.planner.add(sequence)
+        self.now += self.host.add
+
+    def sequence(self, number: int, request: tuple[float, int, int]) -> Sequence:
+        """Return what the scheduler takes for a request."""
+        _, prompt, output = request
+        return Sequence(
             request_id=number,
             order=number,
             tokens=[0] * prompt,
@@ -277,9 +288,6 @@ class World:
             mask=np.zeros((0, 1), bool),
             max_tokens=output,
         )
-        self.flights[number] = _Flight(sequence, arrival)
-        self.planner.add(sequence)
-        self.now += self.host.add
 
     def _start(self, step: Step, prepared: bool = False) -> None:
         self.now += (not prepared) * (self.host.prefill if step.chunks else self.host.decode)
@@ -287,7 +295,7 @@ class World:
         for repeat in range(step.repeats):
             begin = self._dispatch()
             self.spent["idle"] += begin - self.free
-            self.free = begin + self._seconds(step, repeat)
+            self.free = begin + self.call_ms(step, repeat)
             self.spent[kind] += self.free - begin
             self.counts[f"{kind} programs"] += 1
             self.ends.append(self.free)
@@ -302,7 +310,8 @@ class World:
             self.now = max(self.now, self.ends[len(self.ends) - self.host.queue])
         return max(self.now, self.free)
 
-    def _seconds(self, step: Step, repeat: int) -> float:
+    def call_ms(self, step: Step, repeat: int) -> float:
+        """Return what one repeat of a step takes on the device."""
         variant, count = self.variant, len(step.rows)
         pairs = sum((chunk.end**2 - chunk.start**2) / 2 for chunk in step.chunks)
         held = sum(len(row.sequence.tokens) + repeat for row in step.rows)

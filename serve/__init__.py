@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from serve.engine.completion import Completion as Completion
     from serve.engine.config import EngineConfig as EngineConfig
     from serve.engine.engine import Engine as Engine
+    from serve.engine.handover import Handover as Handover
+    from serve.engine.handover import hand_over as hand_over
     from serve.engine.request import Output as Output
     from serve.engine.request import Request as Request
     from serve.store.host import AdapterStore as AdapterStore
@@ -25,8 +27,10 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
+    "Handover",
     "Output",
     "Request",
+    "hand_over",
 ]
 
 __getattr__ = forwarded(
@@ -36,6 +40,10 @@ __getattr__ = forwarded(
         "serve.engine.completion": ("Completion",),
         "serve.engine.config": ("EngineConfig",),
         "serve.engine.engine": ("Engine",),
+        "serve.engine.handover": (
+            "Handover",
+            "hand_over",
+        ),
         "serve.engine.request": (
             "Output",
             "Request",

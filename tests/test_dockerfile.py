@@ -9,6 +9,7 @@ import pytest
 
 from preft_jax.cli import hyphenated
 from serve import api
+from serve.options import check
 
 pytestmark = pytest.mark.host
 
@@ -54,7 +55,7 @@ def test_the_server_starts_with_options_it_has():
     python, dash, module, *options = json.loads(entry)
     assert (python, dash, module) == ("python", "-m", "serve.api")
     args = api.make_parser().parse_args(options)
-    api._check(args)
+    check(args)
     assert args.host == "0.0.0.0"
     assert [str(args.port)] == of("EXPOSE")
     assert [str(args.state_dir)] == of("VOLUME")

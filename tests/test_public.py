@@ -73,8 +73,10 @@ SIGNATURES = {
     "serve.Engine.step": "self",
     "serve.Request": (
         "*, prompt, adapter=None, sampling=SamplingParams(), max_tokens=64, n=1, stop=(), logprobs=None, "
-        "prompt_logprobs=None, priority=0, deadline=None, seed=None, tenant=None, cache_salt=None, edit_mask=None"
+        "prompt_logprobs=None, priority=0, deadline=None, seed=None, tenant=None, cache_salt=None, edit_mask=None, "
+        "handover=None"
     ),
+    "serve.hand_over": "engine, requests",
     "train.Job": "config, model, examples, held_out=(), initial=None",
     "train.Trainer": "model, jobs=(), options=TrainOptions(), placement=None",
     "train.Trainer.forward_backward": "self, rows, loss='cross_entropy'",

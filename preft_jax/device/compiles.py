@@ -36,10 +36,10 @@ class CompileCounter:
         new.count = self.count
         return new
 
-    def _listen(self, event: str, duration_secs: float, *, fun_name: str = "a program", **_: str | int) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == self._EVENT and not _expected.get():
             self.count += 1
-            _log.warning("compiled while serving, in %.2f s: %s", duration_secs, fun_name)
+            _log.warning("compiled while serving, in %.2f s: %s", duration_secs, kwargs.get("fun_name", "a program"))
 
     def __enter__(self) -> "CompileCounter":
         jax.monitoring.register_event_duration_secs_listener(self._listen)

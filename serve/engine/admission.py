@@ -8,7 +8,7 @@ import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.adapters.edit_mask import lacks_marker, sequence_edit_mask
+from preft_jax.adapters.edit_mask import extend_edit_mask, lacks_marker, sequence_edit_mask
 from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.adapters.pages import adapter_page_counts
 from preft_jax.errors import AdapterError, RequestError
@@ -17,6 +17,7 @@ from preft_jax.sampling.parameters import derived_seed
 from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from preft_jax.text.streams import TextStream
 from serve.engine.config import EngineConfig
+from serve.engine.handover import check_handover
 from serve.engine.outputs import Sample
 from serve.engine.pages import PageManager
 from serve.engine.prefix import PageKeys, adapter_salt, cache_salt
@@ -79,7 +80,59 @@ class Admission:
         Raises:
             RequestError, AdapterError: if it can never be served.
         """
-        prompt, sampling, model = request.token_ids, request.sampling, self._model.config
+        self._check_sizes(request)
+        prefix = 0 if request.adapter is None else request.adapter.config.prefix_length
+        prompt, sampling, given = request.token_ids, request.sampling, request.handover
+        entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
+        if given is None:
+            mask, edited_by = self._mask(request), None if request.adapter is None else request.adapter.digest
+            self._note_marker(request)
+        else:
+            check_handover(given, request, self._model, self._kv_dtype)
+            mask = extend_edit_mask(given.prompt.edit_mask, request.max_tokens, "prompt")
+            edited_by = given.prompt.adapter
+        eos = () if sampling.ignore_eos else self._model.config.eos_token_ids
+        salt = cache_salt(base=self._model.kv_digest, kv_dtype=self._kv_dtype, salt=request.cache_salt)
+        edits = None
+        if edited_by is not None:
+            stored = self._adapter_dtype if given is None else given.prompt.adapter_dtype
+            edits = adapter_salt(digest=edited_by, fold_version=FOLD_VERSION, adapter_dtype=stored)
+        first_seed = self._first_seed(request)
+        sequences = []
+        for index in range(request.n):
+            keys = PageKeys(salt, self._pages.page_size, edits) if self._config.prefix_caching else None
+            sequence = Sequence(
+                request_id=request_id,
+                index=index,
+                tenant=request.tenant,
+                order=request_id,
+                priority=request.priority,
+                tokens=[NO_TOKEN] * prefix + list(prompt) if given is None else [*prompt, given.first[index].token_id],
+                prompt_len=prefix + len(prompt),
+                prefix=prefix,
+                mask=mask,
+                max_tokens=1 if self._config.role == "prefill" else request.max_tokens,
+                stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
+                sampling=sampling,
+                seed=derived_seed(first_seed, index),
+                logprobs=request.logprobs,
+                adapter=None if request.adapter is None else request.adapter.digest,
+                entries=entries,
+                all_token=not prefix and bool(mask[len(prompt) :].any()),
+                keys=keys,
+                score=request.prompt_logprobs is not None and index == 0 and given is None,
+                prompt_kv=None if given is None else given.prompt,
+                status=Status.FORKING if index and given is None else Status.NEW,
+            )
+            sequences.append(sequence)
+        if given is None:
+            sequences[0].followers = sequences[1:]
+        sequences[0].page_keys(prefix + len(prompt) - 1)  # Hashed now, and not for many sequences in one step.
+        return sequences
+
+    def _check_sizes(self, request: Request) -> None:
+        """Raise ``RequestError`` for a prompt that the model or the engine's sizes do not allow."""
+        prompt, model = request.token_ids, self._model.config
         prefix = 0 if request.adapter is None else request.adapter.config.prefix_length
         longest = prefix + len(prompt) + request.max_tokens
         if longest > self._config.max_model_len:
@@ -97,52 +150,18 @@ class Admission:
             raise RequestError(
                 f"the prompt holds token ids outside 0 to {model.vocab_size - 1}, the model's vocabulary"
             )
-        if request.prompt_logprobs is not None and not self._config.scoring:
+        if request.prompt_logprobs is not None and not self._config.scoring and request.handover is None:
             raise RequestError("prompt_logprobs is not served by this engine; make it with EngineConfig(scoring=True)")
         if request.stop and self._model.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none; use stop_token_ids")
-        entries = 0 if request.adapter is None else self.check_adapter(request.adapter)
-        mask = self._mask(request)
-        self._note_marker(request)
-        eos = () if sampling.ignore_eos else model.eos_token_ids
-        digest = None if request.adapter is None else request.adapter.digest
-        salt = cache_salt(base=self._model.kv_digest, kv_dtype=self._kv_dtype, salt=request.cache_salt)
-        edits = None
-        if digest is not None:
-            edits = adapter_salt(digest=digest, fold_version=FOLD_VERSION, adapter_dtype=self._adapter_dtype)
-        given = (seed for seed in (sampling.seed, request.seed) if seed is not None)
+
+    def _first_seed(self, request: Request) -> int:
+        """Return the seed of which those of a request's samples are derived."""
+        if request.handover is not None:
+            return request.handover.prompt.seed
+        given = (seed for seed in (request.sampling.seed, request.seed) if seed is not None)
         first_seed = next(given, None)
-        if first_seed is None:
-            first_seed = int(self._seeds.integers(2**32))
-        sequences = []
-        for index in range(request.n):
-            keys = PageKeys(salt, self._pages.page_size, edits) if self._config.prefix_caching else None
-            sequence = Sequence(
-                request_id=request_id,
-                index=index,
-                tenant=request.tenant,
-                order=request_id,
-                priority=request.priority,
-                tokens=[NO_TOKEN] * prefix + list(prompt),
-                prompt_len=prefix + len(prompt),
-                prefix=prefix,
-                mask=mask,
-                max_tokens=request.max_tokens,
-                stop_ids=frozenset((*eos, *sampling.stop_token_ids)),
-                sampling=sampling,
-                seed=derived_seed(first_seed, index),
-                logprobs=request.logprobs,
-                adapter=digest,
-                entries=entries,
-                all_token=not prefix and bool(mask[len(prompt) :].any()),
-                keys=keys,
-                score=request.prompt_logprobs is not None and index == 0,
-                status=Status.FORKING if index else Status.NEW,
-            )
-            sequences.append(sequence)
-        sequences[0].followers = sequences[1:]
-        sequences[0].page_keys(prefix + len(prompt) - 1)  # Hashed now, and not for many sequences in one step.
-        return sequences
+        return int(self._seeds.integers(2**32)) if first_seed is None else first_seed
 
     def _mask(self, request: Request) -> np.ndarray:
         """Return which tokens are edited, those that may be generated included; with a learned prefix, all."""
@@ -170,7 +189,8 @@ class Admission:
 
     def sample(self, request: Request) -> Sample:
         """Return what is kept of one of a request's samples for its outputs."""
-        text = TextStream(self._model.tokenizer, request.stop, continues=True)
+        stop = () if self._config.role == "prefill" else request.stop  # It ends with its first token in any case.
+        text = TextStream(self._model.tokenizer, stop, continues=True)
         return Sample(text=text, prompt_logprobs=request.prompt_logprobs)
 
     def check_adapter(self, adapter: Adapter | Registered) -> int:
@@ -188,7 +208,17 @@ class Admission:
 
     def check_config(self, config: AdapterConfig) -> int:
         """``check_adapter`` by its configuration alone, which is what is known of a name of an earlier run."""
+        if self._config.role == "decode":
+            raise AdapterError(
+                "this engine decodes what others prefilled, and has no adapters; send the request to one that prefills "
+                "(a server of --role prefill)"
+            )
         check_made_for(config, self._model)
+        if not config.prefill_only and self._config.role == "prefill":
+            raise AdapterError(
+                "the adapter edits every token (positions 'all', as an adapter of PEFT does unless it says otherwise), "
+                "and what this engine prefills is decoded by engines without adapters; serve it by one of role both"
+            )
         if not config.prefill_only and not self._config.all_token:
             raise AdapterError(
                 "the adapter edits every token (positions 'all', as an adapter of PEFT does unless it says otherwise) "

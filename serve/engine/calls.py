@@ -11,11 +11,12 @@ import jax
 from preft_jax.adapters.allocator import AdapterPages
 from preft_jax.device.packed import Packed, pack
 from preft_jax.models.batch import round_up
+from preft_jax.models.cache import pages_for
 from preft_jax.sampling.rows import Drawn
 from serve.engine.arrays import picked
 from serve.engine.observer import Observer
 from serve.engine.outputs import fetch
-from serve.engine.plan import Step
+from serve.engine.plan import Import, Step
 from serve.engine.residency import Residency
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
@@ -39,14 +40,16 @@ class Call:
     parts: list[Part]
     done: Any = None
     scores: Any = None
+    prompt_kv: dict[Sequence, list[Any]] = dataclasses.field(default_factory=dict)
     started: float = 0.0
 
-    def results(self) -> tuple[list[Drawn], Any]:
-        """Wait for it; return what each part drew, and the scores of prompt tokens, on the host."""
+    def results(self) -> tuple[list[Drawn], Any, dict[Sequence, list[Any]]]:
+        """Wait for it; return what each part drew, the scores of prompt tokens, and prompts' KV, on the host."""
         drawn = [fetch(part.drawn, part.sequences) for part in self.parts]
         if not drawn:
             jax.block_until_ready(self.done)
-        return drawn, None if self.scores is None else jax.device_get(self.scores)
+        scores = None if self.scores is None else jax.device_get(self.scores)
+        return drawn, scores, {sequence: jax.device_get(parts) for sequence, parts in self.prompt_kv.items()}
 
 
 class Prepared(NamedTuple):
@@ -97,6 +100,8 @@ class Starter:
         Raises:
             WriteError: as ``start``.
         """
+        for new in step.imports:
+            self._import(new)
         if step.rows:
             return self._prepare_mixed(step)
         scored = any(chunk.sequence.score for chunk in step.chunks)
@@ -145,13 +150,29 @@ class Starter:
         else:
             done = self._runner.prefill(tokens, packed)
         self._copy_forks(step)
+        prompt_kv = self._take_prompts(step) if self._runner.config.role == "prefill" else {}
         sequences, index, fresh = picked(step)
         parts = []
         if sequences:
             size = self._runner.draw_size(len(sequences))
             picks = self._arrays.picks(sequences, index, fresh, size)
             parts.append(Part(sequences=sequences, drawn=[self._draw(sequences, fresh, picks)]))
-        return Call(step=step, parts=parts, done=done, scores=scores)
+        return Call(step=step, parts=parts, done=done, scores=scores, prompt_kv=prompt_kv)
+
+    def _import(self, new: Import) -> None:
+        sequence, size = new.sequence, self._runner.config.page_size or 1
+        assert sequence.prompt_kv is not None
+        pages = sequence.pages[new.start // size : pages_for(sequence.given, size)]
+        self._observer.calling("put_pages", [sequence])
+        self._runner.put_kv(pages, sequence.prompt_kv.kv[new.start :])
+
+    def _take_prompts(self, step: Step) -> dict[Sequence, list[Any]]:
+        """Read the KV of prompts that end with a step, before a later call may write to their pages."""
+        taken = {}
+        for sequence in [chunk.sequence for chunk in step.chunks if chunk.samples and chunk.sequence.index == 0]:
+            self._observer.calling("take_pages", [sequence])
+            taken[sequence] = self._runner.take_kv(sequence.pages)
+        return taken
 
     def _write_prefixes(self, step: Step) -> None:
         begun = [chunk.sequence for chunk in step.chunks if chunk.prefix]

@@ -9,6 +9,7 @@ from serve.engine.request import Output, Request, TokenLogprobs
 
 if TYPE_CHECKING:
     from serve.engine.engine import Engine
+    from serve.engine.handover import PromptKV
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,6 +28,7 @@ class Completion:
         index: of the sample among its request's, from 0.
         top_logprobs: of each generated token, if the request asked for ``logprobs``.
         prompt_logprobs: of the prompt's tokens (None for the first), if the request asked for them: sample 0 has them.
+        prompt_kv: of a prefill engine: sample 0 has it.
     """
 
     text: str = ""
@@ -39,6 +41,7 @@ class Completion:
     index: int = 0
     top_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_kv: "PromptKV | None" = None
 
     def take(self, output: Output) -> None:
         """Add what one step brought."""
@@ -50,8 +53,8 @@ class Completion:
         self.stop_reason = output.stop_reason
         if output.top_logprobs is not None:
             self.top_logprobs = [*(self.top_logprobs or ()), *output.top_logprobs]
-        if output.prompt_logprobs is not None:
-            self.prompt_logprobs = output.prompt_logprobs
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.prompt_kv = output.prompt_kv or self.prompt_kv
 
 
 def complete(engine: "Engine", requests: Sequence[Request]) -> list[Completion]:

@@ -3,9 +3,12 @@
 import dataclasses
 
 from preft_jax.errors import ConfigError, shown
-from preft_jax.shapes import ADAPTER_DTYPES, BANK_SITES, DTYPES, KV_DTYPES, RANK_PAGE, SITES
+from preft_jax.shapes import ADAPTER_DTYPES, BANK_SITES, DTYPES, KV_DTYPES, PREFIX, RANK_PAGE, SITES
 
 _DTYPES = {"kv_dtype": KV_DTYPES, "bank_dtype": DTYPES, "adapter_dtype": ADAPTER_DTYPES}
+
+ROLES = ("both", "prefill", "decode")
+"""What an engine does of a request."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class EngineConfig:
         decode_steps: decode steps between two looks at the prompts that wait, while none can go on: of one call, or
             of two that are under way together.
         prefix_caching: keep the KV of finished sequences for requests that begin alike.
+        role: ``both``; ``prefill``: requests end with their first token and are handed over; ``decode``: they are taken
+            over, and there are no adapters (``serve.engine.handover``).
     """
 
     max_num_seqs: int = 16
@@ -65,6 +70,7 @@ class EngineConfig:
     bank_dtype: str | None = None
     adapter_dtype: str | None = None
     reserved_bytes: int = 0
+    role: str = "both"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -80,6 +86,9 @@ class EngineConfig:
                 allowed = _DTYPES[field.name]
                 if value is not None and value not in allowed:
                     raise ConfigError(f"{field.name} is {shown(value)}; allowed: {', '.join(allowed)}, or None")
+            elif field.name == "role":
+                if value not in ROLES:
+                    raise ConfigError(f"role is {shown(value)}; allowed: {', '.join(ROLES)}")
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ConfigError(f"{field.name} is {shown(value)}; it must be True or False")
@@ -98,6 +107,24 @@ class EngineConfig:
             raise ConfigError(
                 f"mixed_tokens is {self.mixed_tokens}; give 0, or a multiple of four tiles ({4 * self.tile}) up to "
                 f"prefill_tokens {self.prefill_tokens}"
+            )
+        if self.role != "both" and self.all_token:
+            raise ConfigError(
+                f"all_token is on, and role is {self.role}: adapters of all tokens edit what is decoded; serve them "
+                "with role both"
+            )
+        if self.role != "both" and PREFIX in self.bank_sites:
+            raise ConfigError(
+                f"bank_sites has {PREFIX!r}, and role is {self.role}: learned prefixes are not handed over; serve them "
+                "with role both"
+            )
+        if self.role == "decode" and self.bank_pages > 1:
+            raise ConfigError(
+                f"bank_pages is {self.bank_pages}, and role is decode, which has no adapters; leave it out"
+            )
+        if self.role == "prefill" and self.mixed_tokens:
+            raise ConfigError(
+                f"mixed_tokens is {self.mixed_tokens}, and role is prefill: nothing is decoded; leave it out"
             )
         if self.mixed_tokens and (self.all_token or self.scoring):
             raise ConfigError("mixed_tokens needs an engine without all_token and scoring: their programs do not mix")

@@ -27,9 +27,10 @@ from serve.engine.background import Background, Work
 from serve.engine.calls import Call
 from serve.engine.completion import Completion, complete
 from serve.engine.config import EngineConfig
+from serve.engine.handover import Handover, prompt_kv_of
 from serve.engine.lookahead import ahead, full_prefill
 from serve.engine.observer import Observer
-from serve.engine.outputs import Delta, Sample, keep_scores, read, to_output
+from serve.engine.outputs import Delta, Sample, keep_scores, read, taken_over, to_output
 from serve.engine.pacing import Pacing, Share
 from serve.engine.parts import Parts, make_parts
 from serve.engine.plan import Step
@@ -206,11 +207,21 @@ class Engine:
         self._live[request_id] = sequences
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (self._clock() + request.deadline, request_id))
-        if is_here:
+        if request.handover is not None:
+            self._take_over(request.handover, sequences)
+        elif is_here:
             self.scheduler.add(sequences[0])
         self._background.arrived(sequences)
         self._ledger.opened((request_id, index) for index in range(request.n))
         return request_id
+
+    def _take_over(self, handover: Handover, sequences: Many[Sequence]) -> None:
+        """Give samples the first tokens that another engine drew, and let them go on."""
+        self._samples[sequences[0]].prompt_scores = handover.prompt_logprobs
+        for sequence, first in zip(sequences, handover.first, strict=True):
+            self._early.append(taken_over(sequence, first))
+            if self._early[-1].finish is None:
+                self.scheduler.add(sequence)
 
     def generate(self, requests: Many[Request]) -> list[Completion]:
         """Serve requests to their end; return the completion of each sample: request by request, then by index.
@@ -373,7 +384,7 @@ class Engine:
         assert isinstance(call, Call)
         try:
             self._observer.collecting(call.step)
-            drawn, scores = call.results()
+            drawn, scores, prompt_kv = call.results()
             drawn = [self._observer.collected(part.sequences, d) for part, d in zip(call.parts, drawn, strict=True)]
         except Exception as error:
             self._recover([call.step], error)
@@ -390,6 +401,11 @@ class Engine:
             for chunk in call.step.chunks:
                 if chunk.sequence.score and chunk.sequence.status is not Status.FINISHED:
                     keep_scores(self._samples[chunk.sequence], chunk, scores)
+        for sequence, parts in prompt_kv.items():
+            if sequence.status is not Status.FINISHED:
+                self._samples[sequence].prompt_kv = prompt_kv_of(
+                    sequence, parts, kv_digest=self.model.kv_digest, adapter_dtype=self.runner.stored_adapters
+                )
         self.scheduler.computed(call.step)
         for part, d in zip(call.parts, drawn, strict=True):
             deltas += self._append(part.sequences, d)

@@ -42,7 +42,7 @@ class Expected:
         if sequence.awaits is not None and _is_coming(*sequence.awaits):
             return True
         sequence.awaits = None
-        if not self._of or sequence.score:
+        if not self._of or sequence.score or sequence.given:
             return False
         keys = _keys(sequence)
         end = found = len(self._pages.match(keys))

@@ -62,7 +62,10 @@ def share_out(
     free -= config.reserved_bytes
     own = shard_config(model, num_devices)
     layer = config.prefill_tokens * (4 * own.hidden_size + 3 * own.intermediate_size) * dtype.itemsize
+    page = 2 * own.num_hidden_layers * own.kv_size * kv_dtype.itemsize * (config.page_size or 1)
     calls = 2 * layer + 6 * 4 * logit_rows * model.vocab_size
+    if config.role != "both":  # The KV of prompts on its way, of two calls.
+        calls += 2 * config.prefill_seqs * table_width * page
     staged = 0
     if staged_pages:
         widths = sum(map(sum, map(model.site_shape, config.bank_sites)))
@@ -73,7 +76,6 @@ def share_out(
         staged_pages = max(writes, min(staged_pages, (free - calls) // (16 if config.all_token else 6) // part))
         # Copies that wait to be written, and those being written.
         staged = (staged_pages + (config.tile_entries or 1)) * part + writes * gathered
-    page = 2 * own.num_hidden_layers * own.kv_size * kv_dtype.itemsize * (config.page_size or 1)
     fitting = (free - calls - staged) // page
     if fitting < table_width:
         raise ConfigError(

@@ -1,9 +1,10 @@
 """From what a device call drew to what each sample gets: tokens, why it ended, text."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,6 +17,9 @@ from serve.engine.plan import Chunk
 from serve.engine.request import Output, TokenLogprobs
 from serve.engine.sequence import Sequence, Status
 
+if TYPE_CHECKING:
+    from serve.engine.handover import FirstToken, PromptKV
+
 NOT_NUMBERS = "the model's logits are not numbers here; check its weights, the adapter and their dtype"
 
 
@@ -27,12 +31,14 @@ class Sample:
         text: its text so far.
         prompt_logprobs: most likely tokens that are wanted at each prompt token, or None.
         prompt_scores: log-probabilities of the prompt's tokens, once they are computed.
+        prompt_kv: KV of the prompt, once it is computed, if it is handed over.
         shown: generated tokens that went out.
     """
 
     text: TextStream
     prompt_logprobs: int | None = None
     prompt_scores: list[TokenLogprobs | None] | None = None
+    prompt_kv: "PromptKV | None" = None
     shown: int = 0
 
 
@@ -82,6 +88,20 @@ def read(drawn: Drawn, sequences: Many[Sequence]) -> Iterator[Delta]:
         yield new
 
 
+def taken_over(sequence: Sequence, first: "FirstToken") -> Delta:
+    """Return what another engine drew for a sequence, which has it among its tokens already."""
+    new = Delta(sequence=sequence, token_ids=[first.token_id], logprobs=[first.logprob])
+    new.sampling_logprobs = [first.sampling_logprob]
+    if first.token_id in sequence.stop_ids:
+        new.finish, new.reason = "stop", first.token_id
+    elif not sequence.remaining:
+        new.finish = "length"
+    if sequence.logprobs is not None:
+        top = dict(itertools.islice(first.top.items(), sequence.logprobs))
+        new.tops = [TokenLogprobs(first.token_id, first.logprob, top)]
+    return new
+
+
 def _tops(drawn: Drawn, row: int, new: Delta, count: int) -> list[TokenLogprobs]:
     if drawn.top_token_NBE is None or drawn.top_logprob_NBE is None:
         return [TokenLogprobs(*pair, {}) for pair in zip(new.token_ids, new.logprobs, strict=True)]
@@ -129,6 +149,7 @@ def to_output(new: Delta, sample: Sample) -> Output:
         sampling_logprobs=new.sampling_logprobs,
         top_logprobs=None if new.tops is None else new.tops[: len(new.token_ids)],
         prompt_logprobs=sample.prompt_scores if first else None,
+        prompt_kv=sample.prompt_kv if first else None,
         finish_reason=new.finish,
         stop_reason=new.reason,
         error=new.error,

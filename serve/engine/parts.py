@@ -79,8 +79,7 @@ def make_parts(
         mixed_sizes=runner.mixed_counts,
     )
     starter = Starter(runner, scheduler, adapters, staging, observer)
-    stored = f"{runner.adapter_dtype}, {runner.bank_dtype}"
-    admission = Admission(model, config, pages, adapters.knows, str(runner.kv_dtype), stored, seeds)
+    admission = Admission(model, config, pages, adapters.knows, str(runner.kv_dtype), runner.stored_adapters, seeds)
     if store is not None:
         store.check = admission.check_config
     return Parts(pages, adapters, staging, scheduler, starter, admission)

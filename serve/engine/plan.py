@@ -50,6 +50,14 @@ class Fork:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Import:
+    """KV from ``Sequence.prompt_kv``, of the prompt's tokens from ``start`` on, that goes to the sequence's pages."""
+
+    sequence: Sequence
+    start: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Step:
     """One call of the device: chunks of prompts, or rows that decode, or both.
 
@@ -58,12 +66,14 @@ class Step:
         rows: decoded, one token each.
         repeats: how often; more than once only without chunks.
         forks: samples that begin when the chunks are computed.
+        imports: KV that is written before anything is computed.
     """
 
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
     repeats: int = 1
     forks: list[Fork] = dataclasses.field(default_factory=list)
+    imports: list[Import] = dataclasses.field(default_factory=list)
 
     @property
     def kind(self) -> str:

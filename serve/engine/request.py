@@ -3,13 +3,16 @@
 import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.errors import RequestError, shown
 from preft_jax.sampling.parameters import MAX_LOGPROBS, SamplingParams
 from preft_jax.text.chat import EncodedPrompt
 from serve.store.names import Registered
+
+if TYPE_CHECKING:
+    from serve.engine.handover import Handover, PromptKV
 
 MAX_SAMPLES = 128
 """Samples of one prompt (``n``)."""
@@ -37,6 +40,7 @@ class Request:
         deadline: seconds after its arrival at which the request is given up, or None.
         tenant: whose it is; waiting is fair between tenants.
         cache_salt: requests find each other's KV in the prefix cache only if theirs are the same.
+        handover: what another engine prefilled of it; ``Handover.request`` makes such a request.
         seed: used where ``sampling.seed`` is None; if both are, the engine draws one.
     """
 
@@ -54,6 +58,7 @@ class Request:
     tenant: str | None = None
     cache_salt: str | None = None
     edit_mask: Any = None
+    handover: "Handover | None" = None
 
     def __post_init__(self) -> None:
         def whole(name: str, low: int, high: int) -> None:
@@ -132,6 +137,7 @@ class Output:
         sampling_logprobs: log-probability of each under the distribution that it was drawn from.
         top_logprobs: for each new token, if the request asked for them.
         prompt_logprobs: of the prompt's tokens (None for the first), with the sample's first output.
+        prompt_kv: of a prefill engine, with the only output of sample 0.
         finish_reason: None while it goes on; ``"stop"``, ``"length"``, ``"abort"`` or ``"error"``.
         stop_reason: the stop text or end token that ended it.
         error: why it failed or was given up.
@@ -145,6 +151,7 @@ class Output:
     sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_kv: "PromptKV | None" = None
     finish_reason: str | None = None
     stop_reason: Any = None
     error: str | None = None

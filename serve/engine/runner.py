@@ -34,6 +34,7 @@ from serve.engine import memory
 from serve.engine import programs as device
 from serve.engine.arrays import Arrays, constants_of
 from serve.engine.config import EngineConfig
+from serve.engine.kv_pages import KVPages, prefix_calls
 from serve.engine.packing import READS_WEIGHTS, worth_filling
 from serve.engine.rank_pages import RankPages
 from serve.engine.residency import Load
@@ -44,11 +45,10 @@ _log = logging.getLogger("preft.engine")
 COPIES = 8
 """KV pages that one call copies."""
 
-PREFIX_PAGES = 4
-"""Rank pages of learned prefixes that one call writes to the KV cache."""
-
 WRITES = 8
 """Rank pages that one call writes to the bank at each site; 1 on a CPU, where nothing is won by more."""
+
+_NO_PREFIX = np.zeros(1, np.int32), np.full((1, RANK_PAGE), NO_SLOT, np.int32)
 
 
 class Runner:
@@ -63,6 +63,7 @@ class Runner:
         self.kv_dtype = jnp.dtype(KV_DTYPES[config.kv_dtype or self.dtype.name])
         self.bank_dtype = jnp.dtype(config.bank_dtype or self.dtype)
         self.adapter_dtype = jnp.dtype(KV_DTYPES[config.adapter_dtype or self.bank_dtype.name])
+        self.stored_adapters = f"{self.adapter_dtype}, {self.bank_dtype}"
         if reason := fused.why_not(self.params):
             level = logging.WARNING if jax.default_backend() == "gpu" else logging.INFO
             _log.log(level, "layers run over plain operations, not over fused kernels: %s", reason)
@@ -73,6 +74,8 @@ class Runner:
         # Rank pages that may be copied ahead: those of a prefill call, fewer where memory is short.
         self.staged_pages = max(config.prefill_seqs * (config.tile_entries or 1), self._writes)
         self.rank_pages = RankPages(model.config, self.spread, config.bank_sites, self.adapter_dtype, self._writes)
+        page_size = config.page_size or 1
+        self.kv_pages = KVPages(model.config, self.spread, page_size, self.kv_dtype, config.role)
         self._new_bank = self._bank_maker()
         self.bank = self._new_bank()
         self._choose_programs()
@@ -248,7 +251,7 @@ class Runner:
             traces[f"draw-{size}"] = functools.partial(self._trace_draw, size)
             if self.draws_plainly:
                 traces[f"draw-plain-{size}"] = functools.partial(self._trace_draw_plain, size)
-        for count in self.row_counts:
+        for count in self.row_counts if config.role != "prefill" else ():
             traces[f"decode-{count}"] = functools.partial(self._trace_decode, count)
         for count in self.adapted_row_counts:
             traces[f"decode-adapted-{count}"] = functools.partial(self._trace_decode_adapted, count)
@@ -257,6 +260,8 @@ class Runner:
         traces["copy-pages"] = self._trace_copy
         if self._has_prefixes:
             traces["write-prefix"] = self._trace_prefix
+        for name in self.kv_pages.programs:
+            traces[name] = functools.partial(self._trace_kv, name)
         for name in self.rank_pages.programs if self._adapters else ():
             traces[name] = functools.partial(self._trace_write, name)
         key = key or (self.model.config, config, self.model.placement, str(abstract))
@@ -319,9 +324,12 @@ class Runner:
         return self.spread.trace(device.copy_pages, (self.cache, none, none), out=self.cache, donate=(0,))
 
     def _trace_prefix(self) -> Any:
-        page_E, slot_EI = np.zeros(PREFIX_PAGES, np.int32), np.full((PREFIX_PAGES, RANK_PAGE), NO_SLOT, np.int32)
+        (nothing,) = prefix_calls(*_NO_PREFIX)
         function = functools.partial(device.write_prefix, self.spread.config, self.dtype)
-        return self.spread.trace(function, (self.bank, self.cache, page_E, slot_EI), out=self.cache, donate=(1,))
+        return self.spread.trace(function, (self.bank, self.cache, *nothing), out=self.cache, donate=(1,))
+
+    def _trace_kv(self, name: str) -> Any:
+        return self.kv_pages.trace(name, self.cache)
 
     def _trace_write(self, name: str) -> Any:
         assert self.bank is not None
@@ -342,7 +350,13 @@ class Runner:
                     self.draw(picks, self.put(constants_of([], size, plainly=plainly))[1])
             self.copy_pages([(0, self.num_kv_pages)])
             if self._has_prefixes:
-                self.write_prefixes(np.zeros(1, np.int32), np.full((1, RANK_PAGE), NO_SLOT, np.int32))
+                self.write_prefixes(*_NO_PREFIX)
+            for name, size in self.kv_pages.programs.items():
+                if name.startswith("take"):
+                    self.take_kv([0] * size)
+                else:
+                    kv = np.zeros((size * (self.config.page_size or 1), *self.kv_pages.token_shape), self.kv_dtype)
+                    self.put_kv([self.num_kv_pages] * size, kv)
             for name in self.rank_pages.programs if self._adapters else ():
                 self.bank = self.programs[name](self.bank, *self.rank_pages.nothing(name))
         jax.block_until_ready((self.cache, self.bank, self.slots))
@@ -456,11 +470,17 @@ class Runner:
 
     def write_prefixes(self, page_E: np.ndarray, slot_EI: np.ndarray) -> None:
         """Write learned positions to the KV cache: those of rank pages, each to its slot; ``NO_SLOT`` for none."""
-        for at in range(0, len(page_E), PREFIX_PAGES):
-            short = PREFIX_PAGES - len(page_E[at : at + PREFIX_PAGES])
-            pages = np.pad(page_E[at : at + PREFIX_PAGES], (0, short))
-            slots = np.pad(slot_EI[at : at + PREFIX_PAGES], ((0, short), (0, 0)), constant_values=NO_SLOT)
+        for pages, slots in prefix_calls(page_E, slot_EI):
             self.cache = self.programs["write-prefix"](self.bank, self.cache, pages, slots)
+
+    def take_kv(self, pages: Many[int]) -> list[jax.Array]:
+        """Return the KV of pages, by token, in parts: ``[n, L, 2 * KV heads, head dim]`` each."""
+        return [self.programs[name](self.cache, page_M) for name, page_M in self.kv_pages.takes(pages)]
+
+    def put_kv(self, pages: Many[int], kv_TLJC: np.ndarray) -> None:
+        """Write the KV of tokens, whole pages of them but for the last, to pages."""
+        for name, kv, page_M in self.kv_pages.puts(pages, kv_TLJC):
+            self.cache = self.programs[name](self.cache, kv, page_M)
 
     # Bank
 

@@ -15,30 +15,14 @@ import functools
 import itertools
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Many
-from typing import Protocol
 
 from serve.engine.expected import Expected
 from serve.engine.fairness import Refusals, Waiting
 from serve.engine.packing import Packing, call_size, round_up
 from serve.engine.pages import PageManager
-from serve.engine.plan import Chunk, Fork, Row, Step
+from serve.engine.plan import Chunk, Fork, Import, Row, Step
 from serve.engine.sequence import Sequence, Status
-
-
-class AdapterSlots(Protocol):
-    """What the scheduler knows of adapters: whether one can be on the device for the next prefill."""
-
-    def acquire(self, digest: str) -> bool:
-        """Keep an adapter on the device until it is released; False if that cannot be now."""
-        ...
-
-    def release(self, digest: str) -> None:
-        """Give up one ``acquire``."""
-        ...
-
-    def is_near(self, digest: str) -> bool:
-        """Whether an adapter is on the device, or on its way there."""
-        ...
+from serve.engine.slots import AdapterSlots
 
 
 class Scheduler:
@@ -87,6 +71,8 @@ class Scheduler:
         self._suspects = False
         # Whether those that wait found no room, of pages or in the bank, when they were last looked at.
         self._refused = False
+        # KV that the next step with chunks writes first.
+        self._imports: list[Import] = []
         # Whether the last plan of chunks left prompts to a later call, beside which their adapters are copied.
         self.has_deferred = False
         self.preemptions = 0
@@ -228,7 +214,7 @@ class Scheduler:
         self.expected.clear()
         self._suspects = True
         lost = [*self._prefilling, *self._running]
-        self._prefilling, self._running, self._holders = {}, {}, 0
+        self._prefilling, self._running, self._holders, self._imports = {}, {}, 0, []
         for sequence in lost:
             sequence.pages, sequence.registered, sequence.holds_adapter = [], 0, False
             sequence.computed = sequence.started = sequence.drawing = 0
@@ -322,11 +308,12 @@ class Scheduler:
         self.has_deferred = bool(deferred)
         self._refused = looked and not chunks and not deferred
         chunks = self._trimmed(chunks, sizes or self._prefill_sizes) if chunks else []
-        return Step(chunks, forks=self._end_prompts(chunks)) if chunks else None
+        imports, self._imports = self._imports, []
+        return Step(chunks, forks=self._end_prompts(chunks), imports=imports) if chunks else None
 
     def chunk_of(self, sequence: Sequence) -> int:
         """Return the prompt tokens of a sequence that a step would take, if there is room."""
-        return min(len(sequence.tokens) - max(sequence.started, sequence.prefix), self._chunk_tokens)
+        return min(len(sequence.tokens) - max(sequence.started, sequence.given, sequence.prefix), self._chunk_tokens)
 
     def fills(self, tokens: int, count: int) -> bool:
         """Whether so many tokens of so many sequences fill a prefill step."""
@@ -398,10 +385,18 @@ class Scheduler:
         sequence.registered = len(found)
         sequence.slot = self._slots.pop()
         self.prefix_hit_tokens += sequence.computed
+        self._import(sequence)
         self.expected.add(sequence)
         sequence.status = Status.PREFILLING
         self._prefilling[sequence] = None
         return True
+
+    def _import(self, sequence: Sequence) -> None:
+        """Let the next step write the KV of a prompt that another engine computed, as far as it is not cached."""
+        if sequence.computed < sequence.given:
+            self._imports.append(Import(sequence, sequence.computed))
+            sequence.computed = sequence.started = sequence.given
+            self._register(sequence)
 
     def _take_adapter(self, sequence: Sequence) -> bool:
         if not sequence.holds_adapter and sequence.adapter is not None:

@@ -2,11 +2,15 @@
 
 import dataclasses
 import enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from preft_jax.sampling.parameters import SamplingParams
 from serve.engine.prefix import PageKeys
+
+if TYPE_CHECKING:
+    from serve.engine.handover import PromptKV
 
 NO_TOKEN = -1
 """Stands for a position of a learned prefix: its keys and values come from an adapter."""
@@ -48,6 +52,7 @@ class Sequence:
         all_token: whether its adapter also edits generated tokens.
         keys: content keys of its pages; None: its KV is neither looked up nor kept for others.
         score: whether log-probabilities of its prompt are wanted.
+        prompt_kv: KV of its prompt that another engine computed; it is written to pages whenever they are allotted.
         followers: samples that fork from it when it is prefilled.
         pages: KV pages in order.
         computed: tokens whose KV is in the cache.
@@ -83,6 +88,7 @@ class Sequence:
     all_token: bool = False
     keys: PageKeys | None = None
     score: bool = False
+    prompt_kv: "PromptKV | None" = None
     followers: list["Sequence"] = dataclasses.field(default_factory=list)
     status: Status = Status.NEW
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -113,6 +119,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that may still be generated."""
         return self.prompt_len + self.max_tokens - len(self.tokens)
+
+    @property
+    def given(self) -> int:
+        """Tokens whose KV another engine computed."""
+        return 0 if self.prompt_kv is None else self.prompt_len
 
     @property
     def undrawn(self) -> int:

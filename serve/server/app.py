@@ -67,6 +67,8 @@ def make_app(serving: Serving) -> FastAPI:
         bodies.close()
         watch.cancel()
         await serving.engine.stop(0)
+        if serving.prefill is not None:
+            await serving.prefill.close()
         # A thread that still compiles holds the jobs; the program ends without them.
         seconds = CLOSE_SECONDS if serving.engine.busy else None
         if serving.tuning is not None and not await asyncio.to_thread(serving.tuning.close, seconds):
@@ -185,15 +187,19 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
         }
 
     @app.get("/v1/models", responses=ERRORS)
-    async def models(request: Request) -> dict[str, Any]:
+    async def models(request: Request) -> Any:
         """List the base model and the adapters that the key may see."""
+        if serving.prefill is not None:
+            return await serving.prefill.forward(request)
         found = [card(None, name) for name in serving.names]
         found += [card(adapter, adapter.name) for adapter in serving.visible(request.state.identity)]
         return {"object": "list", "data": found}
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
-    async def model(request: Request, name: str) -> dict[str, Any]:
+    async def model(request: Request, name: str) -> Any:
         """Describe one of them."""
+        if serving.prefill is not None:
+            return await serving.prefill.forward(request)
         return card(serving.adapter(name, request.state.identity), name)
 
     @app.post("/v1/load_lora_adapter", responses={**_TEXT, **ERRORS}, response_class=Response)

@@ -13,9 +13,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from preft_jax.errors import PreftError
+from preft_jax.text.chat import EncodedPrompt
 from serve.engine.async_engine import OutputStream
-from serve.engine.request import Request
+from serve.engine.completion import Completion
+from serve.engine.handover import Handover
+from serve.engine.request import Output, Request
 from serve.server.answers import ChatShape, CompletionShape, Sample, Shape, TokenTexts, usage
+from serve.server.apart import check_asks_for_handover, handover_response
 from serve.server.auth import Identity
 from serve.server.bodies import Bodies
 from serve.server.failures import ApiError, retry_after, to_api_error
@@ -57,9 +61,14 @@ async def _answer(
     serving: Serving, texts: TokenTexts, request: HttpRequest, body: CompletionBody | ChatBody, prompts: Sequence[Any]
 ) -> Response:
     started, facts, identity = serving.clock(), request.state.facts, request.state.identity
-    adapter = serving.adapter(body.model, identity)
+    if serving.hands_over:
+        check_asks_for_handover(request)
+    adapter = None if serving.prefill is not None else serving.adapter(body.model, identity)
     facts["model"] = body.model
-    if sum(len(part) for prompt in prompts for part in _parts(prompt)) > _LONG_TEXT:
+    if serving.prefill is not None:
+        handovers = asyncio.create_task(serving.prefill.handovers(request))
+        requests = _taken_over(serving, body, await unless_gone(request.receive, handovers), identity)
+    elif sum(len(part) for prompt in prompts for part in _parts(prompt)) > _LONG_TEXT:
         requests = await asyncio.to_thread(_make_requests, serving, body, prompts, adapter, identity)
     else:
         requests = _make_requests(serving, body, prompts, adapter, identity)
@@ -67,6 +76,8 @@ async def _answer(
     shape = kind(model=body.model, created=int(serving.wall_clock()), texts=texts, logprobs=body.num_logprobs)
     stream = await unless_gone(request.receive, asyncio.create_task(serving.engine.open(requests)))
     job = Job(serving, shape, requests, stream, started, facts)
+    if serving.hands_over:
+        return handover_response(await unless_gone(request.receive, asyncio.create_task(job.handovers())))
     if body.stream:
         return EventStream(job.events(body.include_usage), job.close)
     return _json(await unless_gone(request.receive, asyncio.create_task(job.whole())))
@@ -85,7 +96,7 @@ def _make_requests(
     identity: Identity,
 ) -> list[Request]:
     """Return the engine's requests, one for each prompt."""
-    sampling, vocab = body.sampling(), serving.model.config.vocab_size
+    vocab = serving.model.config.vocab_size
     outside = next((token for token in body.logit_bias if token >= vocab), None)
     if outside is not None:
         raise ApiError(
@@ -94,28 +105,44 @@ def _make_requests(
             code="invalid_value",
             param="logit_bias",
         )
+    encoded = (serving.encode(prompt, add_special_tokens=body.add_special_tokens) for prompt in prompts)
+    return [_make_request(serving, body, prompt, adapter, identity) for prompt in encoded]
+
+
+def _make_request(
+    serving: Serving,
+    body: CompletionBody | ChatBody,
+    prompt: EncodedPrompt,
+    adapter: Registered | None,
+    identity: Identity,
+) -> Request:
+    length = len(prompt.token_ids)
+    limit = body.limit or serving.max_model_len - length
+    if length + limit > serving.max_model_len:
+        raise serving.too_long(f"the prompt has {length} tokens and {limit} are asked for")
+    return Request(
+        prompt=prompt,
+        adapter=adapter,
+        sampling=body.sampling(),
+        max_tokens=limit,
+        n=body.n,
+        stop=tuple(body.stop),
+        logprobs=body.num_logprobs,
+        priority=body.priority,
+        seed=secrets.randbits(32),
+        tenant=identity.tenant,
+        cache_salt=serving.cache_salt(identity, body.cache_salt),
+    )
+
+
+def _taken_over(
+    serving: Serving, body: CompletionBody | ChatBody, handovers: Sequence[Handover], identity: Identity
+) -> list[Request]:
+    """Return the engine's requests for what another server prefilled."""
     requests = []
-    for prompt in prompts:
-        encoded = serving.encode(prompt, add_special_tokens=body.add_special_tokens)
-        length = len(encoded.token_ids)
-        limit = body.limit or serving.max_model_len - length
-        if length + limit > serving.max_model_len:
-            raise serving.too_long(f"the prompt has {length} tokens and {limit} are asked for")
-        requests.append(
-            Request(
-                prompt=encoded,
-                adapter=adapter,
-                sampling=sampling,
-                max_tokens=limit,
-                n=body.n,
-                stop=tuple(body.stop),
-                logprobs=body.num_logprobs,
-                priority=body.priority,
-                seed=secrets.randbits(32),
-                tenant=identity.tenant,
-                cache_salt=serving.cache_salt(identity, body.cache_salt),
-            )
-        )
+    for handover in handovers:
+        prompt = EncodedPrompt(handover.prompt.token_ids, ())
+        requests.append(handover.request(_make_request(serving, body, prompt, None, identity)))
     return requests
 
 
@@ -169,15 +196,27 @@ class Job:
         samples = [Sample() for _ in range(self._samples)]
         try:
             async for index, output in self._outputs():
-                if output.finish_reason == "abort":
-                    raise ApiError(
-                        503, f"the request was given up: {output.error}", code="aborted", headers=retry_after(5)
-                    )
+                _check_goes_on(output)
                 samples[index].add(output)
         finally:
             self.close()
         choices = [self._shape.whole(index, sample) for index, sample in enumerate(samples)]
         return {**self._shape.head(stream=False), "choices": choices, "usage": self.usage}
+
+    async def handovers(self) -> list[Handover]:
+        """Return the prefilled requests once all samples have their first tokens.
+
+        Raises:
+            ApiError: as ``whole``.
+        """
+        samples = [Completion() for _ in range(self._samples)]
+        try:
+            async for index, output in self._outputs():
+                _check_goes_on(output)
+                samples[index].take(output)
+        finally:
+            self.close()
+        return [Handover.of(samples[at : at + self._n]) for at in range(0, self._samples, self._n)]
 
     async def events(self, include_usage: bool) -> AsyncGenerator[bytes]:
         """Yield the answer as server-sent events; what fails on the way is the last one before ``[DONE]``."""
@@ -233,6 +272,11 @@ class Job:
             self._facts.setdefault("finish", []).append("cancelled")
         self._facts["prompt_tokens"], self._facts["completion_tokens"] = self._prompt_tokens, sum(self._tokens)
         self._stream.close()
+
+
+def _check_goes_on(output: Output) -> None:
+    if output.finish_reason == "abort":
+        raise ApiError(503, f"the request was given up: {output.error}", code="aborted", headers=retry_after(5))
 
 
 class EventStream(StreamingResponse):

@@ -13,6 +13,7 @@ from preft_jax.loading import Model
 from preft_jax.text.chat import EncodedPrompt, encode_prompt
 from preft_jax.text.encoding import encode_text, with_begin_tokens
 from serve.engine.async_engine import AsyncEngine
+from serve.server.apart import PrefillServer
 from serve.server.auth import Identity, Keys, RuntimeLoading
 from serve.server.exposition import ServerMetrics
 from serve.server.failures import ApiError, not_there
@@ -71,6 +72,8 @@ class Serving:
         share_prefix_cache: whether a request may find KV that another key's request left in the prefix cache.
         directory: kept in step with the store, looked at every ``scan_seconds``.
         tuning: fine-tuning beside requests; None: there is none.
+        hands_over: whether requests are prefilled only, for other servers.
+        prefill: the server that prefills for this one; None: it does that itself.
         clock: seconds.
         wall_clock: seconds since 1970.
     """
@@ -87,6 +90,8 @@ class Serving:
     share_prefix_cache: bool = False
     directory: AdapterDirectory | None = None
     tuning: Tuning | None = None
+    hands_over: bool = False
+    prefill: PrefillServer | None = None
     scan_seconds: float = 5.0
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time

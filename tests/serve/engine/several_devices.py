@@ -44,6 +44,7 @@ from serve.engine import programs as device
 from serve.engine.arrays import Arrays, constants_of
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.handover import hand_over
 from serve.engine.programs import Slots
 from serve.engine.rank_pages import RankPages
 from serve.engine.spread import WHOLE, Spread, bytes_of
@@ -157,6 +158,19 @@ def test_four_devices_serve_over_fused_operations_with_mixed_calls_as_one(wide, 
     assert bytes_of(pools["q"].b_LPRF) * 4 == pools["q"].b_LPRF.nbytes
     assert bytes_of(pools["o"].a_LPDR) * 4 == pools["o"].a_LPDR.nbytes
     assert bytes_of(pools["block"].a_LPDR) == pools["block"].a_LPDR.nbytes
+
+
+def test_what_two_devices_prefill_one_decodes_and_the_other_way_round(lively, adapters, rng):
+    """KV that is handed over lies as no device has it."""
+    requests = asked(rng, adapters, ("lora_r24", "direft"))
+    alone = serve(Engine(lively, TEN_PAGES), requests)
+    cut = spread_model(lively, "tp=2")
+    prefill = dataclasses.replace(TEN_PAGES, all_token=False, role="prefill")
+    decode = dataclasses.replace(prefill, bank_pages=1, role="decode")
+    for first, then in ((cut, lively), (lively, cut)):
+        given = hand_over(Engine(first, prefill), requests)
+        rest = [handover.request(one) for handover, one in zip(given, requests, strict=True)]
+        assert_equal(serve(Engine(then, decode), rest), alone)
 
 
 def test_adapters_of_a_store_come_in_equal_parts_over_the_devices_links(wide, wide_adapters, rng):

@@ -13,6 +13,7 @@ import preft_jax
 from preft_jax.errors import LimitError
 from serve import api
 from serve.engine.async_engine import AsyncEngine
+from serve.options import add_environment
 
 
 def test_it_drains_when_told_to_end_and_remembers_adapters(tmp_path, tiny):
@@ -180,7 +181,7 @@ def test_usage_errors_have_their_status():
 
 def test_keys_come_from_the_environment_too():
     args = api.make_parser().parse_args(["--api-key", "from-the-line"])
-    api._add_environment(args, {"PREFT_API_KEY": "a=one-key-1 two-key-2", "PREFT_ADMIN_KEY": "three-key-3"})
+    add_environment(args, {"PREFT_API_KEY": "a=one-key-1 two-key-2", "PREFT_ADMIN_KEY": "three-key-3"})
     assert args.api_key == ["from-the-line", "a=one-key-1", "two-key-2"]
     assert args.admin_key == "three-key-3"
 
