@@ -59,6 +59,22 @@ def pytest_cmdline_main(config):
         option.loadscopereorder = False  # It would leave files of one long test to the end.
 
 
+EARLIER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+"""XLA's fusions on a CPU go straight to LLVM, not through MLIR: half the time of a small program."""
+
+
+def _compiles_quickly(config):
+    """Whether programs are to be compiled in the least time; ``JAX_DISABLE_MOST_OPTIMIZATIONS`` says it, or ``-m``."""
+    return "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and "not slow" in config.option.markexpr
+
+
+def pytest_configure(config):
+    """Set what XLA reads when it is used first; programs that tests start inherit it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _compiles_quickly(config) and EARLIER_EMITTERS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {EARLIER_EMITTERS}".strip()
+
+
 def pytest_collection_modifyitems(items):
     """Put files that compile nothing last: they are short, so that two processes end together."""
     compiling = {item.path for item in items if item.get_closest_marker("host") is None}
@@ -78,10 +94,10 @@ def _compiled_quickly(request):
     """On a CPU, let LLVM optimise nothing, a third of the time to compile: most programs run a few times only.
 
     XLA's own passes, which fuse operations and alias buffers, run as ever. Slow tests, and whoever sets
-    ``JAX_DISABLE_MOST_OPTIMIZATIONS=0``, run optimised code.
+    ``JAX_DISABLE_MOST_OPTIMIZATIONS=0``, run optimised code, of XLA's new emitters.
     """
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    if name in os.environ or "not slow" not in request.config.option.markexpr or jax.default_backend() != "cpu":
+    if not _compiles_quickly(request.config) or jax.default_backend() != "cpu":
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

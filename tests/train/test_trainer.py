@@ -258,8 +258,9 @@ for mesh in sys.argv[1:]:
 def test_eight_devices_train_as_one():
     """Each of them has an eighth of every weight, and nothing is compiled behind the first update."""
     here = str(Path(__file__).parents[1])
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {
-        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        **os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     command = [sys.executable, "-c", SHARDED, "fsdp=1", "fsdp=8"]
