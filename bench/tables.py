@@ -331,6 +331,32 @@ def accuracy(figures: dict[str, Any]) -> str:
     )
 
 
+def stored_adapters(figures: dict[str, Any]) -> str:
+    """What trained adapters lose by rank pages of another dtype; the interval is that of paired answers."""
+    options = figures["options"]
+    rows = [
+        [
+            row["adapter"],
+            f"{100 * row['accuracy']:.1f}",
+            f"{100 * row['stored_accuracy']:.1f}",
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(
+                *(100 * row[name] for name in ("difference", "difference_low", "difference_high"))
+            ),
+            f"{row['stored_mean_kl']:.2g}",
+        ]
+        for row in figures["rows"]
+    ]
+    header = [
+        "{model}, {task}, r{rank}, {updates} updates of {batch_size}".format(**options),
+        "accuracy, %",
+        f"rank pages in {options['adapter_dtype']}",
+        "difference (95% interval)",
+        "mean KL, nats",
+    ]
+    pairs = figures["rows"][0]["pairs"]
+    return f"{markdown(header, rows)}\n{pairs} answers each; {machine(figures)}.\n"
+
+
 def quantization(figures: dict[str, Any]) -> str:
     """What base models in FP8 lose, alone and under an adapter."""
     rows = []
@@ -354,6 +380,7 @@ TABLES = {
     "cpu-accuracy": accuracy,
     "cpu-fp8": quantization,
     "cpu-generation": cpu_generation,
+    "cpu-accuracy-fp8": stored_adapters,
     "cpu-adapters": cpu_adapters,
     "cpu-hostile": hostile,
     "cpu-kills": kills,
