@@ -357,22 +357,25 @@ def stored_adapters(figures: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n{pairs} answers each; {machine(figures)}.\n"
 
 
+def _needles(row: dict[str, Any]) -> str:
+    if "asked" not in row:
+        return ""
+    return f"{row['found']} of {row['asked']} ({100 * row['found_low']:.0f}% to {100 * row['found_high']:.0f}%)"
+
+
 def quantization(figures: dict[str, Any]) -> str:
     """What base models in FP8 lose, alone and under an adapter."""
-    rows = []
+    rows, needles = [], any("asked" in row for row in figures["rows"])
     for row in figures["rows"]:
         is_plain = row["base"] == "plain"
         same = ["", ""] if is_plain else [f"{row['mean_kl']:.2g}", f"{100 * row['same_top_1']:.1f}"]
-        needles = ""
-        if "asked" in row:
-            needles = "{found} of {asked} ({low:.0f}% to {high:.0f}%)".format(
-                **row, low=100 * row["found_low"], high=100 * row["found_high"]
-            )
-        size = f"{row['weight_bytes'] / 1e6:.0f}"
+        if needles:
+            same.append(_needles(row))
+        size = f"{figures['weight_bytes'][row['base']] / 1e6:.0f}"
         name = figures["dtype"] if is_plain else row["base"]
-        rows.append([name, row["adapter"], size, f"{row['perplexity']:.2f}", *same, needles])
+        rows.append([name, row["adapter"], size, f"{row['perplexity']:.2f}", *same])
     header = [f"{figures['model']}, linears in", "adapter", "MB", "perplexity", "mean KL, nats", "same top token, %"]
-    header.append(f"needles found in {figures['options']['context']:,} tokens")
+    header += [f"needles found in {figures['options']['context']:,} tokens"] if needles else []
     return f"{markdown(header, rows)}\n{figures['scored_tokens']:,} scored tokens; {machine(figures)}.\n"
 
 
