@@ -22,14 +22,18 @@ def _load_scale(scale_ptr, at, mask):
 def load_product(
     y_ptr, at, row_ptr, row, column_ptr, column, mask, row_mask, column_mask, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Return elements ``at`` of a product in its dtype, with the scales of its rows and columns if it is SCALED.
+    """Return elements ``at`` of a product in its dtype, with the scales of its rows and columns, and its bias.
 
-    The masks are of the elements, of ``row`` and of ``column``; the last two may be None.
+    SCALED says how many numbers there are for a column: none, its scale, or its scale and its bias. The masks are of
+    the elements, of ``row`` and of ``column``; the last two may be None.
     """
     y = tl.load(y_ptr + at, mask=mask, other=0.0)
-    if SCALED:
+    if SCALED > 0:
         scale = _load_scale(row_ptr, row, row_mask)
-        y = (y.to(tl.float32) * scale * _load_scale(column_ptr, column, column_mask)).to(y.dtype)
+        wide = y.to(tl.float32) * scale * _load_scale(column_ptr, column * SCALED, column_mask)
+        if SCALED > 1:
+            wide += _load_scale(column_ptr, column * SCALED + 1, column_mask)
+        y = wide.to(y.dtype)
     return y
 
 
