@@ -5,11 +5,14 @@ base model, as many jobs of one trainer: every contender of ``--adapters`` with 
 examples and for the same number of updates; a seed draws an adapter's first weights and the order of its examples.
 Then each answers the held-out questions greedily, and the task's own scorer judges the text: ``accuracy`` is the part
 of answers with the full score, ``score`` the mean, which some tasks give in part. The base model goes first. Answers
-may have a few tokens more than the longest true one. A table for people, then one JSON line.
+may have a few tokens more than the longest true one. With ``--adapter-dtype`` each adapter also answers as rank pages
+of that dtype serve it; the 95% interval of the difference is that of paired answers, and the KL divergence is the mean
+over the tokens of true answers. A table for people, then one JSON line.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -22,14 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from preft_jax.adapters.adapter import Adapter
+from preft_jax.adapters.adapter import Adapter, fold
 from preft_jax.adapters.config import AdapterConfig
-from preft_jax.cli import hyphenated
+from preft_jax.adapters.own import adapter_in_fp8
+from preft_jax.cli import add_adapter_dtype, hyphenated
+from preft_jax.config import ModelConfig
 from preft_jax.errors import ConfigError, PreftError, did_you_mean
 from preft_jax.loading import Model, load_model, serving_model
+from preft_jax.models.forward import forward
+from preft_jax.models.params import Params
 from serve.bench.environment import environment
 from serve.bench.output import emit
 from train.data.batches import BatchOptions
@@ -176,13 +185,14 @@ def train_all(trainer: Trainer, updates: int, console: Console) -> dict[str, lis
 def judge(
     args: argparse.Namespace, model: Model, adapter: Adapter | None, task: Task, entries: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the accuracy and the mean score of greedy answers, and the first few of them."""
+    """Return the accuracy and the mean score of greedy answers, which are right, and the first few of them."""
     config = AdapterConfig() if adapter is None else adapter.config
     texts = answer(model, adapter, make_all(args, model, config, entries)).texts
     scores = [float(task.score(text.strip(), entry)) for text, entry in zip(texts, entries, strict=True)]
     return {
         "accuracy": round(sum(score >= 1 for score in scores) / len(scores), 4),
         "score": round(statistics.fmean(scores), 4),
+        "right": [int(score >= 1) for score in scores],
         "answers": [[text, str(entry["answer"])] for text, entry in zip(texts[:4], entries, strict=False)],
     }
 
@@ -201,6 +211,49 @@ def base_figures(
     trainer.admit()
     loss, _ = trainer.evaluate(job, examples)
     return {"eval_loss": round(loss, 4), **judge(args, model, None, task, held_out)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(config: ModelConfig, params: Params, folded: Any, tokens_BS: jax.Array, mask_BSG: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(forward(config, params, tokens_BS, folded=folded, edit_mask_BSG=mask_BSG))
+
+
+def mean_kl(model: Model, adapter: Adapter, other: Adapter, examples: Sequence[Example]) -> float:
+    """Return the mean KL divergence of one adapter's distributions from another's at the tokens of true answers."""
+    longest = max(map(len, examples))
+    tokens_BS = np.stack([np.pad(one.token_ids, (0, longest - len(one))) for one in examples])
+    mask_BSG = np.stack([np.pad(one.edit_mask, ((0, longest - len(one)), (0, 0))) for one in examples])
+    learned_BS = np.stack([np.pad(one.loss_mask, (0, longest - len(one))) for one in examples])
+    p, q = (_logprobs(model.config, model.params, fold(one), tokens_BS, mask_BSG) for one in (adapter, other))
+    kl_BS = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    return float(kl_BS[:, :-1][learned_BS[:, 1:]].mean())
+
+
+def judge_stored(
+    args: argparse.Namespace, model: Model, adapter: Adapter, task: Task, entries: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """``judge``; with ``--adapter-dtype`` also as rank pages of that dtype serve the adapter, in ``stored``."""
+    found = judge(args, model, adapter, task, entries)
+    if args.adapter_dtype is not None:
+        other = adapter_in_fp8(adapter, model.config)
+        kl = mean_kl(model, adapter, other, make_all(args, model, adapter.config, entries))
+        found["stored"] = {**judge(args, model, other, task, entries), "mean_kl": float(f"{kl:.3g}")}
+    return found
+
+
+def difference(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the accuracy with rank pages of another dtype less that without, with the 95% interval of pairs."""
+    pairs = [pair for run in runs if "stored" in run for pair in zip(run["right"], run["stored"]["right"], strict=True)]
+    if not pairs:
+        return {}
+    changes = [after - before for before, after in pairs]
+    mean, spread = statistics.fmean(changes), 1.96 * statistics.pstdev(changes) / len(changes) ** 0.5
+    kl = statistics.fmean(run["stored"]["mean_kl"] for run in runs if "stored" in run)
+    return {
+        "stored_accuracy": round(statistics.fmean(after for _, after in pairs), 4), "difference": round(mean, 4),
+        "difference_low": round(mean - spread, 4), "difference_high": round(mean + spread, 4), "pairs": len(pairs),
+        "stored_mean_kl": float(f"{kl:.3g}"),
+    }  # fmt: skip
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -246,7 +299,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 run["train_loss"] = round(statistics.fmean(losses[job.name][-_TOLD:]), 4)
                 loss, _ = trainer.evaluate(job, make_all(args, model, job.config.adapter, held_out))
                 run["eval_loss"] = round(loss, 4)
-                run |= judge(args, model, trainer.adapter_of(job), task, held_out)
+                run |= judge_stored(args, model, trainer.adapter_of(job), task, held_out)
                 console.print(f"{job.name}: loss {loss:.3f}, accuracy {run['accuracy']:.1%}, {run['answers'][0]}")
             else:
                 run["failed"] = job.failed
@@ -261,6 +314,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 "learning_rate": contender.learning_rate,
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(adapter.params)),
                 **summary(runs),
+                **difference(runs),
                 "runs": runs,
             }
         )
@@ -305,6 +359,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--seeds", default="1,2,3", help="with commas (default: %(default)s)")
     add("--rank", type=int, default=16, help="of every adapter (default: %(default)s)")
+    add_adapter_dtype(add)
     add("--updates", type=int, default=40, help="of every adapter (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="examples of an update (default: %(default)s)")
     add("--max-length", type=int, default=32, help="most tokens of an example (default: %(default)s)")

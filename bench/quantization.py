@@ -42,7 +42,7 @@ from preft_jax.shapes import KV_DTYPES
 from serve.bench.environment import environment
 from serve.bench.output import emit
 
-SCHEMA = "preft-jax/quantization/2"
+SCHEMA = "preft-jax/quantization/1"
 
 
 def documents(model: Model, count: int, length: int) -> np.ndarray:
@@ -179,7 +179,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         figures = compare(model.config, bases, tokens, args.batch_size)
         for name, base in bases.items():
             needles = {} if base.folded is not None else retrieval(model.config, base, hay)
-            rows.append({"base": name, "adapter": kind, "weight_bytes": num_bytes(base), **figures[name], **needles})
+            rows.append({"base": name, "adapter": kind, **figures[name], **needles})
     options = {name: value for name, value in vars(args).items() if name != "output_json"}
     return {
         "schema": SCHEMA,
@@ -187,6 +187,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(model.params["embed"].dtype),
         "options": options | {"adapter": None if args.adapter is None else str(args.adapter)},
         "scored_tokens": args.documents * (args.length - args.length // 2 - 1),
+        "weight_bytes": {name: num_bytes(base) for name, base in (alone | edited).items()},
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
         **environment(),

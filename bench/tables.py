@@ -333,22 +333,51 @@ def accuracy(figures: dict[str, Any]) -> str:
     )
 
 
+def stored_adapters(figures: dict[str, Any]) -> str:
+    """What trained adapters lose by rank pages of another dtype; the interval is that of paired answers."""
+    options = figures["options"]
+    rows = [
+        [
+            row["adapter"],
+            f"{100 * row['accuracy']:.1f}",
+            f"{100 * row['stored_accuracy']:.1f}",
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(
+                *(100 * row[name] for name in ("difference", "difference_low", "difference_high"))
+            ),
+            f"{row['stored_mean_kl']:.2g}",
+        ]
+        for row in figures["rows"]
+    ]
+    header = [
+        "{model}, {task}, r{rank}, {updates} updates of {batch_size}".format(**options),
+        "accuracy, %",
+        f"rank pages in {options['adapter_dtype']}",
+        "difference (95% interval)",
+        "mean KL, nats",
+    ]
+    pairs = figures["rows"][0]["pairs"]
+    return f"{markdown(header, rows)}\n{pairs} answers each; {machine(figures)}.\n"
+
+
+def _needles(row: dict[str, Any]) -> str:
+    if "asked" not in row:
+        return ""
+    return f"{row['found']} of {row['asked']} ({100 * row['found_low']:.0f}% to {100 * row['found_high']:.0f}%)"
+
+
 def quantization(figures: dict[str, Any]) -> str:
     """What base models in FP8 lose, alone and under an adapter."""
-    rows = []
+    rows, needles = [], any("asked" in row for row in figures["rows"])
     for row in figures["rows"]:
         is_plain = row["base"] == "plain"
         same = ["", ""] if is_plain else [f"{row['mean_kl']:.2g}", f"{100 * row['same_top_1']:.1f}"]
-        needles = ""
-        if "asked" in row:
-            needles = "{found} of {asked} ({low:.0f}% to {high:.0f}%)".format(
-                **row, low=100 * row["found_low"], high=100 * row["found_high"]
-            )
-        size = f"{row['weight_bytes'] / 1e6:.0f}"
+        if needles:
+            same.append(_needles(row))
+        size = f"{figures['weight_bytes'][row['base']] / 1e6:.0f}"
         name = figures["dtype"] if is_plain else row["base"]
-        rows.append([name, row["adapter"], size, f"{row['perplexity']:.2f}", *same, needles])
+        rows.append([name, row["adapter"], size, f"{row['perplexity']:.2f}", *same])
     header = [f"{figures['model']}, linears in", "adapter", "MB", "perplexity", "mean KL, nats", "same top token, %"]
-    header.append(f"needles found in {figures['options']['context']:,} tokens")
+    header += [f"needles found in {figures['options']['context']:,} tokens"] if needles else []
     return f"{markdown(header, rows)}\n{figures['scored_tokens']:,} scored tokens; {machine(figures)}.\n"
 
 
@@ -356,6 +385,7 @@ TABLES = {
     "cpu-accuracy": accuracy,
     "cpu-fp8": quantization,
     "cpu-generation": cpu_generation,
+    "cpu-accuracy-fp8": stored_adapters,
     "cpu-adapters": cpu_adapters,
     "cpu-hostile": hostile,
     "cpu-kills": kills,

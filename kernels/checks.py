@@ -43,7 +43,9 @@ def check_product(name: str, product: Product) -> jax.Array:
     check_activations(f"{name}.y_TF", product.y_TF)
     allowed = (jnp.bfloat16, jnp.float32)
     check(product.y_TF.dtype in allowed, f"{name}.y_TF has dtype {product.y_TF.dtype}; allowed: bfloat16, float32")
-    for scale, size in (("row_T", product.y_TF.shape[0]), ("column_F", product.y_TF.shape[1])):
+    tokens, width = product.y_TF.shape
+    sizes = {"row_T": tokens, "column_F": width} | ({} if product.bias_F is None else {"bias_F": width})
+    for scale, size in sizes.items():
         array = getattr(product, scale)
         check_array(f"{name}.{scale}", array, 1, jnp.floating)
         check(

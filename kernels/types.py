@@ -61,12 +61,14 @@ class QuantizedRows(NamedTuple):
 class Unscaled(NamedTuple):
     """A product of matrices in FP8 before its scales: ``y_TF * row_T[:, None] * column_F``, rounded to y's dtype.
 
-    The scales are float32; y is bfloat16 or float32, whose range such products do not leave.
+    With ``bias_F``, that is added before it is rounded. Scales and bias are float32; y is bfloat16 or float32, whose
+    range such products do not leave.
     """
 
     y_TF: jax.Array
     row_T: jax.Array
     column_F: jax.Array
+    bias_F: jax.Array | None = None
 
 
 Product = jax.Array | Unscaled

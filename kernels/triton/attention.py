@@ -11,9 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from kernels.triton import interpret
-from kernels.triton.call import call, check_dtype, check_pool_dtype, elements, power_of_two, product_args, require
+from kernels.triton.call import (
+    call,
+    check_dtype,
+    check_pool_dtype,
+    elements,
+    numbers_of_columns,
+    power_of_two,
+    product_args,
+    require,
+)
 from kernels.triton.device.attention import attend_kernel, combine_kernel, decode_attend_kernel
-from kernels.types import Product, Unscaled
+from kernels.types import Product
 from kernels.xla.fp8 import FP8
 
 
@@ -196,7 +205,7 @@ def decode_attention(
         warps=config.warps, stages=config.stages,
         SCALE=scale, B=batch, H=heads, K=kv_heads, C=channels, PAGE=size, WIDTH=width, G=group,
         M=max(16, power_of_two(group)), BN=config.keys, SPLITS=splits, NORM=q_norm_C is not None, EPS=eps,
-        WINDOW=window or 0, SCALED=isinstance(qkv_BF, Unscaled),
+        WINDOW=window or 0, SCALED=numbers_of_columns(qkv_BF),
         FP8=kv_PSJC.dtype == FP8 and y_BF.dtype == jnp.bfloat16 and not interpret.is_on(),
     )  # fmt: skip
     return (out if whole else _combine(out, lse, y_BF.dtype)), kv_PSJC

@@ -83,11 +83,19 @@ def check_pool_dtype(kv_PSJC: jax.Array) -> None:
 def product_args(y: Product | None, filler: jax.Array) -> tuple[jax.Array, ...]:
     """Return what a kernel needs to read a product: its elements and the scales of its rows and columns.
 
-    ``filler`` stands for what is not there.
+    Beside the scale of each column stands its bias, if there is one. ``filler`` stands for what is not there.
     """
     if isinstance(y, Unscaled):
-        return tuple(y)
+        column = y.column_F if y.bias_F is None else jnp.stack([y.column_F, y.bias_F], axis=1)
+        return y.y_TF, y.row_T, column
     return (filler if y is None else y), filler, filler
+
+
+def numbers_of_columns(y: Product | None) -> int:
+    """Return how many numbers ``product_args`` has for each column: 0, 1 (a scale), or 2 (a bias, too)."""
+    if not isinstance(y, Unscaled):
+        return 0
+    return 1 if y.bias_F is None else 2
 
 
 def elements(y: Product) -> jax.Array:

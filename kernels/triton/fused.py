@@ -15,6 +15,7 @@ from kernels.triton.call import (
     check_dtype,
     check_pool_dtype,
     elements,
+    numbers_of_columns,
     power_of_two,
     product_args,
     rank_of,
@@ -33,7 +34,7 @@ from kernels.triton.device.norm import (
     norm_shrink_part_kernel,
 )
 from kernels.triton.lowrank import MOST_SITES, expand, finish_parts, padded, shrink
-from kernels.types import Product, QuantizedRows, Shrunk, Site, Unscaled
+from kernels.types import Product, QuantizedRows, Shrunk, Site
 from kernels.xla import fp8
 
 MOST_COLUMNS = 64
@@ -147,7 +148,7 @@ def _norm_shrink(
         ],
         grid=(ceil_div(tokens, config.rows),),
         warps=config.warps,
-        T=tokens, D=width, TILE=tile, EPS=eps, ADD=add_TD is not None, SCALED=isinstance(add_TD, Unscaled),
+        T=tokens, D=width, TILE=tile, EPS=eps, ADD=add_TD is not None, SCALED=numbers_of_columns(add_TD),
         EDITS=len(edits), BLOCK=block is not None, SITES=len(together),
         EE0=widths[0], EE1=widths[1], BE=block_entries, E=entries,
         EEB0=rank_of(widths[0]), EEB1=rank_of(widths[1]), BEB=rank_of(block_entries),
@@ -173,7 +174,7 @@ def _edit_in_parts(
         ],
         grid=(config.parts, ceil_div(tokens, config.rows)),
         warps=config.warps,
-        T=tokens, D=width, TILE=tile, ADD=add_TD is not None, SCALED=isinstance(add_TD, Unscaled),
+        T=tokens, D=width, TILE=tile, ADD=add_TD is not None, SCALED=numbers_of_columns(add_TD),
         EDITS=len(edits), EE0=widths[0], EE1=widths[1],
         EEB0=rank_of(widths[0]), EEB1=rank_of(widths[1]),
         BT=config.rows, BD=config.block, PARTS=config.parts, STAGES=config.stages,
@@ -232,7 +233,7 @@ def _norm(
         out=[nothing if add_TD is None else same, *(_quantized(tokens, width) if quantized else [same, nothing])],
         grid=(tokens,),
         warps=max(1, min(8, width // 1024)),
-        D=width, BD=power_of_two(width), EPS=eps, ADD=add_TD is not None, SCALED=isinstance(add_TD, Unscaled),
+        D=width, BD=power_of_two(width), EPS=eps, ADD=add_TD is not None, SCALED=numbers_of_columns(add_TD),
         FP8=quantized,
     )  # fmt: skip
     return (x_TD if add_TD is None else new), QuantizedRows(h_TD, scale_T) if quantized else h_TD
@@ -243,7 +244,7 @@ def _silu_mul(gate_up_TF: Product, quantized: bool) -> jax.Array | QuantizedRows
     a row of it is too long for one program.
     """
     y_TF = elements(gate_up_TF)
-    tokens, width, scaled = y_TF.shape[0], y_TF.shape[1] // 2, isinstance(gate_up_TF, Unscaled)
+    tokens, width, scaled = y_TF.shape[0], y_TF.shape[1] // 2, numbers_of_columns(gate_up_TF)
     block = block_of(width, 1024, "half the width of gate_up_TF")
     rows = (4096 if scaled else 1024) // block  # A program reads the scales of its columns once.
     blocks, grid = width // block, (width // block, ceil_div(tokens, rows))
@@ -328,7 +329,7 @@ def rope_kv(
         EDIT0=edits[0] is not None, EDIT1=edits[1] is not None, EDIT2=edits[2] is not None,
         E0=widths[0], E1=widths[1], E2=widths[2],
         EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), EB2=rank_of(widths[2]), BT=config.rows,
-        NORM=q_norm_C is not None, EPS=eps, SCALED=isinstance(qkv_TF, Unscaled),
+        NORM=q_norm_C is not None, EPS=eps, SCALED=numbers_of_columns(qkv_TF),
     )  # fmt: skip
     return q_TF.reshape(tokens, heads, channels), kv_PSJC
 
@@ -367,7 +368,7 @@ def silu_mul_shrink(
         ],
         grid=(config.parts, ceil_div(tokens, config.rows)),
         warps=config.warps,
-        T=tokens, F=width, TILE=tile, SCALED=isinstance(gate_up_TF, Unscaled), EDIT0=edits[0] is not None,
+        T=tokens, F=width, TILE=tile, SCALED=numbers_of_columns(gate_up_TF), EDIT0=edits[0] is not None,
         EDIT1=edits[1] is not None, SHRINK=fused, MOST=quantized,
         E0=widths[0], E1=widths[1], EB0=rank_of(widths[0]), EB1=rank_of(widths[1]), E=entries,
         BT=config.rows, BF=config.block, RUN=width // config.parts, STAGES=config.stages,

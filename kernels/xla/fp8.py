@@ -32,7 +32,8 @@ def kept_as(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def scaled(y: Product) -> jax.Array:
-    """Return a product with its scales, in its dtype."""
+    """Return a product with its scales and bias, in its dtype."""
     if not isinstance(y, Unscaled):
         return y
-    return (y.y_TF.astype(jnp.float32) * y.row_T[..., None] * y.column_F).astype(y.y_TF.dtype)
+    wide = y.y_TF.astype(jnp.float32) * y.row_T[..., None] * y.column_F
+    return (wide if y.bias_F is None else wide + y.bias_F).astype(y.y_TF.dtype)

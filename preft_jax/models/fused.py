@@ -135,7 +135,8 @@ class FusedLayers:
             rows = h.x_TD
             if not isinstance(rows, QuantizedRows):
                 rows = api.quantize(rows, implementation=self._implementation)
-            return Given(unscaled_product(rows, w[name_of(sites)], self._dtype), h.edits)
+            name = name_of(sites)
+            return Given(unscaled_product(rows, w[name], self._dtype, w.get(f"{name}_bias")), h.edits)
         assert not isinstance(h.x_TD, QuantizedRows)
         y_TF = project(w, h.x_TD, sites)
         if self._rows is not None:
@@ -225,7 +226,7 @@ class FusedLayers:
 def _rows_from(y_TF: Product, at: int) -> Product:
     """Return the rows of a product from ``at`` on."""
     if isinstance(y_TF, Unscaled):
-        return Unscaled(y_TF.y_TF[at:], y_TF.row_T[at:], y_TF.column_F)
+        return y_TF._replace(y_TF=y_TF.y_TF[at:], row_T=y_TF.row_T[at:])
     return y_TF[at:]
 
 

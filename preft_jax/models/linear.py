@@ -75,17 +75,17 @@ def _product(x: jax.Array, weight: jax.Array | Transposed, axis: int, dtype: Any
 def multiplies_fp8(w: Params, sites: tuple[str, ...], dtype: Any) -> bool:
     """Return whether ``joined`` linears multiply in FP8 and may leave scales to what reads their outputs in ``dtype``.
 
-    Not where a bias is added to the outputs, or where the backend takes FP8 numbers in another dtype.
+    Not where the backend takes FP8 numbers in another dtype.
     """
-    name, in_range = name_of(sites), jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
-    return isinstance(w[name], Quantized) and f"{name}_bias" not in w and in_range and gpu_has_fp8()
+    in_range = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+    return isinstance(w[name_of(sites)], Quantized) and in_range and gpu_has_fp8()
 
 
-def unscaled_product(x: QuantizedRows, weight: Quantized, dtype: Any) -> Unscaled:
-    """Multiply rows in FP8 with a weight in FP8; what reads the product applies the scales."""
+def unscaled_product(x: QuantizedRows, weight: Quantized, dtype: Any, bias_F: jax.Array | None = None) -> Unscaled:
+    """Multiply rows in FP8 with a weight in FP8; what reads the product applies the scales and adds the bias."""
     contract = (((x.x_TD.ndim - 1,), (1,)), ((), ()))
     y = jax.lax.dot_general(x.x_TD, weight.w_FD, contract, preferred_element_type=dtype)
-    return Unscaled(y, x.scale_T, weight.scale_F)
+    return Unscaled(y, x.scale_T, weight.scale_F, None if bias_F is None else bias_F.astype(jnp.float32))
 
 
 def quantized(weight: jax.Array | Transposed) -> Quantized:

@@ -43,6 +43,7 @@ def one_fails(monkeypatch):
 def test_every_contender_is_trained_with_every_seed_and_judged(copying, one_fails, capsys, tmp_path):
     path = tmp_path / "figures.json"
     command = [*TINY.split(), "--task", "copy", "--task-options", '{"most": 15}', "--output-json", str(path)]
+    command += ["--adapter-dtype", "fp8"]
     assert accuracy.main(command) == 0
     found = json.loads(path.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
@@ -68,6 +69,19 @@ def test_every_contender_is_trained_with_every_seed_and_judged(copying, one_fail
     made = tables.accuracy(found)
     assert made.count("\n| ") == 4
     assert "2 seeds, 5 held-out questions, copying 1" in made
+    assert direft["pairs"] == 2 * loreft["pairs"] == 2 * 5
+    assert direft["stored_accuracy"] == pytest.approx(direft["accuracy"] + direft["difference"], abs=1e-3)
+    assert all(0 < run["stored"]["mean_kl"] < 0.1 for run in direft["runs"])
+    assert "10 answers each" in tables.stored_adapters(found)
+
+
+def test_a_difference_is_that_of_paired_answers():
+    runs = [{"right": [1, 1, 0, 0], "stored": {"right": [1, 0, 1, 1], "mean_kl": 0.5}}, {"failed": "nan"}]
+    spread = 1.96 * (11 / 16) ** 0.5 / 2
+    assert accuracy.difference(runs) == {
+        "stored_accuracy": 0.75, "difference": 0.25, "difference_low": pytest.approx(0.25 - spread, abs=1e-4),
+        "difference_high": pytest.approx(0.25 + spread, abs=1e-4), "pairs": 4, "stored_mean_kl": 0.5,
+    }  # fmt: skip
 
 
 def test_held_out_questions_are_in_no_training_example():

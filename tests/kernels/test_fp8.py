@@ -21,11 +21,12 @@ def over(*names):
     return pytest.mark.parametrize("name", names)
 
 
-def product(rng, like):
-    """Return a product of an array's shape and dtype with scales of rows and columns."""
+def product(rng, like, bias=False):
+    """Return a product of an array's shape and dtype with scales of rows and columns, and a bias if it is asked for."""
     rows, columns = (rng.uniform(0.5, 2, size).astype(np.float32) for size in like.shape)
     y = rng.standard_normal(like.shape).astype(np.float32)
-    return Unscaled(jnp.asarray(y, like.dtype), jnp.asarray(rows), jnp.asarray(columns))
+    own = jnp.asarray(rng.standard_normal(like.shape[1]), jnp.float32) if bias else None
+    return Unscaled(jnp.asarray(y, like.dtype), jnp.asarray(rows), jnp.asarray(columns), own)
 
 
 def numbers(rows):
@@ -119,6 +120,22 @@ def test_scales_are_applied_by_what_reads_the_product(name, implementation, rng)
                for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True))  # fmt: skip
 
 
+@over(*(name for name in CASES if name.startswith("rope")))
+def test_a_bias_is_added_behind_the_scales(name, implementation, rng):
+    """In float32, before anything is rounded; a step of bfloat16, where a GPU multiplies and adds in one step."""
+    inputs = EDITS[name].inputs(rng)
+    run = jax.jit(rope, static_argnums=(0, 1))
+    y = product(rng, inputs.x_TD, bias=True)
+    ours = run(implementation, False, inputs, y)
+    plain = y.y_TF.astype(jnp.float32) * y.row_T[:, None] * y.column_F + y.bias_F
+    expected = run(implementation, False, inputs, plain.astype(y.y_TF.dtype))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if EDITS[name].dtype == "float32" else {"rtol": 2**-6, "atol": 2**-6}
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), **tolerance)
+    without = run(implementation, False, inputs, y._replace(bias_F=None))
+    assert np.abs(np.asarray(ours[0], np.float32) - np.asarray(without[0], np.float32)).max() > 0.5
+
+
 @over(*(name for name in CASES if not name.startswith("rope")))
 def test_what_the_next_product_reads_is_rounded_after_its_shrink(name, implementation, rng):
     inputs = EDITS[name].inputs(rng)
@@ -153,6 +170,7 @@ def test_a_number_that_is_none_shows_in_its_row_alone(shape, implementation, rng
     ("changes", "message"),
     [
         ({"row_T": jnp.ones(3)}, r"add_TD.row_T is float32\[3\]; expected float32\[\d+\]"),
+        ({"bias_F": jnp.ones(3)}, r"add_TD.bias_F is float32\[3\]; expected float32\[\d+\]"),
         ({"column_F": None}, r"add_TD.column_F is of type NoneType; give an array"),
         ({"y_TF": jnp.ones((4, 48), jnp.float16)}, r"add_TD.y_TF has dtype float16; allowed: bfloat16, float32"),
     ],

@@ -160,9 +160,12 @@ def programs(request):
 
 
 def test_a_decode_step_in_fp8_has_two_kernels_more_a_layer(programs, monkeypatch, compiled):
-    """They round what ``o`` and ``down`` read; norms round what others read, and what reads outputs scales them."""
+    """They round what ``o`` and ``down`` read; norms round what others read, and what reads outputs scales them.
+
+    And adds the bias of q, k and v.
+    """
     monkeypatch.setattr(linear, "gpu_has_fp8", lambda: True)
-    config, _ = programs
+    config = dataclasses.replace(programs[0], qkv_bias=not programs[0].qk_norm)
     params = jax.eval_shape(functools.partial(fused_layout, transpose=False), abstract_params(config, jnp.bfloat16))
     params = jax.eval_shape(quantize, params)
     cache = jax.eval_shape(lambda: init_cache(config, 37, 16, jnp.bfloat16))

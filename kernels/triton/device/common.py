@@ -11,7 +11,7 @@ import triton.language as tl
 @triton.jit
 def load_scales(scale_ptr, at, mask, SCALED: tl.constexpr):
     """Return the scales of rows or columns; 1 if a product is not SCALED. ``mask`` None reads all of them."""
-    if not SCALED:
+    if SCALED == 0:
         scale = 1.0
     elif mask is None:
         scale = tl.load(scale_ptr + at)
@@ -22,13 +22,16 @@ def load_scales(scale_ptr, at, mask, SCALED: tl.constexpr):
 
 @triton.jit
 def load_product(y_ptr, at, row_scale, column_ptr, column, mask, column_mask, SCALED: tl.constexpr):
-    """Return elements ``at`` of a product in float32, if it is SCALED with the scales of their rows and columns.
+    """Return elements ``at`` of a product in float32, with the scales of their rows and columns, and their bias.
 
-    ``mask`` is of the elements, ``column_mask`` of ``column`` (None reads all).
+    SCALED says how many numbers there are for a column: none, its scale, or its scale and its bias. ``mask`` is of the
+    elements, ``column_mask`` of ``column`` (None reads all).
     """
     y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if SCALED:
-        y = y * row_scale * load_scales(column_ptr, column, column_mask, SCALED)
+    if SCALED > 0:
+        y = y * row_scale * load_scales(column_ptr, column * SCALED, column_mask, SCALED)
+    if SCALED > 1:
+        y += load_scales(column_ptr, column * SCALED + 1, column_mask, SCALED)
     return y
 
 

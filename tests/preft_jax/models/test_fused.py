@@ -16,11 +16,12 @@ from preft_jax.adapters.allocator import BankAllocator
 from preft_jax.adapters.bank import init_bank, write_adapter
 from preft_jax.adapters.edit_mask import make_edit_mask
 from preft_jax.adapters.pages import pack_adapter
-from preft_jax.models import forward, fused
+from preft_jax.models import forward, fused, linear
 from preft_jax.models.batch import DecodeBatch, Span, pack_prefill
 from preft_jax.models.cache import init_cache
 from preft_jax.models.layout import fused_layout
 from preft_jax.models.modules import init_params
+from preft_jax.quantize import quantize
 
 PAGE_SIZE, PAGES, TILE = 8, 24, 16
 LENGTHS = (19, 7, 33)
@@ -103,6 +104,23 @@ def test_prefill_with_edits_and_then_decode(options, lively, batch, monkeypatch,
     np.testing.assert_allclose(following, plain_next, atol=ATOL)
     for pool, expected in zip(cache.kv, plain_cache.kv, strict=True):
         np.testing.assert_allclose(pool, expected, atol=ATOL)
+
+
+def test_what_reads_a_product_in_fp8_adds_the_bias(lively, batch, monkeypatch, rng):
+    """Plain operations round to float32 once more; 0.1: that moves an activation to the next number of FP8 at times."""
+    monkeypatch.setattr(linear, "gpu_has_fp8", lambda: True)
+    config, params = with_options(lively, rng, qkv_bias=True)
+    params = fused_layout(quantize(params), transpose=False)
+    bank, packed = batch
+
+    def run(params=params):
+        cache = init_cache(config, PAGES, PAGE_SIZE, jnp.float32)
+        return np.asarray(forward.prefill(config, params, bank, cache, packed, max_query_len=64)[0])[: len(LENGTHS)]
+
+    plain, ours = both_ways(monkeypatch, run)
+    np.testing.assert_allclose(ours, plain, atol=0.1)
+    layers = [layer | {"qkv_bias": jnp.zeros_like(layer["qkv_bias"])} for layer in params["layers"]]
+    assert np.abs(run(params | {"layers": layers}) - ours).max() > 1
 
 
 def test_the_edits_of_every_site_arrive(lively, batch, monkeypatch):
