@@ -94,13 +94,15 @@ def _make_requests(
             code="invalid_value",
             param="logit_bias",
         )
+    prefix = 0 if adapter is None else adapter.config.prefix_length
     requests = []
     for prompt in prompts:
         encoded = serving.encode(prompt, add_special_tokens=body.add_special_tokens)
-        length = len(encoded.token_ids)
-        limit = body.limit or serving.max_model_len - length
+        length = prefix + len(encoded.token_ids)
+        limit = body.limit or max(1, serving.max_model_len - length)
         if length + limit > serving.max_model_len:
-            raise serving.too_long(f"the prompt has {length} tokens and {limit} are asked for")
+            what = f"the prompt has {length - prefix} tokens and {limit} are asked for"
+            raise serving.too_long(f"{what}, behind a learned prefix of {prefix}" if prefix else what)
         requests.append(
             Request(
                 prompt=encoded,
