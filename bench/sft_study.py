@@ -261,7 +261,7 @@ def questions(task: str, first: int) -> Iterator[dict[str, Any]]:
 
 def adapter_config(kind: str, rank: int, model: Model) -> AdapterConfig:
     """Return what an adapter of a kind is; a marker is the header that a chat has before an answer."""
-    fields, _ = KINDS[kind]
+    fields = dict(KINDS[kind][0])
     if kind == "marker":
         chat = [{"role": "user", "content": "?"}]
         asked = render_chat(model.tokenizer, chat, add_generation_prompt=False).token_ids
