@@ -261,11 +261,11 @@ def questions(task: str, first: int) -> Iterator[dict[str, Any]]:
 
 def adapter_config(kind: str, rank: int, model: Model) -> AdapterConfig:
     """Return what an adapter of a kind is; a marker is the header that a chat has before an answer."""
-    fields = dict(KINDS[kind][0])
+    fields: dict[str, Any] = KINDS[kind][0]
     if kind == "marker":
         chat = [{"role": "user", "content": "?"}]
         asked = render_chat(model.tokenizer, chat, add_generation_prompt=False).token_ids
-        fields = {"alora_invocation_tokens": tuple(render_chat(model.tokenizer, chat).token_ids[len(asked) :])}
+        fields = fields | {"alora_invocation_tokens": tuple(render_chat(model.tokenizer, chat).token_ids[len(asked) :])}
     return AdapterConfig(rank=rank, **fields)
 
 
