@@ -140,8 +140,8 @@ class Study:
     def _cells(self, kind: str, ranks: str, seeds: Sequence[int], rates: str, *, is_swept: bool = False) -> list[Cell]:
         """Return the cells of a kind that are not done yet."""
         each_rate = [float(rate) for rate in rates.split(",") if rate]
-        parts = self._args.tasks.split(","), map(int, ranks.split(",")), seeds, each_rate
-        cells = [Cell(task, kind, *rest, is_swept) for task, *rest in itertools.product(*parts)]
+        parts = itertools.product(self._args.tasks.split(","), map(int, ranks.split(",")), seeds, each_rate)
+        cells = [Cell(task, kind, rank, seed, rate, is_swept) for task, rank, seed, rate in parts]
         done = {Cell(**row["cell"]) for row in self.rows}
         return [cell for cell in cells if cell not in done]
 
