@@ -140,8 +140,8 @@ class Study:
     def _cells(self, kind: str, ranks: str, seeds: Sequence[int], rates: str, *, is_swept: bool = False) -> list[Cell]:
         """Return the cells of a kind that are not done yet."""
         each_rate = [float(rate) for rate in rates.split(",") if rate]
-        parts = self._args.tasks.split(","), map(int, ranks.split(",")), seeds, each_rate
-        cells = [Cell(task, kind, *rest, is_swept) for task, *rest in itertools.product(*parts)]
+        parts = itertools.product(self._args.tasks.split(","), map(int, ranks.split(",")), seeds, each_rate)
+        cells = [Cell(task, kind, rank, seed, rate, is_swept) for task, rank, seed, rate in parts]
         done = {Cell(**row["cell"]) for row in self.rows}
         return [cell for cell in cells if cell not in done]
 
@@ -261,12 +261,11 @@ def questions(task: str, first: int) -> Iterator[dict[str, Any]]:
 
 def adapter_config(kind: str, rank: int, model: Model) -> AdapterConfig:
     """Return what an adapter of a kind is; a marker is the header that a chat has before an answer."""
-    fields, _ = KINDS[kind]
+    fields: dict[str, Any] = KINDS[kind][0]
     if kind == "marker":
         chat = [{"role": "user", "content": "?"}]
         asked = render_chat(model.tokenizer, chat, add_generation_prompt=False).token_ids
-        header = tuple(render_chat(model.tokenizer, chat).token_ids[len(asked) :])
-        return AdapterConfig(rank=rank, alora_invocation_tokens=header)
+        fields = fields | {"alora_invocation_tokens": tuple(render_chat(model.tokenizer, chat).token_ids[len(asked) :])}
     return AdapterConfig(rank=rank, **fields)
 
 

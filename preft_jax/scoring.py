@@ -113,13 +113,14 @@ def _example(model: Model, prompt: Any, answer: Any, adapter: Adapter | None, ma
             f"token id {outside[0]} of the answer is outside the model's vocabulary; allowed: 0 to "
             f"{model.config.vocab_size - 1}"
         )
-    length = len(encoded.token_ids) + len(answer_ids)
-    if length > model.config.max_position_embeddings:
-        raise RequestError(
-            f"a prompt with its answer has {length} tokens; the model has {model.config.max_position_embeddings} "
-            "positions"
-        )
     config = None if adapter is None else adapter.config
+    length, prefix = len(encoded.token_ids) + len(answer_ids), 0 if config is None else config.prefix_length
+    if prefix + length > model.config.max_position_embeddings:
+        behind = f" behind a learned prefix of {prefix}" if prefix else ""
+        raise RequestError(
+            f"a prompt with its answer has {length} tokens{behind}; the model has "
+            f"{model.config.max_position_embeddings} positions"
+        )
     edited = sequence_edit_mask(encoded, config, len(answer_ids), own=mask)
     is_answer = np.arange(length) >= len(encoded.token_ids)
     return np.asarray([*encoded.token_ids, *answer_ids], np.int32), edited, is_answer

@@ -11,6 +11,7 @@ import openai
 import uvicorn
 
 import preft_jax
+from preft_jax.shapes import BANK_SITES
 from serve.api import make_server
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.config import EngineConfig
@@ -23,7 +24,7 @@ from serve.store.names import Registry
 
 CONFIG = EngineConfig(
     max_num_seqs=4, max_model_len=128, page_size=8, prefill_tokens=64, prefill_seqs=4, tile=32, max_rank=16,
-    bank_pages=9, decode_steps=4,
+    bank_pages=9, bank_sites=BANK_SITES, decode_steps=4,
 )  # fmt: skip
 ALICE, BOB, NOBODY, ADMIN = "alice-key-1", "bob-key-22", "nobodys-key", "admin-key-4444"
 USERS = {ALICE: "alice", BOB: "bob", NOBODY: None}

@@ -58,7 +58,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "targets": list(config.targets),
         "layers": "all" if config.layers is None else list(config.layers),
         "positions": config.positions,
-        "acts_on": "prompt tokens" if config.prefill_only else "all tokens",
+        "acts_on": _tokens_of(config),
         "share_weights": config.share_weights,
         "assistant_turns": config.assistant_turns,
         **({} if config.alora_invocation_tokens is None else {MARKER_KEY: list(config.alora_invocation_tokens)}),
@@ -175,6 +175,12 @@ def _source_dtype(name: str) -> str:
     except (OSError, ValueError, AttributeError):
         return "float32"
     return dtype if dtype in DTYPES else "float32"
+
+
+def _tokens_of(config: AdapterConfig) -> str:
+    if config.prefix_length:
+        return "nothing: all tokens see it"
+    return "prompt tokens" if config.prefill_only else "all tokens"
 
 
 def _acts_on(config: AdapterConfig) -> str:

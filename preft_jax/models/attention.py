@@ -11,6 +11,7 @@ from kernels import api
 from preft_jax.adapters.edits import PrefixKV
 from preft_jax.models.cache import NO_SLOT, KVCache, write_kv
 from preft_jax.models.places import Decoding, Mixed, Packed, Places
+from preft_jax.shapes import RANK_PAGE
 
 DenseKernel = Literal["xla", "cudnn"]
 """Implementations of ``jax.nn.dot_product_attention`` that training runs over."""
@@ -111,10 +112,12 @@ def attend_behind(
 
     The batch of the mask may be 1.
     """
-    rows, size = prefix.mask_BSM.shape[:2]
-    learned = (x.reshape(*x.shape[:2], *k.shape[2:]) for x in prefix[:2])
+    rows, size, length = prefix.mask_BSM.shape
+    padding = (0, -length % RANK_PAGE)  # cuDNN takes no odd lengths with a mask.
+    learned = (jnp.pad(x, ((0, 0), padding, (0, 0))).reshape(rows, -1, *k.shape[2:]) for x in prefix[:2])
     k, v = (jnp.concatenate([front, own], axis=1) for front, own in zip(learned, (k, v), strict=True))
-    mask = jnp.concatenate([prefix.mask_BSM, jnp.broadcast_to(mask_BSS, (rows, size, mask_BSS.shape[2]))], axis=2)
+    sees = jnp.pad(prefix.mask_BSM, ((0, 0), (0, 0), padding))
+    mask = jnp.concatenate([sees, jnp.broadcast_to(mask_BSS, (rows, size, mask_BSS.shape[2]))], axis=2)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code scales bfloat16 scores in float32.
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
 

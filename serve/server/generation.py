@@ -116,10 +116,12 @@ def _make_request(
     adapter: Registered | None,
     identity: Identity,
 ) -> Request:
-    length = len(prompt.token_ids)
-    limit = body.limit or serving.max_model_len - length
+    prefix = 0 if adapter is None else adapter.config.prefix_length
+    length = prefix + len(prompt.token_ids)
+    limit = body.limit or max(1, serving.max_model_len - length)
     if length + limit > serving.max_model_len:
-        raise serving.too_long(f"the prompt has {length} tokens and {limit} are asked for")
+        what = f"the prompt has {length - prefix} tokens and {limit} are asked for"
+        raise serving.too_long(f"{what}, behind a learned prefix of {prefix}" if prefix else what)
     return Request(
         prompt=prompt,
         adapter=adapter,

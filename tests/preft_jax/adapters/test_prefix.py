@@ -51,6 +51,18 @@ def test_a_fold_is_keys_and_values_of_positions_that_there_are():
         np.testing.assert_array_equal(edit.c_R, np.ones(CONFIG.rank))
 
 
+def test_a_forward_pass_and_scores_see_a_prefix(lively, trained, rng):
+    adapter = pj.random_adapter(CONFIG, lively.config, jax.random.key(1))
+    tokens = rng.integers(0, 250, 17)
+    mask = reference.adapter_mask(adapter, 13, 4)
+    expected = reference.log_softmax(reference.forward(lively.config, lively.params, tokens, adapter, mask))
+    np.testing.assert_allclose(trained(lively, adapter, tokens, mask), expected, atol=1e-4)
+    (found,) = pj.logprobs(lively, [tokens[:13].tolist()], [tokens[13:].tolist()], adapter)
+    np.testing.assert_allclose(found, expected[np.arange(12, 16), tokens[13:]], atol=1e-4)
+    with pytest.raises(RequestError, match="behind a learned prefix of 7"):
+        pj.logprobs(lively, [[1] * 1020], [[1]], adapter)
+
+
 def test_a_texts_prefix_is_what_the_base_model_keeps_of_it(lively):
     text = "An owl hoots."
     adapter = pj.text_prefix(CONFIG, lively, text)

@@ -1,12 +1,14 @@
 import json
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
 from api_server import ADMIN, ALICE, BOB, NOBODY, admin, client
 from engine_runs import ATOL, chances, request
 
+from preft_jax import AdapterConfig, random_adapter
 from preft_jax.text.chat import encode_prompt
 from serve.bench.client import ENDPOINTS, HttpTarget, list_models
 from serve.bench.load import LoadRequest
@@ -313,6 +315,22 @@ def test_routes_that_are_not_there(raw):
 
 
 # Adapters at run time
+
+
+def test_a_learned_prefix_takes_room_and_is_no_part_of_the_prompt(serving, raw, lively):
+    adapter = random_adapter(AdapterConfig(kind="prefix", rank=20), lively.config, jax.random.key(0))
+    serving.adapters.publish("prefixed", adapter)
+    body = {"messages": CHAT, "ignore_eos": True}
+    usage = {
+        name: raw.post("/v1/chat/completions", json={"model": name, **body}).json()["usage"]
+        for name in ("tiny", "prefixed")
+    }
+    assert usage["prefixed"]["prompt_tokens"] == usage["tiny"]["prompt_tokens"]
+    assert usage["tiny"]["total_tokens"] == 128 == usage["prefixed"]["total_tokens"] + 20
+    refused = raw.post("/v1/chat/completions", json={"model": "prefixed", "max_tokens": 108, **body})
+    assert refused.status_code == 400
+    assert "behind a learned prefix of 20" in refused.json()["error"]["message"]
+    serving.adapters.unregister("prefixed")
 
 
 def test_the_admin_loads_and_unloads(url, raw, root, tmp_path):
