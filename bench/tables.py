@@ -26,7 +26,7 @@ from bench.tables_device import (
     tpu_programs,
     vllm_trace,
 )
-from bench.tables_scale import handover
+from bench.tables_scale import capacity, compared, handover
 
 _BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -393,6 +393,8 @@ TABLES = {
     "h200-trace-limit": trace,
     "h200-trace-limit-separate": trace,
     "h200-vllm-trace": vllm_trace,
+    "model-capacity": capacity,
+    "model-capacity:compared": compared,
     "tpu-fp8": tpu_programs,
     "tpu-programs": tpu_programs,
 }
