@@ -26,7 +26,7 @@ from bench.tables_device import (
     tpu_programs,
     vllm_trace,
 )
-from bench.tables_scale import handover
+from bench.tables_scale import capacity, compared, handover
 from bench.tables_study import sft_study
 
 _BLOCK = re.compile(r"(<!-- table ([\w:-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -432,6 +432,8 @@ TABLES = {
     "h200-sft-study": sft_study,
     "h200-trace-limit-separate": trace,
     "h200-vllm-trace": vllm_trace,
+    "model-capacity": capacity,
+    "model-capacity:compared": compared,
     "tpu-fp8": tpu_programs,
     "tpu-programs": tpu_programs,
 }

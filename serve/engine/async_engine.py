@@ -17,6 +17,7 @@ from typing import Any
 
 from preft_jax.errors import PreftError, RequestError
 from serve.engine.request import Output, Request
+from serve.store.names import Registered
 
 _log = logging.getLogger("preft.server")
 
@@ -185,6 +186,16 @@ class AsyncEngine:
     def num_open(self) -> int:
         """Streams that are not closed."""
         return len(self._streams)
+
+    @property
+    def adapters(self) -> tuple[list[str], list[str]]:
+        """Names of adapters of requests that have their first token, and of those that wait for it."""
+        running, waiting = set[str](), set[str]()
+        for stream in self._streams:
+            for number, request in enumerate(stream.requests):
+                if isinstance(request.adapter, Registered):
+                    (waiting if number in stream._waiting else running).add(request.adapter.name)
+        return sorted(running), sorted(waiting)
 
     # On the event loop
 

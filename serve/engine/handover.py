@@ -178,7 +178,7 @@ class Handover:
             while at < len(data):
                 handover, at = cls._from(data, at)
                 found.append(handover)
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             raise RequestError(f"the bytes at {at} are no handover of version {VERSION}: {error}") from error
         return found
 

@@ -1,6 +1,7 @@
 """What ``/metrics`` tells, in Prometheus' format: vLLM's names where it has them, ours begin with ``preft_``."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -127,6 +128,7 @@ class _EngineCollector:
         yield gauge(
             "vllm:kv_cache_usage_perc", "Used part of the KV cache, 0 to 1", now["kv_pages_used"] / now["kv_pages"]
         )
+        yield self._adapters_in_use()
         prompt = now["prompt_tokens"] + now["prefix_hit_tokens"]
         yield counter("vllm:prompt_tokens", "Prompt tokens, cached ones included", prompt)
         yield counter("vllm:generation_tokens", "Generated tokens", now["generated_tokens"])
@@ -146,3 +148,13 @@ class _EngineCollector:
         for name, value in (self._tiers() if self._tiers is not None else {}).items():
             kind = counter if name in _STORE_COUNTERS else gauge
             yield kind(f"preft_adapter_store_{name}", "See AdapterStore.tiers", value)
+
+    def _adapters_in_use(self) -> Metric:
+        """Return which adapters requests have, as routers ask vLLM: the value is the time, and the labels tell."""
+        running, waiting = map(",".join, self._engine.adapters)
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        metric = GaugeMetricFamily(
+            "vllm:lora_requests_info", "Adapters of requests, by the time of asking", labels=labels
+        )
+        metric.add_metric([str(bank_figures(self._engine)["device_pages"]), running, waiting], time.time())
+        return metric

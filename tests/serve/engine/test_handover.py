@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from engine_outputs import lettered, run_all
 from engine_runs import ATOL, GREEDY, TIGHT, request
+from hlo import assert_in_place
 
 from preft_jax import SamplingParams
 from preft_jax.errors import AdapterError, ConfigError, RequestError
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.handover import Handover, hand_over
+from serve.engine.kv_pages import SIZES
 
 PREFILL = dataclasses.replace(TIGHT, all_token=False, scoring=True, role="prefill")
 DECODE = EngineConfig(
@@ -142,6 +144,12 @@ def test_keys_are_those_of_the_prompts_own_adapter(prefill, lively, adapters, rn
         assert_together(lively, [asked], apart(prefill, engine, [asked]))
         hits.append(engine.stats.prefix_hit_tokens - before)
     assert hits == [0, 24, 0, 0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kv_is_written_in_place(size, decode, compiled_here):
+    text = decode.runner.programs.trace(f"put-pages-{size}").lower().compile().as_text()
+    assert_in_place(text, decode.runner.cache.kv)
 
 
 def test_what_does_not_fit_is_refused_by_name(prefill, decode, lively, tiny, adapters, rng):

@@ -225,6 +225,36 @@ def test_prometheus_reads_the_metrics(url, raw, serving):
     assert after["preft_engine_ready", label] == 1
 
 
+def test_routers_are_told_which_adapters_requests_have(serving, gate, url, raw):
+    """As by vLLM: names by commas, in labels, of adapters that run and of those that wait for a first token."""
+
+    def told():
+        with admin(url) as one:
+            families = text_string_to_metric_families(one.get("/metrics").text)
+        (sample,) = [s for family in families for s in family.samples if s.name == "vllm:lora_requests_info"]
+        assert sample.value > 1e9
+        assert sample.labels["max_lora"] == "8"
+        return sample.labels["running_lora_adapters"], sample.labels["waiting_lora_adapters"]
+
+    body = {"prompt": "a", "max_tokens": 90, "stream": True}
+    with (
+        concurrent.futures.ThreadPoolExecutor() as pool,
+        raw.stream("POST", "/v1/completions", json={"model": "public", **body}) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        gate.shut()
+        others = [pool.submit(raw.post, "/v1/completions", json={"model": one, **body}) for one in ("alices", "tiny")]
+        until(lambda: serving.engine.num_open == 3)
+        assert told() == ("public", "alices")
+        gate.open()
+        assert all(other.result().status_code == 200 for other in others)
+        for _ in lines:
+            pass
+    until(lambda: is_idle(serving))
+    assert told() == ("", "")
+
+
 def test_requests_have_ids_and_one_line_of_the_log_without_prompts(raw, caplog):
     caplog.set_level(logging.INFO, "preft.server")
     body = {"model": "public", "prompt": "a secret", "max_tokens": 2, "user": "someone"}
