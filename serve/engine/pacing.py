@@ -267,8 +267,11 @@ class Promise:
         self._before: float | None = None
         self._lag = 0.0
         self._each: float | None = None
-        # How far units are from what they are expected to take.
-        self._honesty = 1.0
+        # How far units are from what they are expected to take; and what requests lose by one, over what it takes.
+        self._honesty, self._stretch = 1.0, 1.0
+        # Seconds a token without units and prompts beside it, by the number of rows.
+        self._undisturbed: dict[int, float] = {}
+        self._prompts = False
         self._room = self._given = 0.0
 
     # What happened
@@ -297,23 +300,37 @@ class Promise:
             own = self._own[sequence]
             own.last, own.delay, own.tokens = now, self._units - own.units, sequence.generated
             goes_on |= sequence.status is Status.RUNNING and sequence.remaining > 0
+        self._prompts |= bool(step.chunks)
         if step.rows:
-            self._took(step.repeats, now)
+            self._took(step.repeats, len(step.rows), now)
+            self._prompts = False
         if not goes_on and (step.rows or self._before is None):
             self._before = None
         elif self._before is None or step.rows:
             self._before, self._units_before = now, self._units
 
-    def _took(self, repeats: int, now: float) -> None:
+    def _took(self, repeats: int, rows: int, now: float) -> None:
         """Note the time since the last tokens, without what units took of it."""
         if self._before is None:
             self._lag = 0.0
             return
-        alone = max(0.0, now - self._before - (self._units - self._units_before))
+        units = self._units - self._units_before
+        alone = max(0.0, now - self._before - units)
         each = alone / repeats
+        if not self._prompts:
+            self._compare(rows.bit_length(), each, units / repeats)
         self._each = each if self._each is None else self._each + 0.05 * (each - self._each)
         self._lag = max(0.0, self._lag + alone - repeats * self.tpot)
         self._lags.add(self._lag)
+
+    def _compare(self, size: int, each: float, units: float) -> None:
+        """Learn what a token takes undisturbed, or by how much more than units it takes beside them."""
+        alone = self._undisturbed.get(size)
+        if units == 0:
+            self._undisturbed[size] = each if alone is None else alone + 0.05 * (each - alone)
+        elif alone is not None:
+            lost = min(max((each + units - alone) / units, 1.0), 3.0)
+            self._stretch += 0.1 * (lost - self._stretch)
 
     def _began_answer(self, sequence: Sequence, now: float) -> None:
         arrival, units = self._arrived.pop(sequence, (None, 0.0))
@@ -383,6 +400,7 @@ class Promise:
         each = self._each
         if each is None or each >= self.tpot:
             return 0.0  # Nothing is known of serving alone, or it keeps no promise now.
+        alone = self._undisturbed.get(len(running).bit_length(), each)
         rooms = []
         for sequence in running:
             tokens = sequence.generated + sequence.drawing
@@ -394,6 +412,6 @@ class Promise:
             room = slack - self._lags.raised - min(self._lags.found, tokens * (self.tpot - each) / 2)
             if self.slowdown is not None:
                 delay = units if own is None else units + self._units - own.units
-                room = min(room, self.slowdown * tokens * each - delay)
+                room = min(room, self.slowdown * tokens * alone / self._stretch - delay)
             rooms.append(room)
         return min(rooms, default=math.inf)

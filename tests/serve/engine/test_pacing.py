@@ -162,6 +162,17 @@ def test_a_slowdown_bounds_what_units_add_to_a_request():
     assert sum(given) == pytest.approx(0.1 * 220 * STEP_MS, rel=0.1)
 
 
+def test_a_slowdown_counts_what_steps_lose_beside_units():
+    """Each takes longer behind a unit, by six tenths of that."""
+    world = World(promise(slowdown=0.1))
+    for _ in range(20):
+        world.decode()
+    before, given = world.now, 0.0
+    for _ in range(600):
+        given = world.decode(ms=STEP_MS + 0.6 * given, unit_ms=5)
+    assert world.now - before == pytest.approx(600 * STEP_MS * 1.1 / 1e3, rel=0.02)
+
+
 def test_units_that_take_longer_than_expected_are_believed():
     world = World(promise(), max_tokens=10**6)
     for _ in range(400):
