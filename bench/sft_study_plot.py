@@ -18,11 +18,14 @@ def draw_picture(figures: dict[str, Any], path: Path) -> None:
 
     tasks, found = figures["options"]["tasks"].split(","), cells_of(figures)
     figure = Figure(figsize=(3.2 * len(tasks), 6), layout="constrained")
-    axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
+    axes = figure.subplots(2, len(tasks), squeeze=False)
+    ranks = sorted({rank for _, rank in found if rank})
     for column, task in enumerate(tasks):
         for row, (name, label) in enumerate((("loss", "eval loss"), ("accuracy", "accuracy"))):
             _draw(axes[row, column], found, task, name)
             axes[row, column].grid(axis="y", alpha=0.25)
+            axes[row, column].set_xscale("log", base=2)
+            axes[row, column].set_xticks(ranks, list(map(str, ranks)))
             axes[0, column].set_title(task, loc="left", fontsize=10)
             axes[row, 0].set_ylabel(label)
         axes[1, column].set_xlabel("rank, or positions")
@@ -42,4 +45,3 @@ def _draw(axes: Any, found: dict[tuple[str, int], dict[str, list[dict[str, Any]]
             ranks, means, halves = zip(*sorted(points), strict=True)
             whiskers = [0.0 if half != half else half for half in halves]
             axes.errorbar(ranks, means, yerr=whiskers, color=COLORS[kind], marker="o", capsize=2, label=kind)
-            axes.set_xscale("log", base=2)
