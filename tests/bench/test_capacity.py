@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from bench import capacity
+from bench import capacity, capacity_plot
 from bench.capacity_model import Cache, Costs, Load, Machine, simulate
+from bench.table_parts import RESULTS
 from serve.routing import Affinity, RoundRobin
 
 pytestmark = pytest.mark.host
@@ -117,3 +118,11 @@ def test_options_are_checked(arguments, message, trace, capsys, monkeypatch):
     monkeypatch.setattr(capacity, "_MOST_REPLICAS", 4)
     assert capacity.main(["--trace", str(trace), "--users", "100", "--seconds", "2", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_picture_is_of_capacity_alone(tmp_path, capsys):
+    path = tmp_path / "capacity.png"
+    assert capacity_plot.main([str(RESULTS / "model-capacity.json"), "--output", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert capacity_plot.main([str(RESULTS / "h200-trace.json"), "--output", str(path)]) == 1
+    assert "is not of bench.capacity" in capsys.readouterr().err
