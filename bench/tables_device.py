@@ -205,6 +205,21 @@ def headline_summary(figures: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n{machine(figures)}; all-token: {machine(every)}.\n"
 
 
+def in_fp8(figures: dict[str, Any]) -> str:
+    """The base and 512 adapters in bfloat16, of ``figures``, and with more and more in FP8."""
+    kinds = {"bfloat16": figures}
+    for name, file in (("weights in FP8", "h200-headline-fp8"), ("keys and values, too", "h200-headline-fp8-kv")):
+        kinds[name] = json.loads((RESULTS / f"{file}.json").read_text())
+    rows = []
+    for name, one in kinds.items():
+        base, adapters = one["rows"]
+        both = [f"{row['output_throughput']:,.0f}" for row in (base, adapters)]
+        rows.append([name, *both, f"{adapters['ratio_to_base']['mean']:.2f}", f"{adapters['mean_tpot_ms']:.1f}"])
+    options = figures["options"]
+    header = [f"{options['model']}, output tokens/s", "base", "512 adapters", "ratio", "mean TPOT, ms"]
+    return f"{markdown(header, rows)}\n{'; '.join(machine(one) for one in kinds.values())}.\n"
+
+
 def vllm_trace(figures: dict[str, Any]) -> str:
     """What ``bench/peer_vllm_trace.py`` measured, a row for each pace."""
     rows = [
