@@ -27,6 +27,8 @@ class FakeFiles:
     An adapter in memory is such a pair, too. ``keeps``: whether there is a place for rank pages.
     """
 
+    dtype = np.dtype(np.uint8)
+
     def __init__(self, keeps: bool = True):
         self.keeps = keeps
         self.disk: dict[str, tuple[str, int]] = {}

@@ -213,7 +213,7 @@ def first_adapter(config: JobConfig, model: Model) -> Adapter:
 
 
 def _new_adapter(config: JobConfig, model: Model) -> Adapter:
-    if config.adapter.kind == "prefix" and model.tokenizer is not None:
+    if config.adapter.kind == "prefix" and (model.tokenizer is not None or config.prefix_text is not None):
         return text_prefix(config.adapter, model, config.prefix_text)
     return init_adapter(config.adapter, model.config, jax.random.key(config.batches.seed))
 

@@ -72,8 +72,10 @@ def adapter_in_fp8(adapter: Adapter, model: ModelConfig) -> Adapter:
 
     Raises:
         AdapterError: if FP8 cannot hold it.
-        ConfigError: if it edits first and last tokens differently.
+        ConfigError: if it edits first and last tokens differently, or is a learned prefix.
     """
+    if adapter.config.prefix_length:
+        raise ConfigError("the adapter is a learned prefix, which is no edit; give another kind")
     if adapter.config.groups > 1:
         raise ConfigError("the adapter has weights of last positions of their own; give one of one position group")
     edits = {}
@@ -83,8 +85,8 @@ def adapter_in_fp8(adapter: Adapter, model: ModelConfig) -> Adapter:
             if adapter.config.edits_layer(layer):
                 a_DR = np.moveaxis(a_LPDR[layer], 0, 1).reshape(a_LPDR.shape[2], -1)
                 edits[layer, site] = a_DR, c_LPR[layer].reshape(-1), b_LPRF[layer].reshape(-1, b_LPRF.shape[3])
-    config = {"positions": adapter.config.positions, "assistant_turns": adapter.config.assistant_turns}
-    return adapter_of_edits(edits, model, **config)
+    kept = ("positions", "assistant_turns", "alora_invocation_tokens")
+    return adapter_of_edits(edits, model, **{name: getattr(adapter.config, name) for name in kept})
 
 
 def steering_adapter(

@@ -106,7 +106,7 @@ class Engine:
         self._under_way = UnderWay(self._background, clock)
         self._clock = clock
         self._stats = Stats()
-        self._compiles = CompileCounter()
+        self._compiles = CompileCounter(own_thread=True)
         self._live: dict[int, list[Sequence]] = {}
         self._samples: dict[Sequence, Sample] = {}
         self._deadlines: list[tuple[float, int]] = []

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from preft_jax.adapters.adapter import Adapter
+from preft_jax.errors import ConfigError
 from preft_jax.loading import Model
 from serve.engine.admission import Admission
 from serve.engine.calls import Starter
@@ -81,5 +82,10 @@ def make_parts(
     starter = Starter(runner, scheduler, adapters, staging, observer)
     admission = Admission(model, config, pages, adapters.knows, str(runner.kv_dtype), runner.stored_adapters, seeds)
     if store is not None:
+        if store.dtype != runner.adapter_dtype:
+            raise ConfigError(
+                f"the store has rank pages in {store.dtype} and the engine takes {runner.adapter_dtype}: give the engine's "
+                "adapter_dtype (else its bank_dtype) to AdapterFiles as dtype"
+            )
         store.check = admission.check_config
     return Parts(pages, adapters, staging, scheduler, starter, admission)

@@ -56,6 +56,9 @@ class AdapterFiles:
         dtype: of rank pages: the engine's ``adapter_dtype``, else its ``bank_dtype``; None: that of the weights.
         roots: groups of directories; the files of an adapter below one of a group must lie below one of that group,
             links followed. The first group that holds a path counts.
+
+    Attributes:
+        dtype: of rank pages.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class AdapterFiles:
         self._model = model
         self._limits = limits_for(model.config) if limits is None else limits
         self._roots = [tuple(os.path.realpath(root) for root in group) for group in roots]
-        self._dtype = np.dtype(KV_DTYPES.get(dtype, dtype) or model.params["embed"].dtype)
+        self.dtype = np.dtype(KV_DTYPES.get(dtype, dtype) or model.params["embed"].dtype)
         self._kept = kept
         if kept is not None:
             kept.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ class AdapterFiles:
             AdapterError: if it is not for this base model, or holds what is not finite.
         """
         check_base(adapter, self._model)
-        digest, packed = fold_and_cut(adapter, self._model.config, self._dtype)
+        digest, packed = fold_and_cut(adapter, self._model.config, self.dtype)
         return Read(adapter.config, digest, pack(packed))
 
     def load(self, path: str, digest: str) -> Known:
@@ -153,7 +156,7 @@ class AdapterFiles:
 
     def _file(self, digest: str) -> Path:
         assert self._kept is not None
-        return self._kept / f"{digest}.{self._dtype.name}.{FOLD_VERSION}.{_LAYOUT}.pages"
+        return self._kept / f"{digest}.{self.dtype.name}.{FOLD_VERSION}.{_LAYOUT}.pages"
 
     def _unpack(self, file: Path) -> Known:
         with open_safetensors(file, error=AdapterError, advice="it is made again") as opened:
@@ -177,11 +180,11 @@ class AdapterFiles:
     def _check(self, file: Path, slabs: Mapping[str, list[Any]], groups: Mapping[str, list[int]]) -> None:
         """Raise ``AdapterError`` unless these are slabs that the engine can copy to the bank."""
         model = self._model.config
-        wide = {site: slab_width(*model.site_shape(site), RANK_PAGE, self._dtype) for site in BANK_SITES}
+        wide = {site: slab_width(*model.site_shape(site), RANK_PAGE, self.dtype) for site in BANK_SITES}
         wide[ALL_LINEARS] = sum(wide[site] for site in LINEAR_SITES)
         for site, some in slabs.items():
             whole = all(
-                site in wide and array.dtype == self._dtype and array.shape == (model.num_hidden_layers, wide[site])
+                site in wide and array.dtype == self.dtype and array.shape == (model.num_hidden_layers, wide[site])
                 for array in some
             )
             if not whole or not set(groups[site]) <= set(range(NUM_GROUPS)):

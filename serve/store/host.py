@@ -17,6 +17,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.errors import AdapterError, ConfigError
@@ -39,7 +41,9 @@ UNCHANGED = Unchanged.UNCHANGED
 
 
 class Files(Protocol):
-    """Where adapters are read from; ``AdapterFiles`` in earnest."""
+    """Where adapters are read from; ``AdapterFiles`` in earnest. ``dtype``: of their rank pages."""
+
+    dtype: np.dtype
 
     def read(self, path: str) -> Read:
         """Read and check an adapter."""
@@ -114,6 +118,11 @@ class AdapterStore:
                     self._check_size(adapter)
                     self._repin(adapter)
         read_again(registry.damaged, self.register)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the rank pages that it loads."""
+        return self._files.dtype
 
     # Names
 

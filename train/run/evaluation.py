@@ -38,9 +38,10 @@ class Evaluation:
         loss, count = self._trainer.evaluate(job, job.held_out)
         values: dict[str, float] = {"eval_loss": loss, "eval_tokens": count}
         text = f"held out: loss {loss:.4f}"
-        asked = answerable(self._model, job.held_out)[: self._generations]
+        adapter = self._trainer.adapter_of(job)
+        asked = answerable(self._model, adapter, job.held_out)[: self._generations]
         if asked:
-            some = answer(self._model, self._trainer.adapter_of(job), asked)
+            some = answer(self._model, adapter, asked)
             values["exact_match"] = some.exact_match
             text += f", {some.exact_match:.0%} of answers exact; {_short(some.texts[0])}"
             text += "" if some.texts[0] == some.expected[0] else f" for {_short(some.expected[0])}"

@@ -21,15 +21,21 @@ class Answers(NamedTuple):
     exact_match: float
 
 
-def answerable(model: Model, examples: Sequence[Example]) -> list[Example]:
+def answerable(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -> list[Example]:
     """Return the examples whose prompts leave the model room for an answer."""
-    return [one for one in examples if len(one.prompt.token_ids) < model.config.max_position_embeddings]
+    room = _room(model, adapter)
+    return [one for one in examples if len(one.prompt.token_ids) < room]
+
+
+def _room(model: Model, adapter: Adapter | None) -> int:
+    """Return the positions that a learned prefix leaves."""
+    return model.config.max_position_embeddings - (adapter.config.prefix_length if adapter is not None else 0)
 
 
 def answer(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -> Answers:
     """Answer each example's prompt greedily, with as many tokens as its own answer has and some more."""
     most = max(len(example.answer) for example in examples) + 4
-    room = model.config.max_position_embeddings
+    room = _room(model, adapter)
     requests = [
         Request(
             prompt=example.prompt, adapter=adapter, sampling=SamplingParams(temperature=0.0),

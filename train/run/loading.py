@@ -19,11 +19,13 @@ def load_jobs(configs: Sequence[JobConfig], model: Model, num_devices: int) -> l
         ConfigError: if options do not fit the model or the adapter to start from.
         DataError: if a dataset is bad.
     """
-    positions = model.config.max_position_embeddings
     for config in configs:
+        prefix = config.adapter.prefix_length
+        positions = model.config.max_position_embeddings - prefix
         if config.batches.max_length > positions and not config.batches.packing:
+            behind = f" behind a learned prefix of {prefix}" if prefix else ""
             raise ConfigError(
-                f"max_length is {config.batches.max_length} and the model has {positions} positions; lower it"
+                f"max_length is {config.batches.max_length} and the model has {positions} positions{behind}; lower it"
             )
     return [
         _load(config, model, num_devices, f"job {config.name!r}: " if len(configs) > 1 else "") for config in configs

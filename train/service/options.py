@@ -130,7 +130,7 @@ def _plan(name: str, spec: JobSpec, model: ModelConfig, options: ServiceOptions)
     steps = {name: _number(name, read.pop(name), int(name == "save_total_limit")) for name in _STEPS}
     own = {**read, "name": name, "seed": spec.seed, "dataset": str(spec.training_path)}
     config = job_config({key: how.get("default") for key, how in allowed.items()} | {"eval_strategy": None} | own, own)
-    _check_bounds(config, options, longest)
+    _check_bounds(config, options, min(longest, model.max_position_embeddings - config.adapter.prefix_length))
     adapter_shapes(config.adapter, model)  # It says why an adapter does not fit the model.
     return Plan(config, **steps, hyperparameters=hyperparameters)
 
