@@ -84,8 +84,8 @@ def make_parts(
     if store is not None:
         if store.dtype != runner.adapter_dtype:
             raise ConfigError(
-                f"the store has rank pages in {store.dtype} and the engine takes {runner.adapter_dtype}: give the engine's "
-                "adapter_dtype (else its bank_dtype) to AdapterFiles as dtype"
+                f"the store has rank pages in {store.dtype} and the engine takes {runner.adapter_dtype}: give "
+                "AdapterFiles the engine's adapter_dtype (else its bank_dtype) as dtype"
             )
         store.check = admission.check_config
     return Parts(pages, adapters, staging, scheduler, starter, admission)

@@ -15,7 +15,7 @@ from preft_jax.adapters import pages
 from preft_jax.adapters.adapter import Adapter
 from preft_jax.adapters.config import AdapterConfig
 from preft_jax.adapters.fold import fold_on_host
-from preft_jax.errors import AdapterError, RequestError
+from preft_jax.errors import AdapterError, ConfigError, RequestError
 from preft_jax.io.adapter_files import load_adapter
 from serve.engine.engine import Engine
 from serve.store.directory import AdapterDirectory
@@ -44,6 +44,11 @@ def store(lively):
     store = make_store(lively)
     yield store
     store.close()
+
+
+def test_a_store_of_another_dtype_is_refused(lively, store):
+    with pytest.raises(ConfigError, match="the store has rank pages in float32 and the engine takes float8_e4m3fn"):
+        Engine(lively, dataclasses.replace(TIGHT, adapter_dtype="fp8"), store=store)
 
 
 def direct(lively, one, path):
