@@ -113,9 +113,9 @@ class EngineConfig:
                 f"all_token is on, and role is {self.role}: adapters of all tokens edit what is decoded; serve them "
                 "with role both"
             )
-        if self.role != "both" and PREFIX in self.bank_sites:
+        if self.role == "prefill" and PREFIX in self.bank_sites:
             raise ConfigError(
-                f"bank_sites has {PREFIX!r}, and role is {self.role}: learned prefixes are not handed over; serve them "
+                f"bank_sites has {PREFIX!r}, and role is prefill: learned prefixes are not handed over; serve them "
                 "with role both"
             )
         if self.role == "decode" and self.bank_pages > 1:

@@ -165,7 +165,7 @@ def test_what_two_devices_prefill_one_decodes_and_the_other_way_round(lively, ad
     requests = asked(rng, adapters, ("lora_r24", "direft"))
     alone = serve(Engine(lively, TEN_PAGES), requests)
     cut = spread_model(lively, "tp=2")
-    prefill = dataclasses.replace(TEN_PAGES, all_token=False, role="prefill")
+    prefill = dataclasses.replace(TEN_PAGES, all_token=False, bank_sites=SITES, role="prefill")
     decode = dataclasses.replace(prefill, bank_pages=1, role="decode")
     for first, then in ((cut, lively), (lively, cut)):
         given = hand_over(Engine(first, prefill), requests)
