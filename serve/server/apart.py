@@ -10,6 +10,7 @@ prompts and edit masks. What it answers when it refuses is what the client is to
 """
 
 import json
+import urllib.parse
 from collections.abc import AsyncIterator, Sequence
 
 import httpx
@@ -18,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 
 from preft_jax.errors import RequestError
 from serve.engine.handover import Handover
-from serve.server.failures import ApiError, retry_after
+from serve.server.failures import ApiError, no_model, retry_after
 
 HANDOVER = "application/x-preft-handover"
 """The type of an answer that holds handovers."""
@@ -73,7 +74,7 @@ class PrefillServer:
         Raises:
             ApiError: it refuses the request, or cannot be reached.
         """
-        answer = await self._ask(request, HANDOVER)
+        answer = await self._ask(request, request.scope["route"].path, HANDOVER)
         try:
             return Handover.all_from(answer.content)
         except RequestError as error:
@@ -81,21 +82,30 @@ class PrefillServer:
                 503, f"the prefill server's answer cannot be read: {error}", code="prefill_failed"
             ) from error
 
-    async def forward(self, request: Request) -> Response:
-        """Return its answer to a client's request."""
-        answer = await self._ask(request, "application/json")
+    async def models(self, request: Request, name: str | None = None) -> Response:
+        """Return its answer to a client that asks for the list of models, or for one of them.
+
+        Raises:
+            ApiError: as ``handovers``; 404 for a name that would lead to another of its routes.
+        """
+        path = "/v1/models"
+        if name is not None:
+            if not name.isprintable() or {".", ".."} & set(name.split("/")):
+                raise no_model(name)
+            path += f"/{urllib.parse.quote(name, safe='')}"
+        answer = await self._ask(request, path, "application/json")
         return Response(answer.content, media_type="application/json")
 
     async def close(self) -> None:
         """Give its connections up."""
         await self._client.aclose()
 
-    async def _ask(self, request: Request, accept: str) -> httpx.Response:
+    async def _ask(self, request: Request, path: str, accept: str) -> httpx.Response:
         headers = {name: value for name, value in request.headers.items() if name in ("authorization", "content-type")}
         try:
             answer = await self._client.request(
                 request.method,
-                self.url + request.url.path,
+                self.url + path,
                 content=await request.body(),
                 headers={**headers, "Accept": accept},
             )

@@ -190,7 +190,7 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
     async def models(request: Request) -> Any:
         """List the base model and the adapters that the key may see."""
         if serving.prefill is not None:
-            return await serving.prefill.forward(request)
+            return await serving.prefill.models(request)
         found = [card(None, name) for name in serving.names]
         found += [card(adapter, adapter.name) for adapter in serving.visible(request.state.identity)]
         return {"object": "list", "data": found}
@@ -199,7 +199,7 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
     async def model(request: Request, name: str) -> Any:
         """Describe one of them."""
         if serving.prefill is not None:
-            return await serving.prefill.forward(request)
+            return await serving.prefill.models(request, name)
         return card(serving.adapter(name, request.state.identity), name)
 
     @app.post("/v1/load_lora_adapter", responses={**_TEXT, **ERRORS}, response_class=Response)

@@ -68,6 +68,12 @@ def not_there(what: str, listing: str, *, code: str, param: str) -> ApiError:
     return ApiError(404, message, code=code, param=param)
 
 
+def no_model(name: str, near: str = "") -> ApiError:
+    """Return the error of a model's name that is unknown, or not seen; ``near``: what may have been meant."""
+    what = f"model {ascii(name)[:_LONGEST]} does not exist{near}"
+    return not_there(what, "/v1/models", code="model_not_found", param="model")
+
+
 def retry_after(seconds: float) -> dict[str, str]:
     """Return the header that says when to come back."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -10,6 +10,7 @@ from api_server import ALICE, BOB, CONFIG, USERS, Keys, admin, client, until
 from engine_outputs import TIGHT, request, run_one
 
 from preft_jax.errors import ConfigError
+from preft_jax.shapes import SITES
 from serve import options
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.engine import Engine
@@ -26,7 +27,8 @@ def make_serving(model, **fields):
     """Return a server of a role."""
     store = AdapterStore(AdapterFiles(model), Registry(), host_bytes=2**28)
     role = "decode" if fields.get("prefill") else "prefill"
-    config = dataclasses.replace(CONFIG, role=role, bank_pages=1 if role == "decode" else CONFIG.bank_pages)
+    bank_pages = 1 if role == "decode" else CONFIG.bank_pages
+    config = dataclasses.replace(CONFIG, role=role, bank_pages=bank_pages, bank_sites=SITES)
     running = AsyncEngine(Engine(model, config, store=store))
     sizes = {"max_model_len": CONFIG.max_model_len, "max_body_bytes": 2**16}
     keys = Keys(USERS, api_server.ADMIN)
@@ -98,6 +100,14 @@ def test_what_the_prefill_server_refuses_is_what_the_client_is_told(apart):
         assert told in answer.json()["error"]["message"]
     with api_server.client(prefill_url, ALICE) as direct, pytest.raises(Exception, match="this server prefills only"):
         direct.completions.create(**body)
+
+
+@pytest.mark.parametrize("name", ["..%2F..%2Fmetrics", "a%2F..%2F..%2F..%2Fstats", "%2E%2E", "%00%0d%0a", "x%3Fy%23z"])
+def test_the_name_of_a_model_leads_to_no_other_route(name, apart):
+    with admin(apart[0]) as one:
+        answer = one.get(f"/v1/models/{name}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
 
 
 def test_a_client_that_goes_away_frees_both(apart):
