@@ -238,6 +238,10 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
 
 
 def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
+    def check_model(name: str | None, request: Request) -> None:
+        if serving.prefill is None:  # It alone knows the names, and all have one tokenizer.
+            serving.adapter(name or serving.names[0], request.state.identity)
+
     def tokenized(body: TokenizeBody) -> dict[str, Any]:
         tokenizer = serving.require_tokenizer()
         if body.messages is not None:
@@ -263,7 +267,7 @@ def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
         request: Request, body: Annotated[TokenizeBody, Depends(bodies.of(TokenizeBody))]
     ) -> JSONResponse:
         """Turn a text or a chat into token ids."""
-        serving.adapter(body.model or serving.names[0], request.state.identity)
+        check_model(body.model, request)
         return JSONResponse(await asyncio.to_thread(tokenized, body))
 
     @app.post("/detokenize", responses=ERRORS)
@@ -271,5 +275,5 @@ def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
         request: Request, body: Annotated[DetokenizeBody, Depends(bodies.of(DetokenizeBody))]
     ) -> JSONResponse:
         """Turn token ids into text."""
-        serving.adapter(body.model or serving.names[0], request.state.identity)
+        check_model(body.model, request)
         return JSONResponse(await asyncio.to_thread(detokenized, body))

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from preft_jax.errors import AdapterError, LimitError, PreftError, RequestError
 from serve.engine.async_engine import EngineStopped, Overloaded
+from serve.engine.handover import HandoverError
 from serve.store.names import RegistryError
 from serve.store.uploads import DiskError, FileTooLargeError
 
@@ -94,6 +95,8 @@ def to_api_error(error: PreftError) -> ApiError:
     if isinstance(error, DiskError):
         status, code = (507, "disk_full") if error.full else (500, "disk_failed")
         return ApiError(status, str(error), code=code, headers=NOT_AGAIN)
+    if isinstance(error, HandoverError):
+        return ApiError(503, f"the prefill server does not fit this one: {error}", code="prefill_failed")
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_request")
     if isinstance(error, AdapterError):
