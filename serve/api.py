@@ -269,7 +269,7 @@ def make_serving(args: argparse.Namespace) -> Serving:
         directory=directory,
         tuning=None if service is None else _make_tuning(args, service, running),
         hands_over=args.role == "prefill",
-        prefill=None if args.prefill_url is None else PrefillServer(args.prefill_url),
+        prefill=None if args.prefill_url is None else PrefillServer(args.prefill_url, args.prefill_timeout),
     )
     serving.scan()
     return serving

@@ -1,6 +1,7 @@
 """The command line of ``serve.api``: its options, and what is out of range or does not go together."""
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from preft_jax.errors import ConfigError
 from preft_jax.shapes import SITES
 from serve.engine.config import ROLES
 from serve.finetune import read_jobs
+
+_log = logging.getLogger("preft.server")
 
 MODEL_LEN = 2048
 """``--max-model-len`` unless the model has fewer positions or another number is given."""
@@ -69,6 +72,7 @@ def _add_role(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("prefill and decode apart").add_argument
     add("--role", default="both", choices=ROLES, help="what it does of a request (default: %(default)s)")
     add("--prefill-url", default=None, metavar="URL", help="of the server that prefills for one of the role decode")
+    add("--prefill-timeout", type=float, default=60.0, help="seconds it may say nothing (default: %(default)s)")
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +159,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--drain-seconds is inf; give a number of seconds")
     for name in (
         "adapter_memory_gib", "max_body_mib", "request_timeout", "read_timeout", "max_upload_mib", "max_uploads_mib",
-        "upload_timeout",
+        "upload_timeout", "prefill_timeout",
     ):  # fmt: skip
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"{_option(name)} is {getattr(args, name)}; give a number above 0")
@@ -188,6 +192,8 @@ def _check_role(args: argparse.Namespace) -> None:
         raise ConfigError("--role decode and --prefill-url need each other; give both, or neither")
     if args.prefill_url is not None and not args.prefill_url.startswith(("http://", "https://")):
         raise ConfigError(f"--prefill-url is {args.prefill_url!r}; give an address such as http://10.0.0.7:8000")
+    if args.prefill_url is not None and not args.api_key:
+        _log.warning("there is no --api-key: all clients are one tenant here, whichever keys the prefill server has")
     if args.role != "both" and args.all_token:
         raise ConfigError(
             f"--all-token is given, and --role is {args.role}: adapters of all tokens edit what is decoded; serve them "

@@ -88,7 +88,7 @@ class Admission:
             mask, edited_by = self._mask(request), None if request.adapter is None else request.adapter.digest
             self._note_marker(request)
         else:
-            check_handover(given, request, self._model, self._kv_dtype)
+            check_handover(given, request, self._model, self._kv_dtype, self._config.role)
             mask = extend_edit_mask(given.prompt.edit_mask, request.max_tokens, "prompt")
             edited_by = given.prompt.adapter
         eos = () if sampling.ignore_eos else self._model.config.eos_token_ids
@@ -214,6 +214,10 @@ class Admission:
                 "(a server of --role prefill)"
             )
         check_made_for(config, self._model)
+        if config.prefix_length and self._config.role == "prefill":
+            raise AdapterError(
+                "the adapter has a learned prefix, and learned prefixes are not handed over; serve them with role both"
+            )
         if not config.prefill_only and self._config.role == "prefill":
             raise AdapterError(
                 "the adapter edits every token (positions 'all', as an adapter of PEFT does unless it says otherwise), "

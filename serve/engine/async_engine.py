@@ -214,7 +214,7 @@ class AsyncEngine:
             EngineStopped: if the engine takes no requests.
         """
         stream = OutputStream(self, requests)
-        self._check_open(len(requests), stream.tenant)
+        self.check_open(len(requests), stream.tenant)
         self._streams.add(stream)
         if not self.num_waiting:
             self._busy_since, self._served = self._clock(), 0
@@ -269,7 +269,12 @@ class AsyncEngine:
         if self.failure is not None:
             raise EngineStopped(f"the engine failed and takes no requests: {self.failure}; restart the server")
 
-    def _check_open(self, count: int, tenant: str | None) -> None:
+    def check_open(self, count: int, tenant: str | None) -> None:
+        """Check that so many of a tenant's requests would be taken now.
+
+        Raises:
+            PreftError: as ``open`` does for what does not lie in the requests themselves.
+        """
         self._check_alive()
         if self._stopping:
             raise EngineStopped("the server is shutting down and takes no requests; send them to another one")

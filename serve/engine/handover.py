@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import struct
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -28,6 +29,7 @@ from preft_jax.adapters.fold import FOLD_VERSION
 from preft_jax.errors import RequestError, check_type
 from preft_jax.loading import Model
 from preft_jax.text.chat import EncodedPrompt
+from serve.engine.handover_header import VERSION, read_header
 from serve.engine.request import Request, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ if TYPE_CHECKING:
     from serve.engine.engine import Engine
     from serve.engine.sequence import Sequence
 
-VERSION = 1
-"""Of the layout in bytes."""
-
 _LENGTH = struct.Struct("<q")
 _PLAIN = ("token_ids", "adapter", "adapter_dtype", "fold_version", "kv_digest", "seed")
 """Attributes of ``PromptKV`` that stand in the header as they are."""
+
+
+class HandoverError(RequestError):
+    """A handover cannot be read or gone on from: the engines do not fit each other, whatever was asked of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,37 +174,38 @@ class Handover:
         """Return the handovers that bytes hold, one after the other; their KV stays where it is.
 
         Raises:
-            RequestError: the bytes are no handovers of this version.
+            HandoverError: the bytes are no handovers of this version.
         """
         found, at = [], 0
         try:
             while at < len(data):
                 handover, at = cls._from(data, at)
                 found.append(handover)
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-            raise RequestError(f"the bytes at {at} are no handover of version {VERSION}: {error}") from error
+        except (ValueError, struct.error) as error:
+            raise HandoverError(f"the bytes at {at} are no handover of version {VERSION}: {error}") from error
         return found
 
     @classmethod
     def _from(cls, data: bytes, at: int) -> tuple["Handover", int]:
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
-        header: dict[str, Any] = json.loads(data[at : at + length])
+        if not 0 < length <= len(data) - at:
+            raise ValueError(f"its header has {length} bytes, and {len(data) - at} are left")
+        header = read_header(data[at : at + length])
         at += length
-        if header["version"] != VERSION:
-            raise ValueError(f"its version is {header['version']}")
         shape, dtype = header["kv_shape"], jnp.dtype(header["kv_dtype"])
-        num_tokens, groups = len(header["token_ids"]), header["mask_groups"]
-        if shape[0] != num_tokens:
-            raise ValueError(f"KV of {shape[0]} tokens for {num_tokens}")
-        bits = np.frombuffer(data, np.uint8, -(-num_tokens * groups // 8), at)
-        at += len(bits)
-        kv = np.frombuffer(data, dtype, int(np.prod(shape)), at).reshape(shape)
-        prompt = PromptKV(
-            edit_mask=np.unpackbits(bits, count=num_tokens * groups).astype(bool).reshape(num_tokens, groups),
-            parts=[kv],
-            **{name: header[name] for name in _PLAIN},
-        )
+        mask_shape = (shape[0], header["mask_groups"])
+        num_bits, num_values = math.prod(mask_shape), math.prod(shape)
+        num_bytes = -(-num_bits // 8)
+        if num_bytes + num_values * dtype.itemsize > len(data) - at:
+            raise ValueError(f"it lacks bytes: {len(data) - at} are left for KV of the shape {shape}")
+        bits = np.frombuffer(data, np.uint8, num_bytes, at)
+        mask = np.unpackbits(bits, count=num_bits).astype(bool).reshape(mask_shape)
+        if header["adapter"] is None and mask.any():
+            raise ValueError("tokens are edited and it names no adapter")
+        at += num_bytes
+        kv = np.frombuffer(data, dtype, num_values, at).reshape(shape)
+        prompt = PromptKV(edit_mask=mask, parts=[kv], **{name: header[name] for name in _PLAIN})
         first = [FirstToken(one[0], one[1], one[2], _by_token(one[3])) for one in header["first"]]
         scores = header["prompt_logprobs"]
         if scores is not None:
@@ -228,7 +232,7 @@ def hand_over(engine: "Engine", requests: Many[Request]) -> list[Handover]:
     return [Handover.of(list(itertools.islice(completions, request.n))) for request in requests]
 
 
-def check_handover(handover: Handover, request: Request, model: Model, kv_dtype: str) -> None:
+def check_handover(handover: Handover, request: Request, model: Model, kv_dtype: str, role: str) -> None:
     """Check that an engine can go on from a request's handover.
 
     Args:
@@ -236,17 +240,20 @@ def check_handover(handover: Handover, request: Request, model: Model, kv_dtype:
         request: what is asked of the engine.
         model: of the engine.
         kv_dtype: of its cache.
+        role: of the engine.
 
     Raises:
-        RequestError: it is of another model, cache or request.
+        HandoverError: the engine takes none, or it is of another model, cache or request.
     """
-    check_type("handover", handover, Handover, "what hand_over returns", RequestError)
+    check_type("handover", handover, Handover, "what hand_over returns", HandoverError)
+    if role != "decode":
+        raise HandoverError(f"this engine has the role {role} and takes no handovers; make it with role='decode'")
     prompt, first, config = handover.prompt, handover.first, model.config
     kv_shape = (config.num_hidden_layers, 2 * config.num_key_value_heads, config.head_dim)
 
     def same(what: str, theirs: Any, ours: Any, todo: str) -> None:
         if theirs != ours:
-            raise RequestError(f"the handover's {what} is {theirs} and this engine's is {ours}; {todo}")
+            raise HandoverError(f"the handover's {what} is {theirs} and this engine's is {ours}; {todo}")
 
     same(
         "base model's digest",
@@ -258,13 +265,13 @@ def check_handover(handover: Handover, request: Request, model: Model, kv_dtype:
     same("KV shape", prompt.parts[0].shape[1:], kv_shape, "it is not of this model")
     same("fold version", prompt.fold_version, FOLD_VERSION, "serve one version of preft-jax in both roles")
     if not all(0 <= one.token_id < config.vocab_size for one in first):
-        raise RequestError(f"the handover's first tokens are not all from 0 to {config.vocab_size - 1}, the vocabulary")
+        raise HandoverError(f"the handover's first tokens are not all in the vocabulary, 0 to {config.vocab_size - 1}")
     if request.token_ids != prompt.token_ids:
-        raise RequestError("the request's prompt is not the handover's; make it with Handover.request")
+        raise HandoverError("the request's prompt is not the handover's; make it with Handover.request")
     if request.n != len(first):
-        raise RequestError(f"n is {request.n}, and the handover has {len(first)} samples; ask both roles for the same")
+        raise HandoverError(f"n is {request.n}, and the handover has {len(first)} samples; ask both roles for the same")
     if (request.logprobs or 0) > min(len(one.top) for one in first):
-        raise RequestError(
+        raise HandoverError(
             f"logprobs is {request.logprobs}, and the handover has the {min(len(one.top) for one in first)} most "
             "likely tokens; ask both roles for the same"
         )

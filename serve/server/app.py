@@ -190,7 +190,7 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
     async def models(request: Request) -> Any:
         """List the base model and the adapters that the key may see."""
         if serving.prefill is not None:
-            return await serving.prefill.forward(request)
+            return await serving.prefill.models(request)
         found = [card(None, name) for name in serving.names]
         found += [card(adapter, adapter.name) for adapter in serving.visible(request.state.identity)]
         return {"object": "list", "data": found}
@@ -199,7 +199,7 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
     async def model(request: Request, name: str) -> Any:
         """Describe one of them."""
         if serving.prefill is not None:
-            return await serving.prefill.forward(request)
+            return await serving.prefill.models(request, name)
         return card(serving.adapter(name, request.state.identity), name)
 
     @app.post("/v1/load_lora_adapter", responses={**_TEXT, **ERRORS}, response_class=Response)
@@ -238,6 +238,10 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
 
 
 def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
+    def check_model(name: str | None, request: Request) -> None:
+        if serving.prefill is None:  # It alone knows the names, and all have one tokenizer.
+            serving.adapter(name or serving.names[0], request.state.identity)
+
     def tokenized(body: TokenizeBody) -> dict[str, Any]:
         tokenizer = serving.require_tokenizer()
         if body.messages is not None:
@@ -263,7 +267,7 @@ def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
         request: Request, body: Annotated[TokenizeBody, Depends(bodies.of(TokenizeBody))]
     ) -> JSONResponse:
         """Turn a text or a chat into token ids."""
-        serving.adapter(body.model or serving.names[0], request.state.identity)
+        check_model(body.model, request)
         return JSONResponse(await asyncio.to_thread(tokenized, body))
 
     @app.post("/detokenize", responses=ERRORS)
@@ -271,5 +275,5 @@ def _add_tokens(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
         request: Request, body: Annotated[DetokenizeBody, Depends(bodies.of(DetokenizeBody))]
     ) -> JSONResponse:
         """Turn token ids into text."""
-        serving.adapter(body.model or serving.names[0], request.state.identity)
+        check_model(body.model, request)
         return JSONResponse(await asyncio.to_thread(detokenized, body))

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from preft_jax.errors import AdapterError, LimitError, PreftError, RequestError
 from serve.engine.async_engine import EngineStopped, Overloaded
+from serve.engine.handover import HandoverError
 from serve.store.names import RegistryError
 from serve.store.uploads import DiskError, FileTooLargeError
 
@@ -68,6 +69,12 @@ def not_there(what: str, listing: str, *, code: str, param: str) -> ApiError:
     return ApiError(404, message, code=code, param=param)
 
 
+def no_model(name: str, near: str = "") -> ApiError:
+    """Return the error of a model's name that is unknown, or not seen; ``near``: what may have been meant."""
+    what = f"model {ascii(name)[:_LONGEST]} does not exist{near}"
+    return not_there(what, "/v1/models", code="model_not_found", param="model")
+
+
 def retry_after(seconds: float) -> dict[str, str]:
     """Return the header that says when to come back."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
@@ -88,6 +95,8 @@ def to_api_error(error: PreftError) -> ApiError:
     if isinstance(error, DiskError):
         status, code = (507, "disk_full") if error.full else (500, "disk_failed")
         return ApiError(status, str(error), code=code, headers=NOT_AGAIN)
+    if isinstance(error, HandoverError):
+        return ApiError(503, f"the prefill server does not fit this one: {error}", code="prefill_failed")
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_request")
     if isinstance(error, AdapterError):

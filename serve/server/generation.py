@@ -66,8 +66,10 @@ async def _answer(
     adapter = None if serving.prefill is not None else serving.adapter(body.model, identity)
     facts["model"] = body.model
     if serving.prefill is not None:
-        handovers = asyncio.create_task(serving.prefill.handovers(request))
-        requests = _taken_over(serving, body, await unless_gone(request.receive, handovers), identity)
+        serving.engine.check_open(len(prompts), identity.tenant)
+        asked = serving.prefill.handovers(request, len(prompts), serving.max_model_len * _token_bytes(serving))
+        handovers = await unless_gone(request.receive, asyncio.create_task(asked))
+        requests = _taken_over(serving, body, handovers, identity)
     elif sum(len(part) for prompt in prompts for part in _parts(prompt)) > _LONG_TEXT:
         requests = await asyncio.to_thread(_make_requests, serving, body, prompts, adapter, identity)
     else:
@@ -135,6 +137,12 @@ def _make_request(
         tenant=identity.tenant,
         cache_salt=serving.cache_salt(identity, body.cache_salt),
     )
+
+
+def _token_bytes(serving: Serving) -> int:
+    """Return the bytes of a token's KV."""
+    config, kv_dtype = serving.model.config, serving.engine.engine.runner.kv_dtype
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * kv_dtype.itemsize
 
 
 def _taken_over(

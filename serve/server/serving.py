@@ -16,7 +16,7 @@ from serve.engine.async_engine import AsyncEngine
 from serve.server.apart import PrefillServer
 from serve.server.auth import Identity, Keys, RuntimeLoading
 from serve.server.exposition import ServerMetrics
-from serve.server.failures import ApiError, not_there
+from serve.server.failures import ApiError, no_model
 from serve.server.tuning import Tuning
 from serve.store.directory import AdapterDirectory
 from serve.store.names import Registered
@@ -141,9 +141,7 @@ class Serving:
         found = self.adapters.get(name)
         if found is not None and identity.sees(found.owner):
             return found
-        near = did_you_mean(name, self.names)
-        what = f"model {ascii(name)[:80]} does not exist{near}"
-        raise not_there(what, "/v1/models", code="model_not_found", param="model")
+        raise no_model(name, did_you_mean(name, self.names))
 
     def cache_salt(self, identity: Identity, given: str | None) -> str | None:
         """Return what keeps a request's KV apart from others' in the prefix cache: its tenant and its own salt."""

@@ -1,14 +1,17 @@
 """Prefill and decode apart: what one engine prefills with adapters, an engine without any decodes."""
 
 import dataclasses
+import json
+import struct
 
+import jax
 import numpy as np
 import pytest
 from engine_outputs import lettered, run_all
 from engine_runs import ATOL, GREEDY, TIGHT, request
 from hlo import assert_in_place
 
-from preft_jax import SamplingParams
+from preft_jax import AdapterConfig, SamplingParams, random_adapter
 from preft_jax.errors import AdapterError, ConfigError, RequestError
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
@@ -160,6 +163,8 @@ def test_what_does_not_fit_is_refused_by_name(prefill, decode, lively, tiny, ada
     for engine, one, message in (
         (Engine(tiny, DECODE), rest, "base model's digest"),
         (other, rest, "KV dtype is float32 and this engine's is bfloat16"),
+        (prefill, rest, "has the role prefill and takes no handovers"),
+        (Engine(lively, TIGHT), rest, "has the role both and takes no handovers"),
         (decode, dataclasses.replace(rest, n=1), "n is 1, and the handover has 2 samples"),
         (decode, dataclasses.replace(rest, logprobs=3), "logprobs is 3"),
         (decode, dataclasses.replace(rest, prompt=[1, 2, 3]), "prompt is not the handover's"),
@@ -170,10 +175,54 @@ def test_what_does_not_fit_is_refused_by_name(prefill, decode, lively, tiny, ada
         decode.add(asked)
     with pytest.raises(AdapterError, match="the adapter edits every token"):
         prefill.add(request([1, 2, 3], adapters["lora_all"]))
+    prefix = random_adapter(AdapterConfig(kind="prefix", rank=4), lively.config, jax.random.key(0))
+    with pytest.raises(AdapterError, match="learned prefixes are not handed over; serve them with role both"):
+        prefill.add(request([1, 2, 3], prefix))
     with pytest.raises(RequestError, match="bring no KV"):
         Handover.of(decode.generate([request([1, 2, 3])]))
-    whole = b"".join(handover.to_bytes())
-    for data in (whole[:-1], whole[:5], b"\x02" + bytes(7) + b"{}"):
+
+
+@pytest.fixture(scope="module")
+def wire(prefill, adapters):
+    """Return the parts of a handover: length, header, mask and KV."""
+    (handover,) = hand_over(prefill, [request(list(range(9)), adapters["lora"], logprobs=1)])
+    return [bytes(part) for part in handover.to_bytes()]
+
+
+def with_header(wire, change):
+    """Return a handover's bytes with another header: fields that change, or a text."""
+    text = change if isinstance(change, bytes) else json.dumps({**json.loads(wire[1]), **change}).encode()
+    return b"".join([struct.pack("<q", len(text)), text, *wire[2:]])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"{}", b"7", b"\xff", b"[" * 10**5, b"9" * 10**4,
+        {"version": 2}, {"more": 1}, {"token_ids": []}, {"token_ids": [1, 2]}, {"token_ids": ["1"] * 9},
+        {"token_ids": [-1] * 9}, {"mask_groups": 0}, {"mask_groups": 3}, {"mask_groups": -1}, {"adapter": 7},
+        {"adapter": None}, {"adapter_dtype": None}, {"fold_version": None},
+        {"kv_digest": 7}, {"kv_dtype": "object"}, {"kv_dtype": ["float32"]}, {"kv_shape": [9]}, {"kv_shape": None},
+        {"kv_shape": [9, 10**30, 1, 1]}, {"kv_shape": [9, float("inf"), 1, 1]}, {"kv_shape": [9, -1, -1, 1]},
+        {"kv_shape": [9, 2**31 - 1, 2**31 - 1, 1]}, {"kv_shape": [9, True, 1, 1]},
+        {"seed": "x"}, {"seed": -1}, {"seed": 2**80}, {"first": []}, {"first": [7]}, {"first": {}},
+        {"first": [["1", 0.0, 0.0, {}]]}, {"first": [[1, "a", 0.0, {}]]}, {"first": [[1, 0.0, 0.0, {"a": 0.0}]]},
+        {"first": [[1, 0.0, 0.0, {"1": None}]]}, {"first": [[1, 0.0, 0.0, []]]}, {"prompt_logprobs": [[1]]},
+        {"prompt_logprobs": 7},
+    ],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_a_header_is_read_strictly(change, wire):
+    with pytest.raises(RequestError, match="no handover of version 1"):
+        Handover.all_from(with_header(wire, change))
+
+
+def test_bytes_of_another_length_are_no_handover(wire):
+    (handover,) = Handover.all_from(with_header(wire, {}))
+    assert handover.prompt.token_ids == list(range(9))
+    whole, rest = b"".join(wire), b"".join(wire[1:])
+    lengths = [struct.pack("<q", length) + rest for length in (0, -1, -(2**63), len(rest) + 1, 2**63 - 1)]
+    for data in (whole[:-1], whole[:5], whole + b"x", *lengths):
         with pytest.raises(RequestError, match="no handover of version 1"):
             Handover.all_from(data)
 

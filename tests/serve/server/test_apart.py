@@ -1,6 +1,11 @@
 """A server that prefills and one that decodes, over HTTP: together they answer as one does."""
 
+import contextlib
 import dataclasses
+import http.server
+import json
+import threading
+import time
 
 import api_program
 import api_server
@@ -10,6 +15,7 @@ from api_server import ALICE, BOB, CONFIG, USERS, Keys, admin, client, until
 from engine_outputs import TIGHT, request, run_one
 
 from preft_jax.errors import ConfigError
+from preft_jax.shapes import SITES
 from serve import options
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.engine import Engine
@@ -26,7 +32,8 @@ def make_serving(model, **fields):
     """Return a server of a role."""
     store = AdapterStore(AdapterFiles(model), Registry(), host_bytes=2**28)
     role = "decode" if fields.get("prefill") else "prefill"
-    config = dataclasses.replace(CONFIG, role=role, bank_pages=1 if role == "decode" else CONFIG.bank_pages)
+    bank_pages = 1 if role == "decode" else CONFIG.bank_pages
+    config = dataclasses.replace(CONFIG, role=role, bank_pages=bank_pages, bank_sites=SITES)
     running = AsyncEngine(Engine(model, config, store=store))
     sizes = {"max_model_len": CONFIG.max_model_len, "max_body_bytes": 2**16}
     keys = Keys(USERS, api_server.ADMIN)
@@ -100,6 +107,14 @@ def test_what_the_prefill_server_refuses_is_what_the_client_is_told(apart):
         direct.completions.create(**body)
 
 
+@pytest.mark.parametrize("name", ["..%2F..%2Fmetrics", "a%2F..%2F..%2F..%2Fstats", "%2E%2E", "%00%0d%0a", "x%3Fy%23z"])
+def test_the_name_of_a_model_leads_to_no_other_route(name, apart):
+    with admin(apart[0]) as one:
+        answer = one.get(f"/v1/models/{name}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
 def test_a_client_that_goes_away_frees_both(apart):
     url, _, decode, prefill = apart
     body = {"model": "public", "prompt": "a", "max_tokens": 100, "n": 2, "stream": True}
@@ -108,15 +123,107 @@ def test_a_client_that_goes_away_frees_both(apart):
     until(lambda: api_server.is_idle(decode) and api_server.is_idle(prefill))
 
 
-def test_a_prefill_server_that_is_gone_is_an_error_to_try_again(lively):
-    serving = make_serving(lively, prefill=PrefillServer("http://127.0.0.1:9"))
-    with api_server.running(serving) as url:
-        until_ready(url)
-        with admin(url) as one:
-            answer = one.post("/v1/completions", json={"model": "x", "prompt": "a"})
+class Stub(http.server.BaseHTTPRequestHandler):
+    """Answers what its server was told, after as many seconds."""
+
+    def do_POST(self):
+        told = self.server
+        told.asked += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(told.seconds)
+        self.send_response(told.status)
+        self.send_header("Content-Length", str(len(told.content)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(told.content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stub(apart, monkeypatch):
+    """Stand in for the prefill server of the decode server."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+        server.asked, server.seconds, server.status, server.content = 0, 0.0, 200, b""
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setattr(apart[2], "prefill", PrefillServer(server.url))
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def complete(url, **fields):
+    with admin(url) as one:
+        return one.post("/v1/completions", json={"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4, **fields})
+
+
+def assert_failed(answer, code, message=""):
     assert answer.status_code == 503
-    assert answer.headers["retry-after"]
-    assert answer.json()["error"]["code"] == "prefill_unreachable"
+    assert answer.json()["error"]["code"] == code
+    assert message in answer.json()["error"]["message"]
+
+
+def test_a_prefill_server_that_does_not_answer_is_an_error_to_try_again(apart, stub, monkeypatch):
+    stub.seconds = 0.2
+    for prefill, reason in ((PrefillServer(stub.url, 0.05), "ReadTimeout"), (PrefillServer("http://127.0.0.1:9"), "")):
+        monkeypatch.setattr(apart[2], "prefill", prefill)
+        answer = complete(apart[0])
+        assert_failed(answer, "prefill_unreachable", reason)
+        assert answer.headers["retry-after"]
+
+
+def test_an_answer_that_does_not_fit_is_the_prefill_servers_failure(apart, stub):
+    """None or too many handovers, one of other samples, no handovers, and more bytes than a prompt's KV can have."""
+    url, prefill_url, _, _ = apart
+    with admin(prefill_url) as one:
+        body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4}
+        good = one.post("/v1/completions", json=body, headers={"Accept": HANDOVER}).content
+    stub.content = good
+    assert complete(url).status_code == 200
+    for content, fields, message in (
+        (b"", {}, "1 prompts with 0 handovers"),
+        (good * 2, {}, "1 prompts with 2 handovers"),
+        (good, {"n": 2}, "n is 2, and the handover has 1"),
+        (good, {"logprobs": 3}, "logprobs is 3"),
+        (b'{"choices": []}', {}, "no handover of version 1"),
+        (bytes(2**22), {}, "has more than"),
+    ):
+        stub.content = content
+        assert_failed(complete(url, **fields), "prefill_failed", message)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "told"),
+    [
+        (400, {"message": "No.", "code": "bad", "param": None}, 400),
+        (500, {"message": "It broke.", "code": "internal_error", "param": None}, 503),
+        (400, {"message": {"a": 1}, "code": "bad", "param": None}, 503),
+        (400, {"message": "No.", "code": 7, "param": None}, 503),
+        (400, {"message": "No.", "code": "bad", "param": ["a"]}, 503),
+        (400, ["No."], 503),
+        (302, {"message": "Elsewhere.", "code": "moved", "param": None}, 503),
+    ],
+)
+def test_a_refusal_is_passed_on_if_it_is_one(status, error, told, apart, stub):
+    stub.status, stub.content = status, json.dumps({"error": error}).encode()
+    answer = complete(apart[0])
+    assert answer.status_code == told
+    assert all(isinstance(value, str | None) for value in answer.json()["error"].values())
+
+
+def test_nothing_is_prefilled_for_a_server_that_takes_no_requests(apart, stub, monkeypatch):
+    monkeypatch.setattr(apart[2].engine, "ready", False)
+    assert_failed(complete(apart[0]), "unavailable", "is starting")
+    assert not stub.asked
+
+
+def test_tokens_are_those_of_the_base_model_whatever_the_name(apart):
+    with admin(apart[0]) as one:
+        tokens = one.post("/tokenize", json={"model": "public", "prompt": "Hello"}).json()["tokens"]
+        assert one.post("/detokenize", json={"model": "public", "tokens": tokens}).json()["prompt"] == "Hello"
 
 
 def test_two_processes(tmp_path, tiny):
@@ -146,6 +253,7 @@ def test_two_processes(tmp_path, tiny):
         (("--role", "decode"), "need each other"),
         (("--prefill-url", "http://a"), "need each other"),
         (("--role", "decode", "--prefill-url", "a:80"), "give an address such as"),
+        (("--role", "decode", "--prefill-url", "http://a", "--prefill-timeout", "inf"), "give a number above 0"),
         (("--role", "prefill", "--all-token"), "serve them with --role both"),
         (("--role", "decode", "--prefill-url", "http://a", "--lora-modules", "a=b"), "--role decode has no adapters"),
     ],
@@ -153,3 +261,11 @@ def test_two_processes(tmp_path, tiny):
 def test_options_of_roles_are_checked(arguments, message):
     with pytest.raises(ConfigError, match=message):
         options.check(options.make_parser().parse_args(arguments))
+
+
+@pytest.mark.host
+def test_a_decode_server_without_keys_says_what_that_means(caplog):
+    given = ["--role", "decode", "--prefill-url", "http://a"]
+    for more, warned in ((["--api-key", "alice=alice-key-1"], False), ([], True)):
+        options.check(options.make_parser().parse_args([*given, *more]))
+        assert ("all clients are one tenant" in caplog.text) == warned
