@@ -25,7 +25,7 @@ class Observer:
 
     def calling(self, operation: str, sequences: Many[Sequence]) -> None:
         """A program is about to be called for sequences: prefill, score, mixed, decode, decode_adapted, draw,
-        copy_pages, or write_prefix.
+        copy_pages, write_prefix, put_pages, or take_pages.
         """
 
     def copying(self, digests: Many[str]) -> None:

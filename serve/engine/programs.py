@@ -1,9 +1,10 @@
 """The engine's device programs: pure functions, jitted and compiled by ``serve.engine.runner``.
 
-At most eleven, each compiled for one shape: prefill for up to three token counts, decode for one or two row counts,
-decode for all-token adapters, drawing of tokens (with and without all that a request may ask for), copying of forked KV
-pages, writing of rank pages in two forms and of learned prefixes, and prefill that scores its tokens. Logits pass from
-prefill and decode to drawing in one buffer with as many rows as ever draw together.
+Each is compiled for one shape: prefill for a few token counts, decode for a few row counts, with and without all-token
+adapters, both in one for a few more (mixed), drawing of tokens (with and without all that a request may ask for),
+copying of forked KV pages, writing of rank pages and of learned prefixes, and prefill that scores its tokens. Those
+that hand KV over are in ``serve.engine.kv_pages``. Logits pass from prefill and decode to drawing in one buffer with as
+many rows as ever draw together.
 """
 
 from collections.abc import Mapping, Sequence

@@ -91,7 +91,7 @@ class Runner:
         self.programs = self._name_programs()
 
     def _choose_programs(self) -> None:
-        """Choose the shapes of the programs: ten of them at most, and four more for mixed calls."""
+        """Choose the shapes of the programs that prefill, decode and draw."""
         config, gpu = self.config, jax.default_backend() == "gpu"
         # On a CPU a bank changes no sizes: engines with and without one share programs, which take long to compile.
         all_token = config.all_token and (self._adapters or not gpu)

@@ -183,6 +183,7 @@ def _add_models(app: FastAPI, serving: Serving, bodies: Bodies) -> None:
             "root": serving.names[0] if adapter is None else name,
             "parent": None if adapter is None else serving.names[0],
             "max_model_len": serving.max_model_len,
+            "kind": None if adapter is None else adapter.config.kind,
             "positions": None if adapter is None else adapter.config.positions,
         }
 

@@ -35,6 +35,7 @@ def test_models_are_those_that_the_key_may_see(url):
     with client(url, BOB) as bob:
         assert bob.models.retrieve("public").id == "public"
         assert bob.models.retrieve("public").positions == "prompt"
+        assert bob.models.retrieve("public").kind == "lora"
         assert bob.models.retrieve("tiny").positions is None
         with pytest.raises(openai.NotFoundError):
             bob.models.retrieve("alices")
