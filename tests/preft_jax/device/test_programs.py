@@ -1,10 +1,12 @@
 """Programs by name: compiled once, when they are first asked for, and shared by those of one key."""
 
+import threading
 import time
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from shared_programs import forget_shared
 
@@ -137,3 +139,18 @@ def test_they_are_not_counted_among_what_compiles_by_mistake(made):
         assert counter.count == 0
         jax.jit(lambda a: a * 5 - 1)(a)
     assert counter.count == 1
+
+
+def test_what_another_thread_compiles_counts_where_all_do(caplog):
+    def elsewhere(x):
+        return x * 3 + 1
+
+    with CompileCounter() as every, CompileCounter(own_thread=True) as own:
+        other = threading.Thread(target=lambda: jax.jit(elsewhere)(np.ones(3)))
+        other.start()
+        other.join()
+        assert own.count == 0 < every.count
+        jax.jit(lambda x: x * 5 + 2)(np.ones(3))
+    assert own.count > 0
+    assert "compiled while serving" in caplog.text
+    assert "elsewhere" in caplog.text
